@@ -1,0 +1,149 @@
+"""Tiny random checkpoints of real architectures, and the masks to prune them with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.profiles import PruningProfile
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+# Architecture -> (transformers configuration class, its own settings).
+ARCHITECTURES = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "shared_expert_intermediate_size": 96,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "sliding_window": None,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+            "use_qk_norm": True,
+        },
+    ),
+}
+
+
+def make_checkpoint(
+    architecture: str, directory: Path, *, layout: str = "per_expert", seed: int = 0
+) -> CheckpointInfo:
+    """Write a random float32 checkpoint.
+
+    Args:
+        architecture: key of ARCHITECTURES.
+        directory: where to write it.
+        layout: "per_expert", one tensor per expert and projection, as transformers saves; or
+            "fused", one 3-D tensor per projection.
+        seed: of the random weights.
+    """
+    import transformers
+
+    config_name, settings = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    config = getattr(transformers, config_name)(**COMMON, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
+    model.save_pretrained(directory)
+    if layout == "fused":
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return describe_checkpoint(directory)
+
+
+def ragged_masks(model: CheckpointInfo, seed: int) -> dict[int, torch.Tensor]:
+    """Random masks [E, I]: in every layer one expert of width 0, one of 1, one of I."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.num_experts, model.intermediate_size)
+    masks = {}
+    for layer in model.layers:
+        keep = torch.rand(shape, generator=generator) < torch.rand(shape[0], 1, generator=generator)
+        order = torch.randperm(shape[0], generator=generator)
+        keep[order[0]] = False
+        keep[order[1]] = False
+        keep[order[1], int(torch.randint(shape[1], (), generator=generator))] = True
+        keep[order[2]] = True
+        masks[layer] = keep
+    return masks
+
+
+def write_profile(model: CheckpointInfo, name: str, directory: Path, seed: int) -> PruningProfile:
+    """Write a ragged profile for `model` to directory/name.safetensors."""
+    metadata = {"model": json.dumps(model.identity())}
+    profile = PruningProfile(name, ragged_masks(model, seed), metadata=metadata)
+    profile.write(directory / f"{name}.safetensors")
+    return profile
+
+
+def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
+    """Copy a checkpoint with the down-projection of every pruned atom set to zero."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("atomic_profiles"))
+    path = target / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "experts" not in parts or not {"down_proj", "w2"} & set(parts):
+            continue
+        keep = profile.keep[int(parts[parts.index("layers") + 1])]
+        position = parts.index("experts") + 1
+        mask = keep[int(parts[position])] if parts[position].isdigit() else keep[:, None, :]
+        tensors[name] = tensor * mask
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,37 @@
+"""Pruned serving equals a dense model whose pruned atoms are zeroed (DESIGN §7), in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.checkpoints import ARCHITECTURES, make_checkpoint, write_profile, zero_pruned
+from tests.serving.conftest import PROMPTS, logprobs_of
+
+TOLERANCE = 1e-4
+LAYOUTS = [*((name, "per_expert") for name in ARCHITECTURES), ("qwen3_moe", "fused")]
+
+
+@pytest.mark.parametrize(("architecture", "layout"), LAYOUTS)
+def test_pruned_equals_zeroed_dense(tmp_path, architecture, layout):
+    model = tmp_path / "model"
+    info = make_checkpoint(architecture, model, layout=layout)
+    profile = write_profile(info, "ragged", model / "atomic_profiles", seed=1)
+    zero_pruned(model, tmp_path / "zeroed", profile)
+
+    wanted = logprobs_of(tmp_path / "zeroed")
+    found = logprobs_of(model, load_format="atomic-pruned")
+
+    unpruned = transformers_logprobs(model)
+    assert (unpruned - wanted).abs().max() > 0.01, "the masks change nothing: the test is blind"
+    assert (found - wanted).abs().max() < TOLERANCE
+
+
+@torch.inference_mode()
+def transformers_logprobs(directory) -> torch.Tensor:
+    """Prompt log-probabilities of the checkpoint under transformers, no vLLM involved."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.tensor(PROMPTS)
+    logprobs = model(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
+    return logprobs.gather(-1, tokens[:, 1:, None]).flatten()

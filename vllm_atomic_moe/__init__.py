@@ -1,0 +1,28 @@
+"""Serve pruned Mixture-of-Experts models in vLLM: experts of any width."""
+
+__version__ = "0.1.0"
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: make the load format `atomic-pruned` known.
+
+    vLLM calls it in the API server, the engine and every worker, also for people who do not use
+    the load format: it runs once, imports nothing but vLLM's loader registry, and never raises.
+    What is wrong with a request to serve a pruned model raises in the loader.
+    """
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    try:
+        from vllm_atomic_moe.serving import register_load_format
+
+        register_load_format()
+    except Exception:
+        import logging
+
+        logging.getLogger(__name__).exception(
+            "atomic-moe %s could not register its load format with the installed vLLM", __version__
+        )

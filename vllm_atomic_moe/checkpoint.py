@@ -1,0 +1,246 @@
+"""What the checkpoint on disk says about its routed experts, without building the model.
+
+Profiles are checked against this description before any expert weight is read, by the loader and by
+`atomic-moe check` alike. Only safetensors headers, `config.json` and the (small) router tensors are
+read. Both layouts in use are understood: one tensor per expert and projection, and one 3-D tensor
+per projection.
+
+Legend: E experts, H hidden size, I full intermediate size, K experts per token, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+PER_EXPERT = re.compile(
+    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$"
+)
+FUSED = re.compile(
+    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?:down_proj|w2)(?:\.weight)?$"
+)
+ROUTER_MODULES = ("gate", "router")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """The routed experts of a checkpoint.
+
+    Attributes:
+        architecture: first entry of `architectures` in config.json.
+        num_experts: E, the same in every MoE layer.
+        experts_per_token: K.
+        intermediate_size: I, atoms per expert.
+        hidden_size: H.
+        layers: decoder layer indices that hold routed experts, ascending.
+        router_sha256: SHA-256 (hex) over the router tensors' stored bytes, in layer order.
+    """
+
+    architecture: str
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    hidden_size: int
+    layers: tuple[int, ...]
+    router_sha256: str
+
+    @property
+    def atoms(self) -> int:
+        """Atoms of all experts of all layers: L·E·I."""
+        return len(self.layers) * self.num_experts * self.intermediate_size
+
+    def identity(self) -> dict[str, Any]:
+        """The part that goes into a profile's `model` metadata (DESIGN §5)."""
+        return {
+            "architecture": self.architecture,
+            "num_experts": self.num_experts,
+            "intermediate_size": self.intermediate_size,
+            "hidden_size": self.hidden_size,
+            "layers": list(self.layers),
+            "router_sha256": self.router_sha256,
+        }
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Facts gathered about one MoE layer while walking the tensor names."""
+
+    block: str
+    experts: set[int] = field(default_factory=set)
+    num_fused: int = 0
+    intermediate_sizes: set[int] = field(default_factory=set)
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The directory of MODEL: itself if it is one, else the Hugging Face snapshot of that id.
+
+    Raises:
+        ValueError: MODEL is neither a directory nor a model the hub (or its cache) has.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "atomic_profiles/*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"model {model!r} is neither a directory nor a model on the Hugging Face Hub "
+            f"({type(error).__name__}); check the path or the id"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of the text model, with `architectures` of the outer one.
+
+    Raises:
+        ValueError: the file is missing or no JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a model configuration ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: holds {type(config).__name__}, a model configuration is an object"
+        )
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config = {**text, "architectures": config.get("architectures", text.get("architectures"))}
+    return config
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint: those of the index, if there is one.
+
+    Raises:
+        ValueError: the directory holds no safetensors file, or the index names a missing one.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ValueError(f"{index}: names {missing[0]}, which is not there; fetch it again")
+        return [directory / name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{directory}: holds no *.safetensors file; atomic profiles need a safetensors "
+            "checkpoint (convert it with transformers' save_pretrained)"
+        )
+    return files
+
+
+def describe_checkpoint(directory: Path) -> CheckpointInfo:
+    """Describe the routed experts of the checkpoint in `directory`.
+
+    Raises:
+        ValueError: no routed experts, experts of unequal number or width, no router tensors, or a
+            configuration that does not say how many experts a token uses.
+    """
+    config = read_config(directory)
+    where = _tensor_files(directory)
+    num_layers = int(config.get("num_hidden_layers", 1 << 30))
+    layers = _gather_layers(where, int(config["hidden_size"]), num_layers)
+    if not layers:
+        raise ValueError(
+            f"{directory}: no routed experts among {len(where)} tensors; "
+            "atomic profiles apply to Mixture-of-Experts checkpoints"
+        )
+    num_experts = {layer.num_fused or len(layer.experts) for layer in layers.values()}
+    sizes = {size for layer in layers.values() for size in layer.intermediate_sizes}
+    if len(num_experts) != 1 or len(sizes) != 1:
+        raise ValueError(
+            f"{directory}: layers have {sorted(num_experts)} experts of intermediate size "
+            f"{sorted(sizes)}; one number and one size for all layers are supported"
+        )
+    return CheckpointInfo(
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        num_experts=num_experts.pop(),
+        experts_per_token=_experts_per_token(config, directory),
+        intermediate_size=sizes.pop(),
+        hidden_size=int(config["hidden_size"]),
+        layers=tuple(sorted(layers)),
+        router_sha256=_router_digest(where, layers),
+    )
+
+
+def _experts_per_token(config: dict[str, Any], directory: Path) -> int:
+    for key in EXPERTS_PER_TOKEN:
+        if isinstance(config.get(key), int):
+            return config[key]
+    raise ValueError(
+        f"{directory}/config.json: none of {', '.join(EXPERTS_PER_TOKEN)} says how many experts "
+        "a token uses"
+    )
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> shard that holds it."""
+    where: dict[str, Path] = {}
+    for path in checkpoint_files(directory):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                where.update(dict.fromkeys(shard.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return where
+
+
+def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) -> dict[int, _Layer]:
+    """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`)."""
+    layers: dict[int, _Layer] = {}
+    by_file: dict[Path, list[tuple[str, re.Match[str]]]] = defaultdict(list)
+    for name, path in where.items():
+        match = PER_EXPERT.match(name) or FUSED.match(name)
+        if match and int(match["layer"]) < num_layers and not name.startswith("mtp."):
+            by_file[path].append((name, match))
+    for path, entries in by_file.items():
+        with safe_open(path, framework="pt") as shard:
+            for name, match in entries:
+                layer = layers.setdefault(int(match["layer"]), _Layer(match["block"]))
+                shape = shard.get_slice(name).get_shape()
+                if "expert" in match.groupdict():
+                    layer.experts.add(int(match["expert"]))
+                else:
+                    layer.num_fused = shape[0]
+                rows, columns = shape[-2:]
+                layer.intermediate_sizes.add(columns if rows == hidden_size else rows)
+    return layers
+
+
+def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
+    """SHA-256 over the stored bytes of the router tensors, layers ascending, names ascending."""
+    digest = hashlib.sha256()
+    for index in sorted(layers):
+        block = layers[index].block
+        prefixes = tuple(f"{block}.{module}." for module in ROUTER_MODULES)
+        names = sorted(name for name in where if name.startswith(prefixes))
+        if not names:
+            raise ValueError(
+                f"layer {index}: no router tensor under {block}.gate or {block}.router; "
+                "this architecture's router is not known"
+            )
+        for name in names:
+            with safe_open(where[name], framework="pt") as shard:
+                stored = shard.get_tensor(name).contiguous().view(-1).view(torch.uint8)
+            digest.update(stored.numpy().tobytes())
+    return digest.hexdigest()

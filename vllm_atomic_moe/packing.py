@@ -1,0 +1,209 @@
+"""Packed rows: the atoms that stay, of every expert, one after another (DESIGN §4).
+
+An atom is three vectors of length H: its rows of `gate_proj` and `up_proj` and its column of
+`down_proj`. Resident atoms are stored row-major in three matrices [P, H], expert by expert. With
+several resident profiles P counts their union, and a profile is a small index structure over it:
+for every expert, the runs of consecutive rows that it keeps. Switching profiles rewrites that
+structure in place; no weight moves.
+
+Legend: E experts, H hidden size, I full intermediate size, P packed rows, R runs per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLayout:
+    """Which atoms of one layer are resident, in which order, and which of them a profile uses.
+
+    Attributes:
+        intermediate_size: I.
+        offsets_E1: int64 [E+1], first packed row of every expert; the last entry is P.
+        atoms_P: int64 [P], index within its expert (0..I-1) of the atom in every packed row.
+        runs: profile name -> int32 [E, R, 2], (first row, number of rows) of the runs of
+            consecutive packed rows each expert keeps; unused runs have no rows. R is the same for
+            all profiles.
+    """
+
+    intermediate_size: int
+    offsets_E1: torch.Tensor
+    atoms_P: torch.Tensor
+    runs: Mapping[str, torch.Tensor]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.offsets_E1.numel() - 1
+
+    @property
+    def num_rows(self) -> int:
+        """P."""
+        return self.atoms_P.numel()
+
+    def expert_atoms(self, expert: int) -> torch.Tensor:
+        """Resident atoms of one expert in packed order: int64 [F_e]."""
+        return self.atoms_P[self.offsets_E1[expert] : self.offsets_E1[expert + 1]]
+
+
+def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
+    """Lay out the union of several profiles' masks of one layer.
+
+    Args:
+        keep: profile name -> bool mask [E, I]; at least one profile, all of one shape.
+
+    Returns:
+        The layout, in which nested profiles are prefixes and two profiles one run each.
+    """
+    # Largest profile first: it becomes the most significant bit of an atom's membership signature.
+    names = sorted(keep, key=lambda name: (-int(keep[name].sum()), name))
+    masks_SEI = torch.stack([keep[name] for name in names])
+    rank_EI = _signature_rank(masks_SEI)
+    resident_EI = masks_SEI.any(dim=0)
+    num_experts, intermediate_size = resident_EI.shape
+
+    # Stable sort by (expert, rank, atom): atoms of one signature stay in checkpoint order.
+    experts_P, atoms_P = resident_EI.nonzero(as_tuple=True)
+    order_P = torch.argsort(
+        experts_P * (1 << len(names)) + rank_EI[experts_P, atoms_P], stable=True
+    )
+    experts_P, atoms_P = experts_P[order_P], atoms_P[order_P]
+    offsets_E1 = torch.zeros(num_experts + 1, dtype=torch.int64)
+    offsets_E1[1:] = resident_EI.sum(dim=1).cumsum(dim=0)
+
+    starts = {
+        name: _find_runs(experts_P, mask[experts_P, atoms_P], num_experts)
+        for name, mask in zip(names, masks_SEI, strict=True)
+    }
+    most = max(1, *(max(map(len, runs)) for runs in starts.values()))
+    return PackedLayout(
+        intermediate_size=intermediate_size,
+        offsets_E1=offsets_E1,
+        atoms_P=atoms_P,
+        runs={name: _pad_runs(runs, most) for name, runs in starts.items()},
+    )
+
+
+def _signature_rank(masks_SEI: torch.Tensor) -> torch.Tensor:
+    """Position of every atom's membership signature in the packed order: int64 [E, I].
+
+    Signatures follow the reflected Gray code, counted from "in every profile" and rotated to begin
+    behind "in none" (such atoms are not resident): neighbours differ in one profile, so that
+    profiles break into few runs, and nested profiles become prefixes.
+    """
+    num_profiles = masks_SEI.shape[0]
+    if num_profiles > 32:
+        raise ValueError(
+            f"{num_profiles} resident profiles, at most 32 are supported; list fewer in `resident`"
+        )
+    bits_S = 1 << torch.arange(num_profiles - 1, -1, -1, dtype=torch.int64)
+    code_EI = (~masks_SEI * bits_S[:, None, None]).sum(dim=0)
+    rank_EI, last = _gray_rank(code_EI, num_profiles), _gray_rank(bits_S.sum(), num_profiles)
+    return (rank_EI - last - 1) % (1 << num_profiles)
+
+
+def _gray_rank(code: torch.Tensor, bits: int) -> torch.Tensor:
+    """Position of `code` in the reflected Gray code of that many bits."""
+    rank, shift = code.clone(), 1
+    while shift < bits:
+        rank = rank ^ (rank >> shift)
+        shift *= 2
+    return rank
+
+
+def _find_runs(
+    experts_P: torch.Tensor, kept_P: torch.Tensor, num_experts: int
+) -> list[list[tuple[int, int]]]:
+    """Per expert, the (first row, number of rows) of its runs of kept rows."""
+    rows = kept_P.nonzero().flatten()
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
+    if not len(rows):
+        return runs
+    starts_anew = torch.ones_like(rows, dtype=torch.bool)
+    starts_anew[1:] = (rows.diff() > 1) | (experts_P[rows].diff() != 0)
+    firsts = starts_anew.nonzero().flatten()
+    lengths = torch.diff(firsts, append=torch.tensor([len(rows)]))
+    first_rows = rows[firsts]
+    for expert, row, length in zip(
+        experts_P[first_rows].tolist(), first_rows.tolist(), lengths.tolist(), strict=True
+    ):
+        runs[expert].append((row, length))
+    return runs
+
+
+def _pad_runs(runs: list[list[tuple[int, int]]], most: int) -> torch.Tensor:
+    padded = [expert + [(0, 0)] * (most - len(expert)) for expert in runs]
+    return torch.tensor(padded, dtype=torch.int32).reshape(len(runs), most, 2)
+
+
+class PackedExperts(nn.Module):
+    """The resident atoms of one MoE layer and the active profile's runs over them.
+
+    Parameters gate, up, down_t: [P, H]; down_t is down_proj transposed. Buffer runs_ER2: int32
+    [E, R, 2], rewritten in place by `activate`. Widths may be 0, 1 or anything up to I.
+    """
+
+    def __init__(
+        self,
+        layout: PackedLayout,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        for name in ("gate", "up", "down_t"):
+            rows_PH = torch.empty(layout.num_rows, hidden_size, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(rows_PH, requires_grad=False))
+        first = next(iter(layout.runs.values()))
+        self.register_buffer("runs_ER2", torch.zeros_like(first, device=device), persistent=False)
+
+    gate: nn.Parameter
+    up: nn.Parameter
+    down_t: nn.Parameter
+    runs_ER2: torch.Tensor
+
+    def activate(self, name: str) -> None:
+        """Make `name`, one of the layout's profiles, the one that `runs_ER2` describes."""
+        self.runs_ER2.copy_(self.layout.runs[name])
+
+    @torch.no_grad()
+    def load_expert(self, expert: int, projection: Projection, matrix: torch.Tensor) -> None:
+        """Slice one expert's projection into its packed rows; `matrix` is not modified.
+
+        Args:
+            expert: 0..E-1.
+            projection: gate or up, [I, H], or down, [H, I], as checkpoints store them.
+            matrix: any float dtype and device; the resident rows alone are copied.
+
+        Raises:
+            ValueError: the matrix does not have the model's shape.
+        """
+        hidden_size = self.gate.shape[1]
+        wanted = (self.layout.intermediate_size, hidden_size)
+        rows_IH = matrix.t() if projection == "down" else matrix
+        if tuple(rows_IH.shape) != wanted:
+            raise ValueError(
+                f"expert {expert}: checkpoint {projection}_proj is {list(matrix.shape)}, the model "
+                f"has intermediate size {wanted[0]} and hidden size {wanted[1]}"
+            )
+        atoms = self.layout.expert_atoms(expert).to(matrix.device)
+        start, end = self.layout.offsets_E1[expert : expert + 2].tolist()
+        target = {"gate": self.gate, "up": self.up, "down": self.down_t}[projection]
+        dimension = 1 if projection == "down" else 0
+        kept = matrix.index_select(dimension, atoms)
+        target[start:end].copy_(kept.t() if projection == "down" else kept)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the three matrices: what is resident."""
+        return sum(parameter.nbytes for parameter in (self.gate, self.up, self.down_t))

@@ -1,0 +1,12 @@
+"""Everything that touches vLLM: the loader, the layer, what is refused, and what is measured."""
+
+LOAD_FORMAT = "atomic-pruned"
+
+
+def register_load_format() -> None:
+    """Tell vLLM's loader registry about `--load-format atomic-pruned`."""
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from vllm_atomic_moe.serving.loader import AtomicPrunedModelLoader
+
+    register_model_loader(LOAD_FORMAT)(AtomicPrunedModelLoader)

@@ -1,0 +1,170 @@
+"""The layer: vLLM's routed experts with packed rows instead of w13 and w2.
+
+Routing, shared experts, reductions and scaling stay vLLM's own; only the weights and the sum over
+experts are ours. While weights load, each checkpoint tensor is sliced into the packed rows, so that
+the dense experts never stand in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.kernels import fused_experts
+from vllm_atomic_moe.packing import PROJECTIONS, PackedExperts, Projection, build_layout
+from vllm_atomic_moe.serving.compat import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    RoutedExperts,
+    extract_layer_index,
+    resolve_quant_method,
+    routed_experts_replaced_by,
+)
+from vllm_atomic_moe.serving.options import ResidentProfiles
+from vllm_atomic_moe.serving.refusals import check_layer
+
+SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
+PLACEHOLDERS = ("w13_weight", "w2_weight")
+
+_loading: ContextVar[ResidentProfiles] = ContextVar("atomic_moe_loading")
+
+
+@contextmanager
+def packed_experts_for(resident: ResidentProfiles) -> Iterator[None]:
+    """While open, MoE layers that vLLM builds hold `resident`'s atoms only."""
+    token = _loading.set(resident)
+    try:
+        with routed_experts_replaced_by(AtomicRoutedExperts):
+            yield
+    finally:
+        _loading.reset(token)
+
+
+class AtomicRoutedExperts(RoutedExperts):
+    """Routed experts of any width.
+
+    Attributes:
+        packed: the resident atoms and the active profile's runs.
+        index: decoder layer index in the checkpoint.
+        loaded: (expert, projection) of every expert matrix that has arrived.
+    """
+
+    packed: PackedExperts
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        quant_method = resolve_quant_method(quant_config, self, prefix) if quant_config else None
+        check_layer(self, quant_method)
+        return AtomicExpertsMethod(moe_config)
+
+    def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Allocate the packed rows that the profiles being loaded ask for."""
+        resident = _loading.get()
+        model, config = resident.model, self.moe_config
+        self.index = extract_layer_index(self.layer_name)
+        if self.index not in model.layers:
+            raise ValueError(
+                f"{self.layer_name}: vLLM builds routed experts here, the checkpoint's MoE layers "
+                f"are {list(model.layers)}"
+            )
+        built = (config.num_experts, config.intermediate_size_per_partition, hidden_size)
+        stored = (model.num_experts, model.intermediate_size, model.hidden_size)
+        if built != stored:
+            raise ValueError(
+                f"{self.layer_name}: vLLM builds experts E, I, H = {list(built)}, the checkpoint "
+                f"holds {list(stored)}"
+            )
+        layout = build_layout(resident.masks(self.index))
+        self.packed = PackedExperts(layout, hidden_size, dtype)
+        self.packed.activate(resident.active)
+        self.loaded: set[tuple[int, Projection]] = set()
+
+    def weight_loader(  # type: ignore[override]
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Slice one checkpoint tensor into the packed rows.
+
+        Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
+        `[H, I]` of one expert, or all experts' at once with a leading E.
+
+        Raises:
+            ValueError: the tensor arrives for the second time, or has the wrong shape.
+        """
+        projection = SHARD_PROJECTIONS[shard_id]
+        matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
+        for expert, matrix in enumerate(
+            matrices, start=0 if loaded_weight.dim() == 3 else expert_id
+        ):
+            if (expert, projection) in self.loaded:
+                raise ValueError(
+                    f"{self.layer_name}: {projection}_proj of expert {expert} arrives twice "
+                    f"({weight_name}); the checkpoint holds it in two tensors"
+                )
+            self.packed.load_expert(expert, projection, matrix)
+            self.loaded.add((expert, projection))
+        return True if return_success else None
+
+    weight_loader.supports_moe_loading = True
+
+    def missing(self) -> list[str]:
+        """Expert matrices that have not arrived, by name."""
+        return [
+            f"layers.{self.index}.experts.{expert}.{projection}_proj"
+            for expert in range(self.global_num_experts)
+            for projection in PROJECTIONS
+            if (expert, projection) not in self.loaded
+        ]
+
+
+class AtomicExpertsMethod(FusedMoEMethodBase):
+    """Computes packed experts with `torch.ops.atomic_moe.fused_experts`."""
+
+    def create_weights(
+        self,
+        layer: AtomicRoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.pack(hidden_size, params_dtype)
+        # vLLM finds experts to load by these names; they hold nothing and go after loading.
+        for name in PLACEHOLDERS:
+            placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            placeholder.weight_loader = layer.weight_loader  # type: ignore[attr-defined]
+            layer.register_parameter(name, placeholder)
+
+    def process_weights_after_loading(self, layer: AtomicRoutedExperts) -> None:
+        for name in PLACEHOLDERS:
+            delattr(layer, name)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+
+    def get_fused_moe_quant_config(self, layer: AtomicRoutedExperts) -> Any:
+        return FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def apply(
+        self,
+        layer: AtomicRoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        packed = layer.packed
+        return fused_experts(
+            x, packed.gate, packed.up, packed.down_t, packed.runs_ER2, topk_weights, topk_ids
+        )

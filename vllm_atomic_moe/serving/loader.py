@@ -1,0 +1,126 @@
+"""`--load-format atomic-pruned`: serve the original checkpoint with the pruned atoms left out.
+
+The order is the promise: options, profiles and configuration are checked before any weight is read;
+the model is built with packed experts; vLLM's own loader streams the checkpoint through them; then
+every expert tensor must have arrived exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+from vllm_atomic_moe.serving.layer import AtomicRoutedExperts, packed_experts_for
+from vllm_atomic_moe.serving.options import LoaderOptions, ResidentProfiles, select_profiles
+from vllm_atomic_moe.serving.refusals import check_config, check_draft
+
+# Under vLLM's logger, so that its handlers and level apply.
+logger = init_logger(f"vllm.{__name__}")
+
+DIGEST_KEY = "atomic_moe"
+
+
+class AtomicPrunedModelLoader(BaseModelLoader):
+    """Loads a MoE checkpoint with packed experts; everything else is vLLM's loader of
+    `inner_format`. Options: `serving.options.LoaderOptions`.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.options = LoaderOptions.parse(load_config.model_loader_extra_config)
+        self.inner = get_model_loader(
+            replace(
+                load_config,
+                load_format=self.options.inner_format,
+                model_loader_extra_config=dict(self.options.inner),
+            )
+        )
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Fetch the checkpoint, its configuration and its `atomic_profiles/`."""
+        resolve_model(model_config.model, model_config.revision)
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """Load the model with the profiles of the options resident and one active.
+
+        Raises:
+            ValueError: an option, a profile or a feature is refused (before any weight is read),
+                or the checkpoint's experts are incomplete.
+        """
+        if model_config.runner_type == "draft":
+            check_draft(model_config)
+            return self.inner.load_model(vllm_config, model_config, prefix)
+        check_config(vllm_config, model_config)
+        directory = resolve_model(model_config.model, model_config.revision)
+        self.resident = select_profiles(self.options, directory, describe_checkpoint(directory))
+        _add_to_cache_keys(vllm_config, self.resident.digest())
+        with packed_experts_for(self.resident):
+            return super().load_model(vllm_config, model_config, prefix)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Stream the checkpoint through the packed experts and see that all of it arrived."""
+        layers = packed_layers(model)
+        built, stored = sorted(layer.index for layer in layers), list(self.resident.model.layers)
+        if built != stored:
+            raise ValueError(
+                f"vLLM builds packed experts in layers {built}, the checkpoint's MoE layers are "
+                f"{stored}; this architecture builds its experts in a way that is not supported"
+            )
+        self.inner.load_weights(model, model_config)
+        missing = [name for layer in layers for name in layer.missing()]
+        if missing:
+            raise ValueError(
+                f"{model_config.model}: {len(missing)} expert tensors are missing: "
+                f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; "
+                "fetch the checkpoint again"
+            )
+        _report(self.resident, layers)
+
+
+def packed_layers(model: nn.Module) -> list[AtomicRoutedExperts]:
+    """The model's packed MoE layers, in order."""
+    return [module for module in model.modules() if isinstance(module, AtomicRoutedExperts)]
+
+
+def _add_to_cache_keys(vllm_config: VllmConfig, digest: str) -> None:
+    """vLLM's compile caches key on neither load format nor profiles, only on this."""
+    if not isinstance(vllm_config.additional_config, dict):
+        raise ValueError(
+            f"additional_config is {type(vllm_config.additional_config).__name__}, "
+            "atomic-pruned needs a dict to key vLLM's compile caches; pass a JSON object"
+        )
+    vllm_config.additional_config[DIGEST_KEY] = digest
+
+
+def _report(resident: ResidentProfiles, layers: list[AtomicRoutedExperts]) -> None:
+    """Say once what memory the pruning saves."""
+    atom_bytes = 3 * resident.model.hidden_size * layers[0].packed.gate.element_size()
+    dense = resident.model.atoms * atom_bytes
+    held = sum(layer.packed.weight_bytes for layer in layers)
+    logger.info(
+        "Expert weights: %s dense, %s resident (%.1f %%), %s saved",
+        _mib(dense),
+        _mib(held),
+        100 * held / dense,
+        _mib(dense - held),
+    )
+    for name, profile in resident.profiles.items():
+        logger.info(
+            "Profile %s: %.1f %% of atoms kept, %s%s",
+            name,
+            100 * profile.kept,
+            _mib(profile.kept_atoms * atom_bytes),
+            ", active" if name == resident.active else "",
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB ({size} bytes)"

@@ -1,0 +1,169 @@
+"""From `--model-loader-extra-config` to the profiles that are held in memory (DESIGN §7).
+
+Everything here runs before any weight is read, and without vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+ALL = "all"
+# Formats whose weights reach the layers' weight loaders, one checkpoint tensor at a time.
+INNER_FORMATS = (
+    "safetensors",
+    "auto",
+    "hf",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderOptions:
+    """The options of the load format `atomic-pruned`, checked.
+
+    Attributes:
+        profiles: directory of profile files; None stands for MODEL/atomic_profiles.
+        active: the profile served first; None stands for the only one.
+        resident: names held in memory besides `active`, or "all".
+        inner_format: how vLLM reads the checkpoint.
+        inner: what is left of the extra config; it goes to vLLM's loader for `inner_format`.
+    """
+
+    profiles: str | None = None
+    active: str | None = None
+    resident: tuple[str, ...] | str = ()
+    inner_format: str = "safetensors"
+    inner: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, extra_config: Any) -> LoaderOptions:
+        """Check the extra config's types and values.
+
+        Raises:
+            ValueError: an option has the wrong type or an unknown value.
+        """
+        if not isinstance(extra_config, Mapping):
+            raise ValueError(
+                f"model_loader_extra_config is {type(extra_config).__name__}, wanted a JSON object "
+                'such as {"active": "heapr-25"}'
+            )
+        inner = dict(extra_config)
+        options = {
+            name: inner.pop(name)
+            for name in ("profiles", "active", "resident", "inner_format")
+            if name in inner
+        }
+        for name in ("profiles", "active", "inner_format"):
+            if name in options and not (isinstance(options[name], str) and options[name]):
+                raise ValueError(
+                    f"model_loader_extra_config: `{name}` is {options[name]!r}, wanted a string"
+                )
+        resident = options.get("resident", ())
+        if resident != ALL:
+            if isinstance(resident, str) or not all(isinstance(name, str) for name in resident):
+                raise ValueError(
+                    f"model_loader_extra_config: `resident` is {resident!r}, "
+                    f'wanted a list of profile names or "{ALL}"'
+                )
+            options["resident"] = tuple(resident)
+        inner_format = options.get("inner_format", cls.__dataclass_fields__["inner_format"].default)
+        if inner_format not in INNER_FORMATS:
+            raise ValueError(
+                f"model_loader_extra_config: `inner_format` is {inner_format!r}, "
+                f"wanted one of {', '.join(INNER_FORMATS)}"
+            )
+        return cls(**options, inner=inner)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentProfiles:
+    """The profiles held in memory, checked against the checkpoint.
+
+    Attributes:
+        model: the checkpoint they apply to.
+        active: name of the profile served first.
+        profiles: name -> profile, `active` among them.
+    """
+
+    model: CheckpointInfo
+    active: str
+    profiles: Mapping[str, PruningProfile]
+
+    def masks(self, layer: int) -> dict[str, Any]:
+        """Profile name -> bool mask [E, I] of one layer."""
+        return {name: profile.keep[layer] for name, profile in self.profiles.items()}
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over what is resident: the key vLLM's compile caches lack."""
+        digest = hashlib.sha256(b"packed rows 1")
+        for name, profile in sorted(self.profiles.items()):
+            digest.update(name.encode())
+            for layer, mask in profile.keep.items():
+                digest.update(f"{layer} {list(mask.shape)}".encode())
+                digest.update(mask.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def select_profiles(
+    options: LoaderOptions, model_directory: Path, model: CheckpointInfo
+) -> ResidentProfiles:
+    """Find, read and check the profiles that `options` ask for.
+
+    Raises:
+        ValueError: a name is unknown, a file that is asked for is invalid, or `active` is needed
+            and missing.
+    """
+    directory = Path(options.profiles or model_directory / "atomic_profiles")
+    store = ProfileStore(directory)
+    active = options.active or _only_profile(store)
+    wanted = store.names() if options.resident == ALL else list(options.resident)
+    profiles: dict[str, PruningProfile] = {}
+    for name in dict.fromkeys([active, *wanted]):
+        asked_for = name == active or options.resident != ALL
+        try:
+            profile = PruningProfile.dense(model) if name == DENSE else store.load(name)
+            warnings = profile.check(model)
+            _check_served(profile)
+        except ValueError as error:
+            if asked_for:
+                raise
+            logger.warning("left out: %s", error)
+            continue
+        for warning in warnings:
+            logger.warning("%s", warning)
+        profiles[name] = profile
+    for reason in store.invalid.values():
+        logger.warning("left out: %s", reason)
+    return ResidentProfiles(model, active, profiles)
+
+
+def _only_profile(store: ProfileStore) -> str:
+    names = store.names()
+    if len(names) != 1:
+        there = ", ".join(names) or "none"
+        raise ValueError(
+            f"{store.directory} holds {len(names)} profiles ({there}); name the one to serve: "
+            """--model-loader-extra-config '{"active": "NAME"}'"""
+        )
+    return names[0]
+
+
+def _check_served(profile: PruningProfile) -> None:
+    for layer, routable in profile.routable.items():
+        if not bool(routable.all()):
+            raise ValueError(
+                f"profile {profile.name!r}: layers.{layer}.routable excludes experts from routing, "
+                "which this version does not serve; drop `routable` to keep them routable and zero"
+            )

@@ -1,0 +1,132 @@
+"""What this version does not serve, refused by name before any weight is read (DESIGN §7).
+
+Never silently wrong: a feature that was not tested with packed experts is on this list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_atomic_moe.serving.compat import (
+    MoEActivation,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
+
+
+def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    """Refuse what the configuration alone shows.
+
+    Raises:
+        ValueError: one line naming the feature, the flag that asked for it and the remedy.
+    """
+    parallel = vllm_config.parallel_config
+    compilation = vllm_config.compilation_config
+    eager = compilation.cudagraph_mode in (None, CUDAGraphMode.NONE)
+    refused: tuple[tuple[bool, str, str], ...] = (
+        (
+            parallel.tensor_parallel_size > 1,
+            f"tensor parallelism (--tensor-parallel-size {parallel.tensor_parallel_size})",
+            "use 1",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"pipeline parallelism (--pipeline-parallel-size {parallel.pipeline_parallel_size})",
+            "use 1",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            f"data parallelism (--data-parallel-size {parallel.data_parallel_size})",
+            "use 1, or start several servers",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism (--prefill-context-parallel-size "
+            f"{parallel.prefill_context_parallel_size})",
+            "use 1",
+        ),
+        (parallel.enable_expert_parallel, "expert parallelism (--enable-expert-parallel)", ""),
+        (parallel.enable_eplb, "the expert load balancer (--enable-eplb)", ""),
+        (parallel.enable_dbo, "dual-batch overlap (--enable-dbo)", ""),
+        (
+            vllm_config.lora_config is not None,
+            "LoRA (--enable-lora)",
+            "merge the adapter into the checkpoint",
+        ),
+        (
+            model_config.enable_sleep_mode,
+            "sleep mode (--enable-sleep-mode), whose level 2 drops weights that cannot be reloaded",
+            "",
+        ),
+        (
+            vllm_config.weight_transfer_config is not None,
+            "weight updates from a trainer (--weight-transfer-config)",
+            "restart with the new checkpoint and a profile made for it",
+        ),
+        (
+            current_platform.is_cpu()
+            and bool(compilation.inductor_compile_config.get("max_autotune")),
+            "max_autotune on CPU (inductor_compile_config), which freezes parameters",
+            "",
+        ),
+        (
+            not current_platform.is_cpu() and not eager,
+            "CUDA graphs (the reference kernel of this version reads widths on the host)",
+            "add --enforce-eager",
+        ),
+    )
+    for applies, feature, remedy in refused:
+        if applies:
+            raise ValueError(
+                f"atomic-pruned does not serve with {feature}; {remedy or 'leave it out'}"
+            )
+
+
+def check_draft(model_config: ModelConfig) -> None:
+    """Refuse a draft model with routed experts; dense drafts load normally."""
+    if model_config.is_moe:
+        raise ValueError(
+            f"atomic-pruned does not serve the MoE draft model {model_config.model}; "
+            "use a dense draft (--speculative-config) or none"
+        )
+
+
+def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
+    """Refuse experts that packed rows do not describe.
+
+    Args:
+        layer: the layer under construction, its configuration set.
+        quant_method: what the model's quantisation answers for this layer, or None.
+
+    Raises:
+        ValueError: one line naming the property.
+    """
+    config = layer.moe_config
+    gate_parameters = (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
+    refused: tuple[tuple[bool, str], ...] = (
+        (
+            not isinstance(quant_method, UnquantizedFusedMoEMethod | None),
+            f"quantised experts ({type(quant_method).__name__})",
+        ),
+        (config.has_bias, "expert biases"),
+        (
+            config.activation != MoEActivation.SILU
+            or any(value is not None for value in gate_parameters),
+            f"the activation {config.activation.value} with limit, alpha, beta {gate_parameters}",
+        ),
+        (layer.apply_router_weight_on_input, "router weights applied to the input"),
+        (
+            layer.expert_map_manager.num_fused_shared_experts > 0,
+            "shared experts fused into the routed ones",
+        ),
+        (
+            config.hidden_dim_unpadded not in (None, config.hidden_dim),
+            f"a hidden size padded from {config.hidden_dim_unpadded} to {config.hidden_dim}",
+        ),
+    )
+    for applies, feature in refused:
+        if applies:
+            raise ValueError(f"atomic-pruned does not serve {feature} ({layer.layer_name})")
