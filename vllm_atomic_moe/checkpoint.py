@@ -118,9 +118,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as a model configuration ({error})") from None
     if not isinstance(config, dict):
-        raise ValueError(
-            f"{path}: holds {type(config).__name__}, a model configuration is an object"
-        )
+        raise ValueError(f"{path}: holds {type(config).__name__}, wanted a JSON object")
     text = config.get("text_config")
     if isinstance(text, dict):
         config = {**text, "architectures": config.get("architectures", text.get("architectures"))}

@@ -1,0 +1,106 @@
+"""What is read off a checkpoint before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import ARCHITECTURES, make_checkpoint
+from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_both_layouts_describe_the_same_experts(tmp_path, architecture):
+    per_expert = make_checkpoint(architecture, tmp_path / "a")
+    fused = make_checkpoint(architecture, tmp_path / "b", layout="fused")
+    assert per_expert == fused
+    layers = (1, 2) if architecture == "glm4_moe" else (0, 1, 2)
+    assert (per_expert.num_experts, per_expert.intermediate_size) == (8, 64)
+    assert (per_expert.layers, per_expert.experts_per_token) == (layers, 2)
+    assert per_expert.atoms == len(layers) * 8 * 64
+
+
+def test_digest_is_of_the_router_alone(tmp_path):
+    info = make_checkpoint("qwen2_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+
+    def changed(name: str):
+        save_file({**tensors, name: tensors[name] + 1}, path)
+        return describe_checkpoint(tmp_path)
+
+    assert changed("model.layers.1.mlp.experts.0.up_proj.weight") == info
+    assert changed("model.layers.1.mlp.shared_expert_gate.weight") == info
+    assert changed("model.layers.1.mlp.gate.weight") != info
+
+
+def test_digest_does_not_depend_on_sharding(tmp_path):
+    info = make_checkpoint("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    weight_map = {}
+    for index, name in enumerate(tensors):
+        weight_map[name] = f"model-{index % 3}.safetensors"
+    for shard in set(weight_map.values()):
+        part = {name: tensors[name] for name, file in weight_map.items() if file == shard}
+        save_file(part, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"stray": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    assert describe_checkpoint(tmp_path) == info
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"names model-1.safetensors, which is not there"):
+        describe_checkpoint(tmp_path)
+
+
+def test_prediction_layers_are_left_out(tmp_path):
+    info = make_checkpoint("qwen3_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    extra = {
+        name.replace("layers.1.", "layers.3."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
+    extra |= {f"mtp.{name.removeprefix('model.')}": t.clone() for name, t in extra.items()}
+    save_file({**tensors, **extra}, path)
+    assert describe_checkpoint(tmp_path) == info
+
+
+def test_expert_count_may_have_either_name(tmp_path):
+    info = make_checkpoint("qwen3_moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_experts_per_token"] = config.pop("num_experts_per_tok") + 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert describe_checkpoint(tmp_path) == replace(info, experts_per_token=3)
+
+
+def test_refusals(tmp_path, monkeypatch):
+    make_checkpoint("qwen3_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+
+    def refused(words: str, kept) -> None:
+        save_file({name: t for name, t in tensors.items() if kept(name)}, path)
+        with pytest.raises(ValueError, match=words):
+            describe_checkpoint(tmp_path)
+
+    refused("no routed experts among", lambda name: "experts" not in name)
+    refused("no router tensor under model.layers.0.mlp.gate", lambda name: "gate.w" not in name)
+    refused(
+        r"layers have \[7, 8\] experts",
+        lambda name: not name.startswith("model.layers.1.mlp.experts.7."),
+    )
+    path.unlink()
+    with pytest.raises(ValueError, match=r"holds no \*.safetensors file"):
+        describe_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds list, wanted a JSON object"):
+        describe_checkpoint(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="neither a directory nor a model on the Hugging Face Hub"):
+        resolve_model(str(tmp_path / "none"))

@@ -1,0 +1,114 @@
+"""Packed rows hold the right atoms, in few runs, and switch in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_atomic_moe.packing import PackedExperts, PackedLayout, build_layout
+
+masks = st.builds(
+    lambda seed, experts, width, profiles: {
+        f"p{index}": torch.rand(
+            experts, width, generator=torch.Generator().manual_seed(seed + index)
+        )
+        < 0.2 * (index + 1)
+        for index in range(profiles)
+    },
+    st.integers(0, 1 << 20),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.integers(1, 4),
+)
+
+
+def kept_atoms(layout: PackedLayout, name: str) -> list[set[int]]:
+    """Atoms of every expert that a profile's runs cover; a row covered twice fails."""
+    atoms = []
+    for runs in layout.runs[name].tolist():
+        rows = [row for first, length in runs for row in range(first, first + length)]
+        assert len(rows) == len(set(rows))
+        atoms.append({int(layout.atoms_P[row]) for row in rows})
+    return atoms
+
+
+@given(masks)
+def test_runs_cover_exactly_the_mask(keep):
+    layout = build_layout(keep)
+    union = torch.stack(list(keep.values())).any(dim=0)
+    assert layout.num_rows == int(union.sum())
+    for expert in range(layout.num_experts):
+        assert layout.expert_atoms(expert).sort().values.tolist() == (
+            union[expert].nonzero().flatten().tolist()
+        )
+    for name, mask in keep.items():
+        assert kept_atoms(layout, name) == [set(row.nonzero().flatten().tolist()) for row in mask]
+
+
+@given(st.integers(0, 1 << 20), st.integers(1, 5))
+def test_nested_profiles_are_prefixes_of_one_run(seed, count):
+    score = torch.rand(3, 50, generator=torch.Generator().manual_seed(seed))
+    layout = build_layout({f"p{index}": score < index / count for index in range(count + 1)})
+    for runs in layout.runs.values():
+        assert runs.shape[1] == 1
+        assert all(
+            first == start
+            for (first, length), start in zip(
+                runs[:, 0].tolist(), layout.offsets_E1[:-1].tolist(), strict=True
+            )
+            if length
+        )
+
+
+@given(st.integers(0, 1 << 20))
+def test_two_profiles_of_any_kind_are_one_run_each(seed):
+    generator = torch.Generator().manual_seed(seed)
+    keep = {name: torch.rand(4, 60, generator=generator) < 0.5 for name in "ab"}
+    assert all(runs.shape[1] == 1 for runs in build_layout(keep).runs.values())
+
+
+def test_one_profile_keeps_checkpoint_order():
+    keep = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+    layout = build_layout({"only": keep})
+    assert layout.atoms_P.tolist() == [0, 2, 3, 0, 1, 2, 3]
+    assert layout.offsets_E1.tolist() == [0, 3, 3, 7]
+    assert layout.runs["only"].tolist() == [[[0, 3]], [[0, 0]], [[3, 4]]]
+
+
+def test_load_slices_rows_and_transposed_columns():
+    keep = torch.tensor([[True, False, True], [False, True, False]])
+    packed = PackedExperts(build_layout({"only": keep}), 5, torch.bfloat16)
+    gate, down = torch.randn(2, 3, 5), torch.randn(2, 5, 3)
+    for expert in range(2):
+        packed.load_expert(expert, "gate", gate[expert])
+        packed.load_expert(expert, "up", -gate[expert])
+        packed.load_expert(expert, "down", down[expert])
+    assert torch.equal(packed.gate, gate[keep].bfloat16())
+    assert torch.equal(packed.up, -gate[keep].bfloat16())
+    assert torch.equal(packed.down_t, down.transpose(1, 2)[keep].bfloat16())
+    assert packed.weight_bytes == 3 * 3 * 5 * 2
+
+
+def test_wrong_shape_is_refused():
+    packed = PackedExperts(build_layout({"only": torch.ones(1, 3).bool()}), 5, torch.float32)
+    with pytest.raises(ValueError, match=r"checkpoint down_proj is \[3, 5\].*size 3 .* size 5"):
+        packed.load_expert(0, "down", torch.zeros(3, 5))
+
+
+def test_activate_rewrites_in_place():
+    keep = {"a": torch.ones(2, 4).bool(), "b": torch.zeros(2, 4).bool()}
+    packed = PackedExperts(build_layout(keep), 8, torch.float32)
+    address = packed.runs_ER2.data_ptr()
+    packed.activate("a")
+    assert packed.runs_ER2[:, :, 1].sum() == 8
+    packed.activate("b")
+    assert packed.runs_ER2[:, :, 1].sum() == 0
+    assert packed.runs_ER2.data_ptr() == address
+
+
+def test_too_many_resident_profiles_are_refused():
+    keep = {f"p{index}": torch.ones(1, 2).bool() for index in range(33)}
+    with pytest.raises(ValueError, match="33 resident profiles, at most 32"):
+        build_layout(keep)

@@ -1,0 +1,46 @@
+"""register(): once, and never an exception, whatever vLLM is installed."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import vllm_atomic_moe
+from vllm_atomic_moe import serving
+
+
+def test_is_idempotent(monkeypatch):
+    calls = []
+    monkeypatch.setattr(vllm_atomic_moe, "_registered", False)
+    monkeypatch.setattr(serving, "register_load_format", lambda: calls.append(1))
+    vllm_atomic_moe.register()
+    vllm_atomic_moe.register()
+    assert calls == [1]
+
+
+def test_never_raises_but_says_so(monkeypatch, caplog):
+    def broken() -> None:
+        raise ImportError("no such internal")
+
+    monkeypatch.setattr(vllm_atomic_moe, "_registered", False)
+    monkeypatch.setattr(serving, "register_load_format", broken)
+    with caplog.at_level(logging.ERROR):
+        vllm_atomic_moe.register()
+    assert "could not register its load format" in caplog.text
+
+
+def test_a_process_with_another_load_format_notices_nothing():
+    """Registering changes vLLM's loader registry by one entry, and replaces no layer."""
+    code = """
+from vllm.model_executor import model_loader
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.plugins import load_general_plugins
+before, layers = dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER), dict(op_registry_oot)
+load_general_plugins()
+after = dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER)
+assert set(after) - set(before) == {"atomic-pruned"}, after
+assert all(after[name] is loader for name, loader in before.items())
+assert op_registry_oot == layers
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
