@@ -14,10 +14,10 @@ from vllm_atomic_moe.profiles import PruningProfile
 
 COMMON = {
     "vocab_size": 256,
-    "hidden_size": 160,
+    "hidden_size": 128,
     "num_hidden_layers": 3,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "bos_token_id": 0,
     "eos_token_id": 1,

@@ -110,7 +110,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of the text model, with `architectures` of the outer one.
 
     Raises:
-        ValueError: the file is missing or no JSON object.
+        ValueError: the file is missing, no JSON object, or does not say `hidden_size`.
     """
     path = directory / "config.json"
     try:
@@ -122,6 +122,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     text = config.get("text_config")
     if isinstance(text, dict):
         config = {**text, "architectures": config.get("architectures", text.get("architectures"))}
+    if not isinstance(config.get("hidden_size"), int):
+        raise ValueError(f"{path}: `hidden_size` is {config.get('hidden_size')!r}, wanted a number")
     return config
 
 
@@ -157,7 +159,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     config = read_config(directory)
     where = _tensor_files(directory)
     num_layers = int(config.get("num_hidden_layers", 1 << 30))
-    layers = _gather_layers(where, int(config["hidden_size"]), num_layers)
+    layers = _gather_layers(where, config["hidden_size"], num_layers)
     if not layers:
         raise ValueError(
             f"{directory}: no routed experts among {len(where)} tensors; "
@@ -175,7 +177,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         num_experts=num_experts.pop(),
         experts_per_token=_experts_per_token(config, directory),
         intermediate_size=sizes.pop(),
-        hidden_size=int(config["hidden_size"]),
+        hidden_size=config["hidden_size"],
         layers=tuple(sorted(layers)),
         router_sha256=_router_digest(where, layers),
     )

@@ -72,7 +72,8 @@ class LoaderOptions:
                 )
         resident = options.get("resident", ())
         if resident != ALL:
-            if isinstance(resident, str) or not all(isinstance(name, str) for name in resident):
+            named = isinstance(resident, list | tuple)
+            if not named or not all(isinstance(name, str) for name in resident):
                 raise ValueError(
                     f"model_loader_extra_config: `resident` is {resident!r}, "
                     f'wanted a list of profile names or "{ALL}"'

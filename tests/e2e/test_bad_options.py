@@ -1,0 +1,38 @@
+"""Bad options end `vllm serve` with one clear line, before any weight is read."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from tests.e2e.conftest import DEMO, ENVIRONMENT, ROOT, free_port, serve_command
+
+
+@pytest.mark.parametrize(
+    ("extra", "flags", "line"),
+    [
+        (
+            {"active": "heapr-99"},
+            [],
+            "ValueError: profile 'heapr-99' is not in deploy/demo/model/atomic_profiles; "
+            "profiles there: heapr-20, heapr-40",
+        ),
+        (
+            {"active": "heapr-20"},
+            ["--enable-expert-parallel"],
+            "ValueError: atomic-pruned does not serve with expert parallelism "
+            "(--enable-expert-parallel); leave it out",
+        ),
+    ],
+)
+def test_refused_before_weights_are_read(extra, flags, line):
+    command = serve_command(DEMO.relative_to(ROOT), extra, f"--port={free_port()}", *flags)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300
+    )
+    assert done.returncode != 0
+    printed = done.stdout + done.stderr
+    assert any(text.endswith(line) for text in printed.splitlines()), printed[-4000:]
+    assert "Loading weights took" not in printed
+    assert "Loading safetensors checkpoint shards" not in printed

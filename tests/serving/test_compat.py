@@ -1,0 +1,112 @@
+"""The vLLM internals we lean on: one probe each, which names the one that moved."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from vllm_atomic_moe.serving import compat
+
+METHOD = compat.FusedMoEMethodBase
+EXPERTS = compat.RoutedExperts
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (EXPERTS._get_quant_method, ["self", "prefix", "quant_config", "moe_config"]),
+        (
+            EXPERTS.weight_loader,
+            [
+                "self",
+                "param",
+                "loaded_weight",
+                "weight_name",
+                "shard_id",
+                "expert_id",
+                "return_success",
+            ],
+        ),
+        (
+            METHOD.create_weights,
+            [
+                "self",
+                "layer",
+                "num_experts",
+                "hidden_size",
+                "intermediate_size_per_partition",
+                "params_dtype",
+                "extra_weight_attrs",
+            ],
+        ),
+        (
+            METHOD.apply,
+            [
+                "self",
+                "layer",
+                "x",
+                "topk_weights",
+                "topk_ids",
+                "shared_experts",
+                "shared_experts_input",
+            ],
+        ),
+        (METHOD.get_fused_moe_quant_config, ["self", "layer"]),
+        (compat.resolve_quant_method, ["quant_config", "layer", "prefix"]),
+        (compat.extract_layer_index, ["layer_name", "num_attn_module"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_signature(function, wanted):
+    assert list(inspect.signature(function).parameters) == wanted, function.__qualname__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_experts",
+        "hidden_dim",
+        "hidden_dim_unpadded",
+        "intermediate_size_per_partition",
+        "activation",
+        "has_bias",
+    ],
+)
+def test_moe_config_still_has(name):
+    assert name in compat.FusedMoEConfig.__dataclass_fields__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swiglu_limit",
+        "swiglu_alpha",
+        "swiglu_beta",
+        "apply_router_weight_on_input",
+        "expert_map_manager",
+        "global_num_experts",
+        "layer_name",
+        "moe_config",
+    ],
+)
+def test_routed_experts_still_sets(name):
+    assert f"self.{name} =" in inspect.getsource(EXPERTS.__init__)
+
+
+def test_replacement_is_for_the_block_only():
+    class Mine(EXPERTS):
+        def __init__(self, *arguments):
+            torch.nn.Module.__init__(self)
+
+    with compat.routed_experts_replaced_by(Mine):
+        assert type(EXPERTS("anything")) is Mine
+        with pytest.raises(ValueError, match=r"already replaced by .*Mine"):
+            compat.routed_experts_replaced_by(Mine).__enter__()
+    assert compat.op_registry_oot.get("RoutedExperts") is None
+
+
+def test_supported_range_is_the_one_probed():
+    assert version("vllm").startswith("0.32."), "probe anew, then widen the range in pyproject.toml"

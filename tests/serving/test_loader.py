@@ -1,0 +1,350 @@
+"""The loader: options, refusals before weights are read, completeness, residency."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
+from tests.serving.conftest import engine, logprobs_of, prompt_logprobs
+from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.serving.options import LoaderOptions
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Qwen3-MoE with two ragged profiles that are not nested."""
+    directory = tmp_path_factory.mktemp("models") / "model"
+    info = make_checkpoint("qwen3_moe", directory)
+    for seed, name in enumerate(("narrow", "other"), start=1):
+        write_profile(info, name, directory / "atomic_profiles", seed)
+    return directory
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch):
+    """Fail if any weight is read through vLLM's loader."""
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    def read(*arguments, **options):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", read)
+
+
+def load(model, extra=None, **engine_options):
+    """Build the configuration as `vllm serve` does, and load."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    arguments = {
+        "load_format": "atomic-pruned",
+        "model_loader_extra_config": {"active": "narrow"} if extra is None else extra,
+        "dtype": "float32",
+        "max_model_len": 128,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+    }
+    config = EngineArgs(str(model), **{**arguments, **engine_options}).create_engine_config()
+    return get_model(vllm_config=config)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({}, r"holds 2 profiles \(narrow, other\); name the one to serve"),
+        ({"active": "wide"}, r"profile 'wide' is not in .*; profiles there: narrow, other"),
+        ({"active": 3}, r"`active` is 3, wanted a string"),
+        ({"active": "narrow", "resident": "other"}, r"`resident` is 'other', wanted a list"),
+        ({"active": "narrow", "resident": ["wide"]}, r"profile 'wide' is not in"),
+        ({"active": "narrow", "resident": 7}, r"`resident` is 7, wanted a list"),
+        ({"active": "narrow", "profiles": "/no/such"}, r"profile directory /no/such does not"),
+        ({"active": "narrow", "inner_format": "tensorizer"}, r"`inner_format` is 'tensorizer'"),
+        ({"active": "narrow", "actve": "x"}, r"[Uu]nexpected extra config keys.*actve"),
+        ({"active": "narrow", "num_threads": 0}, r"num_threads must be a positive integer"),
+    ],
+)
+def test_bad_options_are_refused(model, no_weights_read, extra, words):
+    with pytest.raises(ValueError, match=words):
+        load(model, extra)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tensor_parallel_size": 2}, r"tensor parallelism \(--tensor-parallel-size 2\); use 1"),
+        ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(--pipeline-parallel-size 2\)"),
+        ({"data_parallel_size": 2}, r"data parallelism \(--data-parallel-size 2\)"),
+        ({"enable_expert_parallel": True}, r"expert parallelism \(--enable-expert-parallel\)"),
+        ({"enable_lora": True}, r"LoRA \(--enable-lora\); merge the adapter"),
+        (
+            {
+                "enforce_eager": False,
+                "compilation_config": {"inductor_compile_config": {"max_autotune": True}},
+            },
+            r"max_autotune on CPU",
+        ),
+    ],
+)
+def test_features_are_refused_by_name(model, no_weights_read, options, words):
+    with pytest.raises(ValueError, match=f"atomic-pruned does not serve with {words}"):
+        load(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.parallel_config.__setattr__("enable_eplb", True), r"--enable-eplb"),
+        (lambda c: c.model_config.__setattr__("enable_sleep_mode", True), r"--enable-sleep-mode"),
+        (lambda c: c.__setattr__("weight_transfer_config", object()), r"--weight-transfer-config"),
+        (
+            lambda c: c.parallel_config.__setattr__("prefill_context_parallel_size", 2),
+            r"--prefill-context-parallel-size 2",
+        ),
+        (lambda c: c.parallel_config.__setattr__("enable_dbo", True), r"--enable-dbo"),
+    ],
+)
+def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, words):
+    """vLLM's CPU platform rejects these flags earlier; a GPU machine reaches our refusal."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_atomic_moe.serving.refusals import check_config
+
+    config = EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
+    check_config(config, config.model_config)
+    change(config)
+    with pytest.raises(ValueError, match=words):
+        check_config(config, config.model_config)
+
+
+def test_profile_of_another_model_is_refused(model, tmp_path, no_weights_read):
+    sibling = tmp_path / "sibling"
+    make_checkpoint("qwen3_moe", sibling, seed=1)
+    with pytest.raises(ValueError, match=r"profile 'narrow': made for router_sha256 .* sibling"):
+        load(sibling, {"profiles": str(model / "atomic_profiles"), "active": "narrow"})
+
+
+def test_routing_masks_are_refused(model, tmp_path, no_weights_read):
+    profile = PruningProfile.read(model / "atomic_profiles" / "narrow.safetensors")
+    routable = {layer: mask.any(dim=1) for layer, mask in profile.keep.items()}
+    PruningProfile("whole", profile.keep, routable).write(tmp_path / "whole.safetensors")
+    with pytest.raises(ValueError, match=r"layers.0.routable excludes experts from routing"):
+        load(model, {"profiles": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("layer_options", "words"),
+    [
+        ({"activation": "gelu"}, r"the activation gelu"),
+        ({"has_bias": True}, r"expert biases"),
+        ({"apply_router_weight_on_input": True}, r"router weights applied to the input"),
+        ({"swiglu_limit": 7.0}, r"the activation silu with limit, alpha, beta \(7.0, None, None\)"),
+    ],
+)
+def test_unsupported_experts_are_refused(model, monkeypatch, layer_options, words):
+    """Properties no small architecture here has, asked for where the model builds its experts."""
+    from vllm.model_executor.models import qwen3_moe
+
+    original = qwen3_moe.FusedMoEFactory
+    monkeypatch.setattr(
+        qwen3_moe, "FusedMoEFactory", lambda **given: original(**{**given, **layer_options})
+    )
+    with (
+        pytest.raises(ValueError, match=words),
+        engine(model, load_format="atomic-pruned", model_loader_extra_config={"active": "narrow"}),
+    ):
+        pass
+
+
+def test_quantised_experts_are_refused(model):
+    with (
+        pytest.raises(ValueError, match=r"quantised experts \(\w+\)"),
+        engine(
+            model,
+            load_format="atomic-pruned",
+            model_loader_extra_config={"active": "narrow"},
+            quantization="fp8",
+            dtype="bfloat16",
+        ),
+    ):
+        pass
+
+
+# --- the checkpoint -------------------------------------------------------------------------------
+
+
+def with_changed_tensors(model, target, change):
+    shutil.copytree(model, target)
+    path = target / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return target
+
+
+def test_missing_expert_tensor_is_named(model, tmp_path):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    broken = with_changed_tensors(
+        model, tmp_path / "m", lambda t: {key: value for key, value in t.items() if key != name}
+    )
+    with pytest.raises(ValueError, match=r"1 expert tensors are missing: layers.1.experts.3.up_"):
+        logprobs_of(
+            broken, load_format="atomic-pruned", model_loader_extra_config={"active": "narrow"}
+        )
+
+
+def test_expert_tensor_that_arrives_twice_is_named(model, tmp_path):
+    def change(tensors):
+        fused = torch.stack(
+            [tensors[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] for e in range(8)]
+        )
+        return {**tensors, "model.layers.0.mlp.experts.down_proj": fused}
+
+    broken = with_changed_tensors(model, tmp_path / "m", change)
+    with pytest.raises(ValueError, match=r"down_proj of expert 0 arrives twice"):
+        logprobs_of(
+            broken, load_format="atomic-pruned", model_loader_extra_config={"active": "narrow"}
+        )
+
+
+# --- residency ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def packed_layers_of(llm):
+    from vllm_atomic_moe.serving.loader import packed_layers
+
+    return packed_layers(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
+
+
+@pytest.mark.parametrize("active", ["narrow", "other", "dense"])
+def test_any_resident_profile_may_be_active(model, tmp_path, active):
+    profiles = model / "atomic_profiles"
+    reference = model
+    if active != "dense":
+        profile = PruningProfile.read(profiles / f"{active}.safetensors")
+        reference = tmp_path / "zeroed"
+        zero_pruned(model, reference, profile)
+    found = logprobs_of(
+        model,
+        load_format="atomic-pruned",
+        model_loader_extra_config={"active": active, "resident": ["narrow", "other", "dense"]},
+    )
+    assert (found - logprobs_of(reference)).abs().max() < 1e-4
+
+
+def test_resident_bytes_are_the_union_and_reported_once(model, log):
+    masks = {
+        name: PruningProfile.read(model / "atomic_profiles" / f"{name}.safetensors").keep
+        for name in ("narrow", "other")
+    }
+    union = sum(int((masks["narrow"][i] | masks["other"][i]).sum()) for i in range(3))
+    with engine(
+        model,
+        load_format="atomic-pruned",
+        model_loader_extra_config={"active": "narrow", "resident": "all"},
+    ) as llm:
+        layers = packed_layers_of(llm)
+        assert not any("w13_weight" in dict(layer.named_parameters()) for layer in layers)
+        held = sum(layer.packed.weight_bytes for layer in layers)
+    atom_bytes = 3 * 128 * 4
+    assert held == union * atom_bytes
+    (report,) = [r.message for r in log.records if r.message.startswith("Expert weights:")]
+    assert f"({3 * 8 * 64 * atom_bytes} bytes) dense" in report
+    assert f"({held} bytes) resident" in report
+    profiles = [r.message for r in log.records if r.message.startswith("Profile ")]
+    assert [line.split(":")[0] for line in profiles] == ["Profile narrow", "Profile other"]
+    assert profiles[0].endswith("active")
+
+
+def test_invalid_file_that_is_not_asked_for_warns(model, tmp_path, log):
+    profiles = tmp_path / "profiles"
+    shutil.copytree(model / "atomic_profiles", profiles)
+    (profiles / "broken.safetensors").write_bytes(b"no profile")
+    PruningProfile("misfit", {0: torch.ones(8, 64).bool()}).write(profiles / "misfit.safetensors")
+    with engine(
+        model,
+        load_format="atomic-pruned",
+        model_loader_extra_config={
+            "profiles": str(profiles),
+            "active": "narrow",
+            "resident": "all",
+        },
+    ):
+        pass
+    warnings = [r.message for r in log.records if r.message.startswith("left out:")]
+    assert len(warnings) == 2
+    assert any("broken.safetensors" in line for line in warnings)
+    assert any("profile 'misfit'" in line for line in warnings)
+
+
+def test_only_profile_is_the_default_and_origin_unknown_warns(model, tmp_path, log):
+    info_masks = PruningProfile.read(model / "atomic_profiles" / "narrow.safetensors").keep
+    PruningProfile("lonely", info_masks).write(tmp_path / "lonely.safetensors")
+    with engine(
+        model,
+        load_format="atomic-pruned",
+        model_loader_extra_config={"profiles": str(tmp_path)},
+    ):
+        pass
+    assert any("'lonely' does not say which model" in r.message for r in log.records)
+
+
+def test_options_go_on_to_vllms_loader():
+    options = LoaderOptions.parse({"active": "a", "enable_multithread_load": True})
+    assert dict(options.inner) == {"enable_multithread_load": True}
+    assert options.inner_format == "safetensors"
+
+
+def test_multithreaded_reading_gives_the_same(model):
+    extra = {"active": "narrow"}
+    plain = logprobs_of(model, load_format="atomic-pruned", model_loader_extra_config=extra)
+    threaded = logprobs_of(
+        model,
+        load_format="atomic-pruned",
+        model_loader_extra_config={**extra, "enable_multithread_load": True, "num_threads": 3},
+    )
+    assert torch.equal(plain, threaded)
+
+
+def test_other_load_formats_notice_nothing(model):
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
+
+    with engine(model) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        modules = list(worker.model_runner.model.modules())
+        assert not [module for module in modules if isinstance(module, AtomicRoutedExperts)]
+        assert "atomic_moe" not in llm.llm_engine.vllm_config.additional_config
+        assert torch.isfinite(prompt_logprobs(llm)).all()
+    assert "RoutedExperts" not in op_registry_oot
+
+
+def test_digest_depends_on_what_is_resident(model):
+    from vllm_atomic_moe.checkpoint import describe_checkpoint
+    from vllm_atomic_moe.serving.options import select_profiles
+
+    info = describe_checkpoint(model)
+    digests = {
+        json.dumps(extra): select_profiles(LoaderOptions.parse(extra), model, info).digest()
+        for extra in (
+            {"active": "narrow"},
+            {"active": "other"},
+            {"active": "other", "resident": ["narrow"]},
+        )
+    }
+    assert len(set(digests.values())) == 3
