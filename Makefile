@@ -5,12 +5,16 @@ PROFILE ?= heapr-20
 BIN := .venv/bin
 DEMO := deploy/demo
 STAMP := .venv/.installed
+STATISTICS := build/demo/statistics.safetensors
+DOMAINS := english spanish french python c json man rst
+CALIBRATION_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).calibration.txt:$(domain))
+HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-full lint demo-model demo-profiles demo-report clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 install: $(STAMP) ## everything into .venv/ (CPU)
 
@@ -42,6 +46,23 @@ lint: install ## ruff and mypy
 
 demo-model: install ## train the demo model anew (about 35 minutes on two cores)
 	$(BIN)/python $(DEMO)/recipe/make_demo_model.py
+
+$(STATISTICS): $(STAMP) $(DEMO)/model/model.safetensors
+	mkdir -p $(@D)
+	$(BIN)/atomic-moe calibrate $(DEMO)/model $(CALIBRATION_TEXT) --seq-len 512 -o $@
+
+demo-profiles: $(STATISTICS) ## the demo's profiles heapr-20 and heapr-40 from its calibration text
+	for ratio in 0.2 0.4; do $(BIN)/atomic-moe prune $(STATISTICS) \
+	  --method heapr --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done
+
+demo-report: $(STATISTICS) ## held-out perplexity of the demo as served: dense, heapr, random with three seeds
+	rm -rf build/demo/report && mkdir -p build/demo/report
+	cp $(DEMO)/model/atomic_profiles/*.safetensors build/demo/report
+	for ratio in 0.2 0.4; do for seed in 0 1 2; do \
+	  $(BIN)/atomic-moe prune $(STATISTICS) --method random --seed $$seed \
+	    --ratio $$ratio --name random-$$ratio-seed-$$seed -o build/demo/report || exit 1; done; done
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe eval $(DEMO)/model --profiles build/demo/report \
+	  $(HELDOUT_TEXT)
 
 clean: ## remove .venv/ and build/
 	rm -rf .venv build

@@ -135,7 +135,12 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{index}: no index with a weight_map ({type(error).__name__}); fetch it again"
+            ) from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{index}: names {missing[0]}, which is not there; fetch it again")

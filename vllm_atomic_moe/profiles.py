@@ -11,21 +11,22 @@ Legend: E experts, I full intermediate size, K experts per token.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.tensor_files import (
+    check_format,
+    open_safetensors,
+    shorten,
+    write_safetensors,
+)
 
 FORMAT = "atomic-moe-profile"
 FORMAT_VERSION = "1"
@@ -66,7 +67,7 @@ class PruningProfile:
         object.__setattr__(self, "routable", MappingProxyType(dict(sorted(self.routable.items()))))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
         if not NAME.fullmatch(self.name):
-            raise ValueError(f"profile name {_shorten(self.name)} is not allowed: {NAME_RULE}")
+            raise ValueError(f"profile name {shorten(self.name)} is not allowed: {NAME_RULE}")
         _check_tensors(self.name, self.keep, self.routable)
 
     @classmethod
@@ -82,7 +83,7 @@ class PruningProfile:
         Raises:
             ValueError: anything of DESIGN §5 that does not need the model to be seen.
         """
-        with _open(path) as (metadata, file):
+        with open_safetensors(path) as (metadata, file):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         name = _check_header(path, metadata)
         keep: dict[int, torch.Tensor] = {}
@@ -91,7 +92,7 @@ class PruningProfile:
             match = TENSOR.fullmatch(tensor_name)
             if match is None:
                 raise ValueError(
-                    f"{path}: unexpected tensor {_shorten(tensor_name)}; "
+                    f"{path}: unexpected tensor {shorten(tensor_name)}; "
                     "a profile holds layers.N.keep and layers.N.routable only"
                 )
             (keep if match[2] == "keep" else routable)[int(match[1])] = tensor
@@ -204,8 +205,8 @@ class PruningProfile:
         for key in IDENTITY_KEYS:
             if key in origin and origin[key] != wanted[key]:
                 raise ValueError(
-                    f"profile {self.name!r}: made for {key} {_shorten(json.dumps(origin[key]))}, "
-                    f"the model has {_shorten(json.dumps(wanted[key]))}; "
+                    f"profile {self.name!r}: made for {key} {shorten(origin[key])}, "
+                    f"the model has {shorten(wanted[key])}; "
                     "make a profile for this model (a fine-tuned sibling is another model)"
                 )
         return []
@@ -234,7 +235,7 @@ class ProfileStore:
             )
         for path in sorted(directory.glob("*.safetensors")):
             try:
-                with _open(path) as (metadata, _):
+                with open_safetensors(path) as (metadata, _):
                     name = _check_header(path, metadata)
             except ValueError as error:
                 self.invalid[path] = str(error)
@@ -260,53 +261,18 @@ class ProfileStore:
             there = ", ".join(self.names()) or "none"
             broken = "".join(f"; unreadable: {reason}" for reason in self.invalid.values())
             raise ValueError(
-                f"profile {_shorten(name)} is not in {self.directory}; "
+                f"profile {shorten(name)} is not in {self.directory}; "
                 f"profiles there: {there}{broken}"
             )
         return PruningProfile.read(self.paths[name])
 
 
-def write_safetensors(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path
-) -> None:
-    """Write a safetensors file, complete or not at all, with mode 0644."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
-    """Metadata and open file; every way a file can be broken becomes one ValueError line."""
-    try:
-        opened = safe_open(path, framework="pt")
-        metadata = dict(opened.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: not a complete safetensors file ({_one_line(error)}); copy or make it again"
-        ) from None
-    with opened as file:
-        yield metadata, file
-
-
 def _check_header(path: Path, metadata: Mapping[str, str]) -> str:
     """The profile's name; refuses files that are no version 1 profiles."""
-    for key, wanted in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
-        if metadata.get(key) != wanted:
-            seen = _shorten(metadata[key]) if key in metadata else "missing"
-            raise ValueError(
-                f"{path}: metadata `{key}` is {seen}, wanted {wanted!r}; "
-                "is it a profile of this version of atomic-moe?"
-            )
+    check_format(path, metadata, FORMAT, FORMAT_VERSION)
     name = metadata.get("name", "")
     if not NAME.fullmatch(name):
-        raise ValueError(f"{path}: metadata `name` is {_shorten(name)}: {NAME_RULE}")
+        raise ValueError(f"{path}: metadata `name` is {shorten(name)}: {NAME_RULE}")
     try:
         _check_not_reserved(name)
     except ValueError as error:
@@ -352,16 +318,6 @@ def _check_tensors(
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _one_line(error: BaseException) -> str:
-    return _shorten(str(error).splitlines()[0] if str(error) else type(error).__name__)
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    """Foreign text, safe for one line of a log: escaped and cut."""
-    shown = repr(text)
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def _shorten_list(layers: Any, limit: int = 8) -> str:

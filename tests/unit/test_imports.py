@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
-LIGHT = ("checkpoint", "profiles", "packing", "scoring", "kernels")
+LIGHT = ("tensor_files", "checkpoint", "profiles", "packing", "scoring", "kernels")
 # vLLM's public names; everything else of vLLM may be imported in serving/compat.py only.
 PUBLIC_VLLM = (
     "vllm",

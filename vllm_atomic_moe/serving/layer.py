@@ -85,7 +85,7 @@ class AtomicRoutedExperts(RoutedExperts):
         self.packed.activate(resident.active)
         self.loaded: set[tuple[int, Projection]] = set()
 
-    def weight_loader(  # type: ignore[override]
+    def weight_loader(
         self,
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
@@ -116,7 +116,7 @@ class AtomicRoutedExperts(RoutedExperts):
             self.loaded.add((expert, projection))
         return True if return_success else None
 
-    weight_loader.supports_moe_loading = True
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
     def missing(self) -> list[str]:
         """Expert matrices that have not arrived, by name."""

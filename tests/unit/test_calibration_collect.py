@@ -1,0 +1,276 @@
+"""The calibration run on real tiny models: what it sums, what it refuses, what it warns about."""
+
+import json
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tests import checkpoints
+from tests.unit.tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    character_tokenizer,
+    make_model,
+    random_text,
+    random_windows,
+)
+from vllm_atomic_moe.calibration.collect import (
+    CalibrationOptions,
+    calibrate,
+    check_config,
+    check_vocabulary,
+    collect,
+    load_model,
+    resolve_device,
+)
+from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
+from vllm_atomic_moe.calibration.text import CalibrationText
+from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.profiles import PruningProfile
+
+CPU = torch.device("cpu")
+OPTIONS = CalibrationOptions(samples=4, seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen3_moe")
+    return directory, make_model("qwen3_moe", directory)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "letters.txt"
+    path.write_text(random_text(2000))
+    return path
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def info_of(**changes) -> CheckpointInfo:
+    fields = {
+        "architecture": "TestForCausalLM",
+        "num_experts": 8,
+        "experts_per_token": 2,
+        "intermediate_size": 64,
+        "hidden_size": 128,
+        "layers": (0, 1, 2),
+        "router_sha256": "",
+    }
+    return CheckpointInfo(**{**fields, **changes})
+
+
+def run(directory, info, windows, batch_size=1, dtype="float64"):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    text = windows if isinstance(windows, CalibrationText) else CalibrationText({"a": windows}, ())
+    return collect(model, find_experts(model, info), info, text, batch_size)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_observed_experts_compute_what_transformers_computes(architecture, tmp_path):
+    info = make_model(architecture, tmp_path)
+    model = load_model(tmp_path, "float32", CPU).eval()
+    experts = find_experts(model, info)
+    ids = random_windows(2, 16).long()
+    rows = dict.fromkeys(info.layers, 0)
+
+    def count(layer, expert, h):
+        assert h.shape[1] == info.intermediate_size
+        rows[layer] += h.shape[0]
+
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        wanted = model(input_ids=ids, use_cache=False).logits
+        with observe(model, experts, count):
+            logits = model(input_ids=ids, use_cache=False).logits
+        after = model(input_ids=ids, use_cache=False).logits
+
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, wanted)
+    assert set(rows.values()) == {ids.numel() * info.experts_per_token}
+
+
+def test_batch_size_does_not_change_the_sums(tiny):
+    directory, info = tiny
+    windows = random_windows(3, 32)
+    one, two = (run(directory, info, windows, batch_size) for batch_size in (1, 2))
+    for layer in info.layers:
+        for name in ("count", "h2", "g2"):
+            torch.testing.assert_close(one[layer][name], two[layer][name], rtol=1e-6, atol=0)
+
+
+def test_domains_are_summed_apart(tiny):
+    directory, info = tiny
+    windows = random_windows(3, 32)
+    both = run(directory, info, CalibrationText({"a": windows[:1], "b": windows[1:]}, ()), 2)
+    apart = [run(directory, info, part) for part in (windows[:1], windows[1:])]
+    for layer in info.layers:
+        for name, tensor in both[layer].items():
+            wanted = torch.cat([part[layer][name] for part in apart])
+            torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=0)
+
+
+def test_state_does_not_grow_with_the_hidden_size(tiny):
+    directory, info = tiny
+    sums = run(directory, info, random_windows(1, 8), dtype="float32")
+    held = sum(tensor.numel() for named in sums.values() for tensor in named.values())
+    assert held == 2 * info.atoms + len(info.layers) * info.num_experts
+    assert all(
+        tensor.dtype == torch.float64 for named in sums.values() for tensor in named.values()
+    )
+
+
+def test_only_the_embedding_output_requires_a_gradient(tiny):
+    directory, info = tiny
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    text = CalibrationText({"a": random_windows(1, 8)}, ())
+    collect(model, find_experts(model, info), info, text, 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+
+
+def test_calibrate_records_what_it_did(tiny, text_file):
+    directory, info = tiny
+    seen = []
+    statistics, warnings = calibrate(
+        str(directory),
+        [f"{text_file}:english"],
+        CalibrationOptions(samples=4, seq_len=32, batch_size=3, dtype="bfloat16", seed=5),
+        lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(3, 4), (4, 4)]
+    assert statistics.model == info.identity()
+    assert not any("masked" in warning for warning in warnings)
+    corpora = statistics.calibration["corpora"]
+    assert [(entry["name"], entry["domain"], entry["tokens"]) for entry in corpora] == [
+        ("letters.txt", "english", 2000)
+    ]
+    assert {
+        key: statistics.calibration[key] for key in statistics.calibration if key != "corpora"
+    } == {
+        "domains": ["english"],
+        "tokens": 128,
+        "seq_len": 32,
+        "samples": 4,
+        "seed": 5,
+        "dtype": "bfloat16",
+    }
+
+
+def test_a_masked_checkpoint_is_noticed(tiny, text_file, tmp_path):
+    directory, info = tiny
+    masks = checkpoints.ragged_masks(info, seed=0)
+    masked = tmp_path / "masked"
+    checkpoints.zero_pruned(directory, masked, PruningProfile("ragged", masks))
+    _, warnings = calibrate(str(masked), [str(text_file)], OPTIONS)
+    assert any("looks already masked or pruned" in warning for warning in warnings)
+
+
+def test_starved_experts_are_reported(tiny, text_file):
+    _, warnings = calibrate(str(tiny[0]), [str(text_file)], CalibrationOptions(1, 16))
+    (warning,) = warnings
+    assert "saw fewer than 32 tokens" in warning
+
+
+def test_a_sequence_longer_than_the_context_is_refused(tiny, text_file):
+    with pytest.raises(ValueError, match=f"2048 exceeds the model's context of {CONTEXT} tokens"):
+        calibrate(str(tiny[0]), [str(text_file)], CalibrationOptions())
+
+
+def test_quantised_checkpoints_are_refused(tmp_path):
+    make_model("olmoe", tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match=r"quantised checkpoint \(fp8\)"):
+        check_config(tmp_path, 32)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    make_model("qwen3_moe", tmp_path)
+    edit_config(tmp_path, num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of Qwen3MoeForCausalLM, the first"):
+        load_model(tmp_path, "auto", CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (0, 1)}, r"builds routed experts in layers \[0, 1, 2\]"),
+        ({"num_experts": 9}, "are 8 of intermediate size 64, the checkpoint has 9 of 64"),
+        ({"intermediate_size": 32}, "the checkpoint has 8 of 32"),
+    ],
+)
+def test_a_model_that_is_not_the_checkpoint_is_refused(changes, message, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny[0])
+    with pytest.raises(ValueError, match=message):
+        find_experts(model, info_of(**changes))
+
+
+def tiny_config(architecture, **settings):
+    config = CONFIG_MAPPING[architecture](**{**checkpoints.COMMON, **settings})
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_experts_with_biases_are_refused():
+    model = tiny_config("gpt_oss", num_local_experts=8, intermediate_size=64, head_dim=32)
+    with pytest.raises(ValueError, match="have biases; an atomic expert is"):
+        find_experts(model, info_of())
+
+
+def test_a_dense_model_is_refused():
+    model = tiny_config("qwen3", intermediate_size=64, head_dim=32)
+    with pytest.raises(ValueError, match="does not build its experts through the experts interf"):
+        find_experts(model, info_of())
+
+
+def test_other_activations_are_calibrated_with_a_note(tmp_path):
+    model = tiny_config("mixtral", num_local_experts=8, intermediate_size=64, hidden_act="gelu")
+    model.save_pretrained(tmp_path)
+    info = describe_checkpoint(tmp_path)
+    experts = find_experts(model, info)
+    (note,) = serving_notes(experts)
+    assert "MixtralExperts does not compute plain SiLU(gate)·up" in note
+    text = CalibrationText({"a": random_windows(1, 8)}, ())
+    assert collect(model, experts, info, text, 1)[0]["g2"].sum() > 0
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny[0])
+    text = CalibrationText({"a": torch.tensor([[3, 256]])}, ())
+    with pytest.raises(ValueError, match="token id 256, the model has 256 embeddings"):
+        check_vocabulary(text, model)
+
+
+def test_a_loss_that_is_not_finite_is_refused(tiny):
+    directory, info = tiny
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    text = CalibrationText({"a": random_windows(1, 8)}, ())
+    with pytest.raises(ValueError, match=r"loss of a window is nan in torch.float32"):
+        collect(model, find_experts(model, info), info, text, 1)
+    assert model.config._experts_implementation != "atomic_moe_calibration"
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "wanted auto, cpu, cuda or cuda:N"),
+        ("cuda:x", "wanted auto, cpu, cuda or cuda:N"),
+        ("cuda:99", "use --device cpu"),
+    ],
+)
+def test_devices_that_do_not_exist_are_refused(device, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_device(device)
+
+
+def test_an_unknown_dtype_is_refused(tiny):
+    with pytest.raises(ValueError, match="dtype 'int8': wanted one of auto, float32"):
+        load_model(tiny[0], "int8", CPU)
+
+
+def test_the_tokenizer_of_the_tests_is_sound():
+    assert character_tokenizer()("a b")["input_ids"] != character_tokenizer()("b a")["input_ids"]

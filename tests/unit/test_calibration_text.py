@@ -1,0 +1,199 @@
+"""Files become windows: what is read, how it is cut and drawn, what is refused."""
+
+import hashlib
+import json
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from tests.unit.tiny_models import EOS_ID, character_tokenizer, random_text
+from vllm_atomic_moe.calibration.text import DataFile, draw_windows, parse_data, read_documents
+
+TOKENIZER = character_tokenizer()
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def draw(path, *, seq_len=4, samples=100, seed=0, domain="d"):
+    return draw_windows([DataFile(path, domain)], TOKENIZER, seq_len, samples, seed)
+
+
+def write_jsonl(path, *documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def write_parquet(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def letters(tmp_path):
+    path = tmp_path / "letters.txt"
+    path.write_text(random_text(400))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "domain"),
+    [
+        ("wiki.txt", "wiki.txt", "wiki"),
+        ("wiki.txt", "wiki.txt:english", "english"),
+        ("a.test.txt", "a.test.txt", "a.test"),
+        ("a:b.txt", "a:b.txt", "a:b"),
+        ("a:b.txt", "a:b.txt:code", "code"),
+        ("x.jsonl", "x.jsonl:c", "c"),
+        ("x.parquet", "x.parquet", "x"),
+    ],
+)
+def test_parse_data(name, argument, domain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    parsed = parse_data(argument)
+    assert (str(parsed.path), parsed.domain) == (name, domain)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("missing.txt", "missing.txt does not exist"),
+        ("missing.txt:code", "missing.txt does not exist"),
+        ("there.txt:", "the domain after the colon is empty"),
+        ("there.csv", "suffix '.csv' is not known; wanted .txt, .jsonl, .parquet"),
+        ("folder", "folder is a directory"),
+    ],
+)
+def test_parse_data_refuses(argument, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.txt").touch()
+    (tmp_path / "there.csv").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=message):
+        parse_data(argument)
+
+
+def test_the_three_kinds_of_file_give_the_same_windows(tmp_path):
+    documents = ["hello there", "a", "general kenobi"]
+    jsonl = write_jsonl(tmp_path / "x.jsonl", *documents)
+    table = write_parquet(tmp_path / "x.parquet", text=documents, other=[1, 2, 3])
+    joined = [*encode("hello there"), EOS_ID, *encode("a"), EOS_ID, *encode("general kenobi")]
+    wanted = torch.tensor(joined[: len(joined) // 4 * 4]).view(-1, 4)
+
+    for path in (jsonl, table):
+        text = draw(path)
+        assert torch.equal(text.windows["d"].long(), wanted)
+        assert text.corpora[0].tokens == sum(map(len, documents))
+        assert text.corpora[0].documents == 3
+
+
+def test_a_txt_file_is_one_document_without_special_tokens(letters):
+    text = draw(letters, seq_len=100)
+    assert text.windows["d"].flatten().tolist() == encode(letters.read_text())
+    assert text.num_windows == 4
+    assert text.num_tokens == 400
+    assert text.corpora[0].name == "letters.txt"
+    assert text.corpora[0].sha256 == hashlib.sha256(letters.read_bytes()).hexdigest()
+
+
+def test_empty_documents_and_null_rows_are_skipped(tmp_path):
+    table = write_parquet(tmp_path / "x.parquet", text=["abcd", "", None, "ef"])
+    jsonl = tmp_path / "x.jsonl"
+    jsonl.write_text('{"text": "abcd"}\n\n{"text": ""}\n{"text": "ef"}\n')
+    wanted = [*encode("abcd"), EOS_ID, *encode("ef")]
+    for path in (table, jsonl):
+        assert draw(path, seq_len=7).windows["d"].flatten().tolist() == wanted
+
+
+def test_files_of_one_domain_are_joined_in_the_order_given(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 5)
+    files = [DataFile(tmp_path / f"{name}.txt", "d") for name in "ba"]
+    windows = draw_windows(files, TOKENIZER, 11, 1, 0).windows["d"]
+    assert windows.flatten().tolist() == [*encode("bbbbb"), EOS_ID, *encode("aaaaa")]
+
+
+def test_all_windows_in_order_when_there_are_no_more_than_samples(letters):
+    everything = draw(letters, seq_len=10, samples=40).windows["d"]
+    assert everything.flatten().tolist() == encode(letters.read_text())
+    assert torch.equal(draw(letters, seq_len=10, samples=41).windows["d"], everything)
+
+
+def test_windows_are_drawn_without_replacement_with_the_seed(letters):
+    everything = [tuple(row) for row in draw(letters, seq_len=10).windows["d"].tolist()]
+    drawn = [tuple(row) for row in draw(letters, seq_len=10, samples=39).windows["d"].tolist()]
+    assert len(set(drawn)) == 39
+    assert set(drawn) < set(everything)
+    again = draw(letters, seq_len=10, samples=39).windows["d"]
+    assert [tuple(row) for row in again.tolist()] == drawn
+    other = draw(letters, seq_len=10, samples=39, seed=1).windows["d"]
+    assert [tuple(row) for row in other.tolist()] != drawn
+
+
+def test_samples_count_per_domain_and_a_draw_ignores_the_other_domains(letters, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(random_text(300, seed=1))
+    files = [DataFile(other, "first"), DataFile(letters, "second")]
+    text = draw_windows(files, TOKENIZER, 10, 7, 0)
+    assert list(text.windows) == ["first", "second"]
+    assert [len(windows) for windows in text.windows.values()] == [7, 7]
+    alone = draw_windows(files[1:], TOKENIZER, 10, 7, 0)
+    assert torch.equal(text.windows["second"], alone.windows["second"])
+
+
+def test_too_little_text_is_refused_with_the_tokens_seen(letters):
+    with pytest.raises(ValueError, match=r"'d': 400 tokens, one window takes 401; give more text"):
+        draw(letters, seq_len=401)
+
+
+def test_no_text_at_all_is_refused(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="0 tokens"):
+        draw(tmp_path / "empty.txt")
+
+
+def test_documents_need_an_eos_to_join_them(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", "one", "two")
+    files = [DataFile(path, "d")]
+    with pytest.raises(ValueError, match=r"the model's tokenizer has no EOS token"):
+        draw_windows(files, character_tokenizer(eos=None), 2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "ok"}\n{"body": "x"}\n', "line 2 has no string field `text`"),
+        ('{"text": 3}\n', "line 1 has no string field `text`"),
+        ('["text"]\n', "line 1 has no string field `text`"),
+        ('{"text": "ok"}\nnope\n', "line 2 is no JSON"),
+    ],
+)
+def test_broken_jsonl_is_refused(content, message, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(path))
+
+
+def test_parquet_without_a_text_column_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", body=["a"])
+    with pytest.raises(ValueError, match=r"no string column `text` among body \(string\)"):
+        list(read_documents(path))
+    path = write_parquet(tmp_path / "y.parquet", text=[1])
+    with pytest.raises(ValueError, match=r"among text \(int64\)"):
+        list(read_documents(path))
+    (tmp_path / "z.parquet").write_text("not parquet at all")
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        list(read_documents(tmp_path / "z.parquet"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_text_that_is_not_utf8_is_refused(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"abc \xff\xfe")
+    with pytest.raises(ValueError, match=r"not UTF-8 at byte 4"):
+        list(read_documents(path))

@@ -1,0 +1,147 @@
+"""Methods, score files, and the way from statistics to a profile."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums, rewrite
+from vllm_atomic_moe.calibration.statistics import Statistics
+from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.scoring import METHODS, method_options, score_layers
+from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, score_statistics
+from vllm_atomic_moe.scoring.random import score_random
+from vllm_atomic_moe.scoring.score_file import Scores
+
+
+@pytest.fixture
+def statistics():
+    return Statistics(MODEL, CALIBRATION, make_sums())
+
+
+@pytest.fixture
+def stats_path(statistics, tmp_path):
+    statistics.write(tmp_path / "stats.safetensors")
+    return tmp_path / "stats.safetensors"
+
+
+@pytest.fixture
+def scores_path(statistics, tmp_path):
+    score_statistics(statistics, "random", {"seed": 3}).write(tmp_path / "scores.safetensors")
+    return tmp_path / "scores.safetensors"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_scores_every_layer_and_leaves_the_sums_alone(method):
+    sums = make_sums()
+    scores = score_layers(method, sums, METHODS[method].options)
+    for layer, before in make_sums().items():
+        assert scores[layer].dtype == torch.float32
+        assert scores[layer].shape == (4, 6)
+        assert all(torch.equal(sums[layer][name], before[name]) for name in before)
+
+
+def test_random_scores_depend_on_seed_and_layer_only():
+    sums = make_sums()
+    one = score_random(sums[1], layer=1, seed=0)
+    assert torch.equal(one, score_random(sums[3], layer=1, seed=0))
+    assert not torch.equal(one, score_random(sums[1], layer=2, seed=0))
+    assert not torch.equal(one, score_random(sums[1], layer=1, seed=1))
+    assert 0 <= one.min() < one.max() < 1
+
+
+def test_unknown_methods_and_options_are_refused():
+    with pytest.raises(ValueError, match="method 'magic' is not known; wanted one of heapr, rand"):
+        method_options("magic", {})
+    with pytest.raises(ValueError, match="method 'heapr' has no option --seed"):
+        method_options("heapr", {"seed": 1})
+    assert method_options("heapr", {"seed": None}) == {}
+    assert method_options("random", {"seed": None}) == {"seed": 0}
+
+
+def test_a_score_file_comes_back_equal(statistics, scores_path):
+    read, made = Scores.read(scores_path), score_statistics(statistics, "random", {"seed": 3})
+    assert (read.method, read.options) == ("random", {"seed": 3})
+    assert read.model == MODEL
+    assert read.calibration == CALIBRATION
+    assert all(torch.equal(read.scores[layer], made.scores[layer]) for layer in (1, 3))
+
+
+def test_infinite_scores_survive_the_file(tmp_path):
+    sums = make_sums()
+    sums[1]["count"][:, 2] = 0
+    scores = score_statistics(Statistics(MODEL, CALIBRATION, sums), "heapr", {})
+    scores.write(tmp_path / "scores.safetensors")
+    read = Scores.read(tmp_path / "scores.safetensors")
+    assert read.scores[1][2].isposinf().all()
+    assert read.scores[1].isfinite().sum() == 18
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({}, {"format": "atomic-moe-statistics"}, "wanted 'atomic-moe-scores'"),
+        ({}, {"format_version": "9"}, "`format_version` is '9'"),
+        ({}, {"method": None}, "metadata `method` is missing"),
+        ({}, {"method_options": "3"}, "`method_options` is '3', wanted a JSON object"),
+        ({}, {"model": json.dumps({**MODEL, "layers": [1, 2]})}, r"holds layers \[1, 3\]"),
+        ({"layers.1.score": torch.ones(4, 6).double()}, {}, "layers.1.score is float64"),
+        ({"layers.1.score": torch.full((4, 6), torch.nan)}, {}, "layers.1.score holds NaN"),
+        ({"layers.1.score": None}, {}, r"holds layers \[3\]"),
+        ({"layers.1.keep": torch.ones(4, 6)}, {}, "unexpected tensor 'layers.1.keep'"),
+    ],
+)
+def test_wrong_score_files_are_refused(tensors, metadata, message, scores_path):
+    rewrite(scores_path, tensors, **metadata)
+    with pytest.raises(ValueError, match=message) as refusal:
+        Scores.read(scores_path)
+    assert str(refusal.value).count(str(scores_path)) == 1
+
+
+def test_statistics_need_a_method_and_scores_carry_theirs(stats_path, scores_path):
+    with pytest.raises(ValueError, match="give --method, one of heapr, random"):
+        load_scores(stats_path, None, {})
+    assert load_scores(scores_path, None, {}).method == "random"
+    assert load_scores(scores_path, "random", {}).method == "random"
+    with pytest.raises(ValueError, match="holds random scores, --method says heapr"):
+        load_scores(scores_path, "heapr", {})
+    with pytest.raises(ValueError, match="--seed changes nothing"):
+        load_scores(scores_path, None, {"seed": 1})
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="`format` is None, wanted 'atomic-moe-statistics' or"):
+        load_scores(tmp_path / "x.safetensors", "heapr", {})
+
+
+def test_a_profile_says_where_it_comes_from(stats_path, scores_path, tmp_path):
+    profile = make_profile(load_scores(stats_path, "heapr", {}), 0.25)
+    assert profile.name == "heapr-25"
+    assert profile.kept == 0.75
+    assert profile.model == MODEL
+    assert json.loads(profile.metadata["calibration"]) == CALIBRATION
+    assert profile.metadata["method"] == "heapr"
+    assert float(profile.metadata["ratio"]) == 0.25
+    assert float(profile.metadata["kept"]) == profile.kept
+    assert profile.metadata["created_by"].startswith("vllm-atomic-moe ")
+    assert "method_options" not in profile.metadata
+    profile.write(tmp_path / "heapr-25.safetensors")
+    read = PruningProfile.read(tmp_path / "heapr-25.safetensors")
+    assert all(torch.equal(read.keep[layer], profile.keep[layer]) for layer in (1, 3))
+
+    seeded = make_profile(load_scores(scores_path, None, {}), 0.125, "mine")
+    assert seeded.name == "mine"
+    assert json.loads(seeded.metadata["method_options"]) == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "name"), [(0.29, "heapr-29"), (0.125, "heapr-12.5"), (0.0, "heapr-0")]
+)
+def test_default_names(ratio, name, stats_path):
+    assert make_profile(load_scores(stats_path, "heapr", {}), ratio).name == name
+
+
+def test_scores_on_disk_have_the_documented_names(scores_path):
+    assert sorted(load_file(scores_path)) == ["layers.1.score", "layers.3.score"]

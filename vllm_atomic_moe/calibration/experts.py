@@ -1,0 +1,169 @@
+"""Watch the experts of a transformers model, through its experts interface.
+
+Every MoE architecture whose experts class carries transformers' `use_experts_implementation` calls
+a registered function instead of its own forward. Ours computes the same thing and shows the
+activations h = act(gate·x) ⊙ (up·x) of every expert, still in the autograd graph, to an observer.
+
+Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, I full
+intermediate size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from vllm_atomic_moe.checkpoint import CheckpointInfo
+
+IMPLEMENTATION = "atomic_moe_calibration"
+LAYER = re.compile(r"\blayers\.(\d+)\.")
+# What `use_experts_implementation` sets on every experts module.
+INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+# An nn.Module whose class carries `use_experts_implementation`. Its attributes (gate_up_proj,
+# act_fn, the flags above) are not in the type of nn.Module.
+ExpertsModule = Any
+
+Observer = Callable[[int, torch.Tensor], None]
+"""Called with (expert, h [rows, I]); h is part of the autograd graph and must not be modified."""
+
+
+def observed_experts_forward(
+    module: ExpertsModule,
+    hidden_TH: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+) -> torch.Tensor:
+    """The experts' output [T, H], as `grouped_mm_experts_forward` of transformers computes it.
+
+    `module.activation_observer` sees every expert's activations. The router weight is applied
+    after `down_proj`, so that the gradient of h includes it. Ids of E and above stand for "no
+    expert" and contribute zero.
+    """
+    num_tokens, top_k = topk_ids_TK.shape
+    ids_N = topk_ids_TK.reshape(-1)
+    counts = torch.bincount(ids_N, minlength=module.num_experts)[: module.num_experts].tolist()
+    order_N = ids_N.argsort(stable=True)[: sum(counts)]
+
+    outputs = []
+    # One gather for all experts: its backward is one scatter, not one per expert.
+    rows_by_expert = hidden_TH[order_N // top_k].split(counts)
+    for expert, rows in enumerate(rows_by_expert):
+        if rows.shape[0] == 0:
+            continue
+        h = module._apply_gate(_project(module, module.gate_up_proj[expert], rows))
+        module.activation_observer(expert, h)
+        outputs.append(_project(module, module.down_proj[expert], h))
+    if not outputs:
+        return torch.zeros_like(hidden_TH)
+
+    weighted = torch.cat(outputs) * topk_weights_TK.reshape(-1)[order_N, None]
+    y_NH = weighted.new_zeros(ids_N.numel(), weighted.shape[1]).index_copy(0, order_N, weighted)
+    return y_NH.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts_forward)
+
+
+@contextmanager
+def observe(
+    model: transformers.PreTrainedModel,
+    experts: Mapping[int, ExpertsModule],
+    observer: Callable[[int, int, torch.Tensor], None],
+) -> Iterator[None]:
+    """Within the context, `observer(layer, expert, h)` sees every expert's activations."""
+    before = model.get_experts_implementation()
+    for layer, module in experts.items():
+        module.activation_observer = _for_layer(observer, layer)
+    model.set_experts_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+        for module in experts.values():
+            del module.activation_observer
+
+
+def find_experts(
+    model: transformers.PreTrainedModel, checkpoint: CheckpointInfo
+) -> dict[int, ExpertsModule]:
+    """The routed experts of every MoE layer, by decoder layer index, checked.
+
+    Raises:
+        ValueError: the architecture does not use transformers' experts interface, its layers or
+            shapes are not those of the checkpoint, or the experts have no gate or have biases.
+    """
+    experts: dict[int, ExpertsModule] = {}
+    for name, module in model.named_modules():
+        if not all(flag in vars(module) for flag in INTERFACE_FLAGS):
+            continue
+        found = LAYER.findall(name)
+        if not found or int(found[-1]) in experts:
+            raise ValueError(
+                f"{checkpoint.architecture}: experts {name!r} are not the only ones of a decoder "
+                "layer; this architecture cannot be calibrated"
+            )
+        _check_experts(name, module, checkpoint)
+        experts[int(found[-1])] = module
+    if not experts:
+        raise ValueError(
+            f"{checkpoint.architecture}: transformers {transformers.__version__} does not build "
+            "its experts through the experts interface; calibrate with a version that does"
+        )
+    if tuple(sorted(experts)) != checkpoint.layers:
+        raise ValueError(
+            f"{checkpoint.architecture}: transformers builds routed experts in layers "
+            f"{sorted(experts)}, the checkpoint holds them in {list(checkpoint.layers)}; "
+            "is config.json of this checkpoint?"
+        )
+    return dict(sorted(experts.items()))
+
+
+def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
+    """One line if the server will refuse these experts, though they can be calibrated."""
+    for module in experts.values():
+        gate_is_plain = type(module)._apply_gate.__module__ == "transformers.integrations.moe"
+        activation = getattr(module, "act_fn", None)
+        is_silu = activation is functional.silu or "silu" in type(activation).__name__.lower()
+        if not gate_is_plain or not is_silu:
+            kind = type(module).__name__
+            return [
+                f"{kind} does not compute plain SiLU(gate)·up; "
+                "its statistics are right, but the server does not support this activation yet"
+            ]
+    return []
+
+
+def _for_layer(observer: Callable[[int, int, torch.Tensor], None], layer: int) -> Observer:
+    def observe_layer(expert: int, h: torch.Tensor) -> None:
+        observer(layer, expert, h)
+
+    return observe_layer
+
+
+def _project(module: ExpertsModule, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return rows @ weight if module.is_transposed else functional.linear(rows, weight)
+
+
+def _check_experts(name: str, module: ExpertsModule, checkpoint: CheckpointInfo) -> None:
+    if not module.has_gate or module.has_bias:
+        has = "no gate_proj" if not module.has_gate else "biases"
+        raise ValueError(
+            f"{checkpoint.architecture}: experts {name!r} have {has}; "
+            "an atomic expert is a gate row, an up row and a down column, without biases"
+        )
+    experts, first, second = module.down_proj.shape
+    size = first if module.is_transposed else second
+    if (experts, size) != (checkpoint.num_experts, checkpoint.intermediate_size):
+        raise ValueError(
+            f"{checkpoint.architecture}: experts {name!r} are {experts} of intermediate size "
+            f"{size}, the checkpoint has {checkpoint.num_experts} of "
+            f"{checkpoint.intermediate_size}; is config.json of this checkpoint?"
+        )

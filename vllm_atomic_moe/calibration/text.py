@@ -1,0 +1,237 @@
+"""Text for calibration: files become windows of exactly `seq_len` tokens (DESIGN §6).
+
+Documents are joined by EOS, per domain and in the order given, and cut into windows; the remainder
+is dropped, so that nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+DOCUMENTS_PER_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One `FILE[:DOMAIN]` argument.
+
+    Attributes:
+        path: an existing .txt, .jsonl or .parquet file.
+        domain: what its text is counted as; the file's stem, if nothing else was said.
+    """
+
+    path: Path
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What was read from one file.
+
+    Attributes:
+        name: file name, without directories.
+        sha256: SHA-256 (hex) of the file's bytes.
+        domain: the domain it belongs to.
+        documents: documents with text in them.
+        tokens: tokens of those documents, without the EOS that joins them.
+    """
+
+    name: str
+    sha256: str
+    domain: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationText:
+    """The windows to run.
+
+    Attributes:
+        windows: domain -> int32 [windows, seq_len] token ids, domains in the order given.
+        corpora: one entry per file.
+    """
+
+    windows: Mapping[str, torch.Tensor]
+    corpora: tuple[Corpus, ...]
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of all domains."""
+        return sum(ids.shape[0] for ids in self.windows.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows of all domains."""
+        return sum(ids.numel() for ids in self.windows.values())
+
+
+def parse_data(argument: str) -> DataFile:
+    """Read `FILE[:DOMAIN]`. A path may contain colons: what exists as a whole is a file.
+
+    Raises:
+        ValueError: the file does not exist, has an unknown suffix, or the domain is empty.
+    """
+    path, domain = Path(argument), ""
+    if not path.exists() and ":" in argument:
+        head, domain = argument.rsplit(":", 1)
+        path = Path(head)
+        if path.is_file() and not domain:
+            raise ValueError(f"data {argument!r}: the domain after the colon is empty; name it")
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"data {argument!r}: {path} {what}; wanted FILE[:DOMAIN] with an existing file"
+        )
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"data {argument!r}: suffix {path.suffix!r} is not known; wanted {', '.join(SUFFIXES)}"
+        )
+    return DataFile(path, domain or path.stem)
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Documents of a file: a .txt is one, else field or column `text`, one per line or row.
+
+    Raises:
+        ValueError: not UTF-8, broken JSON or parquet, or no string field `text`.
+    """
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        yield from readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {error.start} of what was read; convert it"
+        ) from None
+
+
+def draw_windows(
+    files: Sequence[DataFile], tokenizer: Any, seq_len: int, samples: int, seed: int
+) -> CalibrationText:
+    """Tokenise the files and draw windows, per domain.
+
+    Args:
+        files: what to read; the files of one domain are joined in this order.
+        tokenizer: a transformers tokenizer. No special tokens are added but the joining EOS.
+        seq_len: tokens per window.
+        samples: windows per domain, drawn without replacement; all of them, in order, when there
+            are no more.
+        seed: of the drawing; a domain's draw does not depend on the other domains.
+
+    Raises:
+        ValueError: a domain has less text than one window, or several documents and the tokenizer
+            no EOS to join them with, or a file is unreadable.
+    """
+    if seq_len < 2 or samples < 1:
+        raise ValueError(
+            f"sequence length {seq_len} and samples {samples}: wanted at least 2 and 1"
+        )
+    corpora: list[Corpus] = []
+    windows: dict[str, torch.Tensor] = {}
+    for domain in dict.fromkeys(file.domain for file in files):
+        of_domain = [file for file in files if file.domain == domain]
+        ids, read = _tokenize_domain(of_domain, tokenizer)
+        corpora += read
+        windows[domain] = _draw(_cut(ids, domain, seq_len), samples, seed)
+    return CalibrationText(windows, tuple(corpora))
+
+
+def _cut(ids: torch.Tensor, domain: str, seq_len: int) -> torch.Tensor:
+    """[tokens] -> [windows, seq_len], the remainder dropped."""
+    count = ids.numel() // seq_len
+    if count == 0:
+        raise ValueError(
+            f"domain {domain!r}: {ids.numel()} tokens, one window takes {seq_len}; "
+            "give more text or a smaller --seq-len"
+        )
+    return ids[: count * seq_len].view(count, seq_len)
+
+
+def _draw(windows: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
+    if windows.shape[0] <= samples:
+        return windows
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(windows.shape[0], generator=generator)[:samples]]
+
+
+def _tokenize_domain(
+    files: Sequence[DataFile], tokenizer: Any
+) -> tuple[torch.Tensor, list[Corpus]]:
+    """Token ids of all documents, joined by EOS: int32 [tokens]; and what each file gave."""
+    pieces: list[torch.Tensor] = []
+    corpora: list[Corpus] = []
+    for file in files:
+        documents = tokens = 0
+        for ids in _tokenize(read_documents(file.path), tokenizer):
+            if pieces:
+                pieces.append(_end_of_sequence(tokenizer, file))
+            pieces.append(torch.tensor(ids, dtype=torch.int32))
+            documents, tokens = documents + 1, tokens + len(ids)
+        with file.path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        corpora.append(Corpus(file.path.name, sha256, file.domain, documents, tokens))
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32), corpora
+
+
+def _tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of every document that is not empty."""
+    filled = (document for document in documents if document)
+    while batch := list(islice(filled, DOCUMENTS_PER_BATCH)):
+        # verbose=False: no warning about documents longer than the context, they are cut anyway.
+        yield from tokenizer(
+            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+
+def _end_of_sequence(tokenizer: Any, file: DataFile) -> torch.Tensor:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{file.path}: several documents are joined by EOS, and the model's tokenizer has no "
+            "EOS token; give one .txt file per domain"
+        )
+    return torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is no JSON ({error})") from None
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(f"{path}: line {number} has no string field `text`")
+            yield text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    """Column `text`; null rows are skipped."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        field = file.schema_arrow.field("text") if "text" in file.schema_arrow.names else None
+        if field is None or field.type not in (pyarrow.string(), pyarrow.large_string()):
+            columns = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow)
+            raise ValueError(f"{path}: no string column `text` among {columns}")
+        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from None

@@ -1,0 +1,44 @@
+"""The command line `atomic-moe`: arguments and tables, nothing else.
+
+One file a subcommand. torch, transformers and vllm are imported inside the commands, so that
+`atomic-moe --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vllm_atomic_moe.cli.calibrate import calibrate
+from vllm_atomic_moe.cli.check import check
+from vllm_atomic_moe.cli.console import OneLineErrors, show_version
+from vllm_atomic_moe.cli.eval import evaluate
+from vllm_atomic_moe.cli.prune import prune
+from vllm_atomic_moe.cli.score import score
+
+app = typer.Typer(
+    name="atomic-moe",
+    cls=OneLineErrors,
+    help="Prune Mixture-of-Experts models inside their experts; vLLM serves the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Prune Mixture-of-Experts models inside their experts; vLLM serves the result."""
+
+
+app.command()(calibrate)
+app.command()(score)
+app.command()(prune)
+app.command()(check)
+app.command("eval")(evaluate)

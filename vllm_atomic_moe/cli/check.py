@@ -1,0 +1,111 @@
+"""atomic-moe check: do profiles fit a model? The same code as in the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_atomic_moe.cli.console import print_error, print_json, print_table, print_warning
+
+
+def check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")
+    ],
+    profiles: Annotated[
+        list[Path],
+        typer.Argument(metavar="PROFILE...", help="Profile files, or directories of them."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check profiles against a model, before a server does.
+
+    Exit code 1 if any profile is refused; each refusal is one line on stderr.
+    """
+    from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+
+    files = _profile_files(profiles)
+    checkpoint = describe_checkpoint(resolve_model(model))
+    results = [_check_file(file, checkpoint) for file in files]
+    _refuse_shared_names(results)
+
+    if as_json:
+        print_json({"model": checkpoint.identity(), "profiles": results})
+    else:
+        print_table(
+            ["profile", "verdict", "kept", "file"],
+            [
+                [
+                    result["name"] or "?",
+                    "ok" if result["ok"] else "refused",
+                    f"{result['kept']:.2%}" if result["kept"] is not None else "-",
+                    Path(result["file"]).name,
+                ]
+                for result in results
+            ],
+        )
+    for result in results:
+        for warning in result["warnings"]:
+            print_warning(warning)
+        if not result["ok"]:
+            print_error(result["error"])
+    if not all(result["ok"] for result in results):
+        raise typer.Exit(1)
+
+
+def _profile_files(profiles: list[Path]) -> list[Path]:
+    """The files named, directories replaced by the profile files in them; each file once.
+
+    Raises:
+        ValueError: a path does not exist, or a directory holds no profile.
+    """
+    files: list[Path] = []
+    for path in profiles:
+        if not path.exists():
+            raise ValueError(f"profile {path} does not exist; name a file or a directory of them")
+        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(
+                f"directory {path} holds no *.safetensors profile; "
+                "make profiles with `atomic-moe prune`"
+            )
+        files += found
+    return list({file.resolve(): file for file in files}.values())
+
+
+def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
+    from vllm_atomic_moe.profiles import PruningProfile
+
+    result: dict[str, Any] = {
+        "file": str(file),
+        "name": None,
+        "ok": False,
+        "kept": None,
+        "warnings": [],
+        "error": None,
+    }
+    try:
+        profile = PruningProfile.read(file)
+        result |= {"name": profile.name, "kept": profile.kept}
+        result |= {"warnings": profile.check(checkpoint), "ok": True}
+    except ValueError as error:
+        text = str(error)
+        result["error"] = text if str(file) in text else f"{file}: {text}"
+    return result
+
+
+def _refuse_shared_names(results: list[dict[str, Any]]) -> None:
+    """Within one directory a name may stand once: the server would refuse the directory."""
+    seen: dict[tuple[Path, str], str] = {}
+    for result in results:
+        if result["name"] is None:
+            continue
+        first = seen.setdefault((Path(result["file"]).parent, result["name"]), result["file"])
+        if first != result["file"]:
+            result["ok"] = False
+            result["error"] = (
+                f"{first} and {result['file']} both carry the name {result['name']!r}; "
+                "rename one (names are in the metadata) or remove it"
+            )

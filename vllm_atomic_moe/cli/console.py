@@ -1,0 +1,73 @@
+"""What the subcommands share: errors, warnings, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+
+class OneLineErrors(TyperGroup):
+    """A refusal anywhere below (ValueError, OSError) is one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            print_error(error)
+            raise typer.Exit(1) from None
+
+
+def print_error(error: Exception | str) -> None:
+    """`error: …` on stderr, one line however the message was laid out."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+def print_warning(line: str) -> None:
+    """`warning: …` on stderr."""
+    typer.echo(f"warning: {' '.join(line.split())}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """`value` as indented JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers or verdicts."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before the long work begins.
+
+    Raises:
+        ValueError: `path` is a directory, or its directory cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"output {path} is a directory; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"output {path}: {path.parent} is not writable; choose another directory")
+
+
+def show_version(wanted: bool) -> None:
+    """Callback of `--version`."""
+    if wanted:
+        from vllm_atomic_moe import __version__
+
+        typer.echo(f"atomic-moe {__version__}")
+        raise typer.Exit

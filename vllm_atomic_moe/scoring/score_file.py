@@ -1,0 +1,95 @@
+"""The score file: `layers.{i}.score` float32 [E, I] per MoE layer, higher = more important.
+
+Legend: E experts, I full intermediate size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe import __version__
+from vllm_atomic_moe.tensor_files import (
+    check_layers,
+    check_tensor,
+    json_object,
+    model_shape,
+    read_layers,
+    write_safetensors,
+)
+
+FORMAT = "atomic-moe-scores"
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Scores of every atom.
+
+    Attributes:
+        method: how they were made, a key of `scoring.METHODS`.
+        options: that method's options (JSON object `method_options` in the file).
+        model: identity of the model, as in a profile.
+        calibration: what the statistics say about their text.
+        scores: MoE layer index -> float32 [E, I]; +inf for atoms that are to stay, never NaN.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    model: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    scores: Mapping[int, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", MappingProxyType(dict(sorted(self.scores.items()))))
+        layers, experts, size = model_shape(self.model)
+        check_layers(list(self.scores), layers)
+        for layer, score in self.scores.items():
+            label = f"layers.{layer}.score"
+            check_tensor(label, score, torch.float32, (experts, size))
+            if bool(score.isnan().any()):
+                raise ValueError(f"{label} holds NaN; calibrate and score again")
+
+    @classmethod
+    def read(cls, path: Path) -> Scores:
+        """Read and check the score file at `path`.
+
+        Raises:
+            ValueError: the file is broken, of another format or version, or its tensors do not
+                have the shapes its own metadata promises.
+        """
+        metadata, layers = read_layers(path, FORMAT, FORMAT_VERSION, ("score",))
+        if not metadata.get("method"):
+            raise ValueError(f"{path}: metadata `method` is missing; score again")
+        has_options = "method_options" in metadata
+        options = json_object(path, metadata, "method_options") if has_options else {}
+        model = json_object(path, metadata, "model")
+        calibration = json_object(path, metadata, "calibration")
+        scores = {layer: tensors["score"] for layer, tensors in layers.items()}
+        try:
+            return cls(metadata["method"], options, model, calibration, scores)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def write(self, path: Path) -> None:
+        """Write the scores to `path`, complete or not at all."""
+        tensors = {f"layers.{layer}.score": score for layer, score in self.scores.items()}
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.metadata()}
+        write_safetensors(tensors, metadata, path)
+
+    def metadata(self) -> dict[str, str]:
+        """What a profile made from these scores inherits."""
+        options = {"method_options": json.dumps(dict(self.options))} if self.options else {}
+        return {
+            "method": self.method,
+            **options,
+            "model": json.dumps(dict(self.model)),
+            "calibration": json.dumps(dict(self.calibration)),
+            "created_by": f"vllm-atomic-moe {__version__}",
+        }

@@ -1,0 +1,183 @@
+"""Safetensors files of ours, written whole and read with suspicion: profiles, statistics, scores.
+
+Every way such a file can be broken becomes one ValueError line. All carry the metadata strings
+`format` and `format_version`. Files are memory-mapped; headers alone are read where that suffices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
+    """Metadata strings and the open file, whose tensors are read on demand.
+
+    Raises:
+        ValueError: there is no such file, or it is no complete safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the path")
+    try:
+        opened = safe_open(path, framework="pt")
+        metadata = dict(opened.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({one_line(error)}); copy or make it again"
+        ) from None
+    with opened as file:
+        yield metadata, file
+
+
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path
+) -> None:
+    """Write a safetensors file, complete or not at all, with mode 0644."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_layers(
+    path: Path, kind: str, version: str, names: tuple[str, ...]
+) -> tuple[dict[str, str], dict[int, dict[str, torch.Tensor]]]:
+    """Metadata and tensors of a file that holds `layers.{i}.{name}` for every layer i.
+
+    Args:
+        path: the file.
+        kind: the `format` wanted.
+        version: the `format_version` wanted.
+        names: the tensors every layer holds; all of them, and no others.
+
+    Returns:
+        Metadata, and layer index -> name -> tensor, layers ascending.
+
+    Raises:
+        ValueError: another format or version, a missing or an unexpected tensor, a broken file.
+    """
+    wanted = re.compile(rf"layers\.(0|[1-9]\d{{0,8}})\.({'|'.join(names)})")
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    with open_safetensors(path) as (metadata, file):
+        check_format(path, metadata, kind, version)
+        for tensor_name in file.keys():  # noqa: SIM118
+            match = wanted.fullmatch(tensor_name)
+            if match is None:
+                raise ValueError(
+                    f"{path}: unexpected tensor {shorten(tensor_name)}; an {kind} file holds "
+                    f"layers.N.{{{','.join(names)}}} only"
+                )
+            layers.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(tensor_name)
+    for layer, tensors in layers.items():
+        for name in names:
+            if name not in tensors:
+                raise ValueError(f"{path}: layers.{layer}.{name} is missing; make the file again")
+    return metadata, dict(sorted(layers.items()))
+
+
+def check_format(path: Path, metadata: Mapping[str, str], kind: str, version: str) -> None:
+    """Refuse a file of another format or version.
+
+    Raises:
+        ValueError: `format` is not `kind` or `format_version` is not `version`.
+    """
+    for key, wanted in (("format", kind), ("format_version", version)):
+        if metadata.get(key) != wanted:
+            seen = shorten(metadata[key]) if key in metadata else "missing"
+            raise ValueError(
+                f"{path}: metadata `{key}` is {seen}, wanted {wanted!r}; "
+                "was it made by this version of atomic-moe?"
+            )
+
+
+def json_object(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The metadata entry `key`, a JSON object.
+
+    Raises:
+        ValueError: the entry is missing or holds something else.
+    """
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        seen = shorten(metadata[key]) if key in metadata else "missing"
+        raise ValueError(f"{path}: metadata `{key}` is {seen}, wanted a JSON object; make it again")
+    return value
+
+
+def model_shape(model: Mapping[str, Any]) -> tuple[list[int], int, int]:
+    """MoE layers, number of experts and intermediate size of a model's identity.
+
+    Raises:
+        ValueError: an entry is missing or of another type.
+    """
+    layers, experts, size = (
+        model.get(key) for key in ("layers", "num_experts", "intermediate_size")
+    )
+    if not (
+        isinstance(layers, list)
+        and all(isinstance(layer, int) for layer in layers)
+        and isinstance(experts, int)
+        and isinstance(size, int)
+    ):
+        raise ValueError(
+            f"model metadata says layers {layers!r:.80}, num_experts {experts!r:.20}, "
+            f"intermediate_size {size!r:.20}; wanted a list and two numbers; make it again"
+        )
+    return layers, experts, size
+
+
+def check_layers(found: list[int], wanted: list[int]) -> None:
+    """Refuse a file whose layers are not those of its own model metadata.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if found != wanted:
+        raise ValueError(
+            f"holds layers {found}, its own model metadata says {wanted}; make it again"
+        )
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Refuse a tensor of another dtype or shape.
+
+    Raises:
+        ValueError: it is not of this dtype and shape.
+    """
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        seen, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
+        raise ValueError(
+            f"{name} is {seen} {list(tensor.shape)}, wanted {wanted} {list(shape)}; make it again"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """A foreign value, safe for one line of a log: escaped and cut."""
+    shown = repr(value)
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
