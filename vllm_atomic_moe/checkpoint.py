@@ -80,8 +80,11 @@ class _Layer:
     intermediate_sizes: set[int] = field(default_factory=set)
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """The directory of MODEL: itself if it is one, else the Hugging Face snapshot of that id.
+
+    Of a hub model the safetensors checkpoint, configuration, tokenizer and `atomic_profiles/` are
+    fetched, into `cache_dir` or the default cache.
 
     Raises:
         ValueError: MODEL is neither a directory nor a model the hub (or its cache) has.
@@ -96,7 +99,9 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "atomic_profiles/*"],
+                cache_dir=cache_dir,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
+                ignore_patterns=["original/*", "consolidated*"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

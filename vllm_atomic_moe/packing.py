@@ -62,8 +62,14 @@ def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
         keep: profile name -> bool mask [E, I]; at least one profile, all of one shape.
 
     Returns:
-        The layout, in which nested profiles are prefixes and two profiles one run each.
+        The layout, in which nested profiles are prefixes and two profiles one run each; on the
+        CPU, whatever the default device is.
     """
+    with torch.device("cpu"):
+        return _build_layout(keep)
+
+
+def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
     # Largest profile first: it becomes the most significant bit of an atom's membership signature.
     names = sorted(keep, key=lambda name: (-int(keep[name].sum()), name))
     masks_SEI = torch.stack([keep[name] for name in names])

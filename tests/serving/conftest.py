@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +16,14 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+DEMO = Path(__file__).parents[2] / "deploy/demo/model"
 PROMPTS = [[3 + (7 * i + j * j * (i + 1)) % 250 for j in range(24)] for i in range(6)]
 
 
 @contextmanager
 def engine(model: Any, **options: Any) -> Iterator[Any]:
-    """A float32 vLLM engine in this process, shut down at the end."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
+    """A small eager float32 engine in this process, shut down at the end."""
+    from vllm_atomic_moe.serving import evaluation
 
     settings = {
         "enforce_eager": True,
@@ -33,37 +33,15 @@ def engine(model: Any, **options: Any) -> Iterator[Any]:
         "disable_log_stats": True,
         "seed": 0,
     }
-    llm = None
-    try:
-        llm = LLM(str(model), **{**settings, **options})
+    with evaluation.engine(model, **{**settings, **options}) as llm:
         yield llm
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        torch._dynamo.reset()
-        gc.collect()
 
 
-def prompt_logprobs(llm: Any, prompts: list[list[int]] = PROMPTS) -> torch.Tensor:
+def prompt_logprobs(llm: Any, prompts: Sequence[Sequence[int]] = PROMPTS) -> torch.Tensor:
     """Log-probabilities of the prompts' tokens after their first, one vector."""
-    from vllm import SamplingParams
+    from vllm_atomic_moe.serving import evaluation
 
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
-        use_tqdm=False,
-    )
-    return torch.tensor(
-        [
-            position[token].logprob
-            for output in outputs
-            for position, token in zip(
-                output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True
-            )
-        ]
-    )
+    return torch.tensor(evaluation.prompt_logprobs(llm, prompts)).flatten()
 
 
 def logprobs_of(model: Any, **options: Any) -> torch.Tensor:
@@ -73,5 +51,5 @@ def logprobs_of(model: Any, **options: Any) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def _all_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)

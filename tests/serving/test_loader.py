@@ -110,6 +110,10 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
             r"--prefill-context-parallel-size 2",
         ),
         (lambda c: c.parallel_config.__setattr__("enable_dbo", True), r"--enable-dbo"),
+        (
+            lambda c: c.offload_config.uva.__setattr__("cpu_offload_gb", 1.0),
+            r"--cpu-offload-gb",
+        ),
     ],
 )
 def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, words):

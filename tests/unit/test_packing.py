@@ -77,6 +77,16 @@ def test_one_profile_keeps_checkpoint_order():
     assert layout.runs["only"].tolist() == [[[0, 3]], [[0, 0]], [[3, 4]]]
 
 
+def test_layout_does_not_follow_the_default_device():
+    """Models are built under `with device:`; the layout is bookkeeping on the host."""
+    keep = {"a": torch.ones(2, 4).bool(), "b": torch.zeros(2, 4).bool()}
+    with torch.device("meta"):
+        layout = build_layout(keep)
+        packed = PackedExperts(layout, 8, torch.float32)
+    assert layout.atoms_P.device == layout.runs["a"].device == torch.device("cpu")
+    assert packed.gate.device == packed.runs_ER2.device == torch.device("meta")
+
+
 def test_load_slices_rows_and_transposed_columns():
     keep = torch.tensor([[True, False, True], [False, True, False]])
     packed = PackedExperts(build_layout({"only": keep}), 5, torch.bfloat16)

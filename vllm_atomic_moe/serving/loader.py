@@ -8,6 +8,8 @@ every expert tensor must have arrived exactly once.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -16,9 +18,10 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
-from vllm_atomic_moe.serving.layer import AtomicRoutedExperts, packed_experts_for
 from vllm_atomic_moe.serving.options import LoaderOptions, ResidentProfiles, select_profiles
-from vllm_atomic_moe.serving.refusals import check_config, check_draft
+
+if TYPE_CHECKING:
+    from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
 
 # Under vLLM's logger, so that its handlers and level apply.
 logger = init_logger(f"vllm.{__name__}")
@@ -44,7 +47,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Fetch the checkpoint, its configuration and its `atomic_profiles/`."""
-        resolve_model(model_config.model, model_config.revision)
+        self._checkpoint(model_config)
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -55,11 +58,15 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             ValueError: an option, a profile or a feature is refused (before any weight is read),
                 or the checkpoint's experts are incomplete.
         """
+        # Here, not above: every vLLM process imports this module, few load a pruned model.
+        from vllm_atomic_moe.serving.layer import packed_experts_for
+        from vllm_atomic_moe.serving.refusals import check_config, check_draft
+
         if model_config.runner_type == "draft":
             check_draft(model_config)
             return self.inner.load_model(vllm_config, model_config, prefix)
         check_config(vllm_config, model_config)
-        directory = resolve_model(model_config.model, model_config.revision)
+        directory = self._checkpoint(model_config)
         self.resident = select_profiles(self.options, directory, describe_checkpoint(directory))
         _add_to_cache_keys(vllm_config, self.resident.digest())
         with packed_experts_for(self.resident):
@@ -84,9 +91,16 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             )
         _report(self.resident, layers)
 
+    def _checkpoint(self, model_config: ModelConfig) -> Path:
+        return resolve_model(
+            model_config.model, model_config.revision, self.load_config.download_dir
+        )
+
 
 def packed_layers(model: nn.Module) -> list[AtomicRoutedExperts]:
     """The model's packed MoE layers, in order."""
+    from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
+
     return [module for module in model.modules() if isinstance(module, AtomicRoutedExperts)]
 
 

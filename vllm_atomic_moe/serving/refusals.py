@@ -24,6 +24,7 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         ValueError: one line naming the feature, the flag that asked for it and the remedy.
     """
     parallel = vllm_config.parallel_config
+    offload = vllm_config.offload_config
     compilation = vllm_config.compilation_config
     eager = compilation.cudagraph_mode in (None, CUDAGraphMode.NONE)
     refused: tuple[tuple[bool, str, str], ...] = (
@@ -65,6 +66,11 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
             vllm_config.weight_transfer_config is not None,
             "weight updates from a trainer (--weight-transfer-config)",
             "restart with the new checkpoint and a profile made for it",
+        ),
+        (
+            offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
+            "weights offloaded to host memory (--cpu-offload-gb, --offload-group-size)",
+            "",
         ),
         (
             current_platform.is_cpu()

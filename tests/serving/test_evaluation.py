@@ -1,0 +1,67 @@
+"""`atomic-moe eval`: perplexity as served equals what transformers computes on zeroed weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.checkpoints import zero_pruned
+from tests.serving.conftest import DEMO
+from vllm_atomic_moe.profiles import PruningProfile
+
+COMMAND = [str(Path(sys.executable).parent / "atomic-moe"), "eval"]
+LENGTH = 100
+
+
+@torch.inference_mode()
+def perplexity(model: Path, text: str) -> float:
+    """Over windows of LENGTH tokens, first tokens not scored, float32."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained(DEMO)(text)["input_ids"])
+    windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(windows).logits
+    return math.exp(
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    )
+
+
+def test_rows_and_numbers(tmp_path):
+    texts = {}
+    arguments = []
+    for domain in ("c", "english"):
+        source = DEMO.parent / "data" / f"{domain}.heldout.txt"
+        texts[domain] = source.read_text()[:3000]
+        (tmp_path / f"{domain}.txt").write_text(texts[domain])
+        arguments += ["--data", f"{tmp_path / domain}.txt:{domain}"]
+    command = [*COMMAND, str(DEMO), *arguments, "--profile", "heapr-40", "--json"]
+    command += ["--seq-len", str(LENGTH), "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    dense, pruned = json.loads(done.stdout[done.stdout.index("[") :])
+
+    masks = PruningProfile.read(DEMO / "atomic_profiles" / "heapr-40.safetensors")
+    zero_pruned(DEMO, tmp_path / "zeroed", masks)
+    assert (dense["profile"], pruned["profile"]) == ("dense", "heapr-40")
+    assert pruned["kept_bytes"] == masks.kept_atoms * 3 * 128 * 4
+    for domain, text in texts.items():
+        for row, model in ((dense, DEMO), (pruned, tmp_path / "zeroed")):
+            assert row["perplexity"][domain] == pytest.approx(perplexity(model, text), rel=1e-3)
+    assert dense["tokens"]["all"] == sum(dense["tokens"][domain] for domain in texts)
+
+
+def test_refusals_come_before_the_engine(tmp_path):
+    (tmp_path / "t.txt").write_text("word " * 600)
+    for flags, words in (
+        (["--profile", "none"], "profile 'none' is not in"),
+        (["--seq-len", "512"], "sequence length 512: the model's context is 512"),
+    ):
+        command = [*COMMAND, str(DEMO), "--data", str(tmp_path / "t.txt"), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert words in done.stderr.splitlines()[-1]
