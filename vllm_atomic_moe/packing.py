@@ -170,8 +170,9 @@ class PackedExperts(nn.Module):
         for name in ("gate", "up", "down_t"):
             rows_PH = torch.empty(layout.num_rows, hidden_size, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(rows_PH, requires_grad=False))
-        first = next(iter(layout.runs.values()))
-        self.register_buffer("runs_ER2", torch.zeros_like(first, device=device), persistent=False)
+        shape = next(iter(layout.runs.values())).shape
+        runs_ER2 = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.register_buffer("runs_ER2", runs_ER2, persistent=False)
 
     gate: nn.Parameter
     up: nn.Parameter
