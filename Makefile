@@ -46,6 +46,7 @@ lint: install ## ruff and mypy
 
 demo-model: install ## train the demo model anew (about 35 minutes on two cores)
 	$(BIN)/python $(DEMO)/recipe/make_demo_model.py
+	$(MAKE) demo-profiles
 
 $(STATISTICS): $(STAMP) $(DEMO)/model/model.safetensors
 	mkdir -p $(@D)

@@ -9,7 +9,8 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: make the load format `atomic-pruned` known.
 
     vLLM calls it in the API server, the engine and every worker, also for people who do not use
-    the load format: it runs once, imports nothing but vLLM's loader registry, and never raises.
+    the load format: it runs once, imports vLLM's loader registry and nothing of the layer, and
+    never raises.
     What is wrong with a request to serve a pruned model raises in the loader.
     """
     global _registered

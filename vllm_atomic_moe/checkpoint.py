@@ -27,8 +27,16 @@ PER_EXPERT = re.compile(
 FUSED = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?:down_proj|w2)(?:\.weight)?$"
 )
-ROUTER_MODULES = ("gate", "router")
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
+# Inside a MoE block: modules of the router, and the correction bias where it stands beside them.
+ROUTER_MODULES = ("gate.", "router.", "moe_statics.", "e_score_correction_bias", "expert_bias")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +229,17 @@ def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) ->
     by_file: dict[Path, list[tuple[str, re.Match[str]]]] = defaultdict(list)
     for name, path in where.items():
         match = PER_EXPERT.match(name) or FUSED.match(name)
-        if match and int(match["layer"]) < num_layers and not name.startswith("mtp."):
+        if match and int(match["layer"]) < num_layers and "mtp" not in name.split("."):
             by_file[path].append((name, match))
     for path, entries in by_file.items():
         with safe_open(path, framework="pt") as shard:
             for name, match in entries:
                 layer = layers.setdefault(int(match["layer"]), _Layer(match["block"]))
+                if layer.block != match["block"]:
+                    raise ValueError(
+                        f"layer {match['layer']}: routed experts under {layer.block} and "
+                        f"{match['block']}; one MoE block per decoder layer is supported"
+                    )
                 shape = shard.get_slice(name).get_shape()
                 if "expert" in match.groupdict():
                     layer.experts.add(int(match["expert"]))
@@ -242,7 +255,7 @@ def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
     digest = hashlib.sha256()
     for index in sorted(layers):
         block = layers[index].block
-        prefixes = tuple(f"{block}.{module}." for module in ROUTER_MODULES)
+        prefixes = tuple(f"{block}.{module}" for module in ROUTER_MODULES)
         names = sorted(name for name in where if name.startswith(prefixes))
         if not names:
             raise ValueError(

@@ -30,14 +30,12 @@ def open_safetensors(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
     try:
-        opened = safe_open(path, framework="pt")
-        metadata = dict(opened.metadata() or {})
+        with safe_open(path, framework="pt") as file:
+            yield dict(file.metadata() or {}), file
     except (SafetensorError, OSError, RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({one_line(error)}); copy or make it again"
         ) from None
-    with opened as file:
-        yield metadata, file
 
 
 def write_safetensors(

@@ -29,7 +29,6 @@ def check(
     files = _profile_files(profiles)
     checkpoint = describe_checkpoint(resolve_model(model))
     results = [_check_file(file, checkpoint) for file in files]
-    _refuse_shared_names(results)
 
     if as_json:
         print_json({"model": checkpoint.identity(), "profiles": results})
@@ -59,13 +58,20 @@ def _profile_files(profiles: list[Path]) -> list[Path]:
     """The files named, directories replaced by the profile files in them; each file once.
 
     Raises:
-        ValueError: a path does not exist, or a directory holds no profile.
+        ValueError: a path does not exist, a directory holds no profile, or two files of one
+            directory carry one name.
     """
+    from vllm_atomic_moe.profiles import ProfileStore
+
     files: list[Path] = []
     for path in profiles:
         if not path.exists():
             raise ValueError(f"profile {path} does not exist; name a file or a directory of them")
-        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not path.is_dir():
+            files.append(path)
+            continue
+        store = ProfileStore(path)
+        found = sorted([*store.paths.values(), *store.invalid])
         if not found:
             raise ValueError(
                 f"directory {path} holds no *.safetensors profile; "
@@ -77,6 +83,7 @@ def _profile_files(profiles: list[Path]) -> list[Path]:
 
 def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
     from vllm_atomic_moe.profiles import PruningProfile
+    from vllm_atomic_moe.serving.options import check_profile
 
     result: dict[str, Any] = {
         "file": str(file),
@@ -89,23 +96,8 @@ def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
     try:
         profile = PruningProfile.read(file)
         result |= {"name": profile.name, "kept": profile.kept}
-        result |= {"warnings": profile.check(checkpoint), "ok": True}
+        result |= {"warnings": check_profile(profile, checkpoint), "ok": True}
     except ValueError as error:
         text = str(error)
         result["error"] = text if str(file) in text else f"{file}: {text}"
     return result
-
-
-def _refuse_shared_names(results: list[dict[str, Any]]) -> None:
-    """Within one directory a name may stand once: the server would refuse the directory."""
-    seen: dict[tuple[Path, str], str] = {}
-    for result in results:
-        if result["name"] is None:
-            continue
-        first = seen.setdefault((Path(result["file"]).parent, result["name"]), result["file"])
-        if first != result["file"]:
-            result["ok"] = False
-            result["error"] = (
-                f"{first} and {result['file']} both carry the name {result['name']!r}; "
-                "rename one (names are in the metadata) or remove it"
-            )

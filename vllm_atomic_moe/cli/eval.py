@@ -42,6 +42,7 @@ def evaluate(
     """Measure perplexity with vLLM: dense first, then every profile, on the same text."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from rich.console import Console
 
     from vllm_atomic_moe.serving.evaluation import evaluate as run

@@ -30,6 +30,9 @@ def prune(
             show_default="METHOD-PERCENT, as in heapr-25",
         ),
     ] = None,
+    scope: Annotated[
+        str, typer.Option(help="global: the budget is over all layers together.")
+    ] = "global",
     seed: Annotated[
         int | None, typer.Option(help="Seed (method random only).", show_default="0")
     ] = None,
@@ -40,6 +43,9 @@ def prune(
     A profile of the same name is replaced, complete or not at all.
     """
     from vllm_atomic_moe.scoring.pruning import load_scores, make_profile
+
+    if scope != "global":
+        raise ValueError(f"scope {scope!r}: this version prunes with scope global only")
 
     profile = make_profile(load_scores(source, method, {"seed": seed}), ratio, name)
     path = output / f"{profile.name}.safetensors"

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.logger import init_logger
 
 from vllm_atomic_moe.calibration.text import draw_windows, parse_data
 from vllm_atomic_moe.checkpoint import describe_checkpoint, read_config, resolve_model
 from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.serving import LOAD_FORMAT
+from vllm_atomic_moe.serving.options import check_profile
+
+logger = init_logger(f"vllm.{__name__}")
 
 ALL_DOMAINS = "all"
 MAX_SEQ_LEN = 2048
@@ -117,7 +121,10 @@ def evaluate(
     chosen = [PruningProfile.dense(checkpoint)]
     chosen += [store.load(name) for name in names or store.names()]
     for profile in chosen:
-        profile.check(checkpoint)
+        for warning in check_profile(profile, checkpoint):
+            logger.warning("%s", warning)
+    for reason in store.invalid.values():
+        logger.warning("left out: %s", reason)
     length = _window_length(read_config(directory), seq_len)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = draw_windows([parse_data(item) for item in data], tokenizer, length, samples, seed=0)

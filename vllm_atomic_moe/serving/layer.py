@@ -7,7 +7,7 @@ the dense experts never stand in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -65,7 +65,12 @@ class AtomicRoutedExperts(RoutedExperts):
 
     def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Allocate the packed rows that the profiles being loaded ask for."""
-        resident = _loading.get()
+        resident = _loading.get(None)
+        if resident is None:
+            raise RuntimeError(
+                f"{self.layer_name}: another thread loads with atomic-pruned; build models one "
+                "after another"
+            )
         model, config = resident.model, self.moe_config
         self.index = extract_layer_index(self.layer_name)
         if self.index not in model.layers:
@@ -85,6 +90,15 @@ class AtomicRoutedExperts(RoutedExperts):
         self.packed.activate(resident.active)
         self.loaded: set[tuple[int, Projection]] = set()
 
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        """As vLLM's, once: packed rows are not loaded again."""
+        if PLACEHOLDERS[0] not in self._parameters:
+            raise ValueError(
+                f"{self.layer_name}: atomic-pruned does not reload or update weights; restart the "
+                "server with the new checkpoint and a profile made for it"
+            )
+        return super().load_weights(weights)
+
     def weight_loader(
         self,
         param: torch.nn.Parameter,
@@ -102,6 +116,11 @@ class AtomicRoutedExperts(RoutedExperts):
         Raises:
             ValueError: the tensor arrives for the second time, or has the wrong shape.
         """
+        if shard_id not in SHARD_PROJECTIONS or expert_id >= self.global_num_experts:
+            raise ValueError(
+                f"{self.layer_name}: {weight_name} arrives as {shard_id!r} of expert {expert_id}; "
+                f"wanted w1, w2 or w3 of expert 0 to {self.global_num_experts - 1}"
+            )
         projection = SHARD_PROJECTIONS[shard_id]
         matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
         for expert, matrix in enumerate(

@@ -18,7 +18,12 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
-from vllm_atomic_moe.serving.options import LoaderOptions, ResidentProfiles, select_profiles
+from vllm_atomic_moe.serving.options import (
+    OPTION_KEYS,
+    LoaderOptions,
+    ResidentProfiles,
+    select_profiles,
+)
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
@@ -37,13 +42,18 @@ class AtomicPrunedModelLoader(BaseModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
         self.options = LoaderOptions.parse(load_config.model_loader_extra_config)
-        self.inner = get_model_loader(
-            replace(
-                load_config,
-                load_format=self.options.inner_format,
-                model_loader_extra_config=dict(self.options.inner),
-            )
+        inner_config = replace(
+            load_config,
+            load_format=self.options.inner_format,
+            model_loader_extra_config=dict(self.options.inner),
         )
+        try:
+            self.inner = get_model_loader(inner_config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; keys of atomic-pruned are {', '.join(OPTION_KEYS)}, others go to vLLM's "
+                f"loader for inner_format {self.options.inner_format!r}"
+            ) from error
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Fetch the checkpoint, its configuration and its `atomic_profiles/`."""
@@ -59,18 +69,30 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 or the checkpoint's experts are incomplete.
         """
         # Here, not above: every vLLM process imports this module, few load a pruned model.
-        from vllm_atomic_moe.serving.layer import packed_experts_for
         from vllm_atomic_moe.serving.refusals import check_config, check_draft
 
-        if model_config.runner_type == "draft":
-            check_draft(model_config)
-            return self.inner.load_model(vllm_config, model_config, prefix)
-        check_config(vllm_config, model_config)
-        directory = self._checkpoint(model_config)
-        self.resident = select_profiles(self.options, directory, describe_checkpoint(directory))
-        _add_to_cache_keys(vllm_config, self.resident.digest())
-        with packed_experts_for(self.resident):
+        try:
+            if model_config.runner_type == "draft":
+                check_draft(model_config)
+                return self.inner.load_model(vllm_config, model_config, prefix)
+            check_config(vllm_config, model_config)
+            directory = self._checkpoint(model_config)
+            self.resident = select_profiles(self.options, directory, describe_checkpoint(directory))
+            _add_to_cache_keys(vllm_config, self.resident.digest())
             return super().load_model(vllm_config, model_config, prefix)
+        except ValueError as error:
+            # vLLM wraps what raises here into the tracebacks of two processes: say it plainly too.
+            logger.error("atomic-pruned: %s", error)
+            raise
+
+    def create_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """Build the model; vLLM's routed experts become packed ones."""
+        from vllm_atomic_moe.serving.layer import packed_experts_for
+
+        with packed_experts_for(self.resident):
+            return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the checkpoint through the packed experts and see that all of it arrived."""

@@ -18,6 +18,7 @@ from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
 logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL = "all"
+OPTION_KEYS = ("profiles", "active", "resident", "inner_format")
 # Formats whose weights reach the layers' weight loaders, one checkpoint tensor at a time.
 INNER_FORMATS = (
     "safetensors",
@@ -60,11 +61,7 @@ class LoaderOptions:
                 'such as {"active": "heapr-25"}'
             )
         inner = dict(extra_config)
-        options = {
-            name: inner.pop(name)
-            for name in ("profiles", "active", "resident", "inner_format")
-            if name in inner
-        }
+        options = {name: inner.pop(name) for name in OPTION_KEYS if name in inner}
         for name in ("profiles", "active", "inner_format"):
             if name in options and not (isinstance(options[name], str) and options[name]):
                 raise ValueError(
@@ -135,8 +132,7 @@ def select_profiles(
         asked_for = name == active or options.resident != ALL
         try:
             profile = PruningProfile.dense(model) if name == DENSE else store.load(name)
-            warnings = profile.check(model)
-            _check_served(profile)
+            warnings = check_profile(profile, model)
         except ValueError as error:
             if asked_for:
                 raise
@@ -161,10 +157,20 @@ def _only_profile(store: ProfileStore) -> str:
     return names[0]
 
 
-def _check_served(profile: PruningProfile) -> None:
+def check_profile(profile: PruningProfile, model: CheckpointInfo) -> list[str]:
+    """Everything the server checks about a profile: does it fit, is it served by this version?
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        ValueError: it does not fit, or asks for what this version does not serve.
+    """
+    warnings = profile.check(model)
     for layer, routable in profile.routable.items():
         if not bool(routable.all()):
             raise ValueError(
                 f"profile {profile.name!r}: layers.{layer}.routable excludes experts from routing, "
                 "which this version does not serve; drop `routable` to keep them routable and zero"
             )
+    return warnings

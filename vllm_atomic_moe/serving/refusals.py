@@ -128,10 +128,6 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
             layer.expert_map_manager.num_fused_shared_experts > 0,
             "shared experts fused into the routed ones",
         ),
-        (
-            config.hidden_dim_unpadded not in (None, config.hidden_dim),
-            f"a hidden size padded from {config.hidden_dim_unpadded} to {config.hidden_dim}",
-        ),
     )
     for applies, feature in refused:
         if applies:
