@@ -2,9 +2,9 @@
 
     .venv/bin/python -m tests.memory DIRECTORY [--ratio 0.5]
 
-makes a random Qwen3-MoE checkpoint with 1.1 GiB of bf16 expert weights in DIRECTORY (once), loads
-it in one fresh process per way, and prints the process's anonymous memory before, at the peak of
-and after loading, in MiB, and the seconds it took.
+makes a random Qwen3-MoE checkpoint with 1.1 GiB of bf16 expert weights in DIRECTORY (once), serves
+it from one fresh process per way, and prints the worker's anonymous memory (RssAnon) before, at the
+peak of and after loading, and the seconds that took.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -84,7 +86,7 @@ def make_large_checkpoint(directory: Path, ratio: float) -> None:
 def measure(directory: Path, load_format: str) -> dict[str, float]:
     """Load in a fresh process; anonymous memory in bytes and seconds."""
     command = [sys.executable, "-m", "tests.memory", str(directory), "--load", load_format]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
     )
@@ -102,22 +104,34 @@ def anonymous_bytes() -> int:
 
 
 def load_here(directory: Path, load_format: str) -> dict[str, float]:
-    """Load with vLLM in this process while a thread samples its anonymous memory."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
+    """Start an engine in this process; a thread samples the memory while its worker loads."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+    from vllm import LLM
+    from vllm.v1.worker import gpu_model_runner
 
-    config = EngineArgs(
+    found: dict[str, float] = {}
+    original = gpu_model_runner.get_model_loader
+
+    def observed_loader(load_config: Any) -> Any:
+        loader = original(load_config)
+        load_model = loader.load_model
+        loader.load_model = lambda **options: observe(lambda: load_model(**options), found)
+        return loader
+
+    gpu_model_runner.get_model_loader = observed_loader
+    LLM(
         str(directory),
         load_format=load_format,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        use_tqdm_on_load=False,
-    ).create_engine_config()
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{directory}/.store-{os.getpid()}", 0, "gloo")
-        initialize_model_parallel()
+        max_model_len=128,
+    )
+    return found
+
+
+def observe(load: Callable[[], torch.nn.Module], found: dict[str, float]) -> torch.nn.Module:
+    """Call `load` and write memory and seconds to `found`."""
     samples = [anonymous_bytes()]
     done = threading.Event()
 
@@ -128,20 +142,13 @@ def load_here(directory: Path, load_format: str) -> dict[str, float]:
     thread = threading.Thread(target=sample)
     thread.start()
     start = time.perf_counter()
-    model = get_model(vllm_config=config)
-    seconds = time.perf_counter() - start
+    model = load()
+    found["seconds"] = time.perf_counter() - start
     done.set()
     thread.join()
-    rest = anonymous_bytes()
-    (directory / f".store-{os.getpid()}").unlink(missing_ok=True)
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    return {
-        "before": samples[0],
-        "peak": max(samples),
-        "rest": rest,
-        "parameters": held,
-        "seconds": seconds,
-    }
+    found["before"], found["peak"], found["rest"] = samples[0], max(samples), anonymous_bytes()
+    found["parameters"] = sum(parameter.nbytes for parameter in model.parameters())
+    return model
 
 
 def main() -> None:

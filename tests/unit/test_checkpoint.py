@@ -71,6 +71,63 @@ def test_prediction_layers_are_left_out(tmp_path):
     assert describe_checkpoint(tmp_path) == info
 
 
+def test_digest_covers_a_correction_bias_beside_the_gate(tmp_path):
+    make_checkpoint("mixtral", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    digests = set()
+    for value in (0.0, 1.0):
+        bias = {
+            f"model.layers.{layer}.block_sparse_moe.e_score_correction_bias": torch.full(
+                (8,), value
+            )
+            for layer in range(3)
+        }
+        save_file({**tensors, **bias}, path)
+        digests.add(describe_checkpoint(tmp_path).router_sha256)
+    assert len(digests) == 2
+
+
+def test_two_moe_blocks_in_one_layer_are_refused(tmp_path):
+    make_checkpoint("qwen3_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    twin = {f"thinker.{name}": t.clone() for name, t in tensors.items() if "experts" in name}
+    save_file({**tensors, **twin}, path)
+    with pytest.raises(ValueError, match="one MoE block per decoder layer"):
+        describe_checkpoint(tmp_path)
+
+
+def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
+    """What is asked of the hub, matched by the hub's own rules."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model("org/model", "main", "/cache") == tmp_path
+    assert (asked["name"], asked["revision"], asked["cache_dir"]) == ("org/model", "main", "/cache")
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "atomic_profiles/heapr-25.safetensors",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/consolidated.safetensors",
+    ]
+    fetched = filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(fetched) == files[:5]
+
+
 def test_expert_count_may_have_either_name(tmp_path):
     info = make_checkpoint("qwen3_moe", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.unit.tiny_models import make_model, random_text
@@ -135,6 +136,24 @@ def test_check_warns_about_profiles_of_unknown_origin(work, profiles, tmp_path):
     result = run("check", work / "model", tmp_path / "anonymous")
     assert result.exit_code == 0
     assert result.stderr.startswith("warning: profile 'anonymous' does not say which model")
+
+
+def test_check_refuses_what_the_server_does_not_serve(work, profiles, tmp_path):
+    profile = PruningProfile.read(profiles / "heapr-20.safetensors")
+    layer, mask = next(iter(profile.keep.items()))
+    routable = torch.ones(mask.shape[0], dtype=torch.bool)
+    routable[0] = False
+    keep = {**profile.keep, layer: mask & routable[:, None]}
+    PruningProfile("whole", keep, {layer: routable}).write(tmp_path / "whole.safetensors")
+    result = run("check", work / "model", tmp_path / "whole.safetensors")
+    assert result.exit_code == 1
+    assert "excludes experts from routing, which this version does not serve" in result.stderr
+
+
+def test_other_scopes_are_refused(work, tmp_path):
+    result = run("prune", work / "statistics", "--ratio", 0.5, "--scope", "layer", "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "scope 'layer': this version prunes with scope global only" in result.stderr
 
 
 def test_check_refuses_two_files_of_one_name_in_a_directory(work, profiles):

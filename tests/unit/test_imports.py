@@ -11,6 +11,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
 LIGHT = ("tensor_files", "checkpoint", "profiles", "packing", "scoring", "kernels")
+BASE = {"tensor_files", "checkpoint", "profiles"}
+# Wing -> the wings it may import. The first line of a directory's __init__ is the wing's purpose.
+ARROWS = {
+    "__init__": {"serving"},
+    "tensor_files": set(),
+    "checkpoint": set(),
+    "profiles": {"checkpoint", "tensor_files"},
+    "packing": set(),
+    "calibration": BASE,
+    "scoring": BASE | {"calibration"},
+    "kernels": set(),
+    "serving": BASE | {"packing", "calibration", "kernels"},
+    "cli": BASE | {"calibration", "scoring", "serving"},
+}
 # vLLM's public names; everything else of vLLM may be imported in serving/compat.py only.
 PUBLIC_VLLM = (
     "vllm",
@@ -29,10 +43,37 @@ def modules_imported_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_import_neither_vllm_nor_transformers(module):
-    loaded = modules_imported_by(f"import vllm_atomic_moe.{module}")
+@pytest.mark.parametrize("wing", LIGHT)
+def test_light_modules_import_neither_vllm_nor_transformers(wing):
+    modules = [f"vllm_atomic_moe.{wing}"]
+    modules += [f"vllm_atomic_moe.{wing}.{path.stem}" for path in python_files(wing)]
+    names = [name for name in modules if not name.endswith("__init__")]
+    loaded = modules_imported_by("; ".join(f"import {name}" for name in names))
     assert not loaded & {"vllm", "transformers"}
+
+
+def test_imports_point_down_only():
+    for path in python_files(""):
+        wing = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for name in imported_names(path):
+            parts = name.split(".")
+            if parts[0] == "vllm_atomic_moe" and len(parts) > 1 and parts[1] != wing:
+                assert parts[1] in ARROWS[wing], f"{path}: {wing} may not import {parts[1]}"
+
+
+def test_register_loads_no_layer():
+    """Every vLLM process registers; few of them load a pruned model."""
+    code = "import vllm_atomic_moe; vllm_atomic_moe.register()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = done.stdout.split()
+    assert "vllm_atomic_moe.serving.loader" in loaded
+    assert "vllm_atomic_moe.serving.layer" not in loaded
+    assert "vllm.model_executor.layers.fused_moe.routed_experts" not in loaded
 
 
 def test_calibration_never_imports_vllm():
@@ -64,10 +105,14 @@ def python_files(wing: str) -> list[Path]:
 
 
 def vllm_names(path: Path) -> set[str]:
+    return {name for name in imported_names(path) if name.split(".")[0] == "vllm"}
+
+
+def imported_names(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module or "")
-    return {name for name in names if name.split(".")[0] == "vllm"}
+    return names

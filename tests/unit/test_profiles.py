@@ -153,6 +153,18 @@ def test_foreign_files_are_refused(tmp_path, content):
     assert str(path) in refusal(lambda: PruningProfile.read(path))
 
 
+def test_unknown_dtypes_are_refused(tmp_path):
+    """A header this torch cannot read a tensor of: the file opens, the tensor does not."""
+    header = {
+        "__metadata__": HEADER,
+        "layers.1.keep": {"dtype": "F6_E2M3", "shape": [4, 6], "data_offsets": [0, 18]},
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(18))
+    assert str(path) in refusal(lambda: PruningProfile.read(path))
+
+
 def test_missing_file_is_refused(tmp_path):
     assert "no such file" in refusal(lambda: PruningProfile.read(tmp_path / "none"))
 

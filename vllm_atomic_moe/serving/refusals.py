@@ -59,7 +59,7 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         ),
         (
             model_config.enable_sleep_mode,
-            "sleep mode (--enable-sleep-mode), whose level 2 drops weights that cannot be reloaded",
+            "sleep mode (--enable-sleep-mode; level 2 drops weights that cannot be reloaded)",
             "",
         ),
         (
@@ -75,27 +75,25 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         (
             current_platform.is_cpu()
             and bool(compilation.inductor_compile_config.get("max_autotune")),
-            "max_autotune on CPU (inductor_compile_config), which freezes parameters",
+            "max_autotune on CPU (inductor_compile_config; it freezes parameters)",
             "",
         ),
         (
             not current_platform.is_cpu() and not eager,
-            "CUDA graphs (the reference kernel of this version reads widths on the host)",
+            "CUDA graph capture (the reference kernel reads widths on the host)",
             "add --enforce-eager",
         ),
     )
     for applies, feature, remedy in refused:
         if applies:
-            raise ValueError(
-                f"atomic-pruned does not serve with {feature}; {remedy or 'leave it out'}"
-            )
+            raise ValueError(f"not served by this version: {feature}; {remedy or 'leave it out'}")
 
 
 def check_draft(model_config: ModelConfig) -> None:
     """Refuse a draft model with routed experts; dense drafts load normally."""
     if model_config.is_moe:
         raise ValueError(
-            f"atomic-pruned does not serve the MoE draft model {model_config.model}; "
+            f"not served by this version: the MoE draft model {model_config.model}; "
             "use a dense draft (--speculative-config) or none"
         )
 
@@ -131,4 +129,6 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
     )
     for applies, feature in refused:
         if applies:
-            raise ValueError(f"atomic-pruned does not serve {feature} ({layer.layer_name})")
+            raise ValueError(
+                f"not served by this version: {feature} ({layer.layer_name}); serve the model dense"
+            )
