@@ -104,9 +104,24 @@ def make_checkpoint(
             buffer.normal_(std=0.3)
     model.save_pretrained(directory)
     if layout == "fused":
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        state = {
+            _fused_name(architecture, name): tensor.contiguous()
+            for name, tensor in model.state_dict().items()
+        }
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return describe_checkpoint(directory)
+
+
+def _fused_name(architecture: str, name: str) -> str:
+    """transformers' name in memory -> the name vLLM reads a 3-D tensor by."""
+    if architecture == "mixtral":
+        for old, new in (
+            (".mlp.", ".block_sparse_moe."),
+            (".gate_up_proj", ".w13"),
+            (".down_proj", ".w2"),
+        ):
+            name = name.replace(old, new)
+    return name
 
 
 def ragged_masks(model: CheckpointInfo, seed: int) -> dict[int, torch.Tensor]:

@@ -65,14 +65,14 @@ def serve_command(model: Path, extra: dict[str, object], *flags: str) -> list[st
 
 
 @contextmanager
-def running(command: list[str], port: int, log: Path) -> Iterator[Server]:
-    """Start `command`, wait until it is healthy, end its process group on exit."""
+def running(command: list[str], port: int, log: Path, cwd: Path = ROOT) -> Iterator[Server]:
+    """Start `command` in `cwd`, wait until it is healthy, end its process group on exit."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=cwd,
             env=ENVIRONMENT,
             start_new_session=True,
         )
