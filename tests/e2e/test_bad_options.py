@@ -19,6 +19,11 @@ from tests.e2e.conftest import DEMO, ENVIRONMENT, ROOT, free_port, serve_command
             "profiles there: heapr-20, heapr-40",
         ),
         (
+            {"active": 7},
+            [],
+            "atomic-pruned: model_loader_extra_config: `active` is 7, wanted a string",
+        ),
+        (
             {"active": "heapr-20"},
             ["--enable-expert-parallel"],
             "atomic-pruned: not served by this version: expert parallelism "

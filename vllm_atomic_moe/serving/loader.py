@@ -7,6 +7,8 @@ every expert tensor must have arrived exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,19 +43,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        self.options = LoaderOptions.parse(load_config.model_loader_extra_config)
-        inner_config = replace(
-            load_config,
-            load_format=self.options.inner_format,
-            model_loader_extra_config=dict(self.options.inner),
-        )
-        try:
-            self.inner = get_model_loader(inner_config)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; keys of atomic-pruned are {', '.join(OPTION_KEYS)}, others go to vLLM's "
-                f"loader for inner_format {self.options.inner_format!r}"
-            ) from error
+        with _refusals_said_plainly():
+            self.options = LoaderOptions.parse(load_config.model_loader_extra_config)
+            self.inner = self._make_inner_loader()
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Fetch the checkpoint, its configuration and its `atomic_profiles/`."""
@@ -71,7 +63,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         # Here, not above: every vLLM process imports this module, few load a pruned model.
         from vllm_atomic_moe.serving.refusals import check_config, check_draft
 
-        try:
+        with _refusals_said_plainly():
             if model_config.runner_type == "draft":
                 check_draft(model_config)
                 return self.inner.load_model(vllm_config, model_config, prefix)
@@ -80,10 +72,6 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             self.resident = select_profiles(self.options, directory, describe_checkpoint(directory))
             _add_to_cache_keys(vllm_config, self.resident.digest())
             return super().load_model(vllm_config, model_config, prefix)
-        except ValueError as error:
-            # vLLM wraps what raises here into the tracebacks of two processes: say it plainly too.
-            logger.error("atomic-pruned: %s", error)
-            raise
 
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -113,10 +101,34 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             )
         _report(self.resident, layers)
 
+    def _make_inner_loader(self) -> BaseModelLoader:
+        config = replace(
+            self.load_config,
+            load_format=self.options.inner_format,
+            model_loader_extra_config=dict(self.options.inner),
+        )
+        try:
+            return get_model_loader(config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; keys of atomic-pruned are {', '.join(OPTION_KEYS)}, others go to vLLM's "
+                f"loader for inner_format {self.options.inner_format!r}"
+            ) from error
+
     def _checkpoint(self, model_config: ModelConfig) -> Path:
         return resolve_model(
             model_config.model, model_config.revision, self.load_config.download_dir
         )
+
+
+@contextmanager
+def _refusals_said_plainly() -> Iterator[None]:
+    """vLLM wraps what a loader raises into the tracebacks of two processes: log one line too."""
+    try:
+        yield
+    except ValueError as error:
+        logger.error("atomic-pruned: %s", error)
+        raise
 
 
 def packed_layers(model: nn.Module) -> list[AtomicRoutedExperts]:
