@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -108,18 +107,11 @@ def load_here(directory: Path, load_format: str) -> dict[str, float]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     from vllm import LLM
-    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker import cpu_model_runner
 
     found: dict[str, float] = {}
-    original = gpu_model_runner.get_model_loader
-
-    def observed_loader(load_config: Any) -> Any:
-        loader = original(load_config)
-        load_model = loader.load_model
-        loader.load_model = lambda **options: observe(lambda: load_model(**options), found)
-        return loader
-
-    gpu_model_runner.get_model_loader = observed_loader
+    load = cpu_model_runner.get_model
+    cpu_model_runner.get_model = lambda **options: observe(lambda: load(**options), found)
     LLM(
         str(directory),
         load_format=load_format,

@@ -191,7 +191,8 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, model_dir: Path) -> N
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(model_dir)
     for path in model_dir.iterdir():
-        path.chmod(0o644)  # transformers writes the weights for their owner only
+        if path.is_file():
+            path.chmod(0o644)  # transformers writes the weights for their owner only
 
 
 def parse_arguments() -> argparse.Namespace:
