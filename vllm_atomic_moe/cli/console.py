@@ -45,10 +45,13 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers or verdicts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    # Off a terminal rich assumes 80 columns; a file or a pipe has as many as the table needs.
+    width = console.width if console.is_terminal else 1000
+    console.print(table, width=width, crop=False)
 
 
 def check_output(path: Path) -> None:

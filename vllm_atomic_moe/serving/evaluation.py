@@ -138,7 +138,6 @@ def evaluate(
             dtype=dtype,
             max_model_len=length + 1,
             enforce_eager=True,
-            skip_tokenizer_init=True,
             enable_prefix_caching=False,
             disable_log_stats=True,
             **options,
