@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +268,26 @@ def test_unsupported_experts_are_refused(model, monkeypatch, no_weights_read, la
         engine(model, load_format="atomic-pruned", model_loader_extra_config={"active": "narrow"}),
     ):
         pass
+
+
+def test_fused_shared_experts_are_refused():
+    """vLLM fuses shared experts on ROCm only, where this cannot run: the rule by itself."""
+    from vllm_atomic_moe.serving.compat import MoEActivation
+    from vllm_atomic_moe.serving.refusals import check_layer
+
+    layer = SimpleNamespace(
+        layer_name="model.layers.0.mlp.experts",
+        moe_config=SimpleNamespace(has_bias=False, activation=MoEActivation.SILU),
+        swiglu_limit=None,
+        swiglu_alpha=None,
+        swiglu_beta=None,
+        apply_router_weight_on_input=False,
+        expert_map_manager=SimpleNamespace(num_fused_shared_experts=0),
+    )
+    check_layer(layer, None)
+    layer.expert_map_manager.num_fused_shared_experts = 1
+    with pytest.raises(ValueError, match=r"shared experts fused into the routed ones \(model.l"):
+        check_layer(layer, None)
 
 
 def test_quantised_experts_are_refused(model, no_weights_read):
