@@ -40,10 +40,9 @@ def no_weights_read(monkeypatch):
     monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", read)
 
 
-def load(model, extra=None, **engine_options):
-    """Build the configuration as `vllm serve` does, and load."""
+def configure(model, extra=None, **engine_options):
+    """The configuration as `vllm serve` builds it."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
 
     arguments = {
         "load_format": "atomic-pruned",
@@ -53,8 +52,14 @@ def load(model, extra=None, **engine_options):
         "skip_tokenizer_init": True,
         "enforce_eager": True,
     }
-    config = EngineArgs(str(model), **{**arguments, **engine_options}).create_engine_config()
-    return get_model(vllm_config=config)
+    return EngineArgs(str(model), **{**arguments, **engine_options}).create_engine_config()
+
+
+def load(model, extra=None, **engine_options):
+    """Configure and load."""
+    from vllm.model_executor.model_loader import get_model
+
+    return get_model(vllm_config=configure(model, extra, **engine_options))
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -121,11 +126,9 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
 )
 def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, words):
     """vLLM's CPU platform rejects these flags earlier; a GPU machine reaches our refusal."""
-    from vllm.engine.arg_utils import EngineArgs
-
     from vllm_atomic_moe.serving.refusals import check_config
 
-    config = EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
+    config = configure(model)
     check_config(config, config.model_config)
     change(config)
     with pytest.raises(ValueError, match=words):
@@ -134,11 +137,10 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
 
 def test_cuda_graphs_are_refused_off_the_cpu(model, monkeypatch):
     from vllm.config import CUDAGraphMode
-    from vllm.engine.arg_utils import EngineArgs
 
     from vllm_atomic_moe.serving import refusals
 
-    config = EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
+    config = configure(model)
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     refusals.check_config(config, config.model_config)
@@ -148,33 +150,18 @@ def test_cuda_graphs_are_refused_off_the_cpu(model, monkeypatch):
 
 
 def test_additional_config_must_be_a_dict(model, no_weights_read):
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
-    config = EngineArgs(
-        str(model),
-        load_format="atomic-pruned",
-        model_loader_extra_config={"active": "narrow"},
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-    ).create_engine_config()
+    config = configure(model)
     config.additional_config = "text"
     with pytest.raises(ValueError, match=r"additional_config is str, .* needs a dict"):
         get_model(vllm_config=config)
 
 
 def test_moe_draft_is_refused_and_dense_draft_goes_to_vllms_loader(model, monkeypatch):
-    from dataclasses import replace
-
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 
-    config = EngineArgs(
-        str(model),
-        load_format="atomic-pruned",
-        model_loader_extra_config={"active": "narrow"},
-        skip_tokenizer_init=True,
-    ).create_engine_config()
+    config = configure(model)
     loader = get_model_loader(config.load_config)
     draft = config.model_config
     draft.runner_type = "draft"
@@ -183,7 +170,7 @@ def test_moe_draft_is_refused_and_dense_draft_goes_to_vllms_loader(model, monkey
     monkeypatch.setattr(type(draft), "is_moe", False)
     monkeypatch.setattr(DefaultModelLoader, "load_model", lambda self, *given: ("loaded", *given))
     assert loader.load_model(config, draft) == ("loaded", config, draft, "")
-    assert replace(loader.inner.load_config).load_format == "safetensors"
+    assert loader.inner.load_config.load_format == "safetensors"
 
 
 def test_models_that_bring_their_own_experts_class_are_refused(model):

@@ -183,9 +183,9 @@ def test_a_model_without_a_tokenizer_is_refused_in_one_line(work, tmp_path):
     shutil.copytree(work / "model", tmp_path / "model")
     for file in (tmp_path / "model").glob("token*"):
         file.unlink()
-    refused(
-        "calibrate", tmp_path / "model", "--data", work / "one.txt", "-o", tmp_path / "s", *SMALL
-    )
+    arguments = ("--data", work / "one.txt", "-o", tmp_path / "s", *SMALL)
+    assert "tokenizer" in refused("calibrate", tmp_path / "model", *arguments)
+    assert not (tmp_path / "s").exists()
 
 
 def test_score_and_prune_refuse_in_one_line(work, tmp_path):

@@ -129,7 +129,7 @@ def draw_windows(
 
     Raises:
         ValueError: a domain has less text than one window, or several documents and the tokenizer
-            no EOS to join them with, or a file is unreadable.
+            no EOS to join them with, the tokenizer is empty, or a file is unreadable.
     """
     if seq_len < 2 or samples < 1:
         raise ValueError(
@@ -176,6 +176,11 @@ def _tokenize_domain(
                 pieces.append(_end_of_sequence(tokenizer, file))
             pieces.append(torch.tensor(ids, dtype=torch.int32))
             documents, tokens = documents + 1, tokens + len(ids)
+        if documents and not tokens:
+            raise ValueError(
+                f"{file.path}: the model's tokenizer makes no tokens of {documents} documents; "
+                "are its tokenizer files beside the checkpoint?"
+            )
         with file.path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         corpora.append(Corpus(file.path.name, sha256, file.domain, documents, tokens))

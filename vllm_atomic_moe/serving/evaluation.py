@@ -19,7 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.logger import init_logger
 
-from vllm_atomic_moe.calibration.text import draw_windows, parse_data
+from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_data
 from vllm_atomic_moe.checkpoint import describe_checkpoint, read_config, resolve_model
 from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.serving import LOAD_FORMAT
@@ -133,24 +133,29 @@ def evaluate(
     for profile in chosen:
         on_progress(len(rows), len(chosen), profile.name)
         options: dict[str, Any] = {} if profile.name == DENSE else _load_options(store, profile)
-        with engine(
-            directory,
-            dtype=dtype,
-            max_model_len=length + 1,
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            **options,
-        ) as llm:
-            itemsize = llm.llm_engine.vllm_config.model_config.dtype.itemsize
-            scores = {
-                domain: [x for row in prompt_logprobs(llm, ids.tolist()) for x in row]
-                for domain, ids in text.windows.items()
-            }
+        scores, itemsize = _score(directory, text, dtype=dtype, max_model_len=length + 1, **options)
         kept_bytes = profile.kept_atoms * 3 * checkpoint.hidden_size * itemsize
         rows.append(_summarise(profile, kept_bytes, scores))
     on_progress(len(rows), len(chosen), "")
     return rows
+
+
+def _score(
+    directory: Path, text: CalibrationText, **options: Any
+) -> tuple[dict[str, list[float]], int]:
+    """Log-probabilities per domain under an engine with these options; bytes of its dtype."""
+    with engine(
+        directory,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    ) as llm:
+        scores = {
+            domain: [x for row in prompt_logprobs(llm, ids.tolist()) for x in row]
+            for domain, ids in text.windows.items()
+        }
+        return scores, llm.llm_engine.vllm_config.model_config.dtype.itemsize
 
 
 def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any]:
