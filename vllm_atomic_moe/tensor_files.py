@@ -54,7 +54,7 @@ def write_safetensors(
 
 
 def read_layers(
-    path: Path, kind: str, version: str, names: tuple[str, ...]
+    path: Path, kind: str, version: str, names: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> tuple[dict[str, str], dict[int, dict[str, torch.Tensor]]]:
     """Metadata and tensors of a file that holds `layers.{i}.{name}` for every layer i.
 
@@ -62,7 +62,8 @@ def read_layers(
         path: the file.
         kind: the `format` wanted.
         version: the `format_version` wanted.
-        names: the tensors every layer holds; all of them, and no others.
+        names: the tensors every layer holds; all of them.
+        optional: tensors a layer may hold besides; no others.
 
     Returns:
         Metadata, and layer index -> name -> tensor, layers ascending.
@@ -70,7 +71,7 @@ def read_layers(
     Raises:
         ValueError: another format or version, a missing or an unexpected tensor, a broken file.
     """
-    wanted = re.compile(rf"layers\.(0|[1-9]\d{{0,8}})\.({'|'.join(names)})")
+    wanted = re.compile(rf"layers\.(0|[1-9]\d{{0,8}})\.({'|'.join(names + optional)})")
     layers: dict[int, dict[str, torch.Tensor]] = {}
     with open_safetensors(path) as (metadata, file):
         check_format(path, metadata, kind, version)
@@ -79,7 +80,7 @@ def read_layers(
             if match is None:
                 raise ValueError(
                     f"{path}: unexpected tensor {shorten(tensor_name)}; an {kind} file holds "
-                    f"layers.N.{{{','.join(names)}}} only"
+                    f"layers.N.{{{','.join(names + optional)}}} only"
                 )
             layers.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(tensor_name)
     for layer, tensors in layers.items():

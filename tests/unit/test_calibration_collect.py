@@ -1,9 +1,11 @@
 """The calibration run on real tiny models: what it sums, what it refuses, what it warns about."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests import checkpoints
@@ -25,11 +27,17 @@ from vllm_atomic_moe.calibration.collect import (
     resolve_device,
 )
 from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
+from vllm_atomic_moe.calibration.statistics import (
+    ATOM_SUMS,
+    EXPERT_SUMS,
+    Statistics,
+    merge,
+)
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.profiles import PruningProfile
 
-CPU = torch.device("cpu")
+CPU = {"": "cpu"}
 OPTIONS = CalibrationOptions(samples=4, seq_len=32)
 
 
@@ -70,28 +78,42 @@ def run(directory, info, windows, batch_size=1, dtype="float64"):
     return collect(model, find_experts(model, info), info, text, batch_size)
 
 
+class RowCounter:
+    """Counts rows; lets everything pass."""
+
+    def __init__(self, info):
+        self.info, self.rows = info, 0
+
+    def see_routing(self, module, topk_ids):
+        return topk_ids
+
+    def see_expert(self, expert, rows):
+        assert rows.h.shape[1] == self.info.intermediate_size
+        assert rows.down_HI.shape == (self.info.hidden_size, self.info.intermediate_size)
+        torch.testing.assert_close(rows.h @ rows.down_HI.T, rows.y, rtol=1e-5, atol=1e-5)
+        self.rows += rows.h.shape[0]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_observed_experts_compute_what_transformers_computes(architecture, tmp_path):
     info = make_model(architecture, tmp_path)
     model = load_model(tmp_path, "float32", CPU).eval()
     experts = find_experts(model, info)
     ids = random_windows(2, 16).long()
-    rows = dict.fromkeys(info.layers, 0)
-
-    def count(layer, expert, h):
-        assert h.shape[1] == info.intermediate_size
-        rows[layer] += h.shape[0]
+    observers = {layer: RowCounter(info) for layer in info.layers}
 
     with torch.no_grad():
         model.set_experts_implementation("eager")
         wanted = model(input_ids=ids, use_cache=False).logits
-        with observe(model, experts, count):
+        with observe(model, experts, observers):
             logits = model(input_ids=ids, use_cache=False).logits
         after = model(input_ids=ids, use_cache=False).logits
 
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(after, wanted)
-    assert set(rows.values()) == {ids.numel() * info.experts_per_token}
+    assert {counter.rows for counter in observers.values()} == {
+        ids.numel() * info.experts_per_token
+    }
 
 
 def test_batch_size_does_not_change_the_sums(tiny):
@@ -99,7 +121,7 @@ def test_batch_size_does_not_change_the_sums(tiny):
     windows = random_windows(3, 32)
     one, two = (run(directory, info, windows, batch_size) for batch_size in (1, 2))
     for layer in info.layers:
-        for name in ("count", "h2", "g2"):
+        for name in one[layer]:
             torch.testing.assert_close(one[layer][name], two[layer][name], rtol=1e-6, atol=0)
 
 
@@ -109,19 +131,121 @@ def test_domains_are_summed_apart(tiny):
     both = run(directory, info, CalibrationText({"a": windows[:1], "b": windows[1:]}, ()), 2)
     apart = [run(directory, info, part) for part in (windows[:1], windows[1:])]
     for layer in info.layers:
-        for name, tensor in both[layer].items():
+        for name in (*EXPERT_SUMS, *ATOM_SUMS, "g2"):
             wanted = torch.cat([part[layer][name] for part in apart])
-            torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=0)
+            torch.testing.assert_close(both[layer][name], wanted, rtol=1e-6, atol=0)
+        tables = [part[layer]["sets"] for part in apart]
+        tables[1][:, 0] = 1
+        assert torch.equal(both[layer]["sets"], torch.cat(tables))
 
 
-def test_state_does_not_grow_with_the_hidden_size(tiny):
+def test_selecting_a_domain_is_calibrating_on_it_alone(tiny, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(random_text(1500, seed=3))
+    both, _ = calibrate(str(tiny[0]), [f"{text_file}:a", f"{other}:b"], OPTIONS)
+    alone, _ = calibrate(str(tiny[0]), [f"{other}:b"], OPTIONS)
+    chosen = both.select(["b"])
+    assert chosen.calibration == alone.calibration
+    assert_equal_sums(chosen.sums, alone.sums, rtol=0)
+
+
+def assert_equal_sums(found, wanted, rtol):
+    """Sums are added in another order; everything that is counted is exact."""
+    assert found.keys() == wanted.keys()
+    for layer, named in wanted.items():
+        assert found[layer].keys() == named.keys()
+        for name, tensor in named.items():
+            exact = name in ("count", "sets", "set_counts")
+            scale = tensor.abs().max().item() if name == "contribution" else 0
+            torch.testing.assert_close(
+                found[layer][name], tensor, rtol=0 if exact else rtol, atol=scale * rtol
+            )
+
+
+@pytest.mark.parametrize("shards", [2, 3, 7])
+def test_merged_shards_equal_one_run_over_all(shards, tiny, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(random_text(1500, seed=3))
+    data = [f"{text_file}:a", f"{other}:b"]
+    whole, _ = calibrate(str(tiny[0]), data, OPTIONS)
+    parts = []
+    for number in range(1, shards + 1):
+        options = dataclasses.replace(OPTIONS, shard=f"{number}/{shards}")
+        part, _ = calibrate(str(tiny[0]), data, options)
+        part.write(tmp_path / f"{number}.safetensors")
+        parts.append(Statistics.read(tmp_path / f"{number}.safetensors"))
+    merged = merge(parts)
+    assert merged.calibration == whole.calibration
+    assert merged.model == whole.model
+    assert_equal_sums(merged.sums, whole.sums, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "1/0", "-1/2", "a/b"])
+def test_shards_that_do_not_exist_are_refused(shard, tiny, text_file):
+    with pytest.raises(ValueError, match=r"wanted i/N with 1 <= i <= N"):
+        calibrate(str(tiny[0]), [str(text_file)], dataclasses.replace(OPTIONS, shard=shard))
+
+
+def test_more_shards_than_windows_are_refused(tiny, text_file):
+    with pytest.raises(ValueError, match="the text makes 4 windows, fewer than shards"):
+        calibrate(str(tiny[0]), [str(text_file)], dataclasses.replace(OPTIONS, shard="1/5"))
+
+
+def test_padding_never_counts(tiny):
+    """Windows of 20 tokens padded to 32, in one batch with full ones, sum up as if cut."""
     directory, info = tiny
-    sums = run(directory, info, random_windows(1, 8), dtype="float32")
-    held = sum(tensor.numel() for named in sums.values() for tensor in named.values())
-    assert held == 2 * info.atoms + len(info.layers) * info.num_experts
-    assert all(
-        tensor.dtype == torch.float64 for named in sums.values() for tensor in named.values()
+    full, short = random_windows(1, 32), random_windows(1, 20, seed=1)
+    padded = torch.cat([full, torch.nn.functional.pad(short, (0, 12), value=-1)])
+    found = run(directory, info, padded, batch_size=2)
+    parts = [run(directory, info, ids) for ids in (full, short)]
+    for layer, named in found.items():
+        assert named["count"].sum() == (32 + 20) * info.experts_per_token
+        assert named["set_counts"].sum() == 32 + 20
+        for name in (*EXPERT_SUMS, *ATOM_SUMS, "g2"):
+            wanted = parts[0][layer][name] + parts[1][layer][name]
+            torch.testing.assert_close(named[name], wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_without_gradients_everything_else_is_the_same(tiny, text_file):
+    directory, _ = tiny
+    with_them, _ = calibrate(str(directory), [str(text_file)], OPTIONS)
+    options = dataclasses.replace(OPTIONS, gradients=False)
+    without, _ = calibrate(str(directory), [str(text_file)], options)
+    assert without.calibration == {**with_them.calibration, "gradients": False}
+    for layer, named in without.sums.items():
+        assert set(with_them.sums[layer]) - set(named) == {"g2"}
+        for name, tensor in named.items():
+            torch.testing.assert_close(tensor, with_them.sums[layer][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_spread_by_accelerate_gives_the_same_sums(tiny, tmp_path):
+    """Layer 1 offloaded to disk: its weights are there only while it runs."""
+    directory, info = tiny
+    windows = random_windows(2, 32)
+    device_map = {
+        "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+        "model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, device_map=device_map, offload_folder=tmp_path
     )
+    experts = find_experts(model, info)
+    assert experts[1].down_proj.device.type == "meta"
+    found = collect(model, experts, info, CalibrationText({"a": windows}, ()), 1)
+    assert_equal_sums(found, run(directory, info, windows), rtol=1e-9)
+
+
+def test_norms_are_those_of_the_stored_weights(tiny):
+    directory, info = tiny
+    sums = run(directory, info, random_windows(1, 8))
+    stored = load_file(directory / "model.safetensors")
+    for layer, expert in ((0, 0), (2, 7)):
+        block = f"model.layers.{layer}.mlp.experts.{expert}"
+        for name, projection, along in (
+            ("gate_norm", "gate_proj", 1), ("up_norm", "up_proj", 1), ("down_norm", "down_proj", 0)
+        ):  # fmt: skip
+            wanted = stored[f"{block}.{projection}.weight"].double().norm(dim=along)
+            torch.testing.assert_close(sums[layer][name][expert], wanted)
 
 
 def test_only_the_embedding_output_requires_a_gradient(tiny):
@@ -158,6 +282,8 @@ def test_calibrate_records_what_it_did(tiny, text_file):
         "samples": 4,
         "seed": 5,
         "dtype": "bfloat16",
+        "experts_per_token": 2,
+        "gradients": True,
     }
 
 

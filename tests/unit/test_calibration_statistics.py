@@ -1,14 +1,18 @@
 """Statistics: small state, files that come back equal, broken files that are refused."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vllm_atomic_moe.calibration.findings import inspect_sums
-from vllm_atomic_moe.calibration.statistics import Statistics, StatisticsAccumulator
+from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
+from vllm_atomic_moe.calibration.experts import ExpertRows
+from vllm_atomic_moe.calibration.findings import FewTokens, experts_with_few_tokens, inspect_sums
+from vllm_atomic_moe.calibration.statistics import Statistics, merge
+from vllm_atomic_moe.calibration.topk_sets import TopKSets, TopKSetsAccumulator
 
 MODEL = {
     "architecture": "Qwen3MoeForCausalLM",
@@ -18,7 +22,9 @@ MODEL = {
     "layers": [1, 3],
     "router_sha256": "0" * 64,
 }
-CALIBRATION = {"domains": ["a", "b"], "tokens": 10, "seed": 0}
+CALIBRATION = {"domains": ["a", "b"], "tokens": 10, "experts_per_token": 2, "seed": 0}
+# Two domains; the sets {0, 1} and {2, 3} in both, {1, 2} in the second only.
+SETS = torch.tensor([[0, 0, 1], [0, 2, 3], [1, 0, 1], [1, 1, 2], [1, 2, 3]], dtype=torch.int16)
 
 
 def make_sums(count: float = 50.0) -> dict[int, dict[str, torch.Tensor]]:
@@ -30,8 +36,16 @@ def make_sums(count: float = 50.0) -> dict[int, dict[str, torch.Tensor]]:
     return {
         layer: {
             "count": torch.full((2, 4), count, dtype=torch.float64),
+            "output_norm": positive(2, 4),
+            "output_change": positive(2, 4),
             "h2": positive(2, 4, 6),
             "g2": positive(2, 4, 6),
+            "contribution": positive(2, 4, 6) - 0.5,
+            "gate_norm": positive(4, 6),
+            "up_norm": positive(4, 6),
+            "down_norm": positive(4, 6),
+            "sets": SETS.clone(),
+            "set_counts": torch.tensor([9, 4, 5, 2, 1]),
         }
         for layer in (3, 1)
     }
@@ -80,10 +94,14 @@ def test_a_file_comes_back_equal(path):
         ({"model": None}, "`model` is missing, wanted a JSON object"),
         ({"model": "[]"}, r"`model` is '\[\]', wanted a JSON object"),
         ({"calibration": "{"}, "`calibration` is '{', wanted a JSON object"),
-        ({"calibration": "{}"}, "no list `domains`"),
+        ({"calibration": "{}"}, "`domains` is None, wanted a list"),
+        (
+            {"calibration": '{"domains": ["a", "b"]}'},
+            "`experts_per_token` is None, wanted a number",
+        ),
         ({"model": json.dumps({**MODEL, "layers": [1]})}, r"holds layers \[1, 3\]"),
         ({"model": json.dumps({**MODEL, "layers": "all"})}, "wanted a list and two numbers"),
-        ({"model": json.dumps({**MODEL, "num_experts": 5})}, r"\[2, 4\], wanted float64 \[2, 5\]"),
+        ({"model": json.dumps({**MODEL, "num_experts": 5})}, r"wanted float64 \[2, 5, 6\]"),
     ],
 )
 def test_wrong_metadata_is_refused(change, message, path):
@@ -103,6 +121,14 @@ def test_wrong_metadata_is_refused(change, message, path):
         ({"layers.1.g2": torch.ones(2, 4, 7).double()}, r"layers.1.g2 is float64 \[2, 4, 7\]"),
         ({"layers.1.count": -torch.ones(2, 4).double()}, "negative or not finite"),
         ({"layers.3.h2": torch.full((2, 4, 6), torch.nan).double()}, "negative or not finite"),
+        ({"layers.3.contribution": torch.full((2, 4, 6), torch.inf).double()}, "not finite"),
+        ({"layers.3.up_norm": None}, "layers.3.up_norm is missing"),
+        (
+            {"layers.3.sets": SETS[:, :2].contiguous()},
+            r"sets is int16 \[5, 2\], wanted int16 \[5, 3",
+        ),
+        ({"layers.3.sets": SETS + 2}, "names domains or experts that do not exist"),
+        ({"layers.3.set_counts": torch.zeros(5, dtype=torch.int64)}, "names domains or experts"),
     ],
 )
 def test_wrong_tensors_are_refused(tensors, message, path):
@@ -121,26 +147,144 @@ def test_broken_files_are_refused(path, tmp_path):
         Statistics.read(tmp_path / "missing.safetensors")
 
 
-def test_state_is_two_numbers_per_atom_and_one_per_expert():
-    accumulator = StatisticsAccumulator((0, 1, 2), 2, 8, 16)
-    held = sum(tensor.numel() for named in accumulator.sums().values() for tensor in named.values())
-    assert held == 3 * 2 * (2 * 8 * 16 + 8)
+def test_gradients_may_be_absent(path):
+    rewrite(path, {"layers.1.g2": None, "layers.3.g2": None})
+    assert "g2" not in Statistics.read(path).sums[1]
+
+
+def test_state_is_a_few_numbers_per_atom():
+    """Qwen3-30B-A3B: O(E·I) per layer and domain, where the paper keeps E matrices H×H."""
+    experts, size, hidden, domains = 128, 768, 2048, 3
+    layer = LayerAccumulator((domains, experts, size), True, Batch())
+    layer.allocate("meta")
+    held = sum(tensor.numel() for tensor in layer.sums.values())
+    assert held == domains * experts * (3 * size + 3)
+    norms = 3 * experts * size
+    assert (held + norms) * 100 < experts * hidden * hidden
+
+
+def test_the_table_of_sets_is_exact_and_waits_for_a_bounded_time(monkeypatch):
+    monkeypatch.setattr("vllm_atomic_moe.calibration.topk_sets.PENDING_ROWS", 64)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(6, generator=generator)[:3] for _ in range(300)])
+    accumulator = TopKSetsAccumulator()
+    for part in ids.split(50):
+        accumulator.see(part, domain=1)
+        assert sum(len(table.counts) for table in accumulator._tables) <= 20 + 64
+    table = accumulator.table()
+    wanted = Counter(tuple(sorted(row)) for row in ids.tolist())
+    found = dict(zip(map(tuple, table.sets[:, 1:].tolist()), table.counts.tolist(), strict=True))
+    assert found == wanted
+    assert table.sets.dtype == torch.int16
+    assert set(table.sets[:, 0].tolist()) == {1}
+    assert table.sets.tolist() == sorted(table.sets.tolist())
+
+
+def test_tables_of_sets_add_up():
+    one = TopKSets.of_tokens(torch.tensor([[1, 0], [0, 1], [2, 1]]), domain=0)
+    two = TopKSets.of_tokens(torch.tensor([[2, 1], [0, 1]]), domain=1)
+    table = TopKSets.add([one, two, one])
+    assert table.sets.tolist() == [[0, 0, 1], [0, 1, 2], [1, 0, 1], [1, 1, 2]]
+    assert table.counts.tolist() == [4, 2, 1, 1]
 
 
 def test_the_accumulator_adds_in_float64_and_leaves_its_input_alone():
-    accumulator = StatisticsAccumulator((5,), 2, 3, 2)
-    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
-    accumulator.domain = 1
-    accumulator.add_activation(5, 2, rows)
-    accumulator.add_activation(5, 2, rows)
-    accumulator.add_gradient(5, 2, rows)
-    sums = accumulator.sums()[5]
-    assert sums["count"].tolist() == [[0, 0, 0], [0, 0, 4]]
-    assert sums["h2"][1, 2].tolist() == [20, 40]
+    layer = LayerAccumulator((2, 3, 2), True, Batch(domain=1))
+    layer.allocate("cpu")
+    h = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16, requires_grad=True)
+    x = torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    down = torch.eye(2, dtype=torch.bfloat16)
+    rows = ExpertRows(x, h * 1, (h @ down.T) * 1, torch.tensor([0.5, 2.0]).bfloat16(), down)
+    layer.see_expert(2, rows)
+    layer.see_gradient((1, 2), h)
+    sums = layer.sums
+    assert sums["count"].tolist() == [[0, 0, 0], [0, 0, 2]]
+    assert sums["h2"][1, 2].tolist() == [10, 20]
     assert sums["g2"][1, 2].tolist() == [10, 20]
-    assert sums["h2"].sum() == 60
-    assert rows.tolist() == [[1, 2], [3, 4]]
+    assert sums["h2"].sum() == 30
+    assert sums["output_norm"][1, 2].item() == pytest.approx(0.5 * 5**0.5 + 2 * 5)
+    assert h.tolist() == [[1, 2], [3, 4]]
     assert all(tensor.dtype == torch.float64 for tensor in sums.values())
+
+
+def shards_of(whole: dict[int, dict[str, torch.Tensor]]) -> list[Statistics]:
+    """Statistics cut in two by domain: shard 1 saw the first, shard 2 the second."""
+    parts = []
+    for domain in (0, 1):
+        sums = {}
+        for layer, named in whole.items():
+            sums[layer] = dict(named)
+            for name in ("count", "output_norm", "output_change", "h2", "g2", "contribution"):
+                sums[layer][name] = named[name].clone()
+                sums[layer][name][1 - domain] = 0
+            here = SETS[:, 0] == domain
+            sums[layer]["sets"] = SETS[here]
+            sums[layer]["set_counts"] = named["set_counts"][here]
+        calibration = {**CALIBRATION, "tokens": 5, "shards": {"of": 2, "here": [domain + 1]}}
+        parts.append(Statistics(MODEL, calibration, sums))
+    return parts
+
+
+def test_merged_shards_are_the_whole_run():
+    whole = make_sums()
+    for order in (1, -1):
+        merged = merge(shards_of(whole)[::order])
+        assert merged.calibration == CALIBRATION
+        for layer, named in whole.items():
+            for name, tensor in named.items():
+                assert torch.equal(merged.sums[layer][name], tensor), name
+
+
+def test_an_incomplete_merge_says_so_and_may_go_on():
+    one, two = shards_of(make_sums())
+    half = merge([one])
+    assert half.calibration["shards"] == {"of": 2, "here": [1]}
+    assert merge([half, two]).calibration == CALIBRATION
+
+
+@pytest.mark.parametrize(
+    ("model", "calibration", "message"),
+    [
+        ({"router_sha256": "1" * 64}, {}, "model `router_sha256` is '1111"),
+        ({}, {"seed": 3}, "calibration `seed` is 3 in one file and 0 in another"),
+        ({}, {"shards": {"of": 3, "here": [2]}}, "calibration `shards` is 3 in one file and 2"),
+        ({}, {"dtype": "bfloat16"}, "calibration `dtype` is 'bfloat16' in one file and None"),
+        ({}, {"shards": {"of": 2, "here": [1]}}, "shard 1/2 is there twice"),
+    ],
+)
+def test_shards_of_another_run_are_refused(model, calibration, message):
+    one, two = shards_of(make_sums())
+    other = Statistics({**MODEL, **model}, {**two.calibration, **calibration}, two.sums)
+    with pytest.raises(ValueError, match=message):
+        merge([one, other])
+
+
+def test_whole_runs_and_other_weights_are_not_merged():
+    one, two = shards_of(make_sums())
+    with pytest.raises(ValueError, match="whole run cannot be added"):
+        merge([one, Statistics(MODEL, CALIBRATION, make_sums())])
+    two.sums[3]["up_norm"] = two.sums[3]["up_norm"] * 1.1
+    with pytest.raises(ValueError, match=r"layers\.3\.up_norm differs between the files"):
+        merge([one, Statistics(MODEL, two.calibration, two.sums)])
+
+
+def test_selected_domains_are_as_if_calibrated_alone():
+    statistics = Statistics(MODEL, CALIBRATION, make_sums())
+    chosen = statistics.select(["b"])
+    assert chosen.calibration["domains"] == ["b"]
+    assert chosen.calibration["tokens"] == 100
+    for layer, named in make_sums().items():
+        assert torch.equal(chosen.sums[layer]["h2"], named["h2"][1:])
+        assert torch.equal(chosen.sums[layer]["up_norm"], named["up_norm"])
+        assert chosen.sums[layer]["sets"].tolist() == [[0, 0, 1], [0, 1, 2], [0, 2, 3]]
+        assert chosen.sums[layer]["set_counts"].tolist() == [5, 2, 1]
+    swapped = statistics.select(["b", "a"])
+    assert swapped.sums[1]["sets"].tolist() == [
+        [0, 0, 1], [0, 1, 2], [0, 2, 3], [1, 0, 1], [1, 2, 3]
+    ]  # fmt: skip
+    for domains in (["c"], ["a", "a"]):
+        with pytest.raises(ValueError, match="the statistics hold a, b"):
+            statistics.select(domains)
 
 
 def test_sound_sums_raise_no_warning():
@@ -163,4 +307,4 @@ def test_experts_with_few_tokens_are_counted_and_do_not_look_masked():
     sums[3]["g2"][:, 2] = 0
     (warning,) = inspect_sums(sums)
     assert "2 of 8 experts saw fewer than 32 tokens" in warning
-    assert "layer 1 expert 1: 0, layer 3 expert 2: 7" in warning
+    assert experts_with_few_tokens(sums) == [FewTokens(0, 1, 1), FewTokens(7, 3, 2)]

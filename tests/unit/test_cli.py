@@ -11,8 +11,9 @@ from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.scoring import METHODS
 
-SMALL = ("--samples", "4", "--seq-len", "32")
+SMALL = ("--samples", "64", "--seq-len", "32")
 
 
 def run(*arguments: object):
@@ -35,13 +36,13 @@ def work(tmp_path_factory):
     directory = tmp_path_factory.mktemp("work")
     make_model("qwen3_moe", directory / "model")
     for domain in ("one", "two"):
-        (directory / f"{domain}.txt").write_text(random_text(1000, seed=len(domain)))
+        (directory / f"{domain}.txt").write_text(random_text(3000, seed=len(domain)))
     result = run(
         "calibrate", directory / "model", "--data", directory / "one.txt",
         "--data", f"{directory / 'two.txt'}:second", "-o", directory / "stats.safetensors", *SMALL,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "256 tokens, domains one, second" in result.stdout
+    assert "4096 tokens, domains one, second" in result.stdout
     return directory
 
 
@@ -150,10 +151,62 @@ def test_check_refuses_what_the_server_does_not_serve(work, profiles, tmp_path):
     assert "excludes experts from routing, which this version does not serve" in result.stderr
 
 
-def test_other_scopes_are_refused(work, tmp_path):
-    result = run("prune", work / "statistics", "--ratio", 0.5, "--scope", "layer", "-o", tmp_path)
-    assert result.exit_code == 1
-    assert "scope 'layer': this version prunes with scope global only" in result.stderr
+def test_every_method_scope_and_option_prunes(work, tmp_path):
+    stats = work / "stats.safetensors"
+    for method in METHODS:
+        result = run("prune", stats, "--method", method, "--ratio", 0.25, "-o", tmp_path)
+        assert result.exit_code == 0, result.output
+        assert PruningProfile.read(tmp_path / f"{method}-25.safetensors").kept == 0.75
+    base = ("prune", stats, "--ratio", 0.25, "-o", tmp_path, "--name", "mine")
+    for options in (
+        ("--method", "heapr", "--scope", "expert", "--allow-unseen"),
+        ("--method", "heapr", "--scope", "layer", "--align", 16, "--min-width", 16),
+        ("--method", "heapr", "--weight-by-frequency", "--domain", "one", "--allow-unseen"),
+        ("--method", "tenp", "--alpha", 0.5, "--trapezoid", "1:1", "--align", 8),
+        ("--method", "reap", "--scope", "layer"),
+    ):
+        result = run(*base, *options)
+        assert result.exit_code == 0, result.output
+    profile = PruningProfile.read(tmp_path / "mine.safetensors")
+    assert json.loads(profile.metadata["selection"]) == {"scope": "layer"}
+
+
+def test_calibrate_shows_experts_with_few_tokens(work, tmp_path):
+    base = ("calibrate", work / "model", "--data", work / "one.txt", "-o", tmp_path / "s")
+    result = run(*base, "--samples", 1, "--seq-len", 32)
+    assert result.exit_code == 0, result.output
+    assert "experts saw fewer than 32 tokens" in result.stderr
+    header, *rows = result.stdout.split("experts with fewer than 32 tokens:\n")[1].splitlines()
+    assert header.split() == ["layer", "expert", "tokens"]
+    assert rows[-1].startswith("… and ")
+    tokens = [int(row.split()[2]) for row in rows[:-1]]
+    assert tokens == sorted(tokens)
+    assert max(tokens) < 32
+
+    printed = json.loads(run(*base, "--samples", 1, "--seq-len", 32, "--json").stdout)
+    assert printed["calibration"]["tokens"] == 32
+    few = printed["experts_with_few_tokens"]
+    assert [entry["tokens"] for entry in few][: len(tokens)] == tokens
+    assert len(few) > 20
+
+
+def test_shards_are_merged(work, tmp_path):
+    for number in (1, 2):
+        result = run(
+            "calibrate", work / "model", "--data", work / "one.txt", "--no-gradients",
+            "--shard", f"{number}/2", "-o", tmp_path / f"{number}", *SMALL,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert f"shards [{number}] of 2" in result.stdout
+    result = run("merge", tmp_path / "1", tmp_path / "2", "-o", tmp_path / "both")
+    assert result.exit_code == 0, result.output
+    assert "2048 tokens, domains one; " in result.stdout
+    prune = ("prune", tmp_path / "both", "--ratio", 0.25, "-o", tmp_path, "--method")
+    assert run(*prune, "camera", "--allow-unseen").exit_code == 0
+    assert "made with --no-gradients" in refused(*prune, "heapr")
+    merge = ("merge", tmp_path / "1", tmp_path / "1", "-o", tmp_path / "twice")
+    assert "shard 1/2 is there twice" in refused(*merge)
+    assert not (tmp_path / "twice").exists()
 
 
 def test_check_refuses_two_files_of_one_name_in_a_directory(work, profiles):
@@ -198,6 +251,8 @@ def test_score_and_prune_refuse_in_one_line(work, tmp_path):
     prune = ("prune", stats, "--method", "heapr", "-o", out)
     assert "25 percent is 0.25" in refused(*prune, "--ratio", "25")
     assert "give --method" in refused("prune", stats, "--ratio", "0.2", "-o", out)
+    assert "wanted one of global" in refused(*prune, "--ratio", "0.2", "--scope", "model")
+    assert "no option --alpha" in refused(*prune, "--ratio", "0.2", "--alpha", "0.1")
     assert "is not allowed" in refused(*prune, "--ratio", "0.2", "--name", "No Good")
     assert "reserved" in refused(*prune, "--ratio", "0.2", "--name", "dense")
     assert not out.exists() or not list(out.iterdir())

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums, rewrite
 from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.profiles import PruningProfile
-from vllm_atomic_moe.scoring import METHODS, method_options, score_layers
+from vllm_atomic_moe.scoring import METHODS, method_options, score_layers, selection_options
 from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, score_statistics
 from vllm_atomic_moe.scoring.random import score_random
 from vllm_atomic_moe.scoring.score_file import Scores
@@ -37,26 +37,34 @@ def test_every_method_scores_every_layer_and_leaves_the_sums_alone(method):
     sums = make_sums()
     scores = score_layers(method, sums, METHODS[method].options)
     for layer, before in make_sums().items():
-        assert scores[layer].dtype == torch.float32
-        assert scores[layer].shape == (4, 6)
+        assert scores[layer].atoms.dtype == torch.float32
+        assert scores[layer].atoms.shape == (4, 6)
         assert all(torch.equal(sums[layer][name], before[name]) for name in before)
 
 
 def test_random_scores_depend_on_seed_and_layer_only():
     sums = make_sums()
-    one = score_random(sums[1], layer=1, seed=0)
-    assert torch.equal(one, score_random(sums[3], layer=1, seed=0))
-    assert not torch.equal(one, score_random(sums[1], layer=2, seed=0))
-    assert not torch.equal(one, score_random(sums[1], layer=1, seed=1))
+    one = score_random(sums[1], layer=1, seed=0).atoms
+    assert torch.equal(one, score_random(sums[3], layer=1, seed=0).atoms)
+    assert not torch.equal(one, score_random(sums[1], layer=2, seed=0).atoms)
+    assert not torch.equal(one, score_random(sums[1], layer=1, seed=1).atoms)
     assert 0 <= one.min() < one.max() < 1
 
 
 def test_unknown_methods_and_options_are_refused():
-    with pytest.raises(ValueError, match="method 'magic' is not known; wanted one of heapr, rand"):
+    with pytest.raises(ValueError, match="method 'magic' is not known; wanted one of heapr, tenp"):
         method_options("magic", {})
     with pytest.raises(ValueError, match="method 'heapr' has no option --seed"):
         method_options("heapr", {"seed": 1})
-    assert method_options("heapr", {"seed": None}) == {}
+    assert method_options("heapr", {"seed": None, "allow_unseen": True}) == {
+        "weight_by_frequency": False,
+        "allow_unseen": True,
+    }
+    with pytest.raises(ValueError, match="method 'shape' has no option --allow-unseen"):
+        method_options("shape", {"allow_unseen": True})
+    with pytest.raises(ValueError, match="method 'reap' has no option --min-width"):
+        selection_options("reap", {"min_width": 1})
+    assert selection_options("of-others", {"align": 8})["align"] == 8
     assert method_options("random", {"seed": None}) == {"seed": 0}
 
 
@@ -100,14 +108,15 @@ def test_wrong_score_files_are_refused(tensors, metadata, message, scores_path):
 
 
 def test_statistics_need_a_method_and_scores_carry_theirs(stats_path, scores_path):
-    with pytest.raises(ValueError, match="give --method, one of heapr, random"):
+    with pytest.raises(ValueError, match="give --method, one of heapr, tenp, shape"):
         load_scores(stats_path, None, {})
     assert load_scores(scores_path, None, {}).method == "random"
     assert load_scores(scores_path, "random", {}).method == "random"
     with pytest.raises(ValueError, match="holds random scores, --method says heapr"):
         load_scores(scores_path, "heapr", {})
-    with pytest.raises(ValueError, match="--seed changes nothing"):
-        load_scores(scores_path, None, {"seed": 1})
+    for given, domains in (({"seed": 0}, None), ({}, ["a"])):
+        with pytest.raises(ValueError, match=r"--(seed|domain) changes nothing"):
+            load_scores(scores_path, None, given, domains)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -126,7 +135,10 @@ def test_a_profile_says_where_it_comes_from(stats_path, scores_path, tmp_path):
     assert float(profile.metadata["ratio"]) == 0.25
     assert float(profile.metadata["kept"]) == profile.kept
     assert profile.metadata["created_by"].startswith("vllm-atomic-moe ")
-    assert "method_options" not in profile.metadata
+    assert json.loads(profile.metadata["method_options"]) == METHODS["heapr"].options
+    assert json.loads(profile.metadata["selection"]) == {
+        "scope": "global", "align": 1, "min_width": 0
+    }  # fmt: skip
     profile.write(tmp_path / "heapr-25.safetensors")
     read = PruningProfile.read(tmp_path / "heapr-25.safetensors")
     assert all(torch.equal(read.keep[layer], profile.keep[layer]) for layer in (1, 3))
@@ -134,6 +146,40 @@ def test_a_profile_says_where_it_comes_from(stats_path, scores_path, tmp_path):
     seeded = make_profile(load_scores(scores_path, None, {}), 0.125, "mine")
     assert seeded.name == "mine"
     assert json.loads(seeded.metadata["method_options"]) == {"seed": 3}
+
+
+def test_whole_expert_methods_write_what_is_routable(stats_path, tmp_path):
+    for method in ("shape", "reap"):
+        profile = make_profile(load_scores(stats_path, method, {}), 0.25)
+        profile.write(tmp_path / "whole.safetensors")
+        read = PruningProfile.read(tmp_path / "whole.safetensors")
+        assert read.kept == 0.75
+        for layer, mask in read.keep.items():
+            assert torch.equal(mask.all(dim=1), read.routable[layer])
+            assert int(read.routable[layer].sum()) >= CALIBRATION["experts_per_token"]
+
+
+def test_tenp_scores_go_through_a_file(statistics, tmp_path):
+    scores = score_statistics(statistics, "tenp", {})
+    scores.write(tmp_path / "scores.safetensors")
+    assert {"layers.1.expert_score", "layers.1.score"} <= set(
+        load_file(tmp_path / "scores.safetensors")
+    )
+    one, two = (
+        make_profile(scores, 0.25),
+        make_profile(load_scores(tmp_path / "scores.safetensors", None, {}), 0.25),
+    )
+    assert all(torch.equal(one.keep[layer], two.keep[layer]) for layer in one.keep)
+    rewrite(tmp_path / "scores.safetensors", {"layers.1.expert_score": None})
+    with pytest.raises(ValueError, match=r"holds layers \[3\]"):
+        Scores.read(tmp_path / "scores.safetensors")
+
+
+def test_a_profile_for_one_domain_says_so(stats_path):
+    profile = make_profile(load_scores(stats_path, "heapr", {}, ["b"]), 0.25)
+    assert json.loads(profile.metadata["calibration"])["domains"] == ["b"]
+    other = make_profile(load_scores(stats_path, "heapr", {}), 0.25)
+    assert any(not torch.equal(profile.keep[layer], other.keep[layer]) for layer in (1, 3))
 
 
 @pytest.mark.parametrize(

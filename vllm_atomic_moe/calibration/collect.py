@@ -1,4 +1,4 @@
-"""The calibration run: one forward and one backward per window, two numbers per atom.
+"""The calibration run: one forward and one backward per window, a few numbers per atom.
 
 `calibrate` is the whole of it, top to bottom; `collect` is the part that runs the model.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
 from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.findings import inspect_sums
-from vllm_atomic_moe.calibration.statistics import Statistics, StatisticsAccumulator
-from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_data
+from vllm_atomic_moe.calibration.statistics import Statistics
+from vllm_atomic_moe.calibration.text import (
+    CalibrationText,
+    draw_windows,
+    parse_data,
+    parse_shard,
+    take_shard,
+)
 from vllm_atomic_moe.checkpoint import (
     CheckpointInfo,
     describe_checkpoint,
@@ -28,6 +35,7 @@ from vllm_atomic_moe.checkpoint import (
 )
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+IGNORED = -100  # the target that cross_entropy leaves out
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
@@ -42,8 +50,11 @@ class CalibrationOptions:
         seq_len: tokens per window.
         batch_size: windows per forward; it changes memory and time, not the sums.
         dtype: one of DTYPES; `auto` is what the checkpoint says.
-        device: `auto` (cuda if there is one), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (all CUDA devices there are, through accelerate's device map, else the
+            CPU), `cpu`, `cuda` or `cuda:N`.
         seed: of the drawing of windows.
+        gradients: whether to run the backward pass, which `heapr` needs.
+        shard: `i/N`, 1 <= i <= N, or None for the whole text.
     """
 
     samples: int = 128
@@ -52,6 +63,8 @@ class CalibrationOptions:
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
+    gradients: bool = True
+    shard: str | None = None
 
 
 def calibrate(
@@ -76,22 +89,28 @@ def calibrate(
         OSError: the model's files cannot be read.
     """
     files = [parse_data(argument) for argument in data]
-    device = resolve_device(options.device)
+    device_map = resolve_device(options.device)
+    shard = parse_shard(options.shard) if options.shard else None
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
     check_config(directory, options.seq_len)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = draw_windows(files, tokenizer, options.seq_len, options.samples, options.seed)
 
-    loaded = load_model(directory, options.dtype, device)
+    if shard:
+        text = take_shard(text, *shard)
+
+    loaded = load_model(directory, options.dtype, device_map)
     check_vocabulary(text, loaded)
     experts = find_experts(loaded, checkpoint)
-    sums = collect(loaded, experts, checkpoint, text, options.batch_size, on_progress)
-    statistics = Statistics(
-        model=checkpoint.identity(),
-        calibration=describe_calibration(text, options, loaded.dtype),
-        sums=sums,
+    sums = collect(
+        loaded, experts, checkpoint, text, options.batch_size, on_progress, options.gradients
     )
+    calibration = describe_calibration(text, options, loaded.dtype)
+    calibration["experts_per_token"] = checkpoint.experts_per_token
+    if shard:
+        calibration["shards"] = {"of": shard[1], "here": [shard[0]]}
+    statistics = Statistics(checkpoint.identity(), calibration, sums)
     return statistics, serving_notes(experts) + inspect_sums(sums)
 
 
@@ -102,46 +121,47 @@ def collect(
     text: CalibrationText,
     batch_size: int,
     on_progress: Progress = lambda done, total: None,
+    gradients: bool = True,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Sums over the windows of `text`, as in `Statistics.sums`.
+    """Sums over the windows of `text`, as in `Statistics.sums`. Padding never counts.
 
     The model is put into evaluation mode and its parameters are frozen: only the output of the
-    embedding requires a gradient, which more than halves the time of the backward pass.
+    embedding requires a gradient, which more than halves the time of the backward pass. The model
+    may be spread over devices, or offloaded, by accelerate: every layer's sums live where its
+    experts run.
 
     Raises:
         ValueError: the loss is not finite, or the device's memory does not suffice.
     """
     model.eval().requires_grad_(False)
-    accumulator = StatisticsAccumulator(
-        checkpoint.layers,
-        len(text.windows),
-        checkpoint.num_experts,
-        checkpoint.intermediate_size,
-        model.device,
-    )
+    batch = Batch()
+    shape = (len(text.windows), checkpoint.num_experts, checkpoint.intermediate_size)
+    layers = {layer: LayerAccumulator(shape, gradients, batch) for layer in experts}
+    run = _run_forward_backward if gradients else _run_forward
     embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
+    handle = embedding.register_forward_hook(lambda *call: call[-1].requires_grad_(gradients))
     done = 0
     try:
-        with observe(model, experts, partial(_watch, accumulator)):
-            for domain, ids in _batches(text, batch_size):
-                accumulator.domain = domain
-                _run_batch(model, ids)
+        with observe(model, experts, layers):
+            for batch.domain, ids in _batches(text, batch_size):
+                batch.padding_T = (ids < 0).flatten() if bool((ids < 0).any()) else None
+                with _out_of_memory_explained(ids):
+                    run(model, ids)
                 done += ids.shape[0]
                 on_progress(done, text.num_windows)
     finally:
         handle.remove()
-    return accumulator.sums()
+    return {layer: accumulator.result() for layer, accumulator in layers.items()}
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
+def resolve_device(device: str) -> str | dict[str, str]:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as transformers' `device_map`.
 
     Raises:
         ValueError: it is something else, or torch sees no such device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "auto" if torch.cuda.is_available() else {"": "cpu"}
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise ValueError(f"device {device!r}: wanted auto, cpu, cuda or cuda:N")
@@ -150,7 +170,7 @@ def resolve_device(device: str) -> torch.device:
             f"device {device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices; use --device cpu"
         )
-    return torch.device(device)
+    return {"": device}
 
 
 def check_config(directory: Path, seq_len: int) -> None:
@@ -174,8 +194,8 @@ def check_config(directory: Path, seq_len: int) -> None:
         )
 
 
-def load_model(directory: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model of a checkpoint, for inference, on `device`.
+def load_model(directory: Path, dtype: str, device_map: str | dict[str, str]) -> PreTrainedModel:
+    """The model of a checkpoint, for inference, placed by `device_map` (see `resolve_device`).
 
     Raises:
         ValueError: an unknown dtype, an architecture transformers does not know, or weights that
@@ -186,14 +206,14 @@ def load_model(directory: Path, dtype: str, device: torch.device) -> PreTrainedM
         raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     model, loading = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=wanted, output_loading_info=True
+        directory, dtype=wanted, device_map=device_map, output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{directory}: lacks {len(missing)} weights of {type(model).__name__}, the first is "
             f"{missing[0]}; fetch the checkpoint again"
         )
-    return model.to(device)
+    return model
 
 
 def check_vocabulary(text: CalibrationText, model: PreTrainedModel) -> None:
@@ -202,7 +222,7 @@ def check_vocabulary(text: CalibrationText, model: PreTrainedModel) -> None:
     Raises:
         ValueError: the tokenizer is of another model.
     """
-    largest = max(int(ids.max()) for ids in text.windows.values())
+    largest = max(int(ids.max()) for ids in text.windows.values() if ids.numel())
     rows = model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ValueError(
@@ -223,6 +243,7 @@ def describe_calibration(
         "samples": options.samples,
         "seed": options.seed,
         "dtype": str(dtype).removeprefix("torch."),
+        "gradients": options.gradients,
     }
 
 
@@ -231,30 +252,47 @@ def _batches(text: CalibrationText, batch_size: int) -> Iterator[tuple[int, torc
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: wanted at least 1")
     for domain, windows in enumerate(text.windows.values()):
-        for ids in windows.split(batch_size):
+        for ids in windows.split(batch_size) if windows.numel() else ():
             yield domain, ids
 
 
-def _run_batch(model: PreTrainedModel, ids: torch.Tensor) -> None:
+def _model_inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
+    """What the model takes: padding becomes token 0 that no other token attends to."""
+    # The first parameter's device is `meta` if accelerate offloads it; its hooks move the input.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    inputs: dict[str, Any] = {"input_ids": ids.clamp_min(0).to(device, torch.int64)}
+    if bool((ids < 0).any()):
+        inputs["attention_mask"] = (ids >= 0).to(device, torch.int64)
+    return {**inputs, "use_cache": False}
+
+
+@torch.no_grad()
+def _run_forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """One forward of the layers; the language-model head is not needed."""
+    model.base_model(**_model_inputs(model, ids))
+
+
+def _run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """One forward, one backward. Windows are independent, so the losses of a batch just add up."""
-    ids = ids.to(model.device, torch.int64)
+    logits = model(**_model_inputs(model, ids)).logits[:, :-1].flatten(0, 1)
+    # float32 at least: a bf16 sum over thousands of tokens would be coarse.
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    targets = ids[:, 1:].flatten().to(logits.device, torch.int64)
+    targets = targets.masked_fill(targets < 0, IGNORED)
+    loss = functional.cross_entropy(precise, targets, ignore_index=IGNORED, reduction="sum")
+    if not bool(loss.isfinite()):
+        raise ValueError(
+            f"the loss of a window is {loss.item()} in {model.dtype}; use --dtype float32"
+        )
+    loss.backward()
+
+
+@contextmanager
+def _out_of_memory_explained(ids: torch.Tensor) -> Iterator[None]:
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        # float32 at least: a bf16 sum over thousands of tokens would be coarse.
-        precise = logits if logits.dtype == torch.float64 else logits.float()
-        loss = functional.cross_entropy(precise, ids[:, 1:].flatten(), reduction="sum")
-        if not bool(loss.isfinite()):
-            raise ValueError(
-                f"the loss of a window is {loss.item()} in {model.dtype}; use --dtype float32"
-            )
-        loss.backward()
+        yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{model.device} ran out of memory with {ids.shape[0]} windows of {ids.shape[1]} "
-            "tokens; use a smaller --batch-size or --seq-len"
+            f"out of memory with {ids.shape[0]} windows of {ids.shape[1]} tokens; "
+            "use a smaller --batch-size or --seq-len"
         ) from error
-
-
-def _watch(accumulator: StatisticsAccumulator, layer: int, expert: int, h: torch.Tensor) -> None:
-    accumulator.add_activation(layer, expert, h)
-    h.register_hook(partial(accumulator.add_gradient, layer, expert))

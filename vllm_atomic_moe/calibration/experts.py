@@ -1,8 +1,9 @@
 """Watch the experts of a transformers model, through its experts interface.
 
 Every MoE architecture whose experts class carries transformers' `use_experts_implementation` calls
-a registered function instead of its own forward. Ours computes the same thing and shows the
-activations h = act(gate·x) ⊙ (up·x) of every expert, still in the autograd graph, to an observer.
+a registered function instead of its own forward. Ours computes the same thing and shows inputs,
+activations h = act(gate·x) ⊙ (up·x), outputs and router weights of every expert, still in the
+autograd graph, to an observer.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, I full
 intermediate size.
@@ -11,9 +12,10 @@ intermediate size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -31,8 +33,34 @@ INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # act_fn, the flags above) are not in the type of nn.Module.
 ExpertsModule = Any
 
-Observer = Callable[[int, torch.Tensor], None]
-"""Called with (expert, h [rows, I]); h is part of the autograd graph and must not be modified."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertRows:
+    """What one expert did with the tokens routed to it; part of the autograd graph, read only.
+
+    Attributes:
+        x: [rows, H], the expert's input.
+        h: [rows, I], act(gate·x) ⊙ (up·x).
+        y: [rows, H], the expert's output, before the router weight.
+        p: [rows], router weights.
+        down_HI: [H, I], the expert's down-projection.
+    """
+
+    x: torch.Tensor
+    h: torch.Tensor
+    y: torch.Tensor
+    p: torch.Tensor
+    down_HI: torch.Tensor
+
+
+class LayerObserver(Protocol):
+    """What watches the experts of one layer."""
+
+    def see_routing(self, module: ExpertsModule, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Called once per forward; returns the ids to use, E and above for "no expert"."""
+
+    def see_expert(self, expert: int, rows: ExpertRows) -> None:
+        """Called for every expert that has tokens."""
 
 
 def observed_experts_forward(
@@ -43,28 +71,33 @@ def observed_experts_forward(
 ) -> torch.Tensor:
     """The experts' output [T, H], as `grouped_mm_experts_forward` of transformers computes it.
 
-    `module.activation_observer` sees every expert's activations. The router weight is applied
-    after `down_proj`, so that the gradient of h includes it. Ids of E and above stand for "no
-    expert" and contribute zero.
+    `module.layer_observer` sees every expert's rows. The router weight is applied after
+    `down_proj`, so that the gradient of h includes it. Ids of E and above stand for "no expert" and
+    contribute zero.
     """
     num_tokens, top_k = topk_ids_TK.shape
+    topk_ids_TK = module.layer_observer.see_routing(module, topk_ids_TK)
     ids_N = topk_ids_TK.reshape(-1)
     counts = torch.bincount(ids_N, minlength=module.num_experts)[: module.num_experts].tolist()
     order_N = ids_N.argsort(stable=True)[: sum(counts)]
 
     outputs = []
     # One gather for all experts: its backward is one scatter, not one per expert.
-    rows_by_expert = hidden_TH[order_N // top_k].split(counts)
-    for expert, rows in enumerate(rows_by_expert):
-        if rows.shape[0] == 0:
+    x_by_expert = hidden_TH[order_N // top_k].split(counts)
+    p_N = topk_weights_TK.reshape(-1)[order_N]
+    for expert, (x, p) in enumerate(zip(x_by_expert, p_N.split(counts), strict=True)):
+        if x.shape[0] == 0:
             continue
-        h = module._apply_gate(_project(module, module.gate_up_proj[expert], rows))
-        module.activation_observer(expert, h)
-        outputs.append(_project(module, module.down_proj[expert], h))
+        h = module._apply_gate(_project(module, module.gate_up_proj[expert], x))
+        down = module.down_proj[expert]
+        y = _project(module, down, h)
+        rows = ExpertRows(x, h, y, p, down.t() if module.is_transposed else down)
+        module.layer_observer.see_expert(expert, rows)
+        outputs.append(y)
     if not outputs:
         return torch.zeros_like(hidden_TH)
 
-    weighted = torch.cat(outputs) * topk_weights_TK.reshape(-1)[order_N, None]
+    weighted = torch.cat(outputs) * p_N[:, None]
     y_NH = weighted.new_zeros(ids_N.numel(), weighted.shape[1]).index_copy(0, order_N, weighted)
     return y_NH.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
 
@@ -76,19 +109,38 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts_forward)
 def observe(
     model: transformers.PreTrainedModel,
     experts: Mapping[int, ExpertsModule],
-    observer: Callable[[int, int, torch.Tensor], None],
+    observers: Mapping[int, LayerObserver],
 ) -> Iterator[None]:
-    """Within the context, `observer(layer, expert, h)` sees every expert's activations."""
+    """Within the context, each layer's observer sees what that layer's experts do."""
     before = model.get_experts_implementation()
     for layer, module in experts.items():
-        module.activation_observer = _for_layer(observer, layer)
+        module.layer_observer = observers[layer]
     model.set_experts_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_experts_implementation(before)
         for module in experts.values():
-            del module.activation_observer
+            del module.layer_observer
+
+
+@torch.no_grad()
+def weight_norms(module: ExpertsModule) -> dict[str, torch.Tensor]:
+    """L2 norms of every atom's three vectors: `gate_norm`, `up_norm`, `down_norm`, float64 [E, I].
+
+    To be called while the module's weights are on their device (inside its forward, if they are
+    offloaded). One expert at a time: no second copy of the weights arises.
+    """
+    rows: dict[str, list[torch.Tensor]] = {"gate_norm": [], "up_norm": [], "down_norm": []}
+    # gate_up_proj is [2I, H] per expert and down_proj [H, I]; transposed modules turn both round.
+    along = (0, 1) if module.is_transposed else (1, 0)
+    for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True):
+        both = torch.linalg.vector_norm(gate_up, dim=along[0], dtype=torch.float64)
+        pair = both.chunk(2) if module.is_concatenated else (both[::2], both[1::2])
+        rows["gate_norm"].append(pair[0])
+        rows["up_norm"].append(pair[1])
+        rows["down_norm"].append(torch.linalg.vector_norm(down, dim=along[1], dtype=torch.float64))
+    return {name: torch.stack(norms) for name, norms in rows.items()}
 
 
 def find_experts(
@@ -139,13 +191,6 @@ def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
                 "its statistics are right, but the server does not support this activation yet"
             ]
     return []
-
-
-def _for_layer(observer: Callable[[int, int, torch.Tensor], None], layer: int) -> Observer:
-    def observe_layer(expert: int, h: torch.Tensor) -> None:
-        observer(layer, expert, h)
-
-    return observe_layer
 
 
 def _project(module: ExpertsModule, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

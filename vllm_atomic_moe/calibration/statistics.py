@@ -1,17 +1,17 @@
 """Statistics: what calibration leaves behind, sums over tokens and nothing larger than [D, E, I].
 
-Two numbers per atom carry HEAPr (see `scoring/heapr.py`). Because they are sums, statistics of two
-runs over different text can be added. They are kept per domain, so that a mask can be made for
-some of the domains from one run.
+A few numbers per atom and per expert carry every method (see `scoring/`). Because they are sums,
+statistics of shards of one run add up to those of the whole run. They are kept per domain, so that
+a mask can be made for some of the domains from one run.
 
-Legend: D domains, E experts, I full intermediate size.
+Legend: D domains, E experts, H hidden size, I full intermediate size, K experts per token, S rows.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,33 +19,49 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe import __version__
+from vllm_atomic_moe.calibration.topk_sets import TopKSets
 from vllm_atomic_moe.tensor_files import (
     check_layers,
     check_tensor,
     json_object,
     model_shape,
     read_layers,
+    shorten,
     write_safetensors,
 )
 
 FORMAT = "atomic-moe-statistics"
 FORMAT_VERSION = "1"
-SUMS = ("count", "h2", "g2")
+EXPERT_SUMS = ("count", "output_norm", "output_change")
+ATOM_SUMS = ("h2", "contribution")
+GRADIENT_SUM = "g2"
+NORMS = ("gate_norm", "up_norm", "down_norm")
+TABLE = ("sets", "set_counts")
+SIGNED = ("contribution",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
     """Sums over calibration tokens.
 
+    For the tokens routed to an expert: x its input, h = act(gate·x) ⊙ (up·x), y its output, p the
+    router weight, ℓ the language-model loss summed over a window, w_k column k of `down_proj`.
+
     Attributes:
         model: `CheckpointInfo.identity()` of the calibrated model.
         calibration: how the sums came about: `domains` (names, in the order of D), `corpora`
             (name, sha256, domain, documents and tokens of every file), `tokens` (run through the
-            model), `seq_len`, `samples`, `seed`, `dtype`.
-        sums: MoE layer index -> name -> float64 tensor:
+            model), `experts_per_token` (K), `seq_len`, `samples`, `seed`, `dtype`, `gradients`; and
+            of a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
+        sums: MoE layer index -> name -> tensor, float64 where nothing else is said:
             `count` [D, E], tokens routed to the expert;
-            `h2` [D, E, I], Σ h² over those tokens, h = act(gate·x) ⊙ (up·x);
-            `g2` [D, E, I], Σ (∂ℓ/∂h)², ℓ the language-model loss summed over a window.
+            `output_norm` [D, E], Σ p‖y‖;
+            `output_change` [D, E], Σ p‖y‖(1 − cos(x, y));
+            `h2` [D, E, I], Σ h²;
+            `contribution` [D, E, I], Σ h_k⟨w_k, y⟩/‖y‖, signed;
+            `g2` [D, E, I], Σ (∂ℓ/∂h)²; absent after `--no-gradients`;
+            `gate_norm`, `up_norm`, `down_norm` [E, I], L2 norms of every atom's vectors (no sums);
+            `sets` int16 [S, 1+K] and `set_counts` int64 [S], see `TopKSets`.
     """
 
     model: Mapping[str, Any]
@@ -56,17 +72,26 @@ class Statistics:
         object.__setattr__(self, "sums", MappingProxyType(dict(sorted(self.sums.items()))))
         layers, experts, size = model_shape(self.model)
         check_layers(list(self.sums), layers)
-        domains = self.calibration.get("domains")
-        if not isinstance(domains, list) or not domains:
-            raise ValueError("calibration metadata has no list `domains`; calibrate again")
-        shape = (len(domains), experts, size)
+        top_k = self.calibration.get("experts_per_token")
+        for name, kind, wanted in (
+            ("domains", list, "a list of names"),
+            ("experts_per_token", int, "a number"),
+        ):
+            value = self.calibration.get(name)
+            if not isinstance(value, kind) or not value:
+                raise ValueError(
+                    f"calibration metadata `{name}` is {shorten(value)}, wanted {wanted}; "
+                    "calibrate again"
+                )
+        shape = (len(self.domains), experts, size)
         for layer, tensors in self.sums.items():
-            for name in SUMS:
-                label = f"layers.{layer}.{name}"
-                wanted = shape[:2] if name == "count" else shape
-                check_tensor(label, tensors[name], torch.float64, wanted)
-                if not bool((tensors[name].isfinite() & (tensors[name] >= 0)).all()):
-                    raise ValueError(f"{label} holds a negative or not finite sum; calibrate again")
+            _check_sums(f"layers.{layer}", tensors, shape)
+            _check_table(f"layers.{layer}", tensors, shape, int(top_k))  # type: ignore[arg-type]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, in the order of D."""
+        return list(self.calibration["domains"])
 
     @classmethod
     def read(cls, path: Path) -> Statistics:
@@ -74,9 +99,10 @@ class Statistics:
 
         Raises:
             ValueError: the file is broken, of another format or version, its tensors do not have
-                the shapes its own metadata promises, or a sum is negative or not finite.
+                the shapes its own metadata promises, or a sum is not what a sum can be.
         """
-        metadata, sums = read_layers(path, FORMAT, FORMAT_VERSION, SUMS)
+        required = (*EXPERT_SUMS, *ATOM_SUMS, *NORMS, *TABLE)
+        metadata, sums = read_layers(path, FORMAT, FORMAT_VERSION, required, (GRADIENT_SUM,))
         model = json_object(path, metadata, "model")
         calibration = json_object(path, metadata, "calibration")
         try:
@@ -100,50 +126,136 @@ class Statistics:
         }
         write_safetensors(tensors, metadata, path)
 
+    def select(self, domains: Sequence[str]) -> Statistics:
+        """The statistics of some of the domains: what calibrating on those alone had given.
 
-class StatisticsAccumulator:
-    """Adds up what a run shows, in float64 on the model's device; moved once, at the end.
+        Raises:
+            ValueError: a domain is not there, or is named twice.
+        """
+        for domain in domains:
+            if domain not in self.domains or list(domains).count(domain) > 1:
+                raise ValueError(
+                    f"domain {shorten(domain)} is named twice or not calibrated; "
+                    f"the statistics hold {', '.join(self.domains)}"
+                )
+        chosen = torch.tensor([self.domains.index(domain) for domain in domains])
+        layers = {layer: _select_domains(sums, chosen) for layer, sums in self.sums.items()}
+        counted = next(iter(layers.values()))["count"].sum()
+        corpora = [
+            corpus for corpus in self.calibration.get("corpora", ()) if corpus["domain"] in domains
+        ]
+        calibration = {
+            **self.calibration,
+            "domains": list(domains),
+            "corpora": corpora,
+            "tokens": int(counted) // int(self.calibration["experts_per_token"]),
+        }
+        return replace(self, calibration=calibration, sums=layers)
 
-    Attributes:
-        domain: index of the domain whose windows are running; set it before each batch.
+
+def merge(shards: Sequence[Statistics]) -> Statistics:
+    """Add the statistics of shards of one run.
+
+    Args:
+        shards: made with `--shard i/N` of one N, each i at most once; not modified. The result of
+            an incomplete merge may be merged further.
+
+    Raises:
+        ValueError: a file is no shard, a shard occurs twice, or model or settings differ.
     """
-
-    def __init__(
-        self,
-        layers: Sequence[int],
-        num_domains: int,
-        num_experts: int,
-        intermediate_size: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.domain = 0
-        shape = (num_domains, num_experts, intermediate_size)
-        self._sums = {
-            layer: {
-                "count": torch.zeros(shape[:2], dtype=torch.float64, device=device),
-                "h2": torch.zeros(shape, dtype=torch.float64, device=device),
-                "g2": torch.zeros(shape, dtype=torch.float64, device=device),
-            }
-            for layer in layers
-        }
-
-    def add_activation(self, layer: int, expert: int, h: torch.Tensor) -> None:
-        """Add the activations h [rows, I] of one expert; `h` is not modified."""
-        self._sums[layer]["count"][self.domain, expert] += h.shape[0]
-        self._sums[layer]["h2"][self.domain, expert] += _sum_of_squares(h)
-
-    def add_gradient(self, layer: int, expert: int, g: torch.Tensor) -> None:
-        """Add the gradients ∂ℓ/∂h [rows, I] of one expert; `g` is not modified."""
-        self._sums[layer]["g2"][self.domain, expert] += _sum_of_squares(g)
-
-    def sums(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Layer index -> name -> float64 sum, on the CPU."""
-        return {
-            layer: {name: tensor.cpu() for name, tensor in named.items()}
-            for layer, named in self._sums.items()
-        }
+    first, done = shards[0], list[int]()
+    for shard in shards:
+        _check_mergeable(first, shard)
+        here = shard.calibration["shards"]["here"]
+        if twice := sorted(set(here) & set(done)):
+            of = shard.calibration["shards"]["of"]
+            raise ValueError(f"shard {twice[0]}/{of} is there twice; give every shard once")
+        done += here
+    calibration = dict(first.calibration)
+    calibration["tokens"] = sum(shard.calibration["tokens"] for shard in shards)
+    calibration["shards"] = {"of": calibration["shards"]["of"], "here": sorted(done)}
+    if len(done) == calibration["shards"]["of"]:
+        del calibration["shards"]
+    layers = {layer: _add_sums([shard.sums[layer] for shard in shards]) for layer in first.sums}
+    return Statistics(first.model, calibration, layers)
 
 
-def _sum_of_squares(rows: torch.Tensor) -> torch.Tensor:
-    """Σ over rows of the square, in float64: [rows, I] -> [I]."""
-    return rows.detach().double().square().sum(dim=0)
+def _check_mergeable(first: Statistics, other: Statistics) -> None:
+    if "shards" not in other.calibration:
+        raise ValueError(
+            "statistics of a whole run cannot be added to others; "
+            "merge files made with `calibrate --shard i/N`"
+        )
+    for what, one, two in (
+        ("model", first.model, other.model),
+        ("calibration", first.calibration, other.calibration),
+    ):
+        for key in dict.fromkeys([*one, *two]):
+            seen, wanted = two.get(key), one.get(key)
+            if key == "shards":
+                seen, wanted = two[key]["of"], one[key]["of"]
+            if key != "tokens" and seen != wanted:
+                raise ValueError(
+                    f"{what} `{key}` is {shorten(seen)} in one file and {shorten(wanted)} in "
+                    "another; merge shards of one run (same model, text and options) only"
+                )
+    for layer, sums in other.sums.items():
+        for name in NORMS:
+            if not torch.allclose(sums[name], first.sums[layer][name], rtol=1e-6, atol=0):
+                raise ValueError(
+                    f"layers.{layer}.{name} differs between the files: the checkpoints have "
+                    "different expert weights; merge shards of one model only"
+                )
+
+
+def _add_sums(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    table = TopKSets.add([TopKSets(part["sets"], part["set_counts"]) for part in parts])
+    added = {
+        name: parts[0][name] if name in NORMS else torch.stack([p[name] for p in parts]).sum(dim=0)
+        for name in parts[0]
+        if name not in TABLE
+    }
+    return {**added, "sets": table.sets, "set_counts": table.counts}
+
+
+def _select_domains(
+    sums: Mapping[str, torch.Tensor], chosen_D: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    selected = {
+        name: tensor if name in NORMS else tensor[chosen_D]
+        for name, tensor in sums.items()
+        if name not in TABLE
+    }
+    # Rows of the table: old domain index -> new one, rows of other domains left out.
+    index_S = (sums["sets"][:, :1] == chosen_D).int()
+    here_S = index_S.any(dim=1)
+    sets = sums["sets"][here_S].clone()
+    sets[:, 0] = index_S[here_S].argmax(dim=1).to(sets.dtype)
+    table = TopKSets.add([TopKSets(sets, sums["set_counts"][here_S])])
+    return {**selected, "sets": table.sets, "set_counts": table.counts}
+
+
+def _check_sums(
+    label: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int, int]
+) -> None:
+    for name, tensor in tensors.items():
+        if name in TABLE:
+            continue
+        wanted = shape[:2] if name in EXPERT_SUMS else shape[1:] if name in NORMS else shape
+        check_tensor(f"{label}.{name}", tensor, torch.float64, wanted)
+        sound = tensor.isfinite() if name in SIGNED else tensor.isfinite() & (tensor >= 0)
+        if not bool(sound.all()):
+            raise ValueError(f"{label}.{name} holds a negative or not finite sum; calibrate again")
+
+
+def _check_table(
+    label: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int, int], top_k: int
+) -> None:
+    sets, counts = tensors["sets"], tensors["set_counts"]
+    check_tensor(f"{label}.sets", sets, torch.int16, (counts.numel(), 1 + top_k))
+    check_tensor(f"{label}.set_counts", counts, torch.int64, (sets.shape[0],))
+    sound = (sets >= 0).all() and (sets[:, 0] < shape[0]).all() and (sets[:, 1:] < shape[1]).all()
+    if not bool(sound and (counts > 0).all()):
+        raise ValueError(
+            f"{label}.sets names domains or experts that do not exist; calibrate again"
+        )

@@ -57,7 +57,8 @@ class CalibrationText:
     """The windows to run.
 
     Attributes:
-        windows: domain -> int32 [windows, seq_len] token ids, domains in the order given.
+        windows: domain -> int32 [windows, seq_len] token ids, domains in the order given. A
+            negative id is padding; `draw_windows` makes none.
         corpora: one entry per file.
     """
 
@@ -71,8 +72,8 @@ class CalibrationText:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all windows of all domains."""
-        return sum(ids.numel() for ids in self.windows.values())
+        """Tokens of all windows of all domains, without padding."""
+        return sum(int((ids >= 0).sum()) for ids in self.windows.values())
 
 
 def parse_data(argument: str) -> DataFile:
@@ -143,6 +144,37 @@ def draw_windows(
         corpora += read
         windows[domain] = _draw(_cut(ids, domain, seq_len), samples, seed)
     return CalibrationText(windows, tuple(corpora))
+
+
+def parse_shard(argument: str) -> tuple[int, int]:
+    """Read `i/N`, 1 <= i <= N.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number, slash, of = argument.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ValueError(f"shard {argument!r}: wanted i/N with 1 <= i <= N, such as 1/4")
+    return int(number), int(of)
+
+
+def take_shard(text: CalibrationText, number: int, of: int) -> CalibrationText:
+    """Every `of`-th window, counted through all domains, beginning with window `number`.
+
+    Raises:
+        ValueError: there are fewer windows than shards.
+    """
+    if text.num_windows < of:
+        raise ValueError(
+            f"shard {number}/{of}: the text makes {text.num_windows} windows, fewer than shards; "
+            "use fewer shards or more text"
+        )
+    windows: dict[str, torch.Tensor] = {}
+    passed = 0
+    for domain, ids in text.windows.items():
+        windows[domain] = ids[(number - 1 - passed) % of :: of]
+        passed += ids.shape[0]
+    return CalibrationText(windows, text.corpora)
 
 
 def _cut(ids: torch.Tensor, domain: str, seq_len: int) -> torch.Tensor:

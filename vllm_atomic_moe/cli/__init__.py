@@ -14,6 +14,7 @@ from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
+from vllm_atomic_moe.cli.merge import merge
 from vllm_atomic_moe.cli.prune import prune
 from vllm_atomic_moe.cli.score import score
 
@@ -38,6 +39,7 @@ def main(
 
 
 app.command()(calibrate)
+app.command()(merge)
 app.command()(score)
 app.command()(prune)
 app.command()(check)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_output, print_warning
+from vllm_atomic_moe.cli.console import check_output, print_json, print_table, print_warning
+
+SHOWN_EXPERTS = 20
 
 
 def calibrate(
@@ -34,10 +37,22 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed for drawing windows.")] = 0,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients/--no-gradients",
+            help="Run the backward pass; without it every method but heapr can be scored.",
+        ),
+    ] = True,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="i/N", help="Run this part of the windows only; then `merge`."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a model over text and sum up what the atoms of its experts do.
 
-    One forward and one backward per window; two numbers per atom.
+    One forward and one backward per window serve all methods.
     """
     check_output(output)
     from rich.console import Console
@@ -56,7 +71,9 @@ def calibrate(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options = CalibrationOptions(samples, seq_len, batch_size, dtype, device, seed)
+    options = CalibrationOptions(
+        samples, seq_len, batch_size, dtype, device, seed, gradients, shard
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,9 +97,36 @@ def calibrate(
     statistics.write(output)
     for warning in warnings:
         print_warning(warning)
-    domains = statistics.calibration["domains"]
+    report(output, statistics, as_json)
+
+
+def report(output: Path, statistics: Any, as_json: bool) -> None:
+    """Say what was calibrated, and which experts saw few tokens."""
+    from vllm_atomic_moe.calibration.findings import MIN_TOKENS, experts_with_few_tokens
+
+    few = experts_with_few_tokens(statistics.sums)
+    if as_json:
+        print_json(
+            {
+                "file": str(output),
+                "calibration": dict(statistics.calibration),
+                "experts_with_few_tokens": [dataclasses.asdict(entry) for entry in few],
+            }
+        )
+        return
+    shards = statistics.calibration.get("shards")
+    part = f", shards {shards['here']} of {shards['of']}" if shards else ""
     typer.echo(
-        f"{output}: {statistics.calibration['tokens']} tokens, domains {', '.join(domains)}; "
+        f"{output}: {statistics.calibration['tokens']} tokens, "
+        f"domains {', '.join(statistics.domains)}{part}; "
         f"{len(statistics.sums)} layers of {statistics.model['num_experts']} experts of "
         f"{statistics.model['intermediate_size']} atoms"
     )
+    if few:
+        typer.echo(f"\nexperts with fewer than {MIN_TOKENS} tokens:")
+        print_table(
+            ["layer", "expert", "tokens"],
+            [[str(x.layer), str(x.expert), str(x.tokens)] for x in few[:SHOWN_EXPERTS]],
+        )
+        if len(few) > SHOWN_EXPERTS:
+            typer.echo(f"… and {len(few) - SHOWN_EXPERTS} more; --json lists them all")

@@ -8,6 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import check_output, print_json, print_table
+from vllm_atomic_moe.cli.score import (
+    METHODS_HELP,
+    AllowUnseen,
+    Domains,
+    Seed,
+    WeightByFrequency,
+)
 
 
 def prune(
@@ -15,13 +22,15 @@ def prune(
         Path,
         typer.Argument(metavar="STATS|SCORES", help="File made by `calibrate` or by `score`."),
     ],
-    ratio: Annotated[float, typer.Option(help="Fraction of atoms to remove, 0 <= ratio < 1.")],
+    ratio: Annotated[
+        float,
+        typer.Option(help="Fraction of atoms (shape, reap: of experts) to remove, 0 <= ratio < 1."),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of profiles.")
     ],
     method: Annotated[
-        str | None,
-        typer.Option(help="heapr or random. A score file carries its own."),
+        str | None, typer.Option(help=f"{METHODS_HELP} A score file carries its own.")
     ] = None,
     name: Annotated[
         str | None,
@@ -31,23 +40,62 @@ def prune(
         ),
     ] = None,
     scope: Annotated[
-        str, typer.Option(help="global: the budget is over all layers together.")
-    ] = "global",
-    seed: Annotated[
-        int | None, typer.Option(help="Seed (method random only).", show_default="0")
+        str | None,
+        typer.Option(
+            help="global: all layers compete; layer or expert: each loses the same (atoms; reap: "
+            "global or layer).",
+            show_default="global",
+        ),
     ] = None,
+    align: Annotated[
+        int | None,
+        typer.Option(help="Make every width a multiple of this (atoms).", show_default="1"),
+    ] = None,
+    min_width: Annotated[
+        int | None,
+        typer.Option(help="Atoms that every expert keeps (atoms).", show_default="0"),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of experts that stay whole (tenp).", show_default="(1 - ratio) / 2"
+        ),
+    ] = None,
+    trapezoid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Whole experts of the first and the last layer, in proportion (tenp).",
+            show_default="1:2",
+        ),
+    ] = None,
+    domain: Domains = None,
+    allow_unseen: AllowUnseen = None,
+    weight_by_frequency: WeightByFrequency = None,
+    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write the profile that removes the least important atoms of all layers together.
+    """Write the profile that removes the least important atoms or experts.
 
     A profile of the same name is replaced, complete or not at all.
     """
     from vllm_atomic_moe.scoring.pruning import load_scores, make_profile
 
-    if scope != "global":
-        raise ValueError(f"scope {scope!r}: this version prunes with scope global only")
-
-    profile = make_profile(load_scores(source, method, {"seed": seed}), ratio, name)
+    given = {
+        "allow_unseen": allow_unseen,
+        "weight_by_frequency": weight_by_frequency,
+        "seed": seed,
+    }
+    profile = make_profile(
+        load_scores(source, method, given, domain),
+        ratio,
+        name,
+        scope=scope,
+        align=align,
+        min_width=min_width,
+        alpha=alpha,
+        trapezoid=trapezoid,
+    )
     path = output / f"{profile.name}.safetensors"
     check_output(path)
     profile.write(path)

@@ -1,10 +1,13 @@
 """Scoring: statistics become scores, scores become masks (DESIGN §6).
 
-Pure functions, one method a file; this file is the list of methods. A method scores one layer: it
-is given the layer's sums, the layer's index and its own options, and returns float32 [E, I], higher
-= more important. +inf means "keep whatever else goes"; NaN is refused.
+Pure functions, one method a file; this file is the list of methods. A method has two halves:
 
-Legend: E experts, I full intermediate size.
+- `score_layer` is given one layer's sums, the layer's index and its own options, and returns scores
+  [E, I] (for methods that score experts whole, every atom carries its expert's score), or a pair of
+  these and expert scores [E]; higher = more important, +inf means "stays", NaN is refused.
+- `select` is given the scores of all layers and a ratio, and returns masks.
+
+Legend: E experts, I full intermediate size, K experts per token.
 """
 
 from __future__ import annotations
@@ -16,58 +19,142 @@ from typing import Any
 
 import torch
 
+from vllm_atomic_moe.calibration.findings import MIN_TOKENS
+from vllm_atomic_moe.scoring.budget import check_ratio, prune_atoms
+from vllm_atomic_moe.scoring.camera import score_camera
 from vllm_atomic_moe.scoring.heapr import score_heapr
+from vllm_atomic_moe.scoring.magnitude import score_magnitude
+from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 from vllm_atomic_moe.scoring.random import score_random
+from vllm_atomic_moe.scoring.reap import prune_reap, score_reap
+from vllm_atomic_moe.scoring.shape import prune_shape, score_shape
+from vllm_atomic_moe.scoring.tenp import prune_tenp, score_tenp
+
+UNSEEN = {"allow_unseen": False}
+ATOM_SELECTION = {"scope": "global", "align": 1, "min_width": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to score atoms.
+    """A way to prune.
 
     Attributes:
-        score_layer: (sums of the layer, layer index, **options) -> float32 [E, I].
-        options: the method's own options with their defaults.
+        score_layer: (sums of the layer, layer index, **options) -> LayerScores.
+        select: (LayerScores by layer, ratio, K, **selection) -> Masks.
+        options: options of `score_layer` with their defaults; `allow_unseen` among them means that
+            experts with few tokens are protected without it.
+        selection: options of `select` with their defaults.
     """
 
-    score_layer: Callable[..., torch.Tensor]
+    score_layer: Callable[..., LayerScores]
+    select: Callable[..., Masks] = prune_atoms
     options: Mapping[str, Any] = field(default_factory=dict)
+    selection: Mapping[str, Any] = field(default_factory=lambda: ATOM_SELECTION)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "heapr": Method(score_heapr),
-        "random": Method(score_random, {"seed": 0}),
+        "heapr": Method(score_heapr, options={"weight_by_frequency": False, **UNSEEN}),
+        "tenp": Method(
+            score_tenp,
+            prune_tenp,
+            UNSEEN,
+            {"alpha": None, "trapezoid": "1:2", "align": 1},
+        ),
+        "shape": Method(score_shape, prune_shape, selection={}),
+        "random": Method(score_random, options={"seed": 0}),
+        "magnitude": Method(score_magnitude),
+        "camera": Method(score_camera, options=UNSEEN),
+        "reap": Method(score_reap, prune_reap, selection={"scope": "global"}),
     }
 )
+# Scores made elsewhere rank atoms.
+FOREIGN = Method(score_layer=lambda *_: LayerScores(torch.empty(0)))
 
 
 def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's options: its defaults, overridden by those given that are not None.
+    """Options of the method's scores: its defaults, overridden by those given (None: not given).
 
     Raises:
         ValueError: no such method, or an option it does not have.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not known; wanted one of {', '.join(METHODS)}")
-    options = dict(METHODS[method].options)
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name not in options:
-            raise ValueError(f"method {method!r} has no option --{name}; leave it out")
-        options[name] = value
-    return options
+    return _override(method, METHODS[method].options, given)
+
+
+def selection_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the method's masks, likewise; scores of a method not known here rank atoms.
+
+    Raises:
+        ValueError: an option it does not have.
+    """
+    return _override(method, METHODS.get(method, FOREIGN).selection, given)
 
 
 def score_layers(
     method: str, sums: Mapping[int, Mapping[str, torch.Tensor]], options: Mapping[str, Any]
-) -> dict[int, torch.Tensor]:
-    """Scores of every layer: layer index -> float32 [E, I].
+) -> dict[int, LayerScores]:
+    """Scores of every layer.
+
+    Experts that saw fewer than MIN_TOKENS tokens are never scored by them: unless the option
+    `allow_unseen` is set, their scores are +inf. Methods without that option do not score atoms by
+    tokens.
 
     Args:
         method: a key of METHODS.
-        sums: layer index -> name -> float64 sums, as in a statistics file; not modified.
+        sums: layer index -> name -> sums, as in a statistics file; not modified.
         options: what `method_options` returned.
+
+    Raises:
+        ValueError: the method needs sums that are not there.
     """
-    score_layer = METHODS[method].score_layer
-    return {layer: score_layer(tensors, layer, **options) for layer, tensors in sums.items()}
+    own = {name: value for name, value in options.items() if name != "allow_unseen"}
+    scores: dict[int, LayerScores] = {}
+    for layer, tensors in sums.items():
+        scores[layer] = METHODS[method].score_layer(tensors, layer, **own)
+        if options.get("allow_unseen") is False:
+            few_E = tensors["count"].sum(dim=0) < MIN_TOKENS
+            scores[layer] = scores[layer].protect(few_E)
+    return scores
+
+
+def select_masks(
+    method: str,
+    scores: Mapping[int, LayerScores],
+    ratio: float,
+    experts_per_token: int,
+    options: Mapping[str, Any],
+) -> Masks:
+    """The masks that remove `ratio` of the atoms (or experts) by the method's rule.
+
+    Args:
+        method: what made the scores.
+        scores: not modified.
+        ratio: 0 <= ratio < 1.
+        experts_per_token: K, the fewest experts that a layer may route to.
+        options: what `selection_options` returned.
+
+    Raises:
+        ValueError: the ratio is out of range, the scores hold NaN, or the budget cannot be met.
+    """
+    check_ratio(ratio)
+    if not scores:
+        raise ValueError("no layers to prune; score a Mixture-of-Experts model")
+    for layer, of_layer in scores.items():
+        if of_layer.has_nan():
+            raise ValueError(f"layers.{layer}.score holds NaN; calibrate and score again")
+    ordered = dict(sorted(scores.items()))
+    return METHODS.get(method, FOREIGN).select(ordered, ratio, experts_per_token, **options)
+
+
+def _override(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    options = dict(defaults)
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in options:
+            flag = name.replace("_", "-")
+            raise ValueError(f"method {method!r} has no option --{flag}; leave it out")
+        options[name] = value
+    return options

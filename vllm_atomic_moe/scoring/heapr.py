@@ -13,21 +13,34 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.scoring.masks import LayerScores
 
-def score_heapr(sums: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
+
+def score_heapr(
+    sums: Mapping[str, torch.Tensor], layer: int, weight_by_frequency: bool
+) -> LayerScores:
     """½ · mean(h²) · mean((∂ℓ/∂h)²), means over the routed tokens of all domains.
 
-    An expert that saw no token scores +inf: nothing is known against it, so it is kept whole (a
-    score of zero would remove it first). Calibration warns about such experts.
+    An expert without tokens scores zero here; `score_layers` protects it.
 
     Args:
-        sums: `count` [D, E], `h2` [D, E, I], `g2` [D, E, I], float64.
+        sums: `count` [D, E], `h2` [D, E, I], `g2` [D, E, I].
         layer: not used; all layers are scored alike.
+        weight_by_frequency: multiply by the fraction of routed rows that the expert gets, so that
+            the score is the loss increase over all tokens instead of over those routed to it.
 
-    Returns:
-        float32 [E, I].
+    Raises:
+        ValueError: the statistics were made without gradients.
     """
+    if "g2" not in sums:
+        raise ValueError(
+            "the statistics hold no gradients (made with --no-gradients), which heapr needs; "
+            "calibrate without that flag"
+        )
     count_E1 = sums["count"].sum(dim=0).unsqueeze(1)
     h2_EI, g2_EI = sums["h2"].sum(dim=0), sums["g2"].sum(dim=0)
-    score_EI = 0.5 * (h2_EI / count_E1) * (g2_EI / count_E1)
-    return score_EI.masked_fill(count_E1 == 0, torch.inf).float()
+    rows_E1 = count_E1.clamp_min(1)
+    score_EI = 0.5 * (h2_EI / rows_E1) * (g2_EI / rows_E1)
+    if weight_by_frequency:
+        score_EI = score_EI * (count_E1 / count_E1.sum())
+    return LayerScores(score_EI.float())

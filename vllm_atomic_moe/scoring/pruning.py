@@ -2,48 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_atomic_moe.calibration.statistics import FORMAT as STATISTICS_FORMAT
 from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.profiles import PruningProfile
-from vllm_atomic_moe.scoring import METHODS, method_options, score_layers
-from vllm_atomic_moe.scoring.budget import global_masks
+from vllm_atomic_moe.scoring import (
+    METHODS,
+    method_options,
+    score_layers,
+    select_masks,
+    selection_options,
+)
 from vllm_atomic_moe.scoring.score_file import FORMAT as SCORES_FORMAT
 from vllm_atomic_moe.scoring.score_file import Scores
 from vllm_atomic_moe.tensor_files import open_safetensors
 
 
-def score_statistics(statistics: Statistics, method: str, given: Mapping[str, Any]) -> Scores:
+def score_statistics(
+    statistics: Statistics,
+    method: str,
+    given: Mapping[str, Any],
+    domains: Sequence[str] | None = None,
+) -> Scores:
     """Score every atom.
 
     Args:
         statistics: what calibration left; not modified.
         method: a key of `scoring.METHODS`.
         given: method options by name; None means "not given".
+        domains: score by these domains only; by all, if None.
 
     Raises:
-        ValueError: no such method, or an option it does not have.
+        ValueError: no such method or domain, an option the method does not have, or sums it needs
+            and the statistics lack.
     """
     options = method_options(method, given)
+    if domains:
+        statistics = statistics.select(domains)
+    layers = score_layers(method, statistics.sums, options)
     return Scores(
         method=method,
         options=options,
         model=statistics.model,
         calibration=statistics.calibration,
-        scores=score_layers(method, statistics.sums, options),
+        scores={layer: scores.atoms for layer, scores in layers.items()},
+        expert_scores={
+            layer: scores.experts for layer, scores in layers.items() if scores.experts is not None
+        },
     )
 
 
-def load_scores(path: Path, method: str | None, given: Mapping[str, Any]) -> Scores:
+def load_scores(
+    path: Path,
+    method: str | None,
+    given: Mapping[str, Any],
+    domains: Sequence[str] | None = None,
+) -> Scores:
     """Scores out of a score file, or made from a statistics file.
 
     Args:
         path: either kind of file.
         method: wanted for statistics; for scores None or the method they were made with.
         given: method options by name, for statistics only; None means "not given".
+        domains: score by these domains only, for statistics only.
 
     Raises:
         ValueError: the file is neither, it is invalid, or method and options do not go with it.
@@ -56,7 +81,7 @@ def load_scores(path: Path, method: str | None, given: Mapping[str, Any]) -> Sco
                 f"{path}: statistics can be scored in several ways; "
                 f"give --method, one of {', '.join(METHODS)}"
             )
-        return score_statistics(Statistics.read(path), method, given)
+        return score_statistics(Statistics.read(path), method, given, domains)
     if kind != SCORES_FORMAT:
         raise ValueError(
             f"{path}: metadata `format` is {kind!r:.80}, wanted {STATISTICS_FORMAT!r} or "
@@ -67,26 +92,37 @@ def load_scores(path: Path, method: str | None, given: Mapping[str, Any]) -> Sco
         raise ValueError(
             f"{path}: holds {scores.method} scores, --method says {method}; leave it out"
         )
-    if chosen := [name for name, value in given.items() if value is not None]:
-        raise ValueError(
-            f"{path}: scores are made already, --{chosen[0]} changes nothing; leave it out"
-        )
+    asked = {**given, "domain": domains or None}
+    chosen = [name for name, value in asked.items() if value is not None]
+    if chosen:
+        flag = chosen[0].replace("_", "-")
+        raise ValueError(f"{path}: scores are made already, --{flag} changes nothing; leave it out")
     return scores
 
 
-def make_profile(scores: Scores, ratio: float, name: str | None = None) -> PruningProfile:
-    """The profile that removes the `ratio` of atoms with the lowest scores over all layers.
+def make_profile(
+    scores: Scores, ratio: float, name: str | None = None, **given: Any
+) -> PruningProfile:
+    """The profile that removes `ratio` by the rule of the scores' method.
 
     Args:
         scores: not modified.
-        ratio: fraction of atoms to remove, 0 <= ratio < 1.
+        ratio: fraction of atoms (of experts, for whole-expert methods) to remove, 0 <= ratio < 1.
         name: of the profile; METHOD-PERCENT if None, as in heapr-25.
+        given: selection options of the method by name; None means "not given".
 
     Raises:
-        ValueError: the ratio is out of range or the name is not allowed.
+        ValueError: the ratio is out of range, the method has no such option, the budget cannot be
+            met, or the name is not allowed.
     """
-    keep = global_masks(scores.scores, ratio)
-    atoms = sum(mask.numel() for mask in keep.values())
-    kept = sum(int(mask.sum()) for mask in keep.values()) / atoms
+    options = selection_options(scores.method, given)
+    experts_per_token = int(scores.calibration.get("experts_per_token", 1))
+    masks = select_masks(scores.method, scores.layers, ratio, experts_per_token, options)
+    atoms = sum(mask.numel() for mask in masks.keep.values())
+    kept = sum(int(mask.sum()) for mask in masks.keep.values()) / atoms
     metadata = {"ratio": str(ratio), "kept": str(kept), **scores.metadata()}
-    return PruningProfile(name or f"{scores.method}-{ratio * 100:g}", keep, metadata=metadata)
+    if options:
+        metadata["selection"] = json.dumps(options)
+    return PruningProfile(
+        name or f"{scores.method}-{ratio * 100:g}", masks.keep, masks.routable, metadata
+    )

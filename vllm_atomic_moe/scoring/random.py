@@ -10,18 +10,17 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.scoring.masks import LayerScores
 
-def score_random(sums: Mapping[str, torch.Tensor], layer: int, seed: int) -> torch.Tensor:
+
+def score_random(sums: Mapping[str, torch.Tensor], layer: int, seed: int) -> LayerScores:
     """Uniform scores in [0, 1), the same for the same seed and layer whatever else is scored.
 
     Args:
         sums: only the shape of `h2` [D, E, I] is used.
         layer: layer index.
         seed: any integer.
-
-    Returns:
-        float32 [E, I].
     """
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return torch.rand(sums["h2"].shape[1:], generator=generator)
+    return LayerScores(torch.rand(sums["h2"].shape[1:], generator=generator))

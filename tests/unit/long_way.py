@@ -1,0 +1,112 @@
+"""The oracle of calibration: explicit experts, one token after another, formulas written out.
+
+Slow on purpose, and independent of the code under test: it reads the expert matrices from the
+checkpoint, replaces the experts' forward, and keeps every routed row.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from vllm_atomic_moe.calibration.experts import find_experts
+from vllm_atomic_moe.checkpoint import CheckpointInfo
+
+GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+
+
+def read_matrix(directory: Path, layer: int, expert: int, names: tuple[str, str]) -> torch.Tensor:
+    """One expert's matrix as it stands on disk."""
+    pattern = re.compile(rf"layers\.{layer}\..*experts\.{expert}\.({'|'.join(names)})\.weight$")
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        (name,) = (key for key in file.keys() if pattern.search(key))  # noqa: SIM118
+        return file.get_tensor(name)
+
+
+@dataclass
+class RoutedToken:
+    """One token in one expert."""
+
+    domain: int
+    expert: int
+    x: torch.Tensor
+    h: torch.Tensor
+    y: torch.Tensor
+    p: torch.Tensor
+    g: torch.Tensor | None = None  # ∂ℓ/∂y
+
+
+class LongWay:
+    """A layer's experts, one after another, with explicit outputs; and all that they saw."""
+
+    def __init__(self, directory: Path, layer: int, info: CheckpointInfo, dtype: torch.dtype):
+        def matrices(names):
+            return [
+                read_matrix(directory, layer, expert, names).to(dtype)
+                for expert in range(info.num_experts)
+            ]
+
+        self.gate, self.up, self.down = matrices(GATE), matrices(UP), matrices(DOWN)
+        self.info = info
+        self.domain = 0
+        self.tokens: list[RoutedToken] = []
+        self.chosen: list[tuple[int, frozenset[int]]] = []
+        self.pending: list = []
+
+    def forward(self, hidden, topk_ids, topk_weights):
+        output = torch.zeros_like(hidden)
+        self.chosen += [(self.domain, frozenset(ids)) for ids in topk_ids.tolist()]
+        for expert in range(len(self.gate)):
+            for slot in range(topk_ids.shape[1]):
+                tokens = (topk_ids[:, slot] == expert).nonzero().flatten()
+                x, p = hidden[tokens], topk_weights[tokens, slot]
+                h = functional.silu(x @ self.gate[expert].T) * (x @ self.up[expert].T)
+                y = h @ self.down[expert].T
+                if tokens.numel():
+                    y.retain_grad()
+                    self.pending.append((expert, x, h, y, p))
+                output = output.index_add(0, tokens, y * p[:, None])
+        return output
+
+    def accumulate(self):
+        """After the backward pass: note every token with its gradient."""
+        for expert, x, h, y, p in self.pending:
+            parts = (tensor.detach().double() for tensor in (x, h, y, p, y.grad))
+            self.tokens += [
+                RoutedToken(self.domain, expert, *row) for row in zip(*parts, strict=True)
+            ]
+        self.pending.clear()
+
+    def of_expert(self, expert: int) -> list[RoutedToken]:
+        return [token for token in self.tokens if token.expert == expert]
+
+
+def run_the_long_way(
+    directory: Path, info: CheckpointInfo, domains: list[torch.Tensor], dtype: torch.dtype
+) -> dict[int, LongWay]:
+    """Every parameter trainable, one window at a time, the loss written out."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    layers = {}
+    for layer, module in find_experts(model, info).items():
+        layers[layer] = LongWay(directory, layer, info, dtype)
+        module.forward = layers[layer].forward
+    for domain, windows in enumerate(domains):
+        for ids in windows.long():
+            for layer in layers.values():
+                layer.domain = domain
+            log_probabilities = (
+                model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+            )
+            loss = -sum(
+                log_probabilities[position, ids[position + 1]] for position in range(len(ids) - 1)
+            )
+            loss.backward()
+            for layer in layers.values():
+                layer.accumulate()
+    return layers

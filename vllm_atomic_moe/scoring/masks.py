@@ -1,0 +1,60 @@
+"""What goes from scores to masks: scores of one layer, masks of all.
+
+Legend: E experts, I full intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerScores:
+    """Scores of one layer, higher = more important; +inf stays, whatever else goes.
+
+    Attributes:
+        atoms: float32 [E, I]; of methods that score experts whole, the expert's score throughout.
+        experts: float32 [E], of methods that score experts beside atoms (tenp), else None.
+    """
+
+    atoms: torch.Tensor
+    experts: torch.Tensor | None = None
+
+    @classmethod
+    def whole(cls, score_E: torch.Tensor, size: int) -> LayerScores:
+        """Every one of `size` atoms carries the score of its expert."""
+        return cls(score_E.float()[:, None].expand(-1, size).contiguous())
+
+    def protect(self, experts_E: torch.Tensor) -> LayerScores:
+        """The same scores with +inf for the experts where bool [E] is True."""
+        return LayerScores(
+            self.atoms.masked_fill(experts_E[:, None], torch.inf),
+            None if self.experts is None else self.experts.masked_fill(experts_E, torch.inf),
+        )
+
+    def has_nan(self) -> bool:
+        """Whether any score is no number."""
+        experts = self.experts is not None and bool(self.experts.isnan().any())
+        return experts or bool(self.atoms.isnan().any())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """Masks of all layers, as in a profile.
+
+    Attributes:
+        keep: layer index -> bool [E, I], True where an atom stays.
+        routable: layer index -> bool [E], from methods that prune whole experts.
+    """
+
+    keep: Mapping[int, torch.Tensor]
+    routable: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def whole(cls, routable: Mapping[int, torch.Tensor], size: int) -> Masks:
+        """Experts of `size` atoms that stay or go whole."""
+        keep = {layer: mask[:, None].expand(-1, size) for layer, mask in routable.items()}
+        return cls({layer: mask.contiguous() for layer, mask in keep.items()}, routable)

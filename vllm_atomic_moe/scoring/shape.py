@@ -1,0 +1,110 @@
+"""SHAPE (arXiv 2606.09886): whole experts, by how they cooperate.
+
+A layer is a cooperative game whose coalitions are the top-k sets that tokens chose. v(A) says how
+often exactly A was chosen, N(B) how often a chosen set contained B. What expert i adds to a set A
+is v(A) − α_i·N(A∖i), with α_i the least of v(A)/N(A∖i) over the sets that contain i, and its score
+φ_i the sum over these sets.
+
+Legend: E experts, K experts per token, S observed sets, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from vllm_atomic_moe.scoring.masks import LayerScores, Masks
+
+
+def score_shape(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
+    """φ of every expert, as a fraction of the layer's total; zero for one never chosen.
+
+    Args:
+        sums: `sets` [S, 1+K] and `set_counts` [S]; `h2` [D, E, I] for its shape.
+        layer: not used; all layers are scored alike.
+
+    Raises:
+        ValueError: K is 1, so that no experts cooperate.
+    """
+    if sums["sets"].shape[1] < 3:
+        raise ValueError(
+            "the model routes every token to 1 expert; shape scores how experts of one token "
+            "cooperate and needs at least 2; use reap"
+        )
+    sets_SK, v_S = _join_domains(sums["sets"][:, 1:].long(), sums["set_counts"].double())
+    experts, size = sums["h2"].shape[1:]
+    ratio_SK = v_S[:, None] / (rest_SK := _rest_frequencies(sets_SK, v_S, experts))
+    alpha_E = torch.full((experts,), torch.inf, dtype=torch.float64)
+    alpha_E.scatter_reduce_(0, sets_SK.flatten(), ratio_SK.flatten(), "amin")
+    gain_SK = v_S[:, None] - alpha_E[sets_SK] * rest_SK
+    phi_E = torch.zeros(experts, dtype=torch.float64)
+    phi_E.index_add_(0, sets_SK.flatten(), gain_SK.flatten())
+    phi_E = phi_E.clamp_min(0)  # No gain is negative but by rounding.
+    return LayerScores.whole(phi_E / phi_E.sum().clamp_min(torch.finfo(phi_E.dtype).tiny), size)
+
+
+def prune_shape(scores: Mapping[int, LayerScores], ratio: float, experts_per_token: int) -> Masks:
+    """Per layer the shortest prefix, by φ, that reaches α of the layer's total; at least K experts.
+
+    The one α of all layers is the one at which 1 − `ratio` of all experts stay. An expert joins its
+    layer's prefix as soon as α exceeds what those before it sum up to; so sorting the experts of
+    all layers by that sum finds the α that bisection would. Of equal sums the lower layer's expert
+    stays; of equal scores the lower expert.
+
+    Args:
+        scores: layer index -> scores, layers ascending; not modified.
+        ratio: fraction of experts to remove.
+        experts_per_token: K.
+
+    Raises:
+        ValueError: more experts would have to go than may.
+    """
+    size = next(iter(scores.values())).atoms.shape[1]
+    joins, orders = [], []
+    for of_layer in scores.values():
+        phi_E = of_layer.atoms[:, 0].double()
+        order_E = phi_E.argsort(descending=True, stable=True)
+        before_E = phi_E[order_E].cumsum(0) - phi_E[order_E]
+        # A layer whose scores are all zero is reached by the empty prefix.
+        joins_E = before_E / phi_E.sum() if phi_E.sum() > 0 else torch.ones_like(before_E)
+        joins_E[:experts_per_token] = -1
+        joins.append(joins_E)
+        orders.append(order_E)
+    joins_LE = torch.stack(joins)
+    wanted = joins_LE.numel() - round(ratio * joins_LE.numel())
+    least = len(joins) * experts_per_token
+    if wanted < least:
+        raise ValueError(
+            f"ratio {ratio} leaves {wanted} of {joins_LE.numel()} experts, and "
+            f"{experts_per_token} of every layer must stay because a token uses so many; use at "
+            f"most {1 - least / joins_LE.numel():.4g}"
+        )
+    stays = torch.zeros(joins_LE.numel(), dtype=torch.bool)
+    stays[joins_LE.flatten().argsort(stable=True)[:wanted]] = True
+    routable: dict[int, torch.Tensor] = {}
+    for layer, order_E, stays_E in zip(scores, orders, stays.view_as(joins_LE), strict=True):
+        routable[layer] = torch.zeros_like(stays_E).index_copy_(0, order_E, stays_E)
+    return Masks.whole(routable, size)
+
+
+def _join_domains(sets_SK: torch.Tensor, v_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sets without their domain, each once, with their counts added."""
+    unique_SK, position_S = torch.unique(sets_SK, dim=0, return_inverse=True)
+    return unique_SK, torch.zeros(len(unique_SK), dtype=v_S.dtype).index_add_(0, position_S, v_S)
+
+
+def _rest_frequencies(sets_SK: torch.Tensor, v_S: torch.Tensor, experts: int) -> torch.Tensor:
+    """N(A∖i) for every set A and each of its experts i: float64 [S, K]."""
+    num_sets, top_k = sets_SK.shape
+    rests = torch.stack([sets_SK[:, torch.arange(top_k) != k] for k in range(top_k)], dim=1)
+    flat = rests.view(num_sets * top_k, top_k - 1)
+    if experts ** (top_k - 1) < 2**63:
+        # One number per set sorts much faster than rows.
+        powers = torch.tensor([experts**k for k in range(top_k - 1)])
+        _, position = torch.unique((flat * powers).sum(dim=1), return_inverse=True)
+    else:
+        _, position = torch.unique(flat, dim=0, return_inverse=True)
+    total = torch.zeros(int(position.max()) + 1, dtype=torch.float64)
+    total.index_add_(0, position, v_S.repeat_interleave(top_k))
+    return total[position].view(num_sets, top_k)
