@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 STATISTICS := build/demo/statistics.safetensors
 DOMAINS := english spanish french python c json man rst
 CALIBRATION_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).calibration.txt:$(domain))
-HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
+METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-full lint demo-model demo-profiles demo-report clean
@@ -52,18 +52,14 @@ $(STATISTICS): $(STAMP) $(DEMO)/model/model.safetensors
 	mkdir -p $(@D)
 	$(BIN)/atomic-moe calibrate $(DEMO)/model $(CALIBRATION_TEXT) --seq-len 512 -o $@
 
-demo-profiles: $(STATISTICS) ## the demo's profiles heapr-20 and heapr-40 from its calibration text
-	for ratio in 0.2 0.4; do $(BIN)/atomic-moe prune $(STATISTICS) \
-	  --method heapr --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done
+demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %, heapr also at 60 %
+	for method in $(METHODS); do for ratio in 0.2 0.4; do $(BIN)/atomic-moe prune $(STATISTICS) \
+	  --method $$method --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done; done
+	$(BIN)/atomic-moe prune $(STATISTICS) --method heapr --ratio 0.6 -o $(DEMO)/model/atomic_profiles
 
-demo-report: $(STATISTICS) ## held-out perplexity of the demo as served: dense, heapr, random with three seeds
-	rm -rf build/demo/report && mkdir -p build/demo/report
-	cp $(DEMO)/model/atomic_profiles/*.safetensors build/demo/report
-	for ratio in 0.2 0.4; do for seed in 0 1 2; do \
-	  $(BIN)/atomic-moe prune $(STATISTICS) --method random --seed $$seed \
-	    --ratio $$ratio --name random-$$ratio-seed-$$seed -o build/demo/report || exit 1; done; done
-	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe eval $(DEMO)/model --profiles build/demo/report \
-	  $(HELDOUT_TEXT)
+demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (deploy/demo/quality.md)
+	rm -rf build/demo/report
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py $(STATISTICS) build/demo/report
 
 clean: ## remove .venv/ and build/
 	rm -rf .venv build

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.two_forwards import two_forwards
 from tests.unit.long_way import run_the_long_way
 from tests.unit.test_scoring_methods import SEQ_LEN, heapr
 from tests.unit.tiny_models import ARCHITECTURES, make_model, random_windows
@@ -32,6 +33,16 @@ def test_heapr_is_the_papers_formula(architecture, dtype, tmp_path):
         assert seen.sum() >= 4
         error = (score.double() - wanted).abs() / wanted
         assert error[seen].max() < (1e-4 if dtype == torch.float32 else 1e-6)
+
+
+def test_the_method_that_is_timed_against_ours_is_the_papers(tmp_path):
+    info = make_model("qwen3_moe", tmp_path)
+    windows = random_windows(2, SEQ_LEN)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    layers = two_forwards(model, info, windows)
+    long_way = run_the_long_way(tmp_path, info, [windows], torch.float64)
+    for layer, paper in layers.items():
+        torch.testing.assert_close(paper.scores(), heapr(long_way[layer]), rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
