@@ -14,8 +14,10 @@ from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
+from vllm_atomic_moe.cli.import_profile import import_profile
 from vllm_atomic_moe.cli.prune import prune
 from vllm_atomic_moe.cli.score import score
+from vllm_atomic_moe.cli.show import show
 
 app = typer.Typer(
     name="atomic-moe",
@@ -40,5 +42,7 @@ def main(
 app.command()(calibrate)
 app.command()(score)
 app.command()(prune)
+app.command("import")(import_profile)
+app.command()(show)
 app.command()(check)
 app.command("eval")(evaluate)
