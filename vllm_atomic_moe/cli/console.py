@@ -51,9 +51,10 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False, highlight=False)
-    # Off a terminal rich assumes 80 columns; a file or a pipe has as many as the table needs.
-    width = console.width if console.is_terminal else 1000
-    console.print(table, width=width, crop=False)
+    if not console.is_terminal:
+        # Off a terminal rich assumes 80 columns; a file or a pipe has as many as the table needs.
+        console = Console(markup=False, highlight=False, width=1000)
+    console.print(table, crop=False)
 
 
 def check_output(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
-from vllm_atomic_moe.cli.profiles import WIDTH_COLUMNS, profile_files, summarise_widths
+from vllm_atomic_moe.cli.profiles import profile_files, summarise_widths
 
 # A profile does not know the dtype it will be served in; most models are served in 16 bits.
 BYTES_PER_WEIGHT = 2
@@ -94,13 +94,18 @@ def _describe_layers(profile: Any, layers: list[int], hidden_size: int | None) -
 def _print(description: dict[str, Any]) -> None:
     notes = [f"{key} {description[key]}" for key in ("method", "ratio") if description[key]]
     notes.append(f"{description['all']['kept']:.2%} of atoms kept")
+    saved = description["all"]["bytes_saved_16bit"]
+    if saved is not None:
+        notes.append(f"{saved / 2**20:.2f} MiB saved at 16 bits a weight")
     typer.echo(f"{description['name']}: {', '.join(notes)}")
     # Of a profile that leaves the router alone the column would say nothing.
     routing = description["all"]["routable_experts"] < description["all"]["experts"]
-    columns = ["layer", *WIDTH_COLUMNS, *(["routable"] if routing else [])]
+    # Short words: with all columns the table fits a terminal of 80.
+    columns = ["layer", "width min", "median", "max", "zero width"]
+    columns += [*(["routable"] if routing else []), "kept", "MiB saved"]
     labelled = [(str(row["layer"]), row) for row in description["layers"]]
     print_table(
-        [*columns, "kept", "MiB saved (16 bit)"],
+        columns,
         [_row(label, row, routing) for label, row in [*labelled, ("all", description["all"])]],
     )
 

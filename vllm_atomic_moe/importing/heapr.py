@@ -11,6 +11,7 @@ Legend: E experts, I full intermediate size.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vllm_atomic_moe.checkpoint import CheckpointInfo
 from vllm_atomic_moe.importing.selection import Selection, check_every_layer, layer_index
 from vllm_atomic_moe.scoring.pruning import make_profile
 from vllm_atomic_moe.scoring.score_file import Scores
-from vllm_atomic_moe.tensor_files import one_line, shorten
+from vllm_atomic_moe.tensor_files import shorten
 
 METHOD = "heapr"
 UNSEEN = -1.0
@@ -52,12 +53,14 @@ def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
 
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign pickle can fail in any way
+        # torch's own message recommends to load the file with its code; that is not passed on.
         raise ValueError(
             f"{path}: not a file of tensors that torch loads without running code "
-            f"({type(error).__name__}: {one_line(error)}); "
-            "save a plain dictionary, layer -> tensor, with torch.save"
+            f"({type(error).__name__}); save a plain dictionary, layer -> tensor, with torch.save"
         ) from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds {type(data).__name__}, wanted a dictionary of tensors")
