@@ -44,17 +44,9 @@ def read_mask(path: Path, model: CheckpointInfo) -> Selection:
     with open_safetensors(path) as (metadata, file):
         if metadata.get("format") == FORMAT:
             raise ValueError(f"{path}: is a profile already; use it as it is, no import is needed")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    names: dict[Slot, str] = {}
-    for name in tensors:
-        slot = _slot(name, model, path)
-        if slot in names:
-            raise ValueError(
-                f"{path}: {names[slot]!r} and {name!r} are both masks of {_describe(slot)}; "
-                "keep one"
-            )
-        names[slot] = name
-    check_every_layer({layer for layer, _ in names}, model, path)
+        # All names before any tensor: a checkpoint given by mistake is not read.
+        names = _slots(list(file.keys()), model, path)
+        tensors = {name: file.get_tensor(name) for name in names.values()}
     keep: dict[int, torch.Tensor] = {}
     routable: dict[int, torch.Tensor] = {}
     for layer in model.layers:
@@ -71,6 +63,21 @@ def read_mask(path: Path, model: CheckpointInfo) -> Selection:
         if not bool(mask.all()):
             routable[layer] = mask
     return Selection(keep, routable)
+
+
+def _slots(tensor_names: list[str], model: CheckpointInfo, path: Path) -> dict[Slot, str]:
+    """What every tensor is of; every MoE layer is there."""
+    names: dict[Slot, str] = {}
+    for name in tensor_names:
+        slot = _slot(name, model, path)
+        if slot in names:
+            raise ValueError(
+                f"{path}: {names[slot]!r} and {name!r} are both masks of {_describe(slot)}; "
+                "keep one"
+            )
+        names[slot] = name
+    check_every_layer({layer for layer, _ in names}, model, path)
+    return names
 
 
 def _slot(name: str, model: CheckpointInfo, path: Path) -> Slot:
