@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,12 +43,19 @@ def test_rows_and_numbers(tmp_path):
         arguments += ["--data", f"{tmp_path / domain}.txt:{domain}"]
     command = [*COMMAND, str(DEMO), *arguments, "--profile", "heapr-40", "--json"]
     command += ["--seq-len", str(LENGTH), "--dtype", "float32"]
+    command += ["--plot", str(tmp_path / "plots" / "perplexity.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     dense, pruned = json.loads(done.stdout)
 
     masks = PruningProfile.read(DEMO / "atomic_profiles" / "heapr-40.safetensors")
     zero_pruned(DEMO, tmp_path / "zeroed", masks)
     assert (dense["profile"], pruned["profile"]) == ("dense", "heapr-40")
+    assert (dense["method"], pruned["method"]) == ("dense", "heapr")
+    for domain in ("all", *texts):
+        change = pruned["perplexity"][domain] / dense["perplexity"][domain] - 1
+        assert pruned["delta"][domain] == pytest.approx(change)
+        assert dense["delta"][domain] == 0
+    assert (tmp_path / "plots" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert pruned["kept_bytes"] == masks.kept_atoms * 3 * 128 * 4
     for domain, text in texts.items():
         for row, model in ((dense, DEMO), (pruned, tmp_path / "zeroed")):
@@ -57,11 +65,18 @@ def test_rows_and_numbers(tmp_path):
 
 def test_refusals_come_before_the_engine(tmp_path):
     (tmp_path / "t.txt").write_text("word " * 600)
+    # The first profile is good, the second has a good header only.
+    shutil.copytree(DEMO / "atomic_profiles", tmp_path / "profiles")
+    last = tmp_path / "profiles" / "heapr-40.safetensors"
+    masks = PruningProfile.read(last)
+    PruningProfile("heapr-40", {0: masks.keep[0]}, metadata=masks.metadata).write(last)
     for flags, words in (
+        (["--profiles", str(tmp_path / "profiles")], "profile 'heapr-40': lacks layers [1, 2, 3]"),
         (["--profile", "none"], "profile 'none' is not in"),
         (["--seq-len", "512"], "sequence length 512: the model's context is 512"),
     ):
         command = [*COMMAND, str(DEMO), "--data", str(tmp_path / "t.txt"), *flags]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1
+        assert "[1/" not in done.stderr
         assert words in done.stderr.splitlines()[-1]

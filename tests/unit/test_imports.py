@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
-LIGHT = ("tensor_files", "checkpoint", "profiles", "packing", "scoring", "kernels")
+LIGHT = (
+    "tensor_files",
+    "checkpoint",
+    "profiles",
+    "packing",
+    "scoring",
+    "importing",
+    "plots",
+    "kernels",
+)
 BASE = {"tensor_files", "checkpoint", "profiles"}
 # Wing -> the wings it may import. The first line of a directory's __init__ is the wing's purpose.
 ARROWS = {
@@ -21,9 +30,11 @@ ARROWS = {
     "packing": set(),
     "calibration": BASE,
     "scoring": BASE | {"calibration"},
+    "importing": BASE | {"scoring"},
+    "plots": {"profiles"},
     "kernels": set(),
     "serving": BASE | {"packing", "calibration", "kernels"},
-    "cli": BASE | {"calibration", "scoring", "serving"},
+    "cli": BASE | {"calibration", "scoring", "importing", "plots", "serving"},
 }
 # vLLM's public names; everything else of vLLM may be imported in serving/compat.py only.
 PUBLIC_VLLM = (
@@ -84,7 +95,7 @@ def test_calibration_never_imports_vllm():
 
 
 def test_package_and_command_line_import_nothing_heavy():
-    heavy = {"torch", "vllm", "transformers"}
+    heavy = {"torch", "vllm", "transformers", "matplotlib"}
     assert not modules_imported_by("import vllm_atomic_moe") & heavy
     assert not modules_imported_by("import vllm_atomic_moe.cli") & heavy
 

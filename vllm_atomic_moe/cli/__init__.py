@@ -14,9 +14,11 @@ from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
+from vllm_atomic_moe.cli.import_profile import import_profile
 from vllm_atomic_moe.cli.merge import merge
 from vllm_atomic_moe.cli.prune import prune
 from vllm_atomic_moe.cli.score import score
+from vllm_atomic_moe.cli.show import show
 
 app = typer.Typer(
     name="atomic-moe",
@@ -42,5 +44,7 @@ app.command()(calibrate)
 app.command()(merge)
 app.command()(score)
 app.command()(prune)
+app.command("import")(import_profile)
+app.command()(show)
 app.command()(check)
 app.command("eval")(evaluate)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import print_error, print_json, print_table, print_warning
+from vllm_atomic_moe.cli.profiles import profile_files
 
 
 def check(
@@ -26,7 +27,7 @@ def check(
     """
     from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
 
-    files = _profile_files(profiles)
+    files = profile_files(profiles)
     checkpoint = describe_checkpoint(resolve_model(model))
     results = [_check_file(file, checkpoint) for file in files]
 
@@ -52,33 +53,6 @@ def check(
             print_error(result["error"])
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
-
-
-def _profile_files(profiles: list[Path]) -> list[Path]:
-    """The files named, directories replaced by the profile files in them; each file once.
-
-    Raises:
-        ValueError: a path does not exist, a directory holds no profile, or two files of one
-            directory carry one name.
-    """
-    from vllm_atomic_moe.profiles import ProfileStore
-
-    files: list[Path] = []
-    for path in profiles:
-        if not path.exists():
-            raise ValueError(f"profile {path} does not exist; name a file or a directory of them")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        store = ProfileStore(path)
-        found = sorted([*store.paths.values(), *store.invalid])
-        if not found:
-            raise ValueError(
-                f"directory {path} holds no *.safetensors profile; "
-                "make profiles with `atomic-moe prune`"
-            )
-        files += found
-    return list({file.resolve(): file for file in files}.values())
 
 
 def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:

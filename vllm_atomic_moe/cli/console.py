@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
 
 class OneLineErrors(TyperGroup):
     """A refusal anywhere below (ValueError, OSError) is one line on stderr and exit code 1."""
@@ -49,9 +51,10 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False, highlight=False)
-    # Off a terminal rich assumes 80 columns; a file or a pipe has as many as the table needs.
-    width = console.width if console.is_terminal else 1000
-    console.print(table, width=width, crop=False)
+    if not console.is_terminal:
+        # Off a terminal rich assumes 80 columns; a file or a pipe has as many as the table needs.
+        console = Console(markup=False, highlight=False, width=1000)
+    console.print(table, crop=False)
 
 
 def check_output(path: Path) -> None:
@@ -65,6 +68,17 @@ def check_output(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"output {path}: {path.parent} is not writable; choose another directory")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn or written, before the long work begins.
+
+    Raises:
+        ValueError: the name does not end in a format that is drawn, or `check_output` refuses it.
+    """
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ValueError(f"plot {path}: wanted a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    check_output(path)
 
 
 def show_version(wanted: bool) -> None:

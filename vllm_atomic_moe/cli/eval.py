@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import print_json, print_table
+from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
 
 
 def evaluate(
@@ -37,9 +39,21 @@ def evaluate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows per domain at most.")] = 128,
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw perplexity over kept atoms, one line per method (.png, .pdf or .svg).",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure perplexity with vLLM: dense first, then every profile, on the same text."""
+    """Measure perplexity with vLLM: dense first, then every profile, on the same text.
+
+    All profiles are checked before the first engine starts.
+    """
+    if plot is not None:
+        check_plot(plot)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -64,19 +78,48 @@ def evaluate(
         on_progress=report,
     )
     if as_json:
-        print_json([dataclasses.asdict(row) for row in rows])
-        return
-    dense = rows[0].perplexity
+        print_json([{**dataclasses.asdict(row), "delta": _delta(row, rows[0])} for row in rows])
+    else:
+        _print(rows)
+    if plot is not None:
+        from vllm_atomic_moe.plots import PerplexityPoint, plot_perplexity
+
+        plot_perplexity(
+            [PerplexityPoint(row.method, row.kept, row.perplexity["all"]) for row in rows], plot
+        )
+        if not as_json:
+            typer.echo(f"\nwrote {plot}")
+
+
+def _print(rows: Sequence[Any]) -> None:
+    """Perplexity, and with several domains a second table: how far each is from dense."""
+    dense = rows[0]
     print_table(
-        ["profile", "kept", "MiB", "Δ all", *dense],
+        ["profile", "kept", "MiB", "Δ all", *dense.perplexity],
         [
             [
                 row.profile,
                 f"{row.kept:.1%}",
                 f"{row.kept_bytes / 2**20:.2f}",
-                f"{row.perplexity['all'] / dense['all'] - 1:+.1%}",
+                f"{_delta(row, dense)['all']:+.1%}",
                 *(f"{value:.2f}" for value in row.perplexity.values()),
             ]
             for row in rows
         ],
     )
+    if len(dense.perplexity) > 2 and len(rows) > 1:
+        typer.echo()
+        print_table(
+            ["against dense", *dense.perplexity],
+            [
+                [row.profile, *(f"{value:+.1%}" for value in _delta(row, dense).values())]
+                for row in rows[1:]
+            ],
+        )
+
+
+def _delta(row: Any, dense: Any) -> dict[str, float]:
+    """Domain -> relative change of perplexity, 0.1 for ten percent more than dense."""
+    return {
+        domain: value / dense.perplexity[domain] - 1 for domain, value in row.perplexity.items()
+    }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vllm_atomic_moe.cli.console import check_output, print_json, print_table
+from vllm_atomic_moe.cli.profiles import WIDTH_COLUMNS, describe_widths
 from vllm_atomic_moe.cli.score import (
     METHODS_HELP,
     AllowUnseen,
@@ -118,17 +119,3 @@ def prune(
         [[profile.name, f"{profile.kept:.2%}", *map(str, widths.values())]],
     )
     typer.echo(f"wrote {path}")
-
-
-WIDTH_COLUMNS = ["width min", "median", "max", "zero-width experts"]
-
-
-def describe_widths(profile: Any) -> dict[str, int]:
-    """Smallest, median and largest width over all experts of all layers, and how many have none."""
-    widths = sorted(int(width) for layer in profile.keep for width in profile.widths(layer))
-    return {
-        "min": widths[0],
-        "median": widths[len(widths) // 2],
-        "max": widths[-1],
-        "zero_width_experts": widths.count(0),
-    }

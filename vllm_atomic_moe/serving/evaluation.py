@@ -40,6 +40,7 @@ class Row:
 
     Attributes:
         profile: its name; `dense` is vLLM's own loader.
+        method: how the profile says it was made; "" if it does not, `dense` for the dense model.
         kept: fraction of atoms kept.
         kept_bytes: bytes of those atoms in the dtype served.
         perplexity: domain -> perplexity; `all` is over the tokens of all domains.
@@ -47,6 +48,7 @@ class Row:
     """
 
     profile: str
+    method: str
     kept: float
     kept_bytes: int
     perplexity: Mapping[str, float]
@@ -183,6 +185,7 @@ def _summarise(
     sums[ALL_DOMAINS] = tuple(map(sum, zip(*sums.values(), strict=True)))  # type: ignore[assignment]
     return Row(
         profile=profile.name,
+        method=DENSE if profile.name == DENSE else profile.metadata.get("method", ""),
         kept=profile.kept,
         kept_bytes=kept_bytes,
         perplexity={domain: math.exp(-total / count) for domain, (total, count) in sums.items()},

@@ -1,0 +1,80 @@
+"""atomic-moe import: another tool's pruning file -> profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_atomic_moe.cli.console import check_output, print_json, print_table, print_warning
+from vllm_atomic_moe.cli.profiles import WIDTH_COLUMNS, describe_widths
+
+
+def import_profile(
+    format_name: Annotated[
+        str,
+        typer.Argument(metavar="FORMAT", help="pruned-experts, shape, ranked, heapr or mask."),
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File of that format.")],
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Model to serve: local directory or Hugging Face id."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of profiles.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the profile; one of that name is replaced.",
+            show_default="from FILE's name, with the percentage if there is a ratio",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction to remove, 0 <= ratio < 1: of each layer's experts (ranked), "
+            "of all atoms (heapr). The other formats carry their own selection.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make a profile of another tool's pruning file.
+
+    pruned-experts: vLLM's JSON profile (pull requests 37824 and 42613). shape: SHAPE's JSON
+    selection. ranked: vllm-ascend's ordered expert lists, JSON lines. heapr: HEAPr's scores, saved
+    by torch. mask: bool safetensors, True where something stays.
+    """
+    from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+    from vllm_atomic_moe.importing import import_profile as run
+
+    checkpoint = describe_checkpoint(resolve_model(model))
+    profile, warnings = run(format_name, file, checkpoint, ratio=ratio, name=name)
+    path = output / f"{profile.name}.safetensors"
+    check_output(path)
+    profile.write(path)
+    for warning in warnings:
+        print_warning(warning)
+    widths = describe_widths(profile)
+    excluded = sum(int((~routable).sum()) for routable in profile.routable.values())
+    if as_json:
+        print_json(
+            {
+                "name": profile.name,
+                "file": str(path),
+                "format": format_name,
+                "method": profile.metadata["method"],
+                "ratio": ratio,
+                "kept": profile.kept,
+                "kept_atoms": profile.kept_atoms,
+                "widths": widths,
+                "excluded_from_routing": excluded,
+            }
+        )
+        return
+    print_table(
+        ["profile", "kept", *WIDTH_COLUMNS, "not routable"],
+        [[profile.name, f"{profile.kept:.2%}", *map(str, widths.values()), str(excluded)]],
+    )
+    typer.echo(f"wrote {path}")

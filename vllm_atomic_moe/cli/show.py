@@ -1,0 +1,121 @@
+"""atomic-moe show: what a profile keeps, as a table and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
+from vllm_atomic_moe.cli.profiles import profile_files, summarise_widths
+
+# A profile does not know the dtype it will be served in; most models are served in 16 bits.
+BYTES_PER_WEIGHT = 2
+MATRICES = 3
+
+
+def show(
+    profiles: Annotated[
+        list[Path],
+        typer.Argument(metavar="PROFILE...", help="Profile files, or directories of them."),
+    ],
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the kept widths, layers x experts, all profiles on one scale "
+            "(.png, .pdf or .svg).",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what profiles keep: widths per layer, and the bytes that saves at 16 bits a weight."""
+    if plot is not None:
+        check_plot(plot)
+    from vllm_atomic_moe.profiles import PruningProfile
+
+    read = [(file, PruningProfile.read(file)) for file in profile_files(profiles)]
+    described = [_describe(file, profile) for file, profile in read]
+    if as_json:
+        print_json({"profiles": described})
+    else:
+        for index, description in enumerate(described):
+            if index:
+                typer.echo()
+            _print(description)
+    if plot is not None:
+        from vllm_atomic_moe.plots import plot_widths
+
+        plot_widths([profile for _, profile in read], plot)
+        if not as_json:
+            typer.echo(f"\nwrote {plot}")
+
+
+def _describe(file: Path, profile: Any) -> dict[str, Any]:
+    """Everything `show` says about one profile, as plain data."""
+    model = profile.model or {}
+    hidden_size = model.get("hidden_size")
+    if type(hidden_size) is not int:
+        hidden_size = None
+    rows = [_describe_layers(profile, [layer], hidden_size) for layer in profile.keep]
+    return {
+        "name": profile.name,
+        "file": str(file),
+        "method": profile.metadata.get("method"),
+        "ratio": profile.metadata.get("ratio"),
+        "layers": [{"layer": layer, **row} for layer, row in zip(profile.keep, rows, strict=True)],
+        "all": _describe_layers(profile, list(profile.keep), hidden_size),
+    }
+
+
+def _describe_layers(profile: Any, layers: list[int], hidden_size: int | None) -> dict[str, Any]:
+    masks = [profile.keep[layer] for layer in layers]
+    atoms = sum(mask.numel() for mask in masks)
+    kept = sum(int(mask.sum()) for mask in masks)
+    saved = atoms - kept
+    experts = sum(mask.shape[0] for mask in masks)
+    excluded = sum(
+        int((~profile.routable[layer]).sum()) for layer in layers if layer in profile.routable
+    )
+    return {
+        "experts": experts,
+        "widths": summarise_widths(width for layer in layers for width in profile.widths(layer)),
+        "routable_experts": experts - excluded,
+        "atoms": atoms,
+        "kept_atoms": kept,
+        "kept": kept / atoms,
+        "bytes_saved_16bit": (
+            None if hidden_size is None else saved * MATRICES * hidden_size * BYTES_PER_WEIGHT
+        ),
+    }
+
+
+def _print(description: dict[str, Any]) -> None:
+    notes = [f"{key} {description[key]}" for key in ("method", "ratio") if description[key]]
+    notes.append(f"{description['all']['kept']:.2%} of atoms kept")
+    saved = description["all"]["bytes_saved_16bit"]
+    if saved is not None:
+        notes.append(f"{saved / 2**20:.2f} MiB saved at 16 bits a weight")
+    typer.echo(f"{description['name']}: {', '.join(notes)}")
+    # Of a profile that leaves the router alone the column would say nothing.
+    routing = description["all"]["routable_experts"] < description["all"]["experts"]
+    # Short words: with all columns the table fits a terminal of 80.
+    columns = ["layer", "width min", "median", "max", "zero width"]
+    columns += [*(["routable"] if routing else []), "kept", "MiB saved"]
+    labelled = [(str(row["layer"]), row) for row in description["layers"]]
+    print_table(
+        columns,
+        [_row(label, row, routing) for label, row in [*labelled, ("all", description["all"])]],
+    )
+
+
+def _row(label: str, row: dict[str, Any], routing: bool) -> list[str]:
+    saved = row["bytes_saved_16bit"]
+    return [
+        label,
+        *map(str, row["widths"].values()),
+        *([f"{row['routable_experts']}/{row['experts']}"] if routing else []),
+        f"{row['kept']:.2%}",
+        "-" if saved is None else f"{saved / 2**20:.2f}",
+    ]

@@ -1,0 +1,94 @@
+"""`heapr`: the score file of the HEAPr authors' tool (arXiv 2509.22299), saved by torch.
+
+A dictionary, decoder layer -> flat float tensor [E·I], expert after expert: the loss that removing
+the atom costs, so the lowest go first, over all layers together. The tool writes -1 for the atoms
+of an expert that no calibration token reached; they are then the first to go, and so they are here.
+
+The file is unpickled with `weights_only`: tensors and plain containers, no code.
+
+Legend: E experts, I full intermediate size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.importing.selection import Selection, check_every_layer, layer_index
+from vllm_atomic_moe.scoring.pruning import make_profile
+from vllm_atomic_moe.scoring.score_file import Scores
+from vllm_atomic_moe.tensor_files import shorten
+
+METHOD = "heapr"
+UNSEEN = -1.0
+
+
+def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
+    """The `ratio` of atoms with the lowest scores goes, as `atomic-moe prune` would do it.
+
+    Raises:
+        ValueError: the file needs more than tensors and containers, a layer is missing or there
+            twice, a tensor has another size or holds NaN.
+    """
+    scores: dict[int, torch.Tensor] = {}
+    keys: dict[int, Any] = {}
+    for key, tensor in _load(path).items():
+        layer = layer_index(key, model, str(path))
+        if layer in keys:
+            raise ValueError(
+                f"{path}: keys {keys[layer]!r} and {key!r} both name layer {layer}; keep one"
+            )
+        keys[layer] = key
+        scores[layer] = _score(tensor, model, f"{path}: layer {layer}")
+    check_every_layer(scores, model, path)
+    profile = make_profile(Scores(METHOD, {}, model.identity(), {}, scores), ratio, METHOD)
+    # Where the scores came from is in the file's name at best; an empty object would say "none".
+    metadata = {key: value for key, value in profile.metadata.items() if key != "calibration"}
+    return Selection(profile.keep, profile.routable, metadata, _warnings(scores))
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign pickle can fail in any way
+        # torch's own message recommends to load the file with its code; that is not passed on.
+        raise ValueError(
+            f"{path}: not a file of tensors that torch loads without running code "
+            f"({type(error).__name__}); save a plain dictionary, layer -> tensor, with torch.save"
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds {type(data).__name__}, wanted a dictionary of tensors")
+    return data
+
+
+def _score(tensor: Any, model: CheckpointInfo, where: str) -> torch.Tensor:
+    shape = (model.num_experts, model.intermediate_size)
+    atoms = shape[0] * shape[1]
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise ValueError(f"{where}: {type(tensor).__name__}, wanted a dense tensor of {atoms}")
+    if not tensor.is_floating_point() or tuple(tensor.shape) not in ((atoms,), shape):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{where}: {dtype} {list(tensor.shape)}, wanted floating point [{atoms}], "
+            f"{shape[0]} experts of {shape[1]} atoms; was it made for another model?"
+        )
+    score_EI = tensor.detach().float().reshape(shape)
+    broken = score_EI.isnan().any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"{where}: expert {broken[0]} has a score NaN; calibrate and score again")
+    return score_EI
+
+
+def _warnings(scores: dict[int, torch.Tensor]) -> tuple[str, ...]:
+    return tuple(
+        f"layer {layer}: experts {shorten(unseen)} score -1, no calibration token reached them; "
+        "they are removed first"
+        for layer, score_EI in sorted(scores.items())
+        if (unseen := (score_EI == UNSEEN).all(dim=1).nonzero().flatten().tolist())
+    )
