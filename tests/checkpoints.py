@@ -148,6 +148,44 @@ def write_profile(model: CheckpointInfo, name: str, directory: Path, seed: int) 
     return profile
 
 
+def routing_masks(model: CheckpointInfo) -> dict[int, torch.Tensor]:
+    """Masks [E] of routable experts: in the first layer half of them (a group of two) is excluded,
+    in the others two of the first half and one of the second.
+    """
+    half = model.num_experts // 2
+    masks = {}
+    for layer in model.layers:
+        excluded = range(half) if layer == model.layers[0] else (0, layer, half + 1)
+        masks[layer] = torch.ones(model.num_experts, dtype=torch.bool)
+        masks[layer][list(excluded)] = False
+    return masks
+
+
+def write_routing_profiles(model: CheckpointInfo, directory: Path) -> dict[str, PruningProfile]:
+    """Write three profiles for `model`, the second and third held in the first one's atoms.
+
+    whole: experts excluded from routing, the others whole; ragged: one more expert excluded, the
+    others of any width; zeroed: the atoms of `whole`, every expert routable.
+    """
+    routable = routing_masks(model)
+    fewer = {layer: mask.clone() for layer, mask in routable.items()}
+    ragged = ragged_masks(model, seed=3)
+    for layer, mask in fewer.items():
+        mask[-1] = False
+        ragged[layer] &= mask[:, None]
+    ones = torch.ones(model.num_experts, model.intermediate_size, dtype=torch.bool)
+    whole = {layer: ones & mask[:, None] for layer, mask in routable.items()}
+    metadata = {"model": json.dumps(model.identity())}
+    profiles = {
+        "whole": PruningProfile("whole", whole, routable, metadata),
+        "ragged": PruningProfile("ragged", ragged, fewer, metadata),
+        "zeroed": PruningProfile("zeroed", whole, metadata=metadata),
+    }
+    for name, profile in profiles.items():
+        profile.write(directory / f"{name}.safetensors")
+    return profiles
+
+
 def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
     """Copy a checkpoint with the down-projection of every pruned atom set to zero."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("atomic_profiles"))
