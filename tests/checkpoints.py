@@ -79,6 +79,30 @@ ARCHITECTURES = {
         },
     ),
 }
+# Router with groups of experts and no correction bias; its attention needs VLLM_MLA_DISABLE=1 in
+# float32 on a CPU.
+GROUPED = {
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "group_limited_greedy",
+            "q_lora_rank": None,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        },
+    ),
+}
 
 
 def make_checkpoint(
@@ -87,7 +111,7 @@ def make_checkpoint(
     """Write a random float32 checkpoint.
 
     Args:
-        architecture: key of ARCHITECTURES.
+        architecture: key of ARCHITECTURES or GROUPED.
         directory: where to write it.
         layout: "per_expert", one tensor per expert and projection, as transformers saves; or
             "fused", one 3-D tensor per projection.
@@ -95,9 +119,9 @@ def make_checkpoint(
     """
     import transformers
 
-    config_name, settings = ARCHITECTURES[architecture]
+    config_name, settings = {**ARCHITECTURES, **GROUPED}[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_name)(**COMMON, **settings)
+    config = getattr(transformers, config_name)(**{**COMMON, **settings})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -146,6 +170,44 @@ def write_profile(model: CheckpointInfo, name: str, directory: Path, seed: int) 
     profile = PruningProfile(name, ragged_masks(model, seed), metadata=metadata)
     profile.write(directory / f"{name}.safetensors")
     return profile
+
+
+def routing_masks(model: CheckpointInfo) -> dict[int, torch.Tensor]:
+    """Masks [E] of routable experts: in the first layer half of them (a group of two) is excluded,
+    in the others two of the first half and one of the second.
+    """
+    half = model.num_experts // 2
+    masks = {}
+    for layer in model.layers:
+        excluded = range(half) if layer == model.layers[0] else (0, layer, half + 1)
+        masks[layer] = torch.ones(model.num_experts, dtype=torch.bool)
+        masks[layer][list(excluded)] = False
+    return masks
+
+
+def write_routing_profiles(model: CheckpointInfo, directory: Path) -> dict[str, PruningProfile]:
+    """Write three profiles for `model`, the second and third held in the first one's atoms.
+
+    whole: experts excluded from routing, the others whole; ragged: one more expert excluded, the
+    others of any width; zeroed: the atoms of `whole`, every expert routable.
+    """
+    routable = routing_masks(model)
+    fewer = {layer: mask.clone() for layer, mask in routable.items()}
+    ragged = ragged_masks(model, seed=3)
+    for layer, mask in fewer.items():
+        mask[-1] = False
+        ragged[layer] &= mask[:, None]
+    ones = torch.ones(model.num_experts, model.intermediate_size, dtype=torch.bool)
+    whole = {layer: ones & mask[:, None] for layer, mask in routable.items()}
+    metadata = {"model": json.dumps(model.identity())}
+    profiles = {
+        "whole": PruningProfile("whole", whole, routable, metadata),
+        "ragged": PruningProfile("ragged", ragged, fewer, metadata),
+        "zeroed": PruningProfile("zeroed", whole, metadata=metadata),
+    }
+    for name, profile in profiles.items():
+        profile.write(directory / f"{name}.safetensors")
+    return profiles
 
 
 def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:

@@ -38,6 +38,49 @@ EXPERTS_PER_TOKEN = (
     "moe_k",
 )
 
+# The correction bias among them: it takes part in the choice of experts, not in their weights.
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """A router that first chooses groups of neighbouring experts, then experts inside them.
+
+    Attributes:
+        number: groups; each holds E / number experts.
+        chosen: groups a token may use.
+        biased: a group's score is the sum of its two best scores, correction bias included; without
+            a bias it is the best score.
+    """
+
+    number: int
+    chosen: int
+    biased: bool
+
+    def fault(self, routable_E: torch.Tensor, experts_per_token: int) -> str | None:
+        """What a routing mask leaves too little of, in words; None if every choice is right.
+
+        Groups without routable experts score lowest, so that they are chosen only where fewer than
+        `chosen` others exist. Wrong is a choice of groups that holds fewer than K routable experts
+        (the rest would be pruned ones), and a group whose score counts a pruned expert.
+        """
+        if routable_E.numel() % self.number:
+            return None
+        counts = routable_E.view(self.number, -1).sum(dim=1).tolist()
+        selectable = sorted(count for count in counts if count)
+        if self.biased and len(selectable) > self.chosen and selectable[0] == 1:
+            return (
+                f"leaves {counts} experts in the router's groups, which it scores by their two "
+                "best; keep at least two of a group, or none"
+            )
+        fewest = sum(selectable[: self.chosen])
+        if fewest < experts_per_token:
+            return (
+                f"leaves {counts} experts in the router's groups; the {self.chosen} it chooses may "
+                f"hold {fewest}, a token uses {experts_per_token}: keep at least as many"
+            )
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
@@ -51,6 +94,7 @@ class CheckpointInfo:
         hidden_size: H.
         layers: decoder layer indices that hold routed experts, ascending.
         router_sha256: SHA-256 (hex) over the router tensors' stored bytes, in layer order.
+        groups: the router's expert groups; None where it chooses among all experts.
     """
 
     architecture: str
@@ -60,6 +104,7 @@ class CheckpointInfo:
     hidden_size: int
     layers: tuple[int, ...]
     router_sha256: str
+    groups: ExpertGroups | None = None
 
     @property
     def atoms(self) -> int:
@@ -198,6 +243,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         hidden_size=config["hidden_size"],
         layers=tuple(sorted(layers)),
         router_sha256=_router_digest(where, layers),
+        groups=_expert_groups(config, where),
     )
 
 
@@ -209,6 +255,13 @@ def _experts_per_token(config: dict[str, Any], directory: Path) -> int:
         f"{directory}/config.json: none of {', '.join(EXPERTS_PER_TOKEN)} says how many experts "
         "a token uses"
     )
+
+
+def _expert_groups(config: dict[str, Any], where: dict[str, Path]) -> ExpertGroups | None:
+    number, chosen = config.get("n_group"), config.get("topk_group")
+    if not isinstance(number, int) or not isinstance(chosen, int) or number < 2:
+        return None
+    return ExpertGroups(number, chosen, any(name.endswith(CORRECTION_BIAS) for name in where))
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -150,6 +150,11 @@ class PruningProfile:
             )
         return model
 
+    @property
+    def masks_routing(self) -> bool:
+        """Whether the router may not choose some experts."""
+        return not all(bool(mask.all()) for mask in self.routable.values())
+
     def widths(self, layer: int) -> torch.Tensor:
         """Kept width of every expert of one layer: int64 [E]."""
         return self.keep[layer].sum(dim=1)

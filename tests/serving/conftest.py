@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_atomic_moe.profiles import PruningProfile
 
 # Before vLLM is imported: the engine in this process, a small cache, no downloads.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -48,6 +51,52 @@ def logprobs_of(model: Any, **options: Any) -> torch.Tensor:
     """Prompt log-probabilities of a model under vLLM with these options."""
     with engine(model, **options) as llm:
         return prompt_logprobs(llm)
+
+
+def packed_layers_of(llm: Any) -> list[Any]:
+    """The packed layers of the served model."""
+    from vllm_atomic_moe.serving.loader import packed_layers
+
+    return packed_layers(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
+
+
+def activate(llm: Any, name: str) -> None:
+    """Make another resident profile the active one, in place."""
+    for layer in packed_layers_of(llm):
+        layer.activate(name)
+    llm.reset_prefix_cache()
+
+
+@torch.inference_mode()
+def masked_transformers_logprobs(directory: Path, profile: PruningProfile) -> torch.Tensor:
+    """Prompt log-probabilities of transformers' float32 model, atoms zeroed and routers masked."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for index, keep in profile.keep.items():
+        block = model.model.layers[index].mlp
+        block.experts.down_proj *= keep[:, None, :]
+        if index in profile.routable:
+            mask_transformers_router(block.gate, profile.routable[index])
+    tokens = torch.tensor(PROMPTS)
+    logprobs = model(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
+    return logprobs.gather(-1, tokens[:, 1:, None]).flatten()
+
+
+def mask_transformers_router(router: torch.nn.Module, routable_E: torch.Tensor) -> None:
+    """Keep transformers' router from choosing an expert: by its correction bias, or by a hook that
+    chooses again from masked logits.
+    """
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[~routable_E] = -1e9
+        return
+
+    def choose_again(module: Any, arguments: Any, output: Any) -> Any:
+        logits, weights, _ = output
+        scores = logits.masked_fill(~routable_E, float("-inf")).softmax(dim=-1)
+        top, chosen = scores.topk(weights.shape[-1])
+        renormalise = getattr(module, "norm_topk_prob", True)  # Mixtral always does
+        return logits, top / top.sum(dim=-1, keepdim=True) if renormalise else top, chosen
+
+    router.register_forward_hook(choose_again)
 
 
 @pytest.fixture(autouse=True)

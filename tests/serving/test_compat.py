@@ -55,6 +55,10 @@ EXPERTS = compat.RoutedExperts
             ],
         ),
         (METHOD.get_fused_moe_quant_config, ["self", "layer"]),
+        (
+            compat.FusedMoERouter.select_experts,
+            ["self", "hidden_states", "router_logits", "topk_indices_dtype", "input_ids"],
+        ),
         (compat.resolve_quant_method, ["quant_config", "layer", "prefix"]),
         (compat.extract_layer_index, ["layer_name", "num_attn_module"]),
     ],
@@ -73,6 +77,8 @@ def test_signature(function, wanted):
         "intermediate_size_per_partition",
         "activation",
         "has_bias",
+        "in_dtype",
+        "router_logits_dtype",
     ],
 )
 def test_moe_config_still_has(name):
@@ -90,10 +96,78 @@ def test_moe_config_still_has(name):
         "global_num_experts",
         "layer_name",
         "moe_config",
+        "e_score_correction_bias",
     ],
 )
 def test_routed_experts_still_sets(name):
     assert f"self.{name} =" in inspect.getsource(EXPERTS.__init__)
+
+
+def test_runner_still_asks_its_router_by_that_name():
+    source = inspect.getsource(compat.MoERunner)
+    assert "self.router = router" in source
+    assert "self.routed_experts = routed_experts" in source
+    assert source.count("self.router.select_experts(") == 1
+
+
+# What a routing mask is refused for, by the attribute it is seen in: router -> attributes.
+ROUTER_ATTRIBUTES = {
+    "CPURouter": [
+        "scoring_func",
+        "e_score_correction_bias",
+        "use_grouped_topk",
+        "num_expert_group",
+        "topk_group",
+        "custom_routing_function",
+        "_hash_indices_table",
+    ],
+    "FusedTopKRouter": ["scoring_func"],
+    "FusedTopKBiasRouter": ["scoring_func", "e_score_correction_bias", "_hash_indices_table"],
+    "GroupedTopKRouter": [
+        "scoring_func",
+        "e_score_correction_bias",
+        "num_expert_group",
+        "topk_group",
+    ],
+}
+
+
+@pytest.mark.parametrize("router", compat.KNOWN_ROUTERS, ids=lambda router: router.__name__)
+def test_known_router_still_sets(router):
+    for name in ROUTER_ATTRIBUTES[router.__name__]:
+        assert f"self.{name} =" in inspect.getsource(router.__init__), name
+    assert router.select_experts is compat.FusedMoERouter.select_experts
+    assert "self.top_k =" in inspect.getsource(router.__base__.__init__)
+    assert "self.bias_vl:" in inspect.getsource(compat.FusedMoERouter.__init__)
+
+
+def test_known_routers_choose_by_logits_and_bias_only():
+    """A new argument of a router may be another way to choose: read it before widening this."""
+    arguments = {
+        name
+        for router in compat.KNOWN_ROUTERS
+        for name in inspect.signature(router.__init__).parameters
+    }
+    assert arguments == {
+        "self",
+        "top_k",
+        "global_num_experts",
+        "eplb_state",
+        "renormalize",
+        "scoring_func",
+        "routed_scaling_factor",
+        "use_grouped_topk",
+        "num_expert_group",
+        "topk_group",
+        "e_score_correction_bias",
+        "custom_routing_function",
+        "hash_indices_table",
+        "num_fused_shared_experts",
+        "shared_expert_weight",
+        "bias_vl",
+        "image_sentinel_lo",
+        "skip_padding",
+    }
 
 
 def test_replacement_is_for_the_block_only():

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
-from tests.serving.conftest import engine, logprobs_of, prompt_logprobs
+from tests.serving.conftest import engine, logprobs_of, packed_layers_of, prompt_logprobs
 from vllm_atomic_moe.profiles import PruningProfile
 from vllm_atomic_moe.serving.options import LoaderOptions
 
@@ -225,14 +225,6 @@ def test_profile_of_another_model_is_refused(model, tmp_path, no_weights_read):
         load(sibling, {"profiles": str(model / "atomic_profiles"), "active": "narrow"})
 
 
-def test_routing_masks_are_refused(model, tmp_path, no_weights_read):
-    profile = PruningProfile.read(model / "atomic_profiles" / "narrow.safetensors")
-    routable = {layer: mask.any(dim=1) for layer, mask in profile.keep.items()}
-    PruningProfile("whole", profile.keep, routable).write(tmp_path / "whole.safetensors")
-    with pytest.raises(ValueError, match=r"layers.0.routable excludes experts from routing"):
-        load(model, {"profiles": str(tmp_path)})
-
-
 @pytest.mark.parametrize(
     ("layer_options", "words"),
     [
@@ -335,12 +327,6 @@ def log(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
-
-
-def packed_layers_of(llm):
-    from vllm_atomic_moe.serving.loader import packed_layers
-
-    return packed_layers(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
 
 
 @pytest.mark.parametrize("active", ["narrow", "other", "dense"])

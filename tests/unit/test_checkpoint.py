@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
-from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+from vllm_atomic_moe.checkpoint import ExpertGroups, describe_checkpoint, resolve_model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -134,6 +135,47 @@ def test_expert_count_may_have_either_name(tmp_path):
     config["num_experts_per_token"] = config.pop("num_experts_per_tok") + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert describe_checkpoint(tmp_path) == replace(info, experts_per_token=3)
+
+
+def test_expert_groups_of_the_router(tmp_path):
+    assert make_checkpoint("qwen3_moe", tmp_path / "plain").groups is None
+    assert make_checkpoint("glm4_moe", tmp_path / "m").groups == ExpertGroups(2, 1, biased=True)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for change in ({"n_group": 1}, {"n_group": None, "topk_group": None}):
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+        assert describe_checkpoint(tmp_path / "m").groups is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "chosen", "top_k", "biased", "words"),
+    [
+        ([4, 4, 4], 1, 4, False, None),
+        (
+            [4, 3, 4],
+            1,
+            4,
+            False,
+            r"leaves \[4, 3, 4\] experts .* the 1 it chooses may hold 3, a tok",
+        ),
+        ([4, 0, 4], 1, 4, False, None),
+        ([4, 0, 1], 2, 4, False, None),
+        ([4, 1, 2], 2, 4, False, r"the 2 it chooses may hold 3, a token uses 4"),
+        ([1, 1, 1], 3, 3, True, None),
+        ([3, 1, 3], 2, 3, True, r"leaves \[3, 1, 3\] .* scores by their two best; keep at least"),
+        ([3, 1, 3], 2, 3, False, None),
+        ([3, 1, 0], 2, 3, True, None),
+        ([2, 2, 2], 1, 2, True, None),
+    ],
+)
+def test_group_rule(counts, chosen, top_k, biased, words):
+    routable = torch.cat([torch.arange(4) < count for count in counts])
+    fault = ExpertGroups(len(counts), chosen, biased).fault(routable, top_k)
+    assert (fault is None) == (words is None)
+    assert words is None or re.search(words, fault)
+
+
+def test_groups_that_do_not_divide_the_experts_are_none():
+    assert ExpertGroups(3, 1, biased=True).fault(torch.ones(8, dtype=torch.bool), 8) is None
 
 
 def test_refusals(tmp_path, monkeypatch):

@@ -139,16 +139,25 @@ def test_check_warns_about_profiles_of_unknown_origin(work, profiles, tmp_path):
     assert result.stderr.startswith("warning: profile 'anonymous' does not say which model")
 
 
-def test_check_refuses_what_the_server_does_not_serve(work, profiles, tmp_path):
+def test_check_knows_routing_masks_and_expert_groups(work, profiles, tmp_path):
     profile = PruningProfile.read(profiles / "heapr-20.safetensors")
     layer, mask = next(iter(profile.keep.items()))
     routable = torch.ones(mask.shape[0], dtype=torch.bool)
-    routable[0] = False
+    routable[1 : mask.shape[0] // 2] = False
     keep = {**profile.keep, layer: mask & routable[:, None]}
     PruningProfile("whole", keep, {layer: routable}).write(tmp_path / "whole.safetensors")
-    result = run("check", work / "model", tmp_path / "whole.safetensors")
+    assert run("check", work / "model", tmp_path / "whole.safetensors").exit_code == 0
+
+    grouped = tmp_path / "grouped"
+    shutil.copytree(work / "model", grouped)
+    config = json.loads((grouped / "config.json").read_text())
+    (grouped / "config.json").write_text(json.dumps({**config, "n_group": 2, "topk_group": 1}))
+    result = run("check", grouped, tmp_path / "whole.safetensors")
     assert result.exit_code == 1
-    assert "excludes experts from routing, which this version does not serve" in result.stderr
+    assert (
+        f"layers.{layer}.routable leaves [1, {mask.shape[0] // 2}] experts in the router's gr"
+        in (result.stderr)
+    )
 
 
 def test_every_method_scope_and_option_prunes(work, tmp_path):

@@ -17,6 +17,12 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -25,15 +31,27 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 __all__ = [
     "FUSED_MOE_UNQUANTIZED_CONFIG",
+    "KNOWN_ROUTERS",
     "FusedMoEConfig",
     "FusedMoEMethodBase",
+    "FusedMoERouter",
     "MoEActivation",
+    "MoERunner",
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "extract_layer_index",
     "resolve_quant_method",
     "routed_experts_replaced_by",
 ]
+
+# The routers that choose by logits and correction bias alone, so that a mask on both holds. Reason
+# for the names: a router class that is not read cannot be trusted with masked logits.
+KNOWN_ROUTERS: tuple[type[FusedMoERouter], ...] = (
+    CPURouter,
+    FusedTopKRouter,
+    FusedTopKBiasRouter,
+    GroupedTopKRouter,
+)
 
 
 @contextmanager

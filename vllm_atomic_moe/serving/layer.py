@@ -1,8 +1,8 @@
 """The layer: vLLM's routed experts with packed rows instead of w13 and w2.
 
-Routing, shared experts, reductions and scaling stay vLLM's own; only the weights and the sum over
-experts are ours. While weights load, each checkpoint tensor is sliced into the packed rows, so that
-the dense experts never stand in memory.
+Routing, shared experts, reductions and scaling stay vLLM's own; only the weights, the sum over
+experts and the routing mask are ours. While weights load, each checkpoint tensor is sliced into the
+packed rows, so that the dense experts never stand in memory.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vllm_atomic_moe.serving.compat import (
 )
 from vllm_atomic_moe.serving.options import ResidentProfiles
 from vllm_atomic_moe.serving.refusals import check_layer
+from vllm_atomic_moe.serving.routing import RoutingMask
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
@@ -50,11 +51,14 @@ class AtomicRoutedExperts(RoutedExperts):
 
     Attributes:
         packed: the resident atoms and the active profile's runs.
+        routing: the experts that the active profile lets the router choose.
+        active: name of the active profile.
         index: decoder layer index in the checkpoint.
         loaded: (expert, projection) of every expert matrix that has arrived.
     """
 
     packed: PackedExperts
+    routing: RoutingMask
 
     def _get_quant_method(
         self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
@@ -87,8 +91,19 @@ class AtomicRoutedExperts(RoutedExperts):
             )
         layout = build_layout(resident.masks(self.index))
         self.packed = PackedExperts(layout, hidden_size, dtype)
-        self.packed.activate(resident.active)
+        self.routing = RoutingMask(resident.routing_masks(self.index))
+        self.active = resident.active
         self.loaded: set[tuple[int, Projection]] = set()
+
+    def activate(self, name: str) -> None:
+        """Make `name`, one of the resident profiles, the one that this layer computes.
+
+        Runs, routing mask and correction bias are rewritten in place; no weight moves. The weights
+        must have been loaded, the correction bias among them.
+        """
+        self.packed.activate(name)
+        self.routing.activate(name, self.e_score_correction_bias)
+        self.active = name
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         """As vLLM's, once: packed rows are not loaded again."""
@@ -169,6 +184,7 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: AtomicRoutedExperts) -> None:
         for name in PLACEHOLDERS:
             delattr(layer, name)
+        layer.activate(layer.active)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 
     def get_fused_moe_quant_config(self, layer: AtomicRoutedExperts) -> Any:

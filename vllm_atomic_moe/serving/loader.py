@@ -84,6 +84,8 @@ class AtomicPrunedModelLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the checkpoint through the packed experts and see that all of it arrived."""
+        from vllm_atomic_moe.serving.routing import mask_routers
+
         layers = packed_layers(model)
         built, stored = sorted(layer.index for layer in layers), list(self.resident.model.layers)
         if built != stored:
@@ -91,6 +93,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 f"vLLM builds packed experts in layers {built}, the checkpoint's MoE layers are "
                 f"{stored}; this architecture builds its experts in a way that is not supported"
             )
+        mask_routers(model, layers, self.resident)
         self.inner.load_weights(model, model_config)
         missing = [name for layer in layers for name in layer.missing()]
         if missing:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_atomic_moe.checkpoint import CheckpointInfo
 from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
 
@@ -99,9 +101,21 @@ class ResidentProfiles:
     active: str
     profiles: Mapping[str, PruningProfile]
 
-    def masks(self, layer: int) -> dict[str, Any]:
+    def masks(self, layer: int) -> dict[str, torch.Tensor]:
         """Profile name -> bool mask [E, I] of one layer."""
         return {name: profile.keep[layer] for name, profile in self.profiles.items()}
+
+    def routing_masks(self, layer: int) -> dict[str, torch.Tensor]:
+        """Profile name -> bool mask [E] of one layer, experts the router may choose."""
+        everything = torch.ones(self.model.num_experts, dtype=torch.bool, device="cpu")
+        return {
+            name: profile.routable.get(layer, everything) for name, profile in self.profiles.items()
+        }
+
+    @property
+    def masking(self) -> list[str]:
+        """Names of the profiles that exclude experts from routing."""
+        return [name for name, profile in self.profiles.items() if profile.masks_routing]
 
     def digest(self) -> str:
         """SHA-256 (hex) over what is resident: the key vLLM's compile caches lack."""
@@ -111,6 +125,7 @@ class ResidentProfiles:
             for layer, mask in profile.keep.items():
                 digest.update(f"{layer} {list(mask.shape)}".encode())
                 digest.update(mask.numpy().tobytes())
+                digest.update(self.routing_masks(layer)[name].numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -158,19 +173,17 @@ def _only_profile(store: ProfileStore) -> str:
 
 
 def check_profile(profile: PruningProfile, model: CheckpointInfo) -> list[str]:
-    """Everything the server checks about a profile: does it fit, is it served by this version?
+    """Everything the server checks about a profile: does it fit, can the router follow it?
 
     Returns:
         Warnings, one line each.
 
     Raises:
-        ValueError: it does not fit, or asks for what this version does not serve.
+        ValueError: it does not fit, or its routing mask leaves the model's expert groups too few.
     """
     warnings = profile.check(model)
     for layer, routable in profile.routable.items():
-        if not bool(routable.all()):
-            raise ValueError(
-                f"profile {profile.name!r}: layers.{layer}.routable excludes experts from routing, "
-                "which this version does not serve; drop `routable` to keep them routable and zero"
-            )
+        fault = model.groups and model.groups.fault(routable, model.experts_per_token)
+        if fault:
+            raise ValueError(f"profile {profile.name!r}: layers.{layer}.routable {fault}")
     return warnings

@@ -5,16 +5,25 @@ Never silently wrong: a feature that was not tested with packed experts is on th
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_atomic_moe.checkpoint import ExpertGroups
 from vllm_atomic_moe.serving.compat import (
+    KNOWN_ROUTERS,
+    FusedMoERouter,
     MoEActivation,
+    MoERunner,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
 )
+
+if TYPE_CHECKING:
+    from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
 
 
 def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
@@ -132,3 +141,72 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
             raise ValueError(
                 f"not served by this version: {feature} ({layer.layer_name}); serve the model dense"
             )
+
+
+def check_router(
+    layer: AtomicRoutedExperts, runner: MoERunner | None, masks: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse routers that might choose an expert which a routing mask excludes.
+
+    Args:
+        layer: the packed experts, built, their weights not read.
+        runner: what calls the router for them; None if it is no `MoERunner`.
+        masks: name -> bool [E] of the resident profiles that mask routing.
+
+    Raises:
+        ValueError: one line naming the profile, the router's property and the remedy.
+    """
+    for feature in _unsafe_routing(layer, runner):
+        raise ValueError(
+            f"not served by this version: the routing mask of profile {next(iter(masks))!r} with "
+            f"{feature} ({layer.layer_name}); drop `routable` to keep experts routable and zero"
+        )
+    assert runner is not None
+    groups = _groups(runner.router)
+    for name, routable in masks.items():
+        fault = groups and groups.fault(routable, runner.router.top_k)
+        if fault:
+            raise ValueError(f"profile {name!r}: layers.{layer.index}.routable {fault}")
+
+
+def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> Iterator[str]:
+    """What forbids a routing mask, in words."""
+    if runner is None or type(runner) is not MoERunner:
+        yield f"the runner {type(runner).__name__}"
+        return
+    router = runner.router
+    if type(router) not in KNOWN_ROUTERS:
+        yield f"the router {type(router).__name__}"
+        return
+    if getattr(router, "custom_routing_function", None) is not None:
+        yield "a custom routing function"
+    if getattr(router, "_hash_indices_table", None) is not None:
+        yield "hash routing"
+    if router.bias_vl is not None:
+        yield "a routing bias for image tokens"
+    if router.scoring_func not in ("softmax", "sigmoid"):
+        yield f"the scoring function {router.scoring_func}"
+    if "select_experts" in vars(router):
+        yield "a router that another layer or plug-in has taken"
+    bias = getattr(router, "e_score_correction_bias", None)
+    if bias is not layer.e_score_correction_bias:
+        yield "a correction bias that is not the layer's own"
+    if bias is not None and tuple(bias.shape) != (layer.global_num_experts,):
+        yield f"a correction bias of shape {list(bias.shape)}"
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        yield f"the routers of {current_platform.device_name}"
+    if bias is not None and not current_platform.is_cpu() and _in_float16(layer):
+        yield "a correction bias in float16 (-1e9 is out of its range; use --dtype bfloat16)"
+
+
+def _in_float16(layer: AtomicRoutedExperts) -> bool:
+    config = layer.moe_config
+    return torch.float16 in (config.in_dtype, config.router_logits_dtype)
+
+
+def _groups(router: FusedMoERouter) -> ExpertGroups | None:
+    number = getattr(router, "num_expert_group", None)
+    grouped = getattr(router, "use_grouped_topk", True)  # GroupedTopKRouter has no such switch
+    if not grouped or number is None or number < 2:
+        return None
+    return ExpertGroups(number, router.topk_group, router.e_score_correction_bias is not None)
