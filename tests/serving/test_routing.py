@@ -334,6 +334,9 @@ def test_groups_that_only_the_router_tells_are_checked():
     words = r"profile 'bad': layers.3.routable leaves \[2, 1\] experts in the router's groups"
     with pytest.raises(ValueError, match=words):
         check_router(layer, runner, masks)
+    runner.router.top_k = 3
+    with pytest.raises(ValueError, match=r"profile 'shape': .* leaves 2 experts, a token uses 3"):
+        check_router(layer, runner, masks)
 
 
 def test_groups_that_the_configuration_tells_are_checked_first(tmp_path, no_weights_read):

@@ -162,9 +162,12 @@ def check_router(
             f"{feature} ({layer.layer_name}); drop `routable` to keep experts routable and zero"
         )
     assert runner is not None
-    groups = _groups(runner.router)
+    # Again, as the router has it: --hf-overrides may change what config.json says.
+    groups, top_k = _groups(runner.router), runner.router.top_k
     for name, routable in masks.items():
-        fault = groups and groups.fault(routable, runner.router.top_k)
+        fault = groups and groups.fault(routable, top_k)
+        if int(routable.sum()) < top_k:
+            fault = f"leaves {int(routable.sum())} experts, a token uses {top_k}; keep as many"
         if fault:
             raise ValueError(f"profile {name!r}: layers.{layer.index}.routable {fault}")
 
