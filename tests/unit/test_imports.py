@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
-LIGHT = ("tensor_files", "checkpoint", "profiles", "packing", "scoring", "kernels")
+LIGHT = ("tensor_files", "checkpoint", "profiles", "packing", "scoring", "kernels", "exporting")
 BASE = {"tensor_files", "checkpoint", "profiles"}
 # Wing -> the wings it may import. The first line of a directory's __init__ is the wing's purpose.
 ARROWS = {
@@ -22,8 +22,9 @@ ARROWS = {
     "calibration": BASE,
     "scoring": BASE | {"calibration"},
     "kernels": set(),
+    "exporting": BASE,
     "serving": BASE | {"packing", "calibration", "kernels"},
-    "cli": BASE | {"calibration", "scoring", "serving"},
+    "cli": BASE | {"calibration", "scoring", "exporting", "serving"},
 }
 # vLLM's public names; everything else of vLLM may be imported in serving/compat.py only.
 PUBLIC_VLLM = (

@@ -14,6 +14,7 @@ from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
+from vllm_atomic_moe.cli.export import export
 from vllm_atomic_moe.cli.prune import prune
 from vllm_atomic_moe.cli.score import score
 
@@ -41,4 +42,5 @@ app.command()(calibrate)
 app.command()(score)
 app.command()(prune)
 app.command()(check)
+app.command()(export)
 app.command("eval")(evaluate)
