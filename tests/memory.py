@@ -4,7 +4,8 @@
 
 makes a random Qwen3-MoE checkpoint with 1.1 GiB of bf16 expert weights in DIRECTORY (once), serves
 it from one fresh process per way, and prints the worker's anonymous memory (RssAnon) before, at the
-peak of and after loading, and the seconds that took.
+peak of and after loading, and the seconds that took. The last way is the exported checkpoint of the
+same profile, made in DIRECTORY-exported (once).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_atomic_moe.checkpoint import describe_checkpoint
+from vllm_atomic_moe.exporting.export import export
 from vllm_atomic_moe.profiles import PruningProfile
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 6, 32, 1024, 1024
@@ -156,11 +158,20 @@ def main() -> None:
     if not (arguments.directory / "model.safetensors.index.json").is_file():
         make_large_checkpoint(arguments.directory, arguments.ratio)
     print(f"expert weights: {EXPERT_BYTES / 2**20:.0f} MiB, shard {SHARD_BYTES / 2**20:.0f} MiB")
-    measure(arguments.directory, "safetensors")  # fills the page cache for both
-    for load_format in ("safetensors", "atomic-pruned"):
-        found = measure(arguments.directory, load_format)
+    exported = arguments.directory.with_name(f"{arguments.directory.name}-exported")
+    if not exported.exists():
+        profile = arguments.directory / "atomic_profiles" / "random.safetensors"
+        export(str(arguments.directory), profile, exported)
+    for directory, way in ((arguments.directory, "safetensors"), (exported, "atomic-pruned")):
+        measure(directory, way)  # fills the page cache
+    for way, directory in (
+        ("safetensors", arguments.directory),
+        ("atomic-pruned", arguments.directory),
+        ("atomic-pruned", exported),
+    ):
+        found = measure(directory, way)
         print(
-            f"{load_format:14}",
+            f"{directory.name:20} {way:14}",
             *(
                 f"{key} {value / 2**20:.0f} MiB" if key != "seconds" else f"{key} {value:.2f}"
                 for key, value in found.items()

@@ -150,6 +150,36 @@ def test_check_refuses_what_the_server_does_not_serve(work, profiles, tmp_path):
     assert "excludes experts from routing, which this version does not serve" in result.stderr
 
 
+def test_export_is_smaller_checked_and_not_calibrated(work, profiles, tmp_path):
+    output = tmp_path / "exported"
+    result = run("export", work / "model", profiles / "heapr-20.safetensors", "-o", output)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{output}: heapr-20, 80.01% of atoms, " in result.stdout
+    again = ("export", work / "model", profiles / "heapr-20.safetensors", "-o", output, "--json")
+    printed = json.loads(run(*again).stdout)
+    assert printed["directory"] == str(output)
+    assert printed["weight_bytes"] < 0.9 * printed["source_bytes"]
+    assert (output / "tokenizer.json").is_file()
+
+    result = run("check", output, output / "atomic_profiles")
+    assert result.exit_code == 0, result.output
+    result = run("check", output, profiles / "heapr-40.safetensors")
+    assert result.exit_code == 0, result.output
+    other = ("--method", "random", "--ratio", "0.2", "-o", tmp_path / "other")
+    assert run("prune", work / "stats.safetensors", *other).exit_code == 0
+    result = run("check", output, tmp_path / "other")
+    assert result.exit_code == 1
+    assert "atoms that the exported checkpoint does not hold" in result.stderr
+
+    stats = tmp_path / "stats"
+    line = refused("calibrate", output, "--data", work / "one.txt", "-o", stats, *SMALL)
+    assert "an exported checkpoint, whose pruned atoms are gone; calibrate the original" in line
+    heapr_40 = profiles / "heapr-40.safetensors"
+    line = refused("export", work / "model", heapr_40, "-o", output)
+    assert "holds an export of another model or profile, 'heapr-20'" in line
+    assert run("export", work / "model", heapr_40).exit_code == 2
+
+
 def test_other_scopes_are_refused(work, tmp_path):
     result = run("prune", work / "statistics", "--ratio", 0.5, "--scope", "layer", "-o", tmp_path)
     assert result.exit_code == 1
