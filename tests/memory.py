@@ -4,7 +4,9 @@
 
 makes a random Qwen3-MoE checkpoint with 1.1 GiB of bf16 expert weights in DIRECTORY (once), serves
 it from one fresh process per way, and prints the worker's anonymous memory (RssAnon) before, at the
-peak of and after loading, and the seconds that took.
+peak of and after loading, and the seconds that took, of which `weights` are the loader's
+`load_weights` (the rest is building the model, imports, garbage collection). The last way is the
+exported checkpoint of the same profile, made in DIRECTORY-exported (once).
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from vllm_atomic_moe.checkpoint import describe_checkpoint
+from vllm_atomic_moe.exporting.export import export
 from vllm_atomic_moe.profiles import PruningProfile
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 6, 32, 1024, 1024
@@ -107,11 +111,14 @@ def load_here(directory: Path, load_format: str) -> dict[str, float]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     from vllm import LLM
+    from vllm.model_executor import model_loader
     from vllm.v1.worker import cpu_model_runner
 
     found: dict[str, float] = {}
     load = cpu_model_runner.get_model
     cpu_model_runner.get_model = lambda **options: observe(lambda: load(**options), found)
+    make_loader = model_loader.get_model_loader
+    model_loader.get_model_loader = lambda config: timed(make_loader(config), found)
     LLM(
         str(directory),
         load_format=load_format,
@@ -120,6 +127,19 @@ def load_here(directory: Path, load_format: str) -> dict[str, float]:
         max_model_len=128,
     )
     return found
+
+
+def timed(loader: Any, found: dict[str, float]) -> Any:
+    """`loader`, which writes the seconds of its `load_weights` to `found`."""
+    load_weights = loader.load_weights
+
+    def load(*arguments: Any) -> None:
+        start = time.perf_counter()
+        load_weights(*arguments)
+        found["weights"] = time.perf_counter() - start
+
+    loader.load_weights = load
+    return loader
 
 
 def observe(load: Callable[[], torch.nn.Module], found: dict[str, float]) -> torch.nn.Module:
@@ -156,13 +176,22 @@ def main() -> None:
     if not (arguments.directory / "model.safetensors.index.json").is_file():
         make_large_checkpoint(arguments.directory, arguments.ratio)
     print(f"expert weights: {EXPERT_BYTES / 2**20:.0f} MiB, shard {SHARD_BYTES / 2**20:.0f} MiB")
-    measure(arguments.directory, "safetensors")  # fills the page cache for both
-    for load_format in ("safetensors", "atomic-pruned"):
-        found = measure(arguments.directory, load_format)
+    exported = arguments.directory.with_name(f"{arguments.directory.name}-exported")
+    if not exported.exists():
+        profile = arguments.directory / "atomic_profiles" / "random.safetensors"
+        export(str(arguments.directory), profile, exported)
+    for directory, way in ((arguments.directory, "safetensors"), (exported, "atomic-pruned")):
+        measure(directory, way)  # fills the page cache
+    for way, directory in (
+        ("safetensors", arguments.directory),
+        ("atomic-pruned", arguments.directory),
+        ("atomic-pruned", exported),
+    ):
+        found = measure(directory, way)
         print(
-            f"{load_format:14}",
+            f"{directory.name:20} {way:14}",
             *(
-                f"{key} {value / 2**20:.0f} MiB" if key != "seconds" else f"{key} {value:.2f}"
+                f"{key} {value / 2**20:.0f} MiB" if value > 1000 else f"{key} {value:.2f} s"
                 for key, value in found.items()
             ),
         )

@@ -3,9 +3,16 @@
 Profiles are checked against this description before any expert weight is read, by the loader and by
 `atomic-moe check` alike. Only safetensors headers, `config.json` and the (small) router tensors are
 read. Both layouts in use are understood: one tensor per expert and projection, and one 3-D tensor
-per projection.
+per projection; and a third, of ours: what `atomic-moe export` writes.
 
-Legend: E experts, H hidden size, I full intermediate size, K experts per token, L layers.
+An exported checkpoint keeps its shards in the folder `atomic_weights/`, where other readers do not
+look: they find no weights, instead of experts that they cannot place. Of every MoE block it holds
+`{block}.experts.packed.gate`, `.up` and `.down_t` [P, H], the stored atoms in checkpoint order
+(down_proj transposed), `.offsets` int64 [E+1], the first row of every expert, and `.keep` bool
+[E, I], the atoms that are stored.
+
+Legend: E experts, H hidden size, I full intermediate size, K experts per token, L layers,
+P stored atoms of a layer.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,20 @@ PER_EXPERT = re.compile(
 )
 FUSED = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?:down_proj|w2)(?:\.weight)?$"
+)
+PACKED = re.compile(
+    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.packed\."
+    r"(?P<part>gate|up|down_t|offsets|keep)$"
+)
+PACKED_ROWS = ("gate", "up", "down_t")
+EXPORT_DIRECTORY = "atomic_weights"
+EXPORT_FORMAT = "atomic-moe-export"
+EXPORT_VERSION = "1"
+INDEX = "model.safetensors.index.json"
+# What is fetched of a hub model; the last line is for the copies that `atomic-moe export` makes.
+HUB_PATTERNS = (
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
+    *("*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md"),
 )
 # Inside a MoE block: modules of the router, and the correction bias where it stands beside them.
 ROUTER_MODULES = ("gate.", "router.", "moe_statics.", "e_score_correction_bias", "expert_bias")
@@ -95,6 +117,9 @@ class CheckpointInfo:
         layers: decoder layer indices that hold routed experts, ascending.
         router_sha256: SHA-256 (hex) over the router tensors' stored bytes, in layer order.
         groups: the router's expert groups; None where it chooses among all experts.
+        blocks: layer index -> name of its MoE block; its experts are under `{block}.experts.`.
+        stored: of an exported checkpoint, layer index -> bool [E, I], the atoms it holds; None for
+            an original. What a checkpoint holds is no part of which model it is.
     """
 
     architecture: str
@@ -105,6 +130,8 @@ class CheckpointInfo:
     layers: tuple[int, ...]
     router_sha256: str
     groups: ExpertGroups | None = None
+    blocks: Mapping[int, str] = field(default_factory=dict, compare=False)
+    stored: Mapping[int, torch.Tensor] | None = field(default=None, compare=False)
 
     @property
     def atoms(self) -> int:
@@ -153,7 +180,7 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
                 model,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
+                allow_patterns=[*HUB_PATTERNS],
                 ignore_patterns=["original/*", "consolidated*"],
             )
         )
@@ -185,13 +212,46 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def weights_directory(directory: Path) -> Path:
+    """Where a checkpoint's shards are: in the directory, or in the folder of an exported one.
+
+    Raises:
+        ValueError: the folder is there, but is no finished export of a version known here, or there
+            are shards in both places.
+    """
+    folder = directory / EXPORT_DIRECTORY
+    if not folder.exists():
+        return directory
+    try:
+        metadata = json.loads((folder / INDEX).read_text())["metadata"]
+        found = (metadata["format"], metadata["format_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: holds no readable {INDEX} of an export ({type(error).__name__}); "
+            "export the model again"
+        ) from None
+    if found != (EXPORT_FORMAT, EXPORT_VERSION):
+        raise ValueError(
+            f"{folder}: is of format {found[0]!r:.80} version {found[1]!r:.20}, wanted "
+            f"{EXPORT_FORMAT!r} version {EXPORT_VERSION!r}; was it made by this version of "
+            "atomic-moe?"
+        )
+    if any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{directory}: holds *.safetensors files beside the exported ones in {folder.name}/; "
+            "remove either"
+        )
+    return folder
+
+
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors shards of a checkpoint: those of the index, if there is one.
 
     Raises:
         ValueError: the directory holds no safetensors file, or the index names a missing one.
     """
-    index = directory / "model.safetensors.index.json"
+    directory = weights_directory(directory)
+    index = directory / INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -217,10 +277,11 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
 
     Raises:
         ValueError: no routed experts, experts of unequal number or width, no router tensors, or a
-            configuration that does not say how many experts a token uses.
+            configuration that does not say how many experts a token uses; an exported checkpoint
+            whose packed rows, offsets and masks do not fit together.
     """
     config = read_config(directory)
-    where = _tensor_files(directory)
+    where = locate_tensors(directory)
     num_layers = int(config.get("num_hidden_layers", 1 << 30))
     layers = _gather_layers(where, config["hidden_size"], num_layers)
     if not layers:
@@ -244,6 +305,12 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         layers=tuple(sorted(layers)),
         router_sha256=_router_digest(where, layers),
         groups=_expert_groups(config, where),
+        blocks={index: layer.block for index, layer in sorted(layers.items())},
+        stored=(
+            _stored_masks(where, layers, config["hidden_size"])
+            if weights_directory(directory) != directory
+            else None
+        ),
     )
 
 
@@ -264,8 +331,12 @@ def _expert_groups(config: dict[str, Any], where: dict[str, Path]) -> ExpertGrou
     return ExpertGroups(number, chosen, any(name.endswith(CORRECTION_BIAS) for name in where))
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> shard that holds it."""
+def locate_tensors(directory: Path) -> dict[str, Path]:
+    """Tensor name -> shard that holds it.
+
+    Raises:
+        ValueError: as `checkpoint_files`, or a shard cannot be read.
+    """
     where: dict[str, Path] = {}
     for path in checkpoint_files(directory):
         try:
@@ -281,7 +352,9 @@ def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) ->
     layers: dict[int, _Layer] = {}
     by_file: dict[Path, list[tuple[str, re.Match[str]]]] = defaultdict(list)
     for name, path in where.items():
-        match = PER_EXPERT.match(name) or FUSED.match(name)
+        match = PER_EXPERT.match(name) or FUSED.match(name) or PACKED.match(name)
+        if match and match.groupdict().get("part", "keep") != "keep":
+            continue
         if match and int(match["layer"]) < num_layers and "mtp" not in name.split("."):
             by_file[path].append((name, match))
     for path, entries in by_file.items():
@@ -299,8 +372,54 @@ def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) ->
                 else:
                     layer.num_fused = shape[0]
                 rows, columns = shape[-2:]
-                layer.intermediate_sizes.add(columns if rows == hidden_size else rows)
+                is_mask = "part" in match.groupdict()
+                layer.intermediate_sizes.add(columns if is_mask or rows == hidden_size else rows)
     return layers
+
+
+def _stored_masks(
+    where: dict[str, Path], layers: dict[int, _Layer], hidden_size: int
+) -> dict[int, torch.Tensor]:
+    """Layer index -> bool [E, I], the atoms an exported checkpoint holds."""
+    masks: dict[int, torch.Tensor] = {}
+    for index, layer in sorted(layers.items()):
+        prefix = f"{layer.block}.experts.packed"
+        missing = [
+            part for part in (*PACKED_ROWS, "offsets", "keep") if f"{prefix}.{part}" not in where
+        ]
+        if missing:
+            raise ValueError(
+                f"layer {index}: {prefix}.{missing[0]} is missing; export the model again"
+            )
+        keep = _read_tensor(where, f"{prefix}.keep")
+        offsets = _read_tensor(where, f"{prefix}.offsets")
+        if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
+            raise ValueError(
+                f"layer {index}: {prefix}.offsets does not count the atoms of {prefix}.keep; "
+                "export the model again"
+            )
+        for part in PACKED_ROWS:
+            with safe_open(where[f"{prefix}.{part}"], framework="pt") as shard:
+                shape = shard.get_slice(f"{prefix}.{part}").get_shape()
+            if shape != [int(offsets[-1]), hidden_size]:
+                raise ValueError(
+                    f"layer {index}: {prefix}.{part} is {shape}, wanted "
+                    f"{[int(offsets[-1]), hidden_size]}; export the model again"
+                )
+        masks[index] = keep
+    return masks
+
+
+def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
+    """First packed row of every expert, and the number of rows: int64 [E+1]."""
+    offsets_E1 = torch.zeros(keep_EI.shape[0] + 1, dtype=torch.int64)
+    offsets_E1[1:] = keep_EI.sum(dim=1).cumsum(dim=0)
+    return offsets_E1
+
+
+def _read_tensor(where: dict[str, Path], name: str) -> torch.Tensor:
+    with safe_open(where[name], framework="pt") as shard:
+        return shard.get_tensor(name)
 
 
 def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
@@ -316,7 +435,6 @@ def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
                 "this architecture's router is not known"
             )
         for name in names:
-            with safe_open(where[name], framework="pt") as shard:
-                stored = shard.get_tensor(name).contiguous().view(-1).view(torch.uint8)
+            stored = _read_tensor(where, name).contiguous().view(-1).view(torch.uint8)
             digest.update(stored.numpy().tobytes())
     return digest.hexdigest()

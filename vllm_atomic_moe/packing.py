@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -53,6 +54,17 @@ class PackedLayout:
     def expert_atoms(self, expert: int) -> torch.Tensor:
         """Resident atoms of one expert in packed order: int64 [F_e]."""
         return self.atoms_P[self.offsets_E1[expert] : self.offsets_E1[expert + 1]]
+
+    def rows_among(self, stored_EI: torch.Tensor) -> torch.Tensor:
+        """Where every resident atom is among the atoms of `stored_EI`, counted in order: int64 [P].
+
+        Args:
+            stored_EI: bool [E, I]; all resident atoms are among them.
+        """
+        row_EI = (stored_EI.flatten().cumsum(dim=0) - 1).view(stored_EI.shape)
+        experts_P = torch.repeat_interleave(self.offsets_E1.diff())
+        assert bool(stored_EI[experts_P, self.atoms_P].all()), "profiles are checked before"
+        return row_EI[experts_P, self.atoms_P]
 
 
 def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
@@ -209,6 +221,37 @@ class PackedExperts(nn.Module):
         dimension = 1 if projection == "down" else 0
         kept = matrix.index_select(dimension, atoms)
         target[start:end].copy_(kept.t() if projection == "down" else kept)
+
+    @torch.no_grad()
+    def load_rows(
+        self, projection: Projection, rows_SH: torch.Tensor, stored_EI: torch.Tensor
+    ) -> None:
+        """Copy the resident rows out of an exported checkpoint's packed rows of all experts.
+
+        Args:
+            projection: of down the rows are down_proj's columns.
+            rows_SH: the stored atoms, experts ascending, in checkpoint order within an expert; any
+                float dtype and device. Where they are what is resident, in this order, it is one
+                copy.
+            stored_EI: bool [E, I], which atoms these are; all resident ones among them.
+
+        Raises:
+            ValueError: there are more or fewer rows, or of another length.
+        """
+        target = {"gate": self.gate, "up": self.up, "down": self.down_t}[projection]
+        wanted = (int(stored_EI.sum()), target.shape[1])
+        if tuple(rows_SH.shape) != wanted:
+            raise ValueError(
+                f"exported {projection} rows are {list(rows_SH.shape)}, wanted {list(wanted)}; "
+                "export the model again"
+            )
+        rows_P = self.layout.rows_among(stored_EI)
+        if torch.equal(rows_P, torch.arange(len(rows_SH), device="cpu")):
+            target.copy_(rows_SH)
+            return
+        for start, end in pairwise(self.layout.offsets_E1.tolist()):
+            rows = rows_P[start:end].to(rows_SH.device)
+            target[start:end].copy_(rows_SH.index_select(0, rows))
 
     @property
     def weight_bytes(self) -> int:

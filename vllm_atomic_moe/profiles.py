@@ -167,7 +167,8 @@ class PruningProfile:
 
         Raises:
             ValueError: a layer is missing or extra, a mask has the wrong shape, fewer than K
-                experts are routable in a layer, or the profile was made for another model.
+                experts are routable in a layer, the profile was made for another model, or it keeps
+                atoms that an exported checkpoint does not hold.
         """
         found, wanted = tuple(self.keep), model.layers
         if found != wanted:
@@ -196,7 +197,20 @@ class PruningProfile:
                     f"profile {self.name!r}: layers.{layer}.routable leaves {int(routable.sum())} "
                     f"experts, a token uses {model.experts_per_token}; keep at least as many"
                 )
-        return self._check_origin(model)
+        warnings = self._check_origin(model)
+        self._check_stored(model)
+        return warnings
+
+    def _check_stored(self, model: CheckpointInfo) -> None:
+        """Of an exported checkpoint, refuse a profile that keeps atoms it does not hold."""
+        for layer, stored in (model.stored or {}).items():
+            absent = int((self.keep[layer] & ~stored).sum())
+            if absent:
+                raise ValueError(
+                    f"profile {self.name!r}: layers.{layer}.keep keeps {absent} atoms that the "
+                    "exported checkpoint does not hold; use the original model, or a profile "
+                    "within the one that was exported"
+                )
 
     def _check_origin(self, model: CheckpointInfo) -> list[str]:
         if self.name == DENSE:

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,72 @@ def write_safetensors(
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedTensor:
+    """A tensor that is written piece by piece, so that it need not fit into memory.
+
+    Attributes:
+        name: its name in the file.
+        dtype: as safetensors spells it (BF16, F32, BOOL, …).
+        shape: its shape.
+        nbytes: its size.
+        pieces: gives tensors whose bytes, one after another, are the tensor's.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+
+def stream_safetensors(
+    tensors: Sequence[StreamedTensor], path: Path, on_bytes: Callable[[int], None]
+) -> None:
+    """Write a safetensors file from pieces, onto the disk, with mode 0644.
+
+    The caller sees to it that nobody takes a half-written file for a finished one.
+
+    Args:
+        tensors: what to write; widest dtype first in the file, so that all of it is aligned.
+        path: a file that does not exist yet.
+        on_bytes: called with the bytes written since the last call.
+
+    Raises:
+        ValueError: the pieces of a tensor are not as many bytes as announced.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -_bits(tensor.dtype))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+        header[tensor.name] = entry
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            written = 0
+            for piece in tensor.pieces():
+                written += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+                on_bytes(piece.nbytes)
+            if written != tensor.nbytes:
+                raise ValueError(
+                    f"{tensor.name}: {written} bytes were read, {tensor.nbytes} announced; "
+                    "was the checkpoint changed meanwhile?"
+                )
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)
+        os.fsync(file.fileno())
+
+
+def _bits(dtype: str) -> int:
+    """Width of a safetensors dtype: 16 of BF16, 8 of F8_E4M3 and BOOL."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
 
 
 def read_layers(

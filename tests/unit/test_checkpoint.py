@@ -119,6 +119,9 @@ def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
         "model.safetensors.index.json",
         "tokenizer.json",
         "atomic_profiles/heapr-25.safetensors",
+        "atomic_weights/model.safetensors.index.json",
+        "atomic_weights/model-00001-of-00001.safetensors",
+        "LICENSE",
         "pytorch_model.bin",
         "consolidated.safetensors",
         "original/consolidated.safetensors",
@@ -126,7 +129,7 @@ def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
     fetched = filter_repo_objects(
         files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
-    assert list(fetched) == files[:5]
+    assert list(fetched) == files[:8]
 
 
 def test_expert_count_may_have_either_name(tmp_path):

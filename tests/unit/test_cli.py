@@ -218,6 +218,36 @@ def test_shards_are_merged(work, tmp_path):
     assert not (tmp_path / "twice").exists()
 
 
+def test_export_is_smaller_checked_and_not_calibrated(work, profiles, tmp_path):
+    output = tmp_path / "exported"
+    result = run("export", work / "model", profiles / "heapr-20.safetensors", "-o", output)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{output}: heapr-20, 80.01% of atoms, " in result.stdout
+    again = ("export", work / "model", profiles / "heapr-20.safetensors", "-o", output, "--json")
+    printed = json.loads(run(*again).stdout)
+    assert printed["directory"] == str(output)
+    assert printed["weight_bytes"] < 0.9 * printed["source_bytes"]
+    assert (output / "tokenizer.json").is_file()
+
+    result = run("check", output, output / "atomic_profiles")
+    assert result.exit_code == 0, result.output
+    result = run("check", output, profiles / "heapr-40.safetensors")
+    assert result.exit_code == 0, result.output
+    other = ("--method", "random", "--ratio", "0.2", "-o", tmp_path / "other")
+    assert run("prune", work / "stats.safetensors", *other).exit_code == 0
+    result = run("check", output, tmp_path / "other")
+    assert result.exit_code == 1
+    assert "atoms that the exported checkpoint does not hold" in result.stderr
+
+    stats = tmp_path / "stats"
+    line = refused("calibrate", output, "--data", work / "one.txt", "-o", stats, *SMALL)
+    assert "an exported checkpoint, whose pruned atoms are gone; calibrate the original" in line
+    heapr_40 = profiles / "heapr-40.safetensors"
+    line = refused("export", work / "model", heapr_40, "-o", output)
+    assert "holds an export of another model or profile, 'heapr-20'" in line
+    assert run("export", work / "model", heapr_40).exit_code == 2
+
+
 def test_check_refuses_two_files_of_one_name_in_a_directory(work, profiles):
     shutil.copy(profiles / "heapr-20.safetensors", profiles / "copy.safetensors")
     result = run("check", work / "model", profiles)

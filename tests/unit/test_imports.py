@@ -17,6 +17,7 @@ LIGHT = (
     "packing",
     "scoring",
     "importing",
+    "exporting",
     "plots",
     "kernels",
 )
@@ -33,8 +34,9 @@ ARROWS = {
     "importing": BASE | {"scoring"},
     "plots": {"profiles"},
     "kernels": set(),
+    "exporting": BASE,
     "serving": BASE | {"packing", "calibration", "kernels"},
-    "cli": BASE | {"calibration", "scoring", "importing", "plots", "serving"},
+    "cli": BASE | {"calibration", "scoring", "importing", "exporting", "plots", "serving"},
 }
 # vLLM's public names; everything else of vLLM may be imported in serving/compat.py only.
 PUBLIC_VLLM = (

@@ -101,6 +101,34 @@ def test_load_slices_rows_and_transposed_columns():
     assert packed.weight_bytes == 3 * 3 * 5 * 2
 
 
+@given(masks, st.integers(0, 1 << 20))
+def test_stored_rows_reach_the_rows_that_are_resident(keep, seed):
+    """Whatever else an exported checkpoint holds, and however resident rows are ordered."""
+    generator = torch.Generator().manual_seed(seed)
+    union = torch.stack(list(keep.values())).any(dim=0)
+    stored = union | (torch.rand(union.shape, generator=generator) < 0.3)
+    matrices = torch.randn(*union.shape, 3, generator=generator)
+    one, two = (PackedExperts(build_layout(keep), 3, torch.float32) for _ in range(2))
+    for expert, matrix in enumerate(matrices):
+        one.load_expert(expert, "up", matrix)
+        one.load_expert(expert, "down", matrix.t())
+    two.load_rows("up", matrices[stored], stored)
+    two.load_rows("down", matrices[stored], stored)
+    assert torch.equal(one.up, two.up)
+    assert torch.equal(one.down_t, two.down_t)
+
+
+def test_rows_that_are_all_resident_are_one_copy():
+    keep = torch.tensor([[True, False, True], [False, True, False]])
+    packed = PackedExperts(build_layout({"only": keep}), 5, torch.bfloat16)
+    rows = torch.randn(3, 5)
+    packed.load_rows("gate", rows, keep)
+    assert torch.equal(packed.gate, rows.bfloat16())
+    assert packed.layout.rows_among(keep).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"exported gate rows are \[2, 5\], wanted \[3, 5\]"):
+        packed.load_rows("gate", rows[:2], keep)
+
+
 def test_wrong_shape_is_refused():
     packed = PackedExperts(build_layout({"only": torch.ones(1, 3).bool()}), 5, torch.float32)
     with pytest.raises(ValueError, match=r"checkpoint down_proj is \[3, 5\].*size 3 .* size 5"):

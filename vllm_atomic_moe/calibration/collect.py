@@ -93,6 +93,11 @@ def calibrate(
     shard = parse_shard(options.shard) if options.shard else None
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
+    if checkpoint.stored is not None:
+        raise ValueError(
+            f"{directory}: an exported checkpoint, whose pruned atoms are gone; calibrate the "
+            "original model"
+        )
     check_config(directory, options.seq_len)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = draw_windows(files, tokenizer, options.seq_len, options.samples, options.seed)

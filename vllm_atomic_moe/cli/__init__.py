@@ -14,6 +14,7 @@ from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
+from vllm_atomic_moe.cli.export import export
 from vllm_atomic_moe.cli.import_profile import import_profile
 from vllm_atomic_moe.cli.merge import merge
 from vllm_atomic_moe.cli.prune import prune
@@ -47,4 +48,5 @@ app.command()(prune)
 app.command("import")(import_profile)
 app.command()(show)
 app.command()(check)
+app.command()(export)
 app.command("eval")(evaluate)

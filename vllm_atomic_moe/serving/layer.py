@@ -141,16 +141,33 @@ class AtomicRoutedExperts(RoutedExperts):
         for expert, matrix in enumerate(
             matrices, start=0 if loaded_weight.dim() == 3 else expert_id
         ):
-            if (expert, projection) in self.loaded:
-                raise ValueError(
-                    f"{self.layer_name}: {projection}_proj of expert {expert} arrives twice "
-                    f"({weight_name}); the checkpoint holds it in two tensors"
-                )
+            self._mark_loaded(expert, projection, weight_name)
             self.packed.load_expert(expert, projection, matrix)
-            self.loaded.add((expert, projection))
         return True if return_success else None
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+    def load_packed(
+        self, weight_name: str, projection: Projection, rows: torch.Tensor, stored: torch.Tensor
+    ) -> None:
+        """Take one projection of all experts from an exported checkpoint.
+
+        Args are those of `PackedExperts.load_rows`, and the tensor's name.
+
+        Raises:
+            ValueError: the tensor arrives for the second time, or has the wrong shape.
+        """
+        for expert in range(self.global_num_experts):
+            self._mark_loaded(expert, projection, weight_name)
+        self.packed.load_rows(projection, rows, stored)
+
+    def _mark_loaded(self, expert: int, projection: Projection, weight_name: str) -> None:
+        if (expert, projection) in self.loaded:
+            raise ValueError(
+                f"{self.layer_name}: {projection}_proj of expert {expert} arrives twice "
+                f"({weight_name}); the checkpoint holds it in two tensors"
+            )
+        self.loaded.add((expert, projection))
 
     def missing(self) -> list[str]:
         """Expert matrices that have not arrived, by name."""

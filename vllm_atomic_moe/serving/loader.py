@@ -19,7 +19,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model, weights_directory
+from vllm_atomic_moe.serving.exported import packed_rows_taken_by, reading_from
 from vllm_atomic_moe.serving.options import (
     OPTION_KEYS,
     LoaderOptions,
@@ -94,7 +95,12 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 f"{stored}; this architecture builds its experts in a way that is not supported"
             )
         mask_routers(model, layers, self.resident)
-        self.inner.load_weights(model, model_config)
+        if self.resident.model.stored is None:
+            self.inner.load_weights(model, model_config)
+        else:
+            folder = weights_directory(self._checkpoint(model_config))
+            with packed_rows_taken_by(layers, model, self.resident.model.stored):
+                self.inner.load_weights(model, reading_from(folder, model_config))
         missing = [name for layer in layers for name in layer.missing()]
         if missing:
             raise ValueError(

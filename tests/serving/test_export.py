@@ -1,0 +1,156 @@
+"""An exported checkpoint answers as the original does, bit for bit, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
+from tests.serving.conftest import engine, logprobs_of, prompt_logprobs
+from vllm_atomic_moe.checkpoint import describe_checkpoint
+from vllm_atomic_moe.exporting.export import export
+from vllm_atomic_moe.profiles import PruningProfile
+
+
+def make_model(directory, architecture, layout="per_expert"):
+    """A checkpoint with the profiles `wide`, `narrow` within it, and `other`."""
+    info, profiles = make_checkpoint(architecture, directory, layout=layout), directory / "profiles"
+    wide = write_profile(info, "wide", profiles, seed=1)
+    write_profile(info, "other", profiles, seed=3)
+    more = ragged_masks(info, seed=2)
+    narrow = {layer: mask & more[layer] for layer, mask in wide.keep.items()}
+    PruningProfile("narrow", narrow, metadata=wide.metadata).write(profiles / "narrow.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "model", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def exported(model):
+    """The model with the atoms of `wide`, in several shards."""
+    output = model.with_name("exported")
+    wide = model / "profiles" / "wide.safetensors"
+    assert export(str(model), wide, output, shard_bytes=300_000).shards > 3
+    return output
+
+
+def served(directory, profiles=None, **extra):
+    """Prompt log-probabilities through the loader."""
+    if profiles is not None:
+        extra["profiles"] = str(profiles / "profiles")
+    return logprobs_of(directory, load_format="atomic-pruned", model_loader_extra_config=extra)
+
+
+def test_export_serves_what_the_mask_on_the_original_serves(model, exported):
+    from vllm_atomic_moe.serving.loader import packed_layers
+
+    with engine(exported, load_format="atomic-pruned") as llm:
+        found = prompt_logprobs(llm)
+        network = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        held = sum(layer.packed.weight_bytes for layer in packed_layers(network))
+        assert "load_weights" not in vars(network)
+    stored = describe_checkpoint(exported).stored
+    assert held == sum(int(mask.sum()) for mask in stored.values()) * 3 * 128 * 4
+    assert torch.equal(found, served(model, model, active="wide"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # Alone it leaves stored rows out; beside `wide` it changes their order.
+        {"active": "narrow"},
+        pytest.param({"active": "narrow", "resident": ["wide"]}, marks=pytest.mark.full),
+    ],
+)
+def test_profiles_within_the_export_are_served_from_it(model, exported, options):
+    assert torch.equal(served(exported, model, **options), served(model, model, **options))
+
+
+@pytest.mark.full
+def test_other_ways_to_read_give_the_same(exported):
+    multithreaded = {"enable_multithread_load": True, "num_threads": 2}
+    found = served(exported, inner_format="hf", **multithreaded)
+    assert torch.equal(found, served(exported))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout"),
+    [
+        ("mixtral", "fused"),
+        pytest.param("qwen2_moe", "fused", marks=pytest.mark.full),
+        pytest.param("olmoe", "per_expert", marks=pytest.mark.full),
+        pytest.param("glm4_moe", "per_expert", marks=pytest.mark.full),
+    ],
+)
+def test_other_layouts_and_architectures(tmp_path, architecture, layout):
+    model, output = make_model(tmp_path / "model", architecture, layout), tmp_path / "exported"
+    export(str(model), model / "profiles" / "wide.safetensors", output)
+    assert torch.equal(served(output), served(model, model, active="wide"))
+
+
+@pytest.mark.parametrize("name", ["dense", "other"])
+def test_profiles_beyond_the_export_are_refused_before_weights_are_read(
+    model, exported, monkeypatch, name
+):
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    def read(*arguments, **options):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", read)
+    with pytest.raises(ValueError, match=f"'{name}': .* the exported checkpoint does not hold"):
+        served(exported, model, active=name)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_stock_loaders_find_no_weights(exported, load_format):
+    """They would not miss the experts: nothing in them checks that expert weights arrived."""
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        logprobs_of(exported, load_format=load_format)
+
+
+def test_transformers_finds_no_weights(exported):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(exported)
+
+
+def test_experts_that_are_stored_twice_are_refused(exported, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    shard = max((broken / "atomic_weights").glob("*.safetensors"))
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    save_file({**load_file(shard), name: torch.zeros(64, 128)}, shard)
+    with pytest.raises(ValueError, match="up_proj of expert 3 arrives twice"):
+        served(broken)
+
+
+def test_vllm_reads_the_same_configuration(model, tmp_path):
+    """What it reads off the shards of the original is in the configuration of the export."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, source / "model.safetensors")
+    profile = tmp_path / "wide.safetensors"
+    masks = PruningProfile.read(model / "profiles" / "wide.safetensors").keep
+    PruningProfile("wide", masks).write(profile)
+    export(str(source), profile, tmp_path / "exported")
+    found = []
+    for directory in (source, tmp_path / "exported"):
+        arguments = {"load_format": "atomic-pruned", "skip_tokenizer_init": True}
+        model_config = EngineArgs(str(directory), **arguments).create_engine_config().model_config
+        found.append((model_config.dtype, model_config.hf_config.tie_word_embeddings))
+    assert found == [(torch.bfloat16, False)] * 2

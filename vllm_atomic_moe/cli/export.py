@@ -1,0 +1,85 @@
+"""atomic-moe export: model + profile -> a compact checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_atomic_moe.cli.console import print_json, print_warning
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")
+    ],
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="Profile file.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Directory to make; an export of the same model and profile is replaced.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a checkpoint that holds the atoms of one profile only.
+
+    It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
+    answers, and is smaller on disk by what was pruned.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vllm_atomic_moe.exporting.export import export as run
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    # Off a terminal a bar is noise among the lines of a log.
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("reading headers", total=None)
+        result = run(
+            model,
+            profile,
+            output,
+            on_progress=lambda done, total: progress.update(
+                task, description="exporting", completed=done, total=total
+            ),
+        )
+    for warning in result.warnings:
+        print_warning(warning)
+    if as_json:
+        print_json(
+            {
+                "directory": str(result.directory),
+                "profile": result.profile,
+                "kept": result.kept,
+                "weight_bytes": result.weight_bytes,
+                "source_bytes": result.source_bytes,
+                "shards": result.shards,
+            }
+        )
+        return
+    typer.echo(
+        f"{result.directory}: {result.profile}, {result.kept:.2%} of atoms, "
+        f"{result.weight_bytes / 2**20:.2f} MiB of weights (from "
+        f"{result.source_bytes / 2**20:.2f} MiB) in {result.shards} "
+        f"shard{'s' if result.shards > 1 else ''}"
+    )

@@ -1,0 +1,65 @@
+"""Loading an exported checkpoint: packed rows go from its shards to the packed layers directly.
+
+vLLM's loader reads the shards and the model's own `load_weights` places what the model knows. The
+packed rows never get there: they are already what the layers hold, one tensor for all experts of a
+layer, and no name mapping of vLLM's knows them. They are taken out of the stream on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import ModelConfig
+
+from vllm_atomic_moe.checkpoint import PACKED
+
+if TYPE_CHECKING:
+    from vllm_atomic_moe.packing import Projection
+    from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
+
+PART_PROJECTIONS: dict[str, Projection] = {"gate": "gate", "up": "up", "down_t": "down"}
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+def reading_from(folder: Path, model_config: ModelConfig) -> ModelConfig:
+    """A copy of `model_config` whose weights are in `folder`; the original is not modified."""
+    moved = copy.copy(model_config)
+    moved.model, moved.revision = str(folder), None
+    return moved
+
+
+@contextmanager
+def packed_rows_taken_by(
+    layers: Sequence[AtomicRoutedExperts], model: Any, stored: Mapping[int, torch.Tensor]
+) -> Iterator[None]:
+    """While open, `model.load_weights` gives packed rows to `layers` and the rest to the model.
+
+    Args:
+        layers: the model's packed layers.
+        model: the model under construction.
+        stored: layer index -> bool [E, I], the atoms whose rows the checkpoint holds.
+    """
+    by_index = {layer.index: layer for layer in layers}
+    load_weights = model.load_weights
+
+    def others(weights: Weights) -> Weights:
+        for name, tensor in weights:
+            match = PACKED.match(name)
+            if match is None or int(match["layer"]) not in by_index:
+                yield name, tensor
+            elif match["part"] in PART_PROJECTIONS:
+                index = int(match["layer"])
+                projection = PART_PROJECTIONS[match["part"]]
+                by_index[index].load_packed(name, projection, tensor, stored[index])
+
+    model.load_weights = lambda weights: load_weights(others(weights))
+    try:
+        yield
+    finally:
+        del model.load_weights
