@@ -73,6 +73,7 @@ def test_refusals_come_before_the_engine(tmp_path):
     for flags, words in (
         (["--profiles", str(tmp_path / "profiles")], "profile 'heapr-40': lacks layers [1, 2, 3]"),
         (["--profile", "none"], "profile 'none' is not in"),
+        (["--data", f"{tmp_path / 't.txt'}:all"], "domain 'all' stands for all text together"),
         (["--seq-len", "512"], "sequence length 512: the model's context is 512"),
     ):
         command = [*COMMAND, str(DEMO), "--data", str(tmp_path / "t.txt"), *flags]

@@ -117,6 +117,12 @@ def evaluate(
     """
     from transformers import AutoTokenizer
 
+    files = [parse_data(argument) for argument in data]
+    if any(file.domain == ALL_DOMAINS for file in files):
+        raise ValueError(
+            f"domain {ALL_DOMAINS!r} stands for all text together; give the file's domain another "
+            "name (FILE:DOMAIN)"
+        )
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
     store = ProfileStore(Path(profiles or directory / "atomic_profiles"))
@@ -129,7 +135,7 @@ def evaluate(
         logger.warning("left out: %s", reason)
     length = _window_length(read_config(directory), seq_len)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    text = draw_windows([parse_data(item) for item in data], tokenizer, length, samples, seed=0)
+    text = draw_windows(files, tokenizer, length, samples, seed=0)
 
     rows: list[Row] = []
     for profile in chosen:
