@@ -4,7 +4,8 @@
 
 prunes the demo with `atomic-moe prune`, measures held-out perplexity with `atomic-moe eval`, and
 writes deploy/demo/quality.md and deploy/demo/quality.png. Nothing here computes; it calls the two
-commands and lays out what they print.
+commands and lays out what they print. A section that WORK_DIRECTORY holds already (SECTION.md,
+from a run that was interrupted) is not measured again.
 """
 
 from __future__ import annotations
@@ -89,10 +90,12 @@ def main() -> None:
     ]
     for title, (profiles, what) in SECTIONS.items():
         directory = work / title.split()[0].lower()
-        prune_all(profiles(), statistics, directory)
-        plot = DEMO / "quality.png" if title == "Methods" else None
-        rows = evaluate(directory, list(profiles()), plot)
-        document += ["", f"## {title}", "", what, "", *table(rows)]
+        done = directory.with_suffix(".md")
+        if not done.exists():
+            prune_all(profiles(), statistics, directory)
+            plot = DEMO / "quality.png" if title == "Methods" else None
+            done.write_text("\n".join(table(evaluate(directory, list(profiles()), plot))) + "\n")
+        document += ["", f"## {title}", "", what, "", *done.read_text().splitlines()]
     (DEMO / "quality.md").write_text("\n".join(document) + "\n")
 
 
