@@ -209,6 +209,14 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = {**text, "architectures": config.get("architectures", text.get("architectures"))}
     if not isinstance(config.get("hidden_size"), int):
         raise ValueError(f"{path}: `hidden_size` is {config.get('hidden_size')!r}, wanted a number")
+    for key, kind, wanted in (
+        ("num_hidden_layers", int, "a number"),
+        ("architectures", list, "a list of names"),
+    ):
+        if config.get(key) is None:
+            config.pop(key, None)
+        elif not isinstance(config[key], kind):
+            raise ValueError(f"{path}: `{key}` is {config[key]!r:.80}, wanted {wanted}")
     return config
 
 

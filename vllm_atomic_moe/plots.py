@@ -10,9 +10,7 @@ Legend: E experts, I full intermediate size, L layers.
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_atomic_moe.profiles import DENSE, PruningProfile
+from vllm_atomic_moe.tensor_files import replaced_file
 
 # Both keep nothing, and neither is a shade of the scale, whose lowest is a dark purple: chosen as
 # far from all of its colours and from each other as can be, for colour-blind eyes too.
@@ -53,15 +52,19 @@ class PerplexityPoint:
     """One measured profile.
 
     Attributes:
-        method: how it was made; profiles of one method are one line. "" is not known, `dense` is
-            the reference.
+        method: how it was made. "" is not known, `dense` is the reference.
         kept: fraction of atoms kept.
         perplexity: measured.
+        settings: what the method was told, but ratio and seed; profiles of one method and settings
+            are one line.
+        name: of the profile.
     """
 
     method: str
     kept: float
     perplexity: float
+    settings: str = ""
+    name: str = ""
 
 
 def plot_widths(profiles: Sequence[PruningProfile], path: Path) -> None:
@@ -212,18 +215,24 @@ def plot_perplexity(points: Sequence[PerplexityPoint], path: Path) -> None:
 
 
 def _lines(points: Sequence[PerplexityPoint]) -> list[tuple[str, list[list[PerplexityPoint]]]]:
-    """Per method its groups of points, most kept first; methods by their last median, worst first.
+    """Per line its label and groups of points, most kept first; the line that ends worst first.
 
-    So the legend beside the plot reads in the order of the lines' ends.
+    So the legend beside the plot reads in the order of the lines' ends. A method with several
+    settings has several lines, which carry the name of their first profile.
     """
-    methods: dict[str, list[list[PerplexityPoint]]] = defaultdict(list)
+    lines: dict[tuple[str, str], list[list[PerplexityPoint]]] = defaultdict(list)
     for point in sorted(points, key=lambda point: -point.kept):
-        groups = methods[point.method]
+        groups = lines[point.method, point.settings]
         if groups and abs(groups[-1][0].kept - point.kept) < SAME_KEPT:
             groups[-1].append(point)
         else:
             groups.append([point])
-    return sorted(methods.items(), key=lambda item: -_median(item[1][-1]))
+    methods = [method for method, _ in lines]
+    labelled = [
+        (method if methods.count(method) == 1 else groups[0][0].name, groups)
+        for (method, _), groups in lines.items()
+    ]
+    return sorted(labelled, key=lambda item: -_median(item[1][-1]))
 
 
 def _median(group: Sequence[PerplexityPoint]) -> float:
@@ -300,12 +309,5 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replaced_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

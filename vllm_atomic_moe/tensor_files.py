@@ -43,11 +43,18 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path
 ) -> None:
     """Write a safetensors file, complete or not at all, with mode 0644."""
+    with replaced_file(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` at the end, with mode 0644, or is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:

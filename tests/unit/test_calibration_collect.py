@@ -21,6 +21,7 @@ from vllm_atomic_moe.calibration.collect import (
     CalibrationOptions,
     calibrate,
     check_config,
+    check_offload,
     check_vocabulary,
     collect,
     load_model,
@@ -191,11 +192,15 @@ def test_more_shards_than_windows_are_refused(tiny, text_file):
         calibrate(str(tiny[0]), [str(text_file)], dataclasses.replace(OPTIONS, shard="1/5"))
 
 
-def test_padding_never_counts(tiny):
-    """Windows of 20 tokens padded to 32, in one batch with full ones, sum up as if cut."""
+@pytest.mark.parametrize("side", [(0, 12), (12, 0)], ids=["right", "left"])
+def test_padding_never_counts(side, tiny):
+    """Windows of 20 tokens padded to 32, in one batch with full ones, sum up as if cut.
+
+    On the left, only the attention mask keeps other tokens from seeing it.
+    """
     directory, info = tiny
     full, short = random_windows(1, 32), random_windows(1, 20, seed=1)
-    padded = torch.cat([full, torch.nn.functional.pad(short, (0, 12), value=-1)])
+    padded = torch.cat([full, torch.nn.functional.pad(short, side, value=-1)])
     found = run(directory, info, padded, batch_size=2)
     parts = [run(directory, info, ids) for ids in (full, short)]
     for layer, named in found.items():
@@ -219,7 +224,10 @@ def test_without_gradients_everything_else_is_the_same(tiny, text_file):
 
 
 def test_a_model_spread_by_accelerate_gives_the_same_sums(tiny, tmp_path):
-    """Layer 1 offloaded to disk: its weights are there only while it runs."""
+    """Layer 1 offloaded to disk: its weights are there only while it runs.
+
+    Not with gradients: the graph would keep the weights of all layers.
+    """
     directory, info = tiny
     windows = random_windows(2, 32)
     device_map = {
@@ -231,8 +239,15 @@ def test_a_model_spread_by_accelerate_gives_the_same_sums(tiny, tmp_path):
     )
     experts = find_experts(model, info)
     assert experts[1].down_proj.device.type == "meta"
-    found = collect(model, experts, info, CalibrationText({"a": windows}, ()), 1)
-    assert_equal_sums(found, run(directory, info, windows), rtol=1e-9)
+    text = CalibrationText({"a": windows}, ())
+    found = collect(model, experts, info, text, 1, gradients=False)
+    wanted = run(directory, info, windows)
+    for named in wanted.values():
+        del named["g2"]
+    assert_equal_sums(found, wanted, rtol=1e-9)
+    check_offload(model, gradients=False)
+    with pytest.raises(ValueError, match=r"weights do not fit the devices .* --no-gradients"):
+        check_offload(model, gradients=True)
 
 
 def test_norms_are_those_of_the_stored_weights(tiny):
@@ -305,6 +320,28 @@ def test_starved_experts_are_reported(tiny, text_file):
 def test_a_sequence_longer_than_the_context_is_refused(tiny, text_file):
     with pytest.raises(ValueError, match=f"2048 exceeds the model's context of {CONTEXT} tokens"):
         calibrate(str(tiny[0]), [str(text_file)], CalibrationOptions())
+
+
+def test_a_configuration_of_another_model_is_refused_in_one_line(tmp_path, text_file):
+    make_model("qwen3_moe", tmp_path)
+    edit_config(tmp_path, num_attention_heads=8)
+    with pytest.raises(ValueError, match=r"is config\.json of this checkpoint") as refusal:
+        calibrate(str(tmp_path), [str(text_file)], OPTIONS)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path, text_file):
+    make_model("qwen3_moe", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer can be read"):
+        calibrate(str(tmp_path), [str(text_file)], OPTIONS)
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_seeds_out_of_range_are_refused(seed, tiny, text_file):
+    options = dataclasses.replace(OPTIONS, samples=1, seed=seed)
+    with pytest.raises(ValueError, match=f"seed {seed}: wanted 0 to"):
+        calibrate(str(tiny[0]), [str(text_file)], options)
 
 
 def test_quantised_checkpoints_are_refused(tmp_path):

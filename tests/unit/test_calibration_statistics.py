@@ -100,6 +100,9 @@ def test_a_file_comes_back_equal(path):
             "`experts_per_token` is None, wanted a number",
         ),
         ({"model": json.dumps({**MODEL, "layers": [1]})}, r"holds layers \[1, 3\]"),
+        ({"calibration": json.dumps({**CALIBRATION, "shards": 3})}, "`shards` is 3, which no"),
+        ({"calibration": json.dumps({**CALIBRATION, "corpora": [{}]})}, r"`corpora` is \[\{\}\]"),
+        ({"calibration": json.dumps({**CALIBRATION, "tokens": "x"})}, "`tokens` is 'x', which no"),
         ({"model": json.dumps({**MODEL, "layers": "all"})}, "wanted a list and two numbers"),
         ({"model": json.dumps({**MODEL, "num_experts": 5})}, r"wanted float64 \[2, 5, 6\]"),
     ],
@@ -176,6 +179,8 @@ def test_the_table_of_sets_is_exact_and_waits_for_a_bounded_time(monkeypatch):
     found = dict(zip(map(tuple, table.sets[:, 1:].tolist()), table.counts.tolist(), strict=True))
     assert found == wanted
     assert table.sets.dtype == torch.int16
+    # Per token at most an id of two bytes for the domain and each expert, and a count of eight.
+    assert table.sets.nbytes + table.counts.nbytes <= len(ids) * (2 * (1 + 3) + 8)
     assert set(table.sets[:, 0].tolist()) == {1}
     assert table.sets.tolist() == sorted(table.sets.tolist())
 

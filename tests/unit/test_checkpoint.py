@@ -206,3 +206,26 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="neither a directory nor a model on the Hugging Face Hub"):
         resolve_model(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": "x"}, "`num_hidden_layers` is 'x', wanted a number"),
+        ({"architectures": 7}, "`architectures` is 7, wanted a list of names"),
+        ({"hidden_size": None}, "`hidden_size` is None, wanted a number"),
+    ],
+)
+def test_configurations_of_wrong_types_are_refused(tmp_path, change, words):
+    make_checkpoint("qwen3_moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=words):
+        describe_checkpoint(tmp_path)
+
+
+def test_a_configuration_may_leave_the_number_of_layers_open(tmp_path):
+    wanted = make_checkpoint("qwen3_moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": None}))
+    assert describe_checkpoint(tmp_path) == wanted

@@ -406,7 +406,11 @@ class Code:
         (scores(_2=[0.0] * 12), "layer 2: list, wanted a dense tensor"),
         (
             scores(_1=torch.tensor([0.0] * 7 + [math.nan] + [0.0] * 4)),
-            "layer 1: expert 2 has a score NaN",
+            "layer 1: expert 2 has a score nan, wanted finite",
+        ),
+        (
+            scores(_2=torch.tensor([0.0] * 3 + [1e300] + [0.0] * 8, dtype=torch.float64)),
+            "layer 2: expert 1 has a score 1e+300, wanted finite float32",
         ),
     ],
 )
@@ -484,6 +488,10 @@ ROW = torch.ones(3, dtype=torch.bool)
         ({"layers.1.experts.7.mask": ROW}, "'layers.1.experts.7.mask': expert 7"),
         ({"layers.1.experts.1.experts.2": ROW}, "names experts 1, 2"),
         ({"layers.1.pruned": FULL}, "'layers.1.pruned' says what goes"),
+        ({"layers.1.prune_mask": FULL}, "'layers.1.prune_mask' says what goes"),
+        ({"layers.1.to_drop": FULL}, "'layers.1.to_drop' says what goes"),
+        ({"layers.1.zeroed": FULL}, "'layers.1.zeroed' says what goes"),
+        ({"layers.1.masked_out": FULL}, "'layers.1.masked_out' says what goes"),
         (
             {"layers.1.keep": FULL, "layers.1.mask": FULL},
             "'layers.1.keep' and 'layers.1.mask' are both masks of layer 1",

@@ -32,7 +32,7 @@ ARROWS = {
     "calibration": BASE,
     "scoring": BASE | {"calibration"},
     "importing": BASE | {"scoring"},
-    "plots": {"profiles"},
+    "plots": {"profiles", "tensor_files"},
     "kernels": set(),
     "exporting": BASE,
     "serving": BASE | {"packing", "calibration", "kernels"},

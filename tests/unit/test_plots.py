@@ -1,5 +1,6 @@
 """The pictures: what can be told of them without looking. Then look at them."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -132,6 +133,14 @@ def test_one_line_per_method_and_seeds_are_one_point_of_it():
     (_, random), (_, heapr) = lines
     assert [len(group) for group in random] == [3, 2]
     assert [[point.kept for point in group] for group in heapr] == [[0.8], [0.6]]
+
+
+def test_other_settings_are_another_line_by_the_name_of_its_profile():
+    layer = PerplexityPoint("heapr", 0.8, 16.4, '{"scope": "layer"}', "heapr-20-layer")
+    named = [dataclasses.replace(point, name=f"heapr-{point.kept}") for point in HEAPR]
+    lines = dict(_lines([*named, layer, *SEEDS]))
+    assert set(lines) == {"random", "heapr-0.8", "heapr-20-layer"}
+    assert [len(group) for group in lines["heapr-0.8"]] == [1, 1]
 
 
 @pytest.mark.parametrize(

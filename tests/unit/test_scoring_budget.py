@@ -285,6 +285,27 @@ def test_shares_sum_up_and_are_capped(weights, most, fraction):
         assert all(abs(s - q) < 1 + 1e-9 for s, q in zip(shares, quotas, strict=True))
 
 
+def test_tenp_meets_its_budget_where_all_that_stays_is_whole_experts():
+    """α = ρ: 0.7 of 64 experts are 45 after rounding, and 44.8 experts' atoms stay."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        layer: LayerScores(
+            torch.rand(16, SIZE, generator=generator), torch.rand(16, generator=generator)
+        )
+        for layer in range(4)
+    }
+    masks = tenp(scores, 0.3, alpha=0.7)
+    assert removed(masks) == round(0.3 * 64 * SIZE)
+
+
+def test_of_equal_experts_tenp_keeps_the_higher_index_whole():
+    scores = {0: LayerScores(torch.rand(4, SIZE), torch.tensor([1.0, 1.0, 1.0, 1.0]))}
+    assert tenp(scores, 0.25, alpha=0.5)[0].all(dim=1).tolist() == [False, False, True, True]
+    more = {0: LayerScores(torch.rand(128, SIZE), torch.ones(128))}
+    whole = tenp(more, 0.25, alpha=0.5)[0].all(dim=1)
+    assert whole.nonzero().flatten().tolist() == list(range(64, 128))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

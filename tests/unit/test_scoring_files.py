@@ -1,5 +1,6 @@
 """Methods, score files, and the way from statistics to a profile."""
 
+import dataclasses
 import json
 
 import pytest
@@ -157,6 +158,14 @@ def test_whole_expert_methods_write_what_is_routable(stats_path, tmp_path):
         for layer, mask in read.keep.items():
             assert torch.equal(mask.all(dim=1), read.routable[layer])
             assert int(read.routable[layer].sum()) >= CALIBRATION["experts_per_token"]
+
+
+def test_whole_expert_scores_without_k_are_refused(stats_path):
+    scores = load_scores(stats_path, "shape", {})
+    without = {k: v for k, v in scores.calibration.items() if k != "experts_per_token"}
+    for calibration in (without, {**without, "experts_per_token": ["a"]}):
+        with pytest.raises(ValueError, match=r"`experts_per_token` is .* shape must leave"):
+            make_profile(dataclasses.replace(scores, calibration=calibration), 0.25)
 
 
 def test_tenp_scores_go_through_a_file(statistics, tmp_path):

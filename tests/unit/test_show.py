@@ -41,7 +41,7 @@ def test_table_per_layer_and_in_all(directory):
     assert " ".join(header.split()) == ("layer width min median max zero width kept MiB saved")
     # 20 and 4 atoms of 3 vectors of 1024 numbers of 2 bytes.
     assert [row.split() for row in rows] == [
-        ["1", "0", "3", "8", "1", "37.50%", "0.12"],
+        ["1", "0", "2", "8", "1", "37.50%", "0.12"],
         ["2", "4", "8", "8", "0", "87.50%", "0.02"],
         ["all", "0", "8", "8", "1", "62.50%", "0.14"],
     ]
@@ -81,7 +81,7 @@ def test_json_and_directories(directory):
     assert [row["layer"] for row in one["layers"]] == [1, 2]
     assert one["layers"][0]["widths"] == {
         "min": 0,
-        "median": 3,
+        "median": 2,
         "max": 8,
         "zero_width_experts": 1,
     }

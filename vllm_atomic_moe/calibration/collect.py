@@ -33,6 +33,7 @@ from vllm_atomic_moe.checkpoint import (
     read_config,
     resolve_model,
 )
+from vllm_atomic_moe.tensor_files import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IGNORED = -100  # the target that cross_entropy leaves out
@@ -99,13 +100,14 @@ def calibrate(
             "original model"
         )
     check_config(directory, options.seq_len)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     text = draw_windows(files, tokenizer, options.seq_len, options.samples, options.seed)
 
     if shard:
         text = take_shard(text, *shard)
 
     loaded = load_model(directory, options.dtype, device_map)
+    check_offload(loaded, options.gradients)
     check_vocabulary(text, loaded)
     experts = find_experts(loaded, checkpoint)
     sums = collect(
@@ -210,15 +212,48 @@ def load_model(directory: Path, dtype: str, device_map: str | dict[str, str]) ->
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=wanted, device_map=device_map, output_loading_info=True
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=wanted, device_map=device_map, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"{directory}: transformers cannot load it ({one_line(error)}); is config.json of this "
+            "checkpoint?"
+        ) from error
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{directory}: lacks {len(missing)} weights of {type(model).__name__}, the first is "
             f"{missing[0]}; fetch the checkpoint again"
         )
     return model
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ValueError: there is none, or its files are broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # The tokenizers library raises plain Exception.
+        raise ValueError(f"{directory}: no tokenizer can be read ({one_line(error)})") from None
+
+
+def check_offload(model: PreTrainedModel, gradients: bool) -> None:
+    """Refuse a backward pass through offloaded weights: it would keep them all on the device.
+
+    Raises:
+        ValueError: the model does not fit the devices, and gradients are wanted.
+    """
+    offloaded = sum(parameter.device.type == "meta" for parameter in model.parameters())
+    if offloaded and gradients:
+        raise ValueError(
+            f"{offloaded} weights do not fit the devices and are offloaded to host memory, where a "
+            "backward pass cannot use them; use more or larger devices, --device cpu, or "
+            "--no-gradients (every method but heapr)"
+        )
 
 
 def check_vocabulary(text: CalibrationText, model: PreTrainedModel) -> None:
@@ -283,7 +318,9 @@ def _run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> None:
     # float32 at least: a bf16 sum over thousands of tokens would be coarse.
     precise = logits if logits.dtype == torch.float64 else logits.float()
     targets = ids[:, 1:].flatten().to(logits.device, torch.int64)
-    targets = targets.masked_fill(targets < 0, IGNORED)
+    # Padding is neither predicted nor predicts.
+    padding = ((ids[:, 1:] < 0) | (ids[:, :-1] < 0)).flatten().to(logits.device)
+    targets = targets.masked_fill(padding, IGNORED)
     loss = functional.cross_entropy(precise, targets, ignore_index=IGNORED, reduction="sum")
     if not bool(loss.isfinite()):
         raise ValueError(

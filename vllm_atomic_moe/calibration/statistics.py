@@ -83,6 +83,7 @@ class Statistics:
                     f"calibration metadata `{name}` is {shorten(value)}, wanted {wanted}; "
                     "calibrate again"
                 )
+        _check_description(self.calibration)
         shape = (len(self.domains), experts, size)
         for layer, tensors in self.sums.items():
             _check_sums(f"layers.{layer}", tensors, shape)
@@ -178,6 +179,29 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
         del calibration["shards"]
     layers = {layer: _add_sums([shard.sums[layer] for shard in shards]) for layer in first.sums}
     return Statistics(first.model, calibration, layers)
+
+
+def _check_description(calibration: Mapping[str, Any]) -> None:
+    """Refuse metadata that `merge` and `select` could not add up."""
+    shards, corpora = calibration.get("shards"), calibration.get("corpora", [])
+    sound = {
+        "tokens": isinstance(calibration.get("tokens"), int),
+        "corpora": isinstance(corpora, list)
+        and all(isinstance(corpus, dict) and "domain" in corpus for corpus in corpora),
+        "shards": shards is None
+        or (
+            isinstance(shards, dict)
+            and isinstance(shards.get("of"), int)
+            and isinstance(shards.get("here"), list)
+            and all(isinstance(number, int) for number in shards["here"])
+        ),
+    }
+    for name, good in sound.items():
+        if not good:
+            raise ValueError(
+                f"calibration metadata `{name}` is {shorten(calibration.get(name))}, which no "
+                "calibration writes; calibrate again"
+            )
 
 
 def _check_mergeable(first: Statistics, other: Statistics) -> None:

@@ -136,6 +136,8 @@ def draw_windows(
         raise ValueError(
             f"sequence length {seq_len} and samples {samples}: wanted at least 2 and 1"
         )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed}: wanted 0 to 2**63 - 1")
     corpora: list[Corpus] = []
     windows: dict[str, torch.Tensor] = {}
     for domain in dict.fromkeys(file.domain for file in files):

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_output, print_json, print_table, print_warning
+from vllm_atomic_moe.cli.console import (
+    check_output,
+    print_json,
+    print_table,
+    print_warning,
+    progress_bar,
+)
 
 SHOWN_EXPERTS = 20
 
@@ -55,15 +61,6 @@ def calibrate(
     One forward and one backward per window serve all methods.
     """
     check_output(output)
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from transformers.utils import logging
 
     from vllm_atomic_moe.calibration.collect import CalibrationOptions
@@ -74,26 +71,8 @@ def calibrate(
     options = CalibrationOptions(
         samples, seq_len, batch_size, dtype, device, seed, gradients, shard
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    # Off a terminal a bar is noise among the lines of a log.
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("reading text and model", total=None)
-        statistics, warnings = run(
-            model,
-            data,
-            options,
-            lambda done, total: progress.update(
-                task, description="calibrating, windows", completed=done, total=total
-            ),
-        )
+    with progress_bar("reading text and model", "calibrating, windows") as show:
+        statistics, warnings = run(model, data, options, show)
     statistics.write(output)
     for warning in warnings:
         print_warning(warning)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,44 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         # Off a terminal rich assumes 80 columns; a file or a pipe has as many as the table needs.
         console = Console(markup=False, highlight=False, width=1000)
     console.print(table, crop=False)
+
+
+@contextmanager
+def progress_bar(
+    first: str, then: str, in_bytes: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; gives (done, total) -> None. Off a terminal nothing is shown.
+
+    Args:
+        first: what is being done until the first step is done.
+        then: and afterwards.
+        in_bytes: steps are bytes.
+    """
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    # Off a terminal a bar is noise among the lines of a log.
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(first, total=None)
+        yield lambda done, total: progress.update(
+            task, description=then, completed=done, total=total
+        )
 
 
 def check_output(path: Path) -> None:

@@ -43,7 +43,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw perplexity over kept atoms, one line per method (.png, .pdf or .svg).",
+            help="Draw perplexity over kept atoms, a line per method (.png, .pdf or .svg).",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -85,7 +85,13 @@ def evaluate(
         from vllm_atomic_moe.plots import PerplexityPoint, plot_perplexity
 
         plot_perplexity(
-            [PerplexityPoint(row.method, row.kept, row.perplexity["all"]) for row in rows], plot
+            [
+                PerplexityPoint(
+                    row.method, row.kept, row.perplexity["all"], row.settings, row.profile
+                )
+                for row in rows
+            ],
+            plot,
         )
         if not as_json:
             typer.echo(f"\nwrote {plot}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.console import print_json, print_warning
+from vllm_atomic_moe.cli.console import print_json, print_warning, progress_bar
 
 
 def export(
@@ -31,38 +31,10 @@ def export(
     It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
     answers, and is smaller on disk by what was pruned.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from vllm_atomic_moe.exporting.export import export as run
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    # Off a terminal a bar is noise among the lines of a log.
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("reading headers", total=None)
-        result = run(
-            model,
-            profile,
-            output,
-            on_progress=lambda done, total: progress.update(
-                task, description="exporting", completed=done, total=total
-            ),
-        )
+    with progress_bar("reading headers", "exporting", in_bytes=True) as show:
+        result = run(model, profile, output, on_progress=show)
     for warning in result.warnings:
         print_warning(warning)
     if as_json:

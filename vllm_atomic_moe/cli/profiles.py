@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,18 @@ def profile_files(profiles: list[Path]) -> list[Path]:
     return list({file.resolve(): file for file in files}.values())
 
 
-def describe_widths(profile: Any) -> dict[str, int]:
+def describe_widths(profile: Any) -> dict[str, float]:
     """Smallest, median and largest width over all experts of all layers, and how many have none."""
     return summarise_widths(width for layer in profile.keep for width in profile.widths(layer))
 
 
-def summarise_widths(widths: Iterable[Any]) -> dict[str, int]:
+def summarise_widths(widths: Iterable[Any]) -> dict[str, float]:
     """Smallest, median and largest of `widths`, and how many are zero."""
     ordered = sorted(int(width) for width in widths)
+    median = statistics.median(ordered)
     return {
         "min": ordered[0],
-        "median": ordered[len(ordered) // 2],
+        "median": int(median) if median == int(median) else median,
         "max": ordered[-1],
         "zero_width_experts": ordered.count(0),
     }

@@ -27,6 +27,7 @@ from vllm_atomic_moe.importing.ranked import read_ranked
 from vllm_atomic_moe.importing.selection import Selection
 from vllm_atomic_moe.importing.shape import read_shape
 from vllm_atomic_moe.profiles import DENSE, PruningProfile
+from vllm_atomic_moe.scoring.budget import check_ratio
 from vllm_atomic_moe.tensor_files import shorten
 
 IMPORTED = "imported"
@@ -120,10 +121,8 @@ def _check_ratio(format_name: str, kind: Format, ratio: float | None) -> None:
             f"format {format_name!r} carries its own selection, --ratio {ratio} changes nothing; "
             "leave it out"
         )
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(
-            f"ratio {ratio}: wanted the fraction to remove, 0 <= ratio < 1 (25 percent is 0.25)"
-        )
+    if ratio is not None:
+        check_ratio(ratio)
 
 
 def _default_name(path: Path, ratio: float | None) -> str:

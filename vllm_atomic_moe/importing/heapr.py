@@ -79,9 +79,14 @@ def _score(tensor: Any, model: CheckpointInfo, where: str) -> torch.Tensor:
             f"{shape[0]} experts of {shape[1]} atoms; was it made for another model?"
         )
     score_EI = tensor.detach().float().reshape(shape)
-    broken = score_EI.isnan().any(dim=1).nonzero().flatten().tolist()
+    broken = (~score_EI.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if broken:
-        raise ValueError(f"{where}: expert {broken[0]} has a score NaN; calibrate and score again")
+        value = tensor.detach().reshape(shape)[broken[0]]
+        worst = value[~score_EI[broken[0]].isfinite()][0].item()
+        raise ValueError(
+            f"{where}: expert {broken[0]} has a score {worst}, wanted finite float32 numbers; "
+            "calibrate and score again"
+        )
     return score_EI
 
 

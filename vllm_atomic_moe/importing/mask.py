@@ -28,7 +28,7 @@ from vllm_atomic_moe.tensor_files import open_safetensors, shorten
 
 EXPERT = re.compile(r"(?<![A-Za-z])experts?[._]?([0-9]{1,9})(?![0-9])")
 # A name with one of these speaks of what goes, and would be read the wrong way round.
-INVERTED = re.compile(r"(?<![a-z])(pruned|removed|dropped|discarded)(?![a-z])", re.IGNORECASE)
+INVERTED = re.compile(r"(?<![a-z])(prun|drop|remov|discard|delet|zero|masked)[a-z]*", re.IGNORECASE)
 
 Slot = tuple[int, int | None]
 """A layer, and the expert if the tensor is of one expert."""

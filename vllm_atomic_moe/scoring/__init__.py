@@ -68,6 +68,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "reap": Method(score_reap, prune_reap, selection={"scope": "global"}),
     }
 )
+WHOLE_EXPERT_METHODS = ("shape", "reap")
 # Scores made elsewhere rank atoms.
 FOREIGN = Method(score_layer=lambda *_: LayerScores(torch.empty(0)))
 

@@ -12,6 +12,7 @@ from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.profiles import PruningProfile
 from vllm_atomic_moe.scoring import (
     METHODS,
+    WHOLE_EXPERT_METHODS,
     method_options,
     score_layers,
     select_masks,
@@ -19,7 +20,7 @@ from vllm_atomic_moe.scoring import (
 )
 from vllm_atomic_moe.scoring.score_file import FORMAT as SCORES_FORMAT
 from vllm_atomic_moe.scoring.score_file import Scores
-from vllm_atomic_moe.tensor_files import open_safetensors
+from vllm_atomic_moe.tensor_files import open_safetensors, shorten
 
 
 def score_statistics(
@@ -116,7 +117,14 @@ def make_profile(
             met, or the name is not allowed.
     """
     options = selection_options(scores.method, given)
-    experts_per_token = int(scores.calibration.get("experts_per_token", 1))
+    experts_per_token = scores.calibration.get("experts_per_token")
+    if not isinstance(experts_per_token, int):
+        if scores.method in WHOLE_EXPERT_METHODS:
+            raise ValueError(
+                f"calibration metadata `experts_per_token` is {shorten(experts_per_token)}, wanted "
+                f"how many experts of a layer {scores.method} must leave; score again"
+            )
+        experts_per_token = 1
     masks = select_masks(scores.method, scores.layers, ratio, experts_per_token, options)
     atoms = sum(mask.numel() for mask in masks.keep.values())
     kept = sum(int(mask.sum()) for mask in masks.keep.values()) / atoms

@@ -70,14 +70,16 @@ def prune_tenp(
     experts, size = next(iter(scores.values())).atoms.shape
     check_align(align, size)
     weights = _trapezoid_weights(trapezoid, len(scores))
-    whole_L = share_out(round(alpha * len(scores) * experts), weights, experts)
+    total = len(scores) * experts * size
+    stay = total - round(ratio * total)
+    # At α = ρ rounding could ask for more whole experts than atoms stay for.
+    whole_experts = min(round(alpha * len(scores) * experts), stay // size)
+    whole_L = share_out(whole_experts, weights, experts)
     ranks = {layer: _rank_from_top(layer, of_layer) for layer, of_layer in scores.items()}
     for (layer, of_layer), whole in zip(scores.items(), whole_L, strict=True):
         _check_protected(layer, of_layer, whole, ratio)
 
-    total = len(scores) * experts * size
-    budget = total - round(ratio * total) - sum(whole_L) * size
-    widths = _narrow_widths(list(ranks.values()), whole_L, budget, size)
+    widths = _narrow_widths(list(ranks.values()), whole_L, stay - whole_experts * size, size)
     atoms = {layer: of_layer.atoms for layer, of_layer in scores.items()}
     keep = {
         layer: top_atoms(atoms[layer], widths_E)

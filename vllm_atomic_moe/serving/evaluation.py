@@ -7,9 +7,10 @@ One engine after another in this process, each over the same windows of text. It
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Row:
     Attributes:
         profile: its name; `dense` is vLLM's own loader.
         method: how the profile says it was made; "" if it does not, `dense` for the dense model.
+        settings: what the method was told, but ratio and seed (JSON).
         kept: fraction of atoms kept.
         kept_bytes: bytes of those atoms in the dtype served.
         perplexity: domain -> perplexity; `all` is over the tokens of all domains.
@@ -49,6 +51,7 @@ class Row:
 
     profile: str
     method: str
+    settings: str
     kept: float
     kept_bytes: int
     perplexity: Mapping[str, float]
@@ -184,6 +187,20 @@ def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
     return seq_len
 
 
+def _settings(profile: PruningProfile) -> str:
+    """What its metadata say about options and calibrated domains, without the seed."""
+    told: dict[str, Any] = {}
+    for key in ("method_options", "selection", "calibration"):
+        with suppress(ValueError):
+            told[key] = json.loads(profile.metadata.get(key, "{}"))
+    calibration = told.pop("calibration", None)
+    if isinstance(calibration, dict):
+        told["domains"] = calibration.get("domains")
+    if isinstance(told.get("method_options"), dict):
+        told["method_options"].pop("seed", None)
+    return json.dumps(told, sort_keys=True)
+
+
 def _summarise(
     profile: PruningProfile, kept_bytes: int, scores: Mapping[str, Sequence[float]]
 ) -> Row:
@@ -192,6 +209,7 @@ def _summarise(
     return Row(
         profile=profile.name,
         method=DENSE if profile.name == DENSE else profile.metadata.get("method", ""),
+        settings=_settings(profile),
         kept=profile.kept,
         kept_bytes=kept_bytes,
         perplexity={domain: math.exp(-total / count) for domain, (total, count) in sums.items()},
