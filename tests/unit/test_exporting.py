@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint, ragged_masks, write_profile
-from vllm_atomic_moe.checkpoint import EXPORT_DIRECTORY, INDEX, describe_checkpoint
+from vllm_atomic_moe.checkpoint import describe_checkpoint
+from vllm_atomic_moe.export_format import EXPORT_DIRECTORY, INDEX
 from vllm_atomic_moe.exporting.export import export
 from vllm_atomic_moe.exporting.place import working_directory
 from vllm_atomic_moe.profiles import PruningProfile

@@ -42,6 +42,7 @@ def export(
     )
 
     from vllm_atomic_moe.exporting.export import export as run
+    from vllm_atomic_moe.serving.options import check_profile
 
     columns = (
         TextColumn("{task.description}"),
@@ -59,6 +60,7 @@ def export(
             model,
             profile,
             output,
+            check=check_profile,
             on_progress=lambda done, total: progress.update(
                 task, description="exporting", completed=done, total=total
             ),

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.checkpoint import EXPORT_DIRECTORY, INDEX, CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.export_format import EXPORT_DIRECTORY, INDEX
 from vllm_atomic_moe.profiles import PruningProfile
 
 SHARD = re.compile(rf"{EXPORT_DIRECTORY}/model-\d+-of-\d+\.safetensors")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import ModelConfig
 
-from vllm_atomic_moe.checkpoint import PACKED
+from vllm_atomic_moe.export_format import PACKED
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.packing import Projection
