@@ -6,7 +6,7 @@ The paper's method: one forward and backward that adds up G = Σ g gᵀ, an H×H
 a second forward that adds up h². `tests/unit/test_scoring_heapr.py` shows that its scores are ours.
 MODEL is a checkpoint directory; `--make` writes a random Qwen3-MoE there first. Both ways run over
 the same random windows in fresh processes, alternating; printed are the seconds of each, their
-ratio, the bytes of the statistics, and the peak anonymous memory over that of the loaded model.
+ratio, the bytes of the statistics, and the peak resident memory over that of the loaded model.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def two_forwards(
     return layers
 
 
-def anonymous_bytes(key: str) -> int:
-    """RssAnon now, or VmHWM, the peak of all resident memory."""
+def resident_bytes(key: str) -> int:
+    """VmRSS, the resident memory now, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -121,7 +121,7 @@ def run_here(directory: Path, way: str, windows: torch.Tensor, dtype: str) -> di
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     text = CalibrationText({"a": windows[:1]}, ())
     collect(model, find_experts(model, info), info, text, 1)  # warm up
-    before = anonymous_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     start = time.perf_counter()
     if way == "paper":
@@ -136,7 +136,7 @@ def run_here(directory: Path, way: str, windows: torch.Tensor, dtype: str) -> di
     return {
         "seconds": time.perf_counter() - start,
         "state": sum(tensor.nbytes for tensor in held),
-        "peak": anonymous_bytes("VmHWM") - before,
+        "peak": resident_bytes("VmHWM") - before,
     }
 
 

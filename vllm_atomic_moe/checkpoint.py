@@ -3,16 +3,9 @@
 Profiles are checked against this description before any expert weight is read, by the loader and by
 `atomic-moe check` alike. Only safetensors headers, `config.json` and the (small) router tensors are
 read. Both layouts in use are understood: one tensor per expert and projection, and one 3-D tensor
-per projection; and a third, of ours: what `atomic-moe export` writes.
+per projection; and a third, of ours: what `atomic-moe export` writes (`export_format.py`).
 
-An exported checkpoint keeps its shards in the folder `atomic_weights/`, where other readers do not
-look: they find no weights, instead of experts that they cannot place. Of every MoE block it holds
-`{block}.experts.packed.gate`, `.up` and `.down_t` [P, H], the stored atoms in checkpoint order
-(down_proj transposed), `.offsets` int64 [E+1], the first row of every expert, and `.keep` bool
-[E, I], the atoms that are stored.
-
-Legend: E experts, H hidden size, I full intermediate size, K experts per token, L layers,
-P stored atoms of a layer.
+Legend: E experts, H hidden size, I full intermediate size, K experts per token, L layers.
 """
 
 from __future__ import annotations
@@ -29,21 +22,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm_atomic_moe.export_format import (
+    INDEX,
+    PACKED,
+    read_tensor,
+    stored_masks,
+    weights_directory,
+)
+
 PER_EXPERT = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$"
 )
 FUSED = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?:down_proj|w2)(?:\.weight)?$"
 )
-PACKED = re.compile(
-    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.packed\."
-    r"(?P<part>gate|up|down_t|offsets|keep)$"
-)
-PACKED_ROWS = ("gate", "up", "down_t")
-EXPORT_DIRECTORY = "atomic_weights"
-EXPORT_FORMAT = "atomic-moe-export"
-EXPORT_VERSION = "1"
-INDEX = "model.safetensors.index.json"
 # What is fetched of a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
@@ -220,38 +212,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def weights_directory(directory: Path) -> Path:
-    """Where a checkpoint's shards are: in the directory, or in the folder of an exported one.
-
-    Raises:
-        ValueError: the folder is there, but is no finished export of a version known here, or there
-            are shards in both places.
-    """
-    folder = directory / EXPORT_DIRECTORY
-    if not folder.exists():
-        return directory
-    try:
-        metadata = json.loads((folder / INDEX).read_text())["metadata"]
-        found = (metadata["format"], metadata["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}: holds no readable {INDEX} of an export ({type(error).__name__}); "
-            "export the model again"
-        ) from None
-    if found != (EXPORT_FORMAT, EXPORT_VERSION):
-        raise ValueError(
-            f"{folder}: is of format {found[0]!r:.80} version {found[1]!r:.20}, wanted "
-            f"{EXPORT_FORMAT!r} version {EXPORT_VERSION!r}; was it made by this version of "
-            "atomic-moe?"
-        )
-    if any(directory.glob("*.safetensors")):
-        raise ValueError(
-            f"{directory}: holds *.safetensors files beside the exported ones in {folder.name}/; "
-            "remove either"
-        )
-    return folder
-
-
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors shards of a checkpoint: those of the index, if there is one.
 
@@ -304,6 +264,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
             f"{directory}: layers have {sorted(num_experts)} experts of intermediate size "
             f"{sorted(sizes)}; one number and one size for all layers are supported"
         )
+    blocks = {index: layer.block for index, layer in sorted(layers.items())}
     return CheckpointInfo(
         architecture=(config.get("architectures") or ["unknown"])[0],
         num_experts=num_experts.pop(),
@@ -313,9 +274,9 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         layers=tuple(sorted(layers)),
         router_sha256=_router_digest(where, layers),
         groups=_expert_groups(config, where),
-        blocks={index: layer.block for index, layer in sorted(layers.items())},
+        blocks=blocks,
         stored=(
-            _stored_masks(where, layers, config["hidden_size"])
+            stored_masks(where, blocks, config["hidden_size"])
             if weights_directory(directory) != directory
             else None
         ),
@@ -385,51 +346,6 @@ def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) ->
     return layers
 
 
-def _stored_masks(
-    where: dict[str, Path], layers: dict[int, _Layer], hidden_size: int
-) -> dict[int, torch.Tensor]:
-    """Layer index -> bool [E, I], the atoms an exported checkpoint holds."""
-    masks: dict[int, torch.Tensor] = {}
-    for index, layer in sorted(layers.items()):
-        prefix = f"{layer.block}.experts.packed"
-        missing = [
-            part for part in (*PACKED_ROWS, "offsets", "keep") if f"{prefix}.{part}" not in where
-        ]
-        if missing:
-            raise ValueError(
-                f"layer {index}: {prefix}.{missing[0]} is missing; export the model again"
-            )
-        keep = _read_tensor(where, f"{prefix}.keep")
-        offsets = _read_tensor(where, f"{prefix}.offsets")
-        if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
-            raise ValueError(
-                f"layer {index}: {prefix}.offsets does not count the atoms of {prefix}.keep; "
-                "export the model again"
-            )
-        for part in PACKED_ROWS:
-            with safe_open(where[f"{prefix}.{part}"], framework="pt") as shard:
-                shape = shard.get_slice(f"{prefix}.{part}").get_shape()
-            if shape != [int(offsets[-1]), hidden_size]:
-                raise ValueError(
-                    f"layer {index}: {prefix}.{part} is {shape}, wanted "
-                    f"{[int(offsets[-1]), hidden_size]}; export the model again"
-                )
-        masks[index] = keep
-    return masks
-
-
-def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
-    """First packed row of every expert, and the number of rows: int64 [E+1]."""
-    offsets_E1 = torch.zeros(keep_EI.shape[0] + 1, dtype=torch.int64)
-    offsets_E1[1:] = keep_EI.sum(dim=1).cumsum(dim=0)
-    return offsets_E1
-
-
-def _read_tensor(where: dict[str, Path], name: str) -> torch.Tensor:
-    with safe_open(where[name], framework="pt") as shard:
-        return shard.get_tensor(name)
-
-
 def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
     """SHA-256 over the stored bytes of the router tensors, layers ascending, names ascending."""
     digest = hashlib.sha256()
@@ -443,6 +359,6 @@ def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
                 "this architecture's router is not known"
             )
         for name in names:
-            stored = _read_tensor(where, name).contiguous().view(-1).view(torch.uint8)
+            stored = read_tensor(where, name).contiguous().view(-1).view(torch.uint8)
             digest.update(stored.numpy().tobytes())
     return digest.hexdigest()

@@ -17,13 +17,15 @@ from vllm_atomic_moe.profiles import PruningProfile
 
 
 def make_model(directory, architecture, layout="per_expert"):
-    """A checkpoint with the profiles `wide`, `narrow` within it, and `other`."""
+    """A checkpoint with the profiles `wide`, `narrow` and `whole` within it, and `other`."""
     info, profiles = make_checkpoint(architecture, directory, layout=layout), directory / "profiles"
     wide = write_profile(info, "wide", profiles, seed=1)
     write_profile(info, "other", profiles, seed=3)
     more = ragged_masks(info, seed=2)
     narrow = {layer: mask & more[layer] for layer, mask in wide.keep.items()}
     PruningProfile("narrow", narrow, metadata=wide.metadata).write(profiles / "narrow.safetensors")
+    routable = {layer: mask.any(dim=1) for layer, mask in narrow.items()}
+    PruningProfile("whole", narrow, routable).write(profiles / "whole.safetensors")
     return directory
 
 
@@ -67,6 +69,7 @@ def test_export_serves_what_the_mask_on_the_original_serves(model, exported):
         # Alone it leaves stored rows out; beside `wide` it changes their order.
         {"active": "narrow"},
         pytest.param({"active": "narrow", "resident": ["wide"]}, marks=pytest.mark.full),
+        pytest.param({"active": "whole"}, marks=pytest.mark.full),
     ],
 )
 def test_profiles_within_the_export_are_served_from_it(model, exported, options):

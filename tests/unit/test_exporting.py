@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint, ragged_masks, write_profile
-from vllm_atomic_moe.checkpoint import EXPORT_DIRECTORY, INDEX, describe_checkpoint
+from vllm_atomic_moe.checkpoint import describe_checkpoint
+from vllm_atomic_moe.export_format import EXPORT_DIRECTORY, INDEX
 from vllm_atomic_moe.exporting.export import export
 from vllm_atomic_moe.exporting.place import working_directory
 from vllm_atomic_moe.profiles import PruningProfile
@@ -383,6 +384,11 @@ def test_places_that_are_refused(model, tmp_path):
     refused(model, output, "export of another model or profile, 'wide'; wanted 'narrow'", "narrow")
     (output / "notes.txt").touch()
     refused(model, output, r"holds notes.txt, which would be lost: .* move it away")
+
+
+def test_mount_points_are_refused(model):
+    with pytest.raises(ValueError, match=r"output /proc is a mount point, .* name a directory"):
+        model.export(Path("/proc"))
 
 
 def test_an_export_of_a_sibling_or_of_other_masks_is_not_replaced(model, tmp_path):

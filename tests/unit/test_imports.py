@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
 LIGHT = (
     "tensor_files",
+    "export_format",
     "checkpoint",
     "profiles",
     "packing",
@@ -21,12 +22,13 @@ LIGHT = (
     "plots",
     "kernels",
 )
-BASE = {"tensor_files", "checkpoint", "profiles"}
+BASE = {"tensor_files", "export_format", "checkpoint", "profiles"}
 # Wing -> the wings it may import. The first line of a directory's __init__ is the wing's purpose.
 ARROWS = {
     "__init__": {"serving"},
     "tensor_files": set(),
-    "checkpoint": set(),
+    "export_format": set(),
+    "checkpoint": {"export_format"},
     "profiles": {"checkpoint", "tensor_files"},
     "packing": set(),
     "calibration": BASE,

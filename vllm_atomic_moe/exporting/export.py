@@ -19,16 +19,18 @@ from pathlib import Path
 import torch
 
 from vllm_atomic_moe.checkpoint import (
+    CheckpointInfo,
+    checkpoint_files,
+    describe_checkpoint,
+    resolve_model,
+)
+from vllm_atomic_moe.export_format import (
     EXPORT_DIRECTORY,
     EXPORT_FORMAT,
     EXPORT_VERSION,
     INDEX,
     PACKED_ROWS,
-    CheckpointInfo,
-    checkpoint_files,
-    describe_checkpoint,
     packed_offsets,
-    resolve_model,
 )
 from vllm_atomic_moe.exporting.place import (
     check_place,
@@ -54,6 +56,9 @@ WEIGHT_FILES = re.compile(
     r"|.*\.(safetensors|bin|h5|msgpack)\.index\.json"
 )
 FOLDERS_LEFT_OUT = ("original", "onnx", "atomic_profiles", EXPORT_DIRECTORY)
+
+Check = Callable[[PruningProfile, CheckpointInfo], list[str]]
+"""Returns warnings; raises ValueError."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
@@ -87,6 +92,7 @@ def export(
     profile: Path,
     output: Path,
     *,
+    check: Check = PruningProfile.check,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress = lambda done, total: None,
 ) -> ExportResult:
@@ -96,6 +102,7 @@ def export(
         model: a local directory or a Hugging Face id; it may be an export itself.
         profile: the profile file.
         output: the directory to make; an export of the same model and profile is replaced.
+        check: what the profile must pass.
         shard_bytes: size of a shard at most, unless one tensor is larger.
         on_progress: called after every piece written.
 
@@ -108,7 +115,7 @@ def export(
     check_place(directory, output)
     info = describe_checkpoint(directory)
     chosen = PruningProfile.read(profile)
-    warnings = chosen.check(info)
+    warnings = check(chosen, info)
     with Shards(directory) as source:
         tensors = plan_tensors(source, info, chosen)
         files = plan_files(directory, profile, chosen.name)

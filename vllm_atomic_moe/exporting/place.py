@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.checkpoint import EXPORT_DIRECTORY, INDEX, CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.export_format import EXPORT_DIRECTORY, INDEX
 from vllm_atomic_moe.profiles import PruningProfile
 
 SHARD = re.compile(rf"{EXPORT_DIRECTORY}/model-\d+-of-\d+\.safetensors")
@@ -34,6 +35,10 @@ def check_place(model: Path, output: Path) -> None:
         raise ValueError(f"output {output} is inside the model {model}; name another directory")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a directory")
+    if output.is_mount():
+        raise ValueError(
+            f"output {output} is a mount point, which cannot appear at once; name a directory in it"
+        )
     parent = next(parent for parent in output.parents if parent.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output {output}: {parent} is not writable; choose another directory")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import ModelConfig
 
-from vllm_atomic_moe.checkpoint import PACKED
+from vllm_atomic_moe.export_format import PACKED
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.packing import Projection
@@ -31,6 +31,8 @@ def reading_from(folder: Path, model_config: ModelConfig) -> ModelConfig:
     """A copy of `model_config` whose weights are in `folder`; the original is not modified."""
     moved = copy.copy(model_config)
     moved.model, moved.revision = str(folder), None
+    # Where vLLM's streaming loader looks first.
+    moved.model_weights = ""
     return moved
 
 

@@ -19,7 +19,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model, weights_directory
+from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+from vllm_atomic_moe.export_format import weights_directory
 from vllm_atomic_moe.serving.exported import packed_rows_taken_by, reading_from
 from vllm_atomic_moe.serving.options import (
     OPTION_KEYS,

@@ -1,0 +1,36 @@
+"""Calibration on a CUDA device sums up what it does on the CPU. Needs transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_cuda_equals_cpu(device, tmp_path):
+    pytest.importorskip("transformers")
+    from tests.unit.tiny_models import make_model, random_text
+    from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate
+
+    make_model("qwen3_moe", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(random_text(2000))
+    found, wanted = (
+        calibrate(
+            str(tmp_path / "model"),
+            [str(tmp_path / "text.txt")],
+            CalibrationOptions(samples=8, seq_len=32, batch_size=2, device=where),
+        )[0]
+        for where in (device, "cpu")
+    )
+    assert found.calibration == wanted.calibration
+    for layer, named in wanted.sums.items():
+        for name, tensor in named.items():
+            scale = float(tensor.abs().max())
+            torch.testing.assert_close(
+                found.sums[layer][name], tensor, rtol=1e-3, atol=1e-5 * scale, msg=name
+            )
