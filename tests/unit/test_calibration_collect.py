@@ -208,7 +208,8 @@ def test_padding_never_counts(side, tiny):
         assert named["set_counts"].sum() == 32 + 20
         for name in (*EXPERT_SUMS, *ATOM_SUMS, "g2"):
             wanted = parts[0][layer][name] + parts[1][layer][name]
-            torch.testing.assert_close(named[name], wanted, rtol=1e-6, atol=1e-9)
+            # Rotary embeddings are float32, and on the left other positions are used.
+            torch.testing.assert_close(named[name], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_without_gradients_everything_else_is_the_same(tiny, text_file):
