@@ -37,6 +37,11 @@ def show(
 
     read = [(file, PruningProfile.read(file)) for file in profile_files(profiles)]
     described = [_describe(file, profile) for file, profile in read]
+    if plot is not None:
+        from vllm_atomic_moe.plots import plot_widths
+
+        # Before anything is printed: a reader such as `head` may end the command early.
+        plot_widths([profile for _, profile in read], plot)
     if as_json:
         print_json({"profiles": described})
     else:
@@ -44,12 +49,8 @@ def show(
             if index:
                 typer.echo()
             _print(description)
-    if plot is not None:
-        from vllm_atomic_moe.plots import plot_widths
-
-        plot_widths([profile for _, profile in read], plot)
-        if not as_json:
-            typer.echo(f"\nwrote {plot}")
+    if plot is not None and not as_json:
+        typer.echo(f"\nwrote {plot}")
 
 
 def _describe(file: Path, profile: Any) -> dict[str, Any]:
