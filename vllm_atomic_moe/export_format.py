@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from vllm_atomic_moe.packing import packed_offsets
+
 PACKED = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.packed\."
     r"(?P<part>gate|up|down_t|offsets|keep)$"
@@ -103,13 +105,6 @@ def stored_masks(
                 )
         masks[index] = keep
     return masks
-
-
-def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
-    """First packed row of every expert, and the number of rows: int64 [E+1]."""
-    offsets_E1 = torch.zeros(keep_EI.shape[0] + 1, dtype=torch.int64)
-    offsets_E1[1:] = keep_EI.sum(dim=1).cumsum(dim=0)
-    return offsets_E1
 
 
 def read_tensor(where: Mapping[str, Path], name: str) -> torch.Tensor:

@@ -67,6 +67,13 @@ class PackedLayout:
         return row_EI[experts_P, self.atoms_P]
 
 
+def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
+    """First packed row of every expert, and the number of rows: int64 [E+1]."""
+    offsets_E1 = torch.zeros(keep_EI.shape[0] + 1, dtype=torch.int64)
+    offsets_E1[1:] = keep_EI.sum(dim=1).cumsum(dim=0)
+    return offsets_E1
+
+
 def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
     """Lay out the union of several profiles' masks of one layer.
 
@@ -95,9 +102,6 @@ def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
         experts_P * (1 << len(names)) + rank_EI[experts_P, atoms_P], stable=True
     )
     experts_P, atoms_P = experts_P[order_P], atoms_P[order_P]
-    offsets_E1 = torch.zeros(num_experts + 1, dtype=torch.int64)
-    offsets_E1[1:] = resident_EI.sum(dim=1).cumsum(dim=0)
-
     starts = {
         name: _find_runs(experts_P, mask[experts_P, atoms_P], num_experts)
         for name, mask in zip(names, masks_SEI, strict=True)
@@ -105,7 +109,7 @@ def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
     most = max(1, *(max(map(len, runs)) for runs in starts.values()))
     return PackedLayout(
         intermediate_size=intermediate_size,
-        offsets_E1=offsets_E1,
+        offsets_E1=packed_offsets(resident_EI),
         atoms_P=atoms_P,
         runs={name: _pad_runs(runs, most) for name, runs in starts.items()},
     )

@@ -155,6 +155,11 @@ class PruningProfile:
         """Whether the router may not choose some experts."""
         return not all(bool(mask.all()) for mask in self.routable.values())
 
+    def routable_experts(self, layer: int) -> torch.Tensor:
+        """Experts of one layer that the router may choose: bool [E], all of them by default."""
+        everything = torch.ones(self.keep[layer].shape[0], dtype=torch.bool, device="cpu")
+        return self.routable.get(layer, everything)
+
     def widths(self, layer: int) -> torch.Tensor:
         """Kept width of every expert of one layer: int64 [E]."""
         return self.keep[layer].sum(dim=1)

@@ -102,3 +102,14 @@ def mask_transformers_router(router: torch.nn.Module, routable_E: torch.Tensor) 
 @pytest.fixture(autouse=True)
 def _all_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if any weight is read through vLLM's loader."""
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    def read(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", read)

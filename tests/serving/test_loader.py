@@ -29,17 +29,6 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def no_weights_read(monkeypatch):
-    """Fail if any weight is read through vLLM's loader."""
-    from vllm.model_executor.model_loader import DefaultModelLoader
-
-    def read(*arguments, **options):
-        raise AssertionError("a weight was read")
-
-    monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", read)
-
-
 def configure(model, extra=None, **engine_options):
     """The configuration as `vllm serve` builds it."""
     from vllm.engine.arg_utils import EngineArgs

@@ -212,17 +212,6 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def no_weights_read(monkeypatch):
-    """Fail if any weight is read through vLLM's loader."""
-    from vllm.model_executor.model_loader import DefaultModelLoader
-
-    def read(*arguments, **options):
-        raise AssertionError("a weight was read")
-
-    monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", read)
-
-
 def test_profiles_that_mask_nothing_leave_any_router_alone(model, monkeypatch):
     from vllm_atomic_moe.serving.compat import MoERunner
 

@@ -27,7 +27,7 @@ BASE = {"tensor_files", "export_format", "checkpoint", "profiles"}
 ARROWS = {
     "__init__": {"serving"},
     "tensor_files": set(),
-    "export_format": set(),
+    "export_format": {"packing"},
     "checkpoint": {"export_format"},
     "profiles": {"checkpoint", "tensor_files"},
     "packing": set(),
@@ -36,7 +36,7 @@ ARROWS = {
     "importing": BASE | {"scoring"},
     "plots": {"profiles", "tensor_files"},
     "kernels": set(),
-    "exporting": BASE,
+    "exporting": BASE | {"packing"},
     "serving": BASE | {"packing", "calibration", "kernels"},
     "cli": BASE | {"calibration", "scoring", "importing", "exporting", "plots", "serving"},
 }

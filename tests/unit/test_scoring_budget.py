@@ -251,14 +251,19 @@ def test_tenp_keeps_some_whole_and_narrows_the_others_alike(scores, ratio, align
                     assert importance[one] >= importance[two]
 
 
-def test_tenp_keeps_more_experts_whole_in_deeper_layers():
+def four_layers():
+    """Random scores of 64 experts and their atoms."""
     generator = torch.Generator().manual_seed(0)
-    scores = {
+    return {
         layer: LayerScores(
             torch.rand(16, SIZE, generator=generator), torch.rand(16, generator=generator)
         )
         for layer in range(4)
     }
+
+
+def test_tenp_keeps_more_experts_whole_in_deeper_layers():
+    scores = four_layers()
 
     def whole_experts(**options):
         return [int(mask.all(dim=1).sum()) for mask in tenp(scores, 0.25, **options).values()]
@@ -287,13 +292,7 @@ def test_shares_sum_up_and_are_capped(weights, most, fraction):
 
 def test_tenp_meets_its_budget_where_all_that_stays_is_whole_experts():
     """α = ρ: 0.7 of 64 experts are 45 after rounding, and 44.8 experts' atoms stay."""
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        layer: LayerScores(
-            torch.rand(16, SIZE, generator=generator), torch.rand(16, generator=generator)
-        )
-        for layer in range(4)
-    }
+    scores = four_layers()
     masks = tenp(scores, 0.3, alpha=0.7)
     assert removed(masks) == round(0.3 * 64 * SIZE)
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from vllm_atomic_moe.calibration.experts import ExpertRows, ExpertsModule, weight_norms
+from vllm_atomic_moe.calibration.statistics import ATOM_SUMS, EXPERT_SUMS, GRADIENT_SUM
 from vllm_atomic_moe.calibration.topk_sets import TopKSetsAccumulator
 
 
@@ -38,7 +39,6 @@ class LayerAccumulator:
         shape: (D, E, I).
         gradients: whether a backward pass follows, so that `g2` can be summed.
         batch: what runs now; shared by all layers, set before each batch.
-        device: where the sums live; by default where the first batch comes by.
         sums: name -> tensor, as in `Statistics.sums`, without the table of sets.
         sets: the table of sets.
     """
@@ -46,7 +46,6 @@ class LayerAccumulator:
     shape: tuple[int, int, int]
     gradients: bool
     batch: Batch
-    device: torch.device | str | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     sets: TopKSetsAccumulator = field(default_factory=TopKSetsAccumulator)
 
@@ -85,9 +84,9 @@ class LayerAccumulator:
 
     def allocate(self, device: torch.device | str) -> None:
         """Make the sums, all zero; the norms of the weights come with the first batch."""
-        for name in ("count", "output_norm", "output_change"):
+        for name in EXPERT_SUMS:
             self.sums[name] = torch.zeros(self.shape[:2], dtype=torch.float64, device=device)
-        for name in ("h2", "contribution", *(["g2"] if self.gradients else [])):
+        for name in (*ATOM_SUMS, *([GRADIENT_SUM] if self.gradients else [])):
             self.sums[name] = torch.zeros(self.shape, dtype=torch.float64, device=device)
 
     def result(self) -> dict[str, torch.Tensor]:

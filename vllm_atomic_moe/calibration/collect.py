@@ -102,7 +102,6 @@ def calibrate(
     check_config(directory, options.seq_len)
     tokenizer = load_tokenizer(directory)
     text = draw_windows(files, tokenizer, options.seq_len, options.samples, options.seed)
-
     if shard:
         text = take_shard(text, *shard)
 

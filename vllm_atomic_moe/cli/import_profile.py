@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_output, print_json, print_table, print_warning
-from vllm_atomic_moe.cli.profiles import WIDTH_COLUMNS, describe_widths
+from vllm_atomic_moe.cli.console import print_warning
+from vllm_atomic_moe.cli.profiles import write_profile
 
 
 def import_profile(
@@ -51,30 +51,6 @@ def import_profile(
 
     checkpoint = describe_checkpoint(resolve_model(model))
     profile, warnings = run(format_name, file, checkpoint, ratio=ratio, name=name)
-    path = output / f"{profile.name}.safetensors"
-    check_output(path)
-    profile.write(path)
     for warning in warnings:
         print_warning(warning)
-    widths = describe_widths(profile)
-    excluded = sum(int((~routable).sum()) for routable in profile.routable.values())
-    if as_json:
-        print_json(
-            {
-                "name": profile.name,
-                "file": str(path),
-                "format": format_name,
-                "method": profile.metadata["method"],
-                "ratio": ratio,
-                "kept": profile.kept,
-                "kept_atoms": profile.kept_atoms,
-                "widths": widths,
-                "excluded_from_routing": excluded,
-            }
-        )
-        return
-    print_table(
-        ["profile", "kept", *WIDTH_COLUMNS, "not routable"],
-        [[profile.name, f"{profile.kept:.2%}", *map(str, widths.values()), str(excluded)]],
-    )
-    typer.echo(f"wrote {path}")
+    write_profile(profile, output, as_json, format=format_name, ratio=ratio)

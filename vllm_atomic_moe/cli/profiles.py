@@ -1,4 +1,4 @@
-"""What the subcommands about profile files share: finding the files, describing the widths."""
+"""What the subcommands about profile files share: finding, writing, describing them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import typer
+
+from vllm_atomic_moe.cli.console import check_output, print_json, print_table
 
 WIDTH_COLUMNS = ["width min", "median", "max", "zero-width experts"]
 
@@ -37,9 +41,42 @@ def profile_files(profiles: list[Path]) -> list[Path]:
     return list({file.resolve(): file for file in files}.values())
 
 
-def describe_widths(profile: Any) -> dict[str, float]:
-    """Smallest, median and largest width over all experts of all layers, and how many have none."""
-    return summarise_widths(width for layer in profile.keep for width in profile.widths(layer))
+def write_profile(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
+    """Write a profile that was just made into the directory `output`, and say what it keeps.
+
+    Args:
+        profile: a `PruningProfile`.
+        output: the directory.
+        as_json: print JSON instead of a table.
+        more: further entries of the JSON.
+
+    Raises:
+        ValueError: the file cannot be written there.
+    """
+    path = output / f"{profile.name}.safetensors"
+    check_output(path)
+    profile.write(path)
+    widths = summarise_widths(width for layer in profile.keep for width in profile.widths(layer))
+    excluded = sum(int((~routable).sum()) for routable in profile.routable.values())
+    if as_json:
+        print_json(
+            {
+                "name": profile.name,
+                "file": str(path),
+                "method": profile.metadata["method"],
+                **more,
+                "kept": profile.kept,
+                "kept_atoms": profile.kept_atoms,
+                "widths": widths,
+                "excluded_from_routing": excluded,
+            }
+        )
+        return
+    print_table(
+        ["profile", "kept", *WIDTH_COLUMNS, "not routable"],
+        [[profile.name, f"{profile.kept:.2%}", *map(str, widths.values()), str(excluded)]],
+    )
+    typer.echo(f"wrote {path}")
 
 
 def summarise_widths(widths: Iterable[Any]) -> dict[str, float]:

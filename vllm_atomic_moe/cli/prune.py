@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_output, print_json, print_table
-from vllm_atomic_moe.cli.profiles import WIDTH_COLUMNS, describe_widths
+from vllm_atomic_moe.cli.profiles import write_profile
 from vllm_atomic_moe.cli.score import (
     METHODS_HELP,
     AllowUnseen,
@@ -97,25 +96,4 @@ def prune(
         alpha=alpha,
         trapezoid=trapezoid,
     )
-    path = output / f"{profile.name}.safetensors"
-    check_output(path)
-    profile.write(path)
-    widths = describe_widths(profile)
-    if as_json:
-        print_json(
-            {
-                "name": profile.name,
-                "file": str(path),
-                "method": profile.metadata["method"],
-                "ratio": ratio,
-                "kept": profile.kept,
-                "kept_atoms": profile.kept_atoms,
-                "widths": widths,
-            }
-        )
-        return
-    print_table(
-        ["profile", "kept", *WIDTH_COLUMNS],
-        [[profile.name, f"{profile.kept:.2%}", *map(str, widths.values())]],
-    )
-    typer.echo(f"wrote {path}")
+    write_profile(profile, output, as_json, ratio=ratio)

@@ -30,7 +30,6 @@ from vllm_atomic_moe.export_format import (
     EXPORT_VERSION,
     INDEX,
     PACKED_ROWS,
-    packed_offsets,
 )
 from vllm_atomic_moe.exporting.place import (
     check_place,
@@ -47,6 +46,7 @@ from vllm_atomic_moe.exporting.rows import (
     natural,
     split_names,
 )
+from vllm_atomic_moe.packing import packed_offsets
 from vllm_atomic_moe.profiles import PruningProfile
 from vllm_atomic_moe.tensor_files import StreamedTensor, stream_safetensors
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_atomic_moe.checkpoint import CheckpointInfo, locate_tensors
-from vllm_atomic_moe.export_format import packed_offsets
+from vllm_atomic_moe.packing import packed_offsets
 
 # Part of the packed rows -> spelling of an expert's projection.
 PER_EXPERT_NAMES = (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.checkpoint import CheckpointInfo
-from vllm_atomic_moe.importing.selection import Selection, check_every_layer, layer_index
+from vllm_atomic_moe.importing.selection import Selection, check_every_layer, layer_keys
 from vllm_atomic_moe.scoring.pruning import make_profile
 from vllm_atomic_moe.scoring.score_file import Scores
 from vllm_atomic_moe.tensor_files import shorten
@@ -34,16 +34,11 @@ def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
         ValueError: the file needs more than tensors and containers, a layer is missing or there
             twice, a tensor has another size or holds NaN.
     """
-    scores: dict[int, torch.Tensor] = {}
-    keys: dict[int, Any] = {}
-    for key, tensor in _load(path).items():
-        layer = layer_index(key, model, str(path))
-        if layer in keys:
-            raise ValueError(
-                f"{path}: keys {keys[layer]!r} and {key!r} both name layer {layer}; keep one"
-            )
-        keys[layer] = key
-        scores[layer] = _score(tensor, model, f"{path}: layer {layer}")
+    data = _load(path)
+    scores = {
+        layer: _score(data[key], model, f"{path}: layer {layer}")
+        for layer, key in layer_keys(data, model, path).items()
+    }
     check_every_layer(scores, model, path)
     profile = make_profile(Scores(METHOD, {}, model.identity(), {}, scores), ratio, METHOD)
     # Where the scores came from is in the file's name at best; an empty object would say "none".

@@ -94,6 +94,23 @@ def layer_index(key: Any, model: CheckpointInfo, where: str) -> int:
     return found[0]
 
 
+def layer_keys(found: Iterable[Any], model: CheckpointInfo, path: Path) -> dict[int, Any]:
+    """The keys of a file by the decoder layer that they name.
+
+    Raises:
+        ValueError: a key names no MoE layer, or two name one.
+    """
+    keys: dict[int, Any] = {}
+    for key in found:
+        layer = layer_index(key, model, str(path))
+        if layer in keys:
+            raise ValueError(
+                f"{path}: keys {keys[layer]!r} and {key!r} both name layer {layer}; keep one"
+            )
+        keys[layer] = key
+    return keys
+
+
 def expert_ids(value: Any, model: CheckpointInfo, where: str) -> list[int]:
     """A list of different expert ids.
 

@@ -15,7 +15,7 @@ from vllm_atomic_moe.checkpoint import CheckpointInfo
 from vllm_atomic_moe.importing.selection import (
     Selection,
     expert_ids,
-    layer_index,
+    layer_keys,
     parse_object,
     read_text,
     select_experts,
@@ -34,18 +34,8 @@ def read_shape(path: Path, model: CheckpointInfo) -> Selection:
             the counts of `_metadata` are not those of the lists.
     """
     data = parse_object(read_text(path), str(path))
-    kept: dict[int, list[int]] = {}
-    keys: dict[int, str] = {}
-    for key, experts in data.items():
-        if key.startswith("_"):
-            continue
-        layer = layer_index(key, model, str(path))
-        if layer in keys:
-            raise ValueError(
-                f"{path}: keys {keys[layer]!r} and {key!r} both name layer {layer}; keep one"
-            )
-        keys[layer] = key
-        kept[layer] = expert_ids(experts, model, f"{path}: {key!r}")
+    keys = layer_keys((key for key in data if not key.startswith("_")), model, path)
+    kept = {layer: expert_ids(data[key], model, f"{path}: {key!r}") for layer, key in keys.items()}
     if not kept:
         raise ValueError(
             f'{path}: names no layer; wanted a list of experts per layer, as in {{"0": [5, 2, 7]}}'

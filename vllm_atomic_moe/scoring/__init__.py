@@ -44,12 +44,14 @@ class Method:
         options: options of `score_layer` with their defaults; `allow_unseen` among them means that
             experts with few tokens are protected without it.
         selection: options of `select` with their defaults.
+        whole_experts: experts go whole, so that K of a layer must stay.
     """
 
     score_layer: Callable[..., LayerScores]
     select: Callable[..., Masks] = prune_atoms
     options: Mapping[str, Any] = field(default_factory=dict)
     selection: Mapping[str, Any] = field(default_factory=lambda: ATOM_SELECTION)
+    whole_experts: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -61,14 +63,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             UNSEEN,
             {"alpha": None, "trapezoid": "1:2", "align": 1},
         ),
-        "shape": Method(score_shape, prune_shape, selection={}),
+        "shape": Method(score_shape, prune_shape, selection={}, whole_experts=True),
         "random": Method(score_random, options={"seed": 0}),
         "magnitude": Method(score_magnitude),
         "camera": Method(score_camera, options=UNSEEN),
-        "reap": Method(score_reap, prune_reap, selection={"scope": "global"}),
+        "reap": Method(score_reap, prune_reap, selection={"scope": "global"}, whole_experts=True),
     }
 )
-WHOLE_EXPERT_METHODS = ("shape", "reap")
 # Scores made elsewhere rank atoms.
 FOREIGN = Method(score_layer=lambda *_: LayerScores(torch.empty(0)))
 

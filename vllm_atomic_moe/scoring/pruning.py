@@ -11,8 +11,8 @@ from vllm_atomic_moe.calibration.statistics import FORMAT as STATISTICS_FORMAT
 from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.profiles import PruningProfile
 from vllm_atomic_moe.scoring import (
+    FOREIGN,
     METHODS,
-    WHOLE_EXPERT_METHODS,
     method_options,
     score_layers,
     select_masks,
@@ -119,7 +119,7 @@ def make_profile(
     options = selection_options(scores.method, given)
     experts_per_token = scores.calibration.get("experts_per_token")
     if not isinstance(experts_per_token, int):
-        if scores.method in WHOLE_EXPERT_METHODS:
+        if METHODS.get(scores.method, FOREIGN).whole_experts:
             raise ValueError(
                 f"calibration metadata `experts_per_token` is {shorten(experts_per_token)}, wanted "
                 f"how many experts of a layer {scores.method} must leave; score again"

@@ -70,8 +70,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 check_draft(model_config)
                 return self.inner.load_model(vllm_config, model_config, prefix)
             check_config(vllm_config, model_config)
-            directory = self._checkpoint(model_config)
-            self.resident = select_profiles(self.options, directory, describe_checkpoint(directory))
+            self.directory = self._checkpoint(model_config)
+            checkpoint = describe_checkpoint(self.directory)
+            self.resident = select_profiles(self.options, self.directory, checkpoint)
             _add_to_cache_keys(vllm_config, self.resident.digest())
             return super().load_model(vllm_config, model_config, prefix)
 
@@ -99,7 +100,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         if self.resident.model.stored is None:
             self.inner.load_weights(model, model_config)
         else:
-            folder = weights_directory(self._checkpoint(model_config))
+            folder = weights_directory(self.directory)
             with packed_rows_taken_by(layers, model, self.resident.model.stored):
                 self.inner.load_weights(model, reading_from(folder, model_config))
         missing = [name for layer in layers for name in layer.missing()]

@@ -107,10 +107,7 @@ class ResidentProfiles:
 
     def routing_masks(self, layer: int) -> dict[str, torch.Tensor]:
         """Profile name -> bool mask [E] of one layer, experts the router may choose."""
-        everything = torch.ones(self.model.num_experts, dtype=torch.bool, device="cpu")
-        return {
-            name: profile.routable.get(layer, everything) for name, profile in self.profiles.items()
-        }
+        return {name: profile.routable_experts(layer) for name, profile in self.profiles.items()}
 
     @property
     def masking(self) -> list[str]:
@@ -125,7 +122,7 @@ class ResidentProfiles:
             for layer, mask in profile.keep.items():
                 digest.update(f"{layer} {list(mask.shape)}".encode())
                 digest.update(mask.numpy().tobytes())
-                digest.update(self.routing_masks(layer)[name].numpy().tobytes())
+                digest.update(profile.routable_experts(layer).numpy().tobytes())
         return digest.hexdigest()
 
 
