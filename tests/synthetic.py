@@ -132,10 +132,11 @@ def write_profile(model: CheckpointInfo, name: str, ratio: float, directory: Pat
     share = 1 - ratio
     keep = {}
     for layer in model.layers:
-        spread_E1 = 1 + SPREAD * torch.randn(model.num_experts, 1, generator=generator)
-        # Cut on both sides alike, so that the mean stays.
+        drawn_E1 = torch.randn(model.num_experts, 1, generator=generator)
+        # Centred, and cut on both sides alike, so that the mean stays.
         limit = min(share, ratio)
-        width_E1 = (share * spread_E1).clamp(share - limit, share + limit)
+        spread_E1 = (SPREAD * share * (drawn_E1 - drawn_E1.mean())).clamp(-limit, limit)
+        width_E1 = share + spread_E1
         rank_EI = torch.rand(model.num_experts, model.intermediate_size, generator=generator)
         order_EI = rank_EI.argsort(dim=1).argsort(dim=1)
         keep[layer] = order_EI < (width_E1 * model.intermediate_size).round()
