@@ -100,7 +100,9 @@ void multiply_rows(const Unit* const* rows, const Panel& panel, float* product) 
   const int64_t stride = 2 * panel.half;
   const Unit* units = panel.units;
   __m512 sum[R][4];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_ps();
   for (int64_t step = 0; step < panel.steps; ++step, units += stride) {
     for (int line = 0; line < 4; ++line)
@@ -109,10 +111,15 @@ void multiply_rows(const Unit* const* rows, const Panel& panel, float* product) 
                                 _mm512_maskz_loadu_epi32(second, units + 16),
                                 _mm512_maskz_loadu_epi32(first, units + panel.half),
                                 _mm512_maskz_loadu_epi32(second, units + panel.half + 16)};
+    // Unrolled here, early, or the sums would go through the stack.
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) sum[r][j] = D::multiply_add(sum[r][j], rows[r][step], weights[j]);
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) _mm512_storeu_ps(product + r * kPanelColumns + 16 * j, sum[r][j]);
 }
 
