@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import mmap
 import sys
 from collections.abc import Sequence
 
@@ -76,8 +77,11 @@ class TiledStorage:
         if hidden_size % 2:
             raise ValueError(f"hidden size {hidden_size} is odd, the cpu backend needs an even one")
         numel = 3 * hidden_size * int(_padded_offsets(offsets_E1)[-1])
+        packed = torch.empty(numel, dtype=dtype, device=device)
+        if packed.device.type == "cpu":
+            _advise_huge_pages(packed)
         return {
-            "packed": torch.empty(numel, dtype=dtype, device=device),
+            "packed": packed,
             "offsets": offsets_E1.to(device, copy=True),
         }
 
@@ -238,6 +242,16 @@ def _padded_offsets(offsets_E1: torch.Tensor) -> torch.Tensor:
     """First atom of every expert where each is padded to an even number of atoms: int64 [E+1]."""
     padded_E = (offsets_E1.diff() + 1) // 2 * 2
     return torch.cat([padded_E.new_zeros(1), padded_E.cumsum(0)])
+
+
+def _advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for 2 MiB pages, before the first write: reading weights then misses the TLB less."""
+    page = 2 << 20
+    start = -(-tensor.data_ptr() // page) * page
+    size = tensor.data_ptr() + tensor.nbytes - start
+    if size > 0:  # only advice: what the kernel answers does not matter
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def main() -> int:

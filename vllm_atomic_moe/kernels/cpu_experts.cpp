@@ -28,7 +28,6 @@ constexpr int kTileAtoms = 32;
 constexpr int kPanelColumns = 64;
 constexpr int kSegmentAtoms = 2048;             // of down: 256 KiB of a panel, which stay in L2
 constexpr int64_t kHiddenBytes = 64ll << 20;    // of activations between the two GEMMs
-constexpr int kPrefetchSteps = 16;              // of 256 bytes: ahead of what the hardware fetches
 constexpr int kAmxRows = 16;
 constexpr int kAmxUnits = 16;                   // of the summed dimension in one AMX tile
 
@@ -105,8 +104,6 @@ void multiply_rows(const Unit* const* rows, const Panel& panel, float* product) 
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_ps();
   for (int64_t step = 0; step < panel.steps; ++step, units += stride) {
-    for (int line = 0; line < 4; ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(units + kPrefetchSteps * stride + 16 * line), _MM_HINT_T0);
     const __m512i weights[4] = {_mm512_maskz_loadu_epi32(first, units),
                                 _mm512_maskz_loadu_epi32(second, units + 16),
                                 _mm512_maskz_loadu_epi32(first, units + panel.half),
