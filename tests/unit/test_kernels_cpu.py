@@ -14,12 +14,20 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.kernel_suite import WIDTHS, KernelSuite
 from vllm_atomic_moe.kernels import cpu, cpu_library
+from vllm_atomic_moe.kernels.cpu_library import Library
+
+
+class TestCPU(KernelSuite):
+    """The compiled library of this machine."""
+
+    backend = "cpu"
+
 
 REASON = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 needs_library = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 DTYPES = (torch.bfloat16, torch.float32)
-WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
 VARIANTS = {variant.name: variant for variant in cpu_library.VARIANTS}
 
@@ -85,7 +93,7 @@ def make_input(tokens, experts, hidden_size=152, dtype=torch.bfloat16, k=3):
 def run(problem, x_TH, topk_weights_TK, ids_TK, runs_ER2=None, threads=2, library=None):
     runs_ER2 = problem.whole() if runs_ER2 is None else runs_ER2
     library = library or cpu._library()
-    return cpu._compute(library, x_TH, problem.weights, runs_ER2, topk_weights_TK, ids_TK, threads)
+    return library.fused_experts(x_TH, *problem.weights, runs_ER2, topk_weights_TK, ids_TK, threads)
 
 
 def assert_close(found, expected):
@@ -275,48 +283,11 @@ def test_extreme_gates_saturate(dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64, torch.int16])
-def test_inputs_of_any_strides_and_dtype(ids_dtype):
-    problem = make_problem()
-    x_TH, topk_weights_TK, ids_TK = make_input(20, len(WIDTHS))
-    topk_weights_TK = topk_weights_TK.bfloat16()
-    wanted = run(problem, x_TH, topk_weights_TK.float(), ids_TK)
-    found = run(
-        problem,
-        torch.stack([x_TH, -x_TH], 2)[:, :, 0],
-        topk_weights_TK.t().contiguous().t(),
-        torch.stack([ids_TK, ids_TK], 2).to(ids_dtype)[:, :, 1],
-    )
-    assert torch.equal(found, wanted)
-    assert found.is_contiguous()
-
-
-@needs_library
 def test_ids_beyond_any_width_are_skipped():
     problem = make_problem()
     ids_TK = torch.tensor([[-1, 1 << 40], [len(WIDTHS), -(1 << 33)]])
     found = run(problem, torch.ones(2, 152).bfloat16(), torch.ones(2, 2), ids_TK)
     assert not found.count_nonzero()
-
-
-@needs_library
-@pytest.mark.parametrize("widths", [(0, 0, 0), (3, 0, 1)])
-@pytest.mark.parametrize("tokens", [0, 4])
-def test_nothing_to_do(widths, tokens):
-    problem = make_problem(widths)
-    x_TH, topk_weights_TK, _ = make_input(tokens, 9)
-    ids_TK = torch.ones(tokens, 3).long()
-    found = run(problem, x_TH, topk_weights_TK, ids_TK)
-    assert found.shape == (tokens, 152)
-    assert not found.count_nonzero()
-
-
-@needs_library
-def test_the_public_functions_follow_torch():
-    problem = make_problem()
-    x_TH, topk_weights_TK, ids_TK = make_input(20, len(WIDTHS))
-    found = cpu.fused_experts(x_TH, problem.weights, problem.whole(), topk_weights_TK, ids_TK, FULL)
-    assert torch.equal(found, run(problem, x_TH, topk_weights_TK, ids_TK))
 
 
 # ---- the variants of the source, and how they are compiled ---------------------------------------
@@ -334,7 +305,7 @@ def fresh(monkeypatch, tmp_path):
 
 
 def test_avx512_without_bfloat16_compiles_and_computes(fresh):
-    library = cpu_library.open_library(cpu_library.build(VARIANTS["avx512"]))
+    library = Library(cpu_library.build(VARIANTS["avx512"]))
     cpu._check(library)
     problem = make_problem()
     arguments = make_input(33, len(WIDTHS))
@@ -352,8 +323,8 @@ def emulated(tmp_path_factory):
         compiler = os.environ.get("CXX") or "g++"
         patch.setenv("CXX", f"{compiler} -include {header}")
         patch.setenv("ATOMIC_MOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        library = cpu_library.open_library(cpu_library.build(VARIANTS["amx"]))
-    library.amx_products.restype = ctypes.c_int64
+        library = Library(cpu_library.build(VARIANTS["amx"]))
+    library.functions.amx_products.restype = ctypes.c_int64
     return library
 
 
@@ -367,10 +338,10 @@ def test_amx_in_emulation(emulated, hidden_size, tokens):
     runs_ER2[:, :, 0] += runs_ER2[:, :, 1] // 3
     runs_ER2[:, :, 1] -= runs_ER2[:, :, 1] // 3
     expected = problem.expected(arguments[0], runs_ER2, *arguments[1:])
-    before = emulated.amx_products()
+    before = emulated.functions.amx_products()
     found = run(problem, *arguments, runs_ER2, library=emulated)
     assert_close(found, expected)
-    assert (emulated.amx_products() > before) == (tokens >= 50)
+    assert (emulated.functions.amx_products() > before) == (tokens >= 50)
     for threads in (1, 3):
         assert torch.equal(
             run(problem, *arguments, runs_ER2, threads=threads, library=emulated), found
@@ -383,6 +354,16 @@ def test_amx_in_emulation_passes_the_self_check_and_does_float32(emulated):
     problem = make_problem(dtype=torch.float32)
     arguments = make_input(50, len(WIDTHS), dtype=torch.float32)
     assert torch.equal(run(problem, *arguments, library=emulated), run(problem, *arguments))
+
+
+def test_the_self_check_does_not_follow_torch_defaults(fresh):
+    fresh.delenv("ATOMIC_MOE_CACHE")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert cpu.unavailable(torch.device("cpu"), torch.float32) == REASON
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_other_devices_dtypes_and_processors_are_declined(monkeypatch):
@@ -415,13 +396,13 @@ def test_a_cache_that_cannot_be_written(fresh, tmp_path):
 
 def test_a_library_that_computes_wrongly_is_not_used(fresh, caplog):
     fresh.delenv("ATOMIC_MOE_CACHE")
-    wrong = cpu._compute
-    fresh.setattr(cpu, "_compute", lambda *arguments: wrong(*arguments) * 2)
+    right = Library.fused_experts
+    fresh.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * 2)
     with caplog.at_level(logging.WARNING):
         reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
     assert reason.startswith("its self-check failed: relative error 1.0e+00")
     assert "its self-check failed" in caplog.text
-    fresh.setattr(cpu, "_compute", lambda *arguments: wrong(*arguments) * torch.nan)
+    fresh.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * torch.nan)
     cpu._load.cache_clear()
     assert "relative error nan" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 

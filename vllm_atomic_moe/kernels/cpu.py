@@ -1,8 +1,8 @@
 """The CPU backend: weights in tiles, prepacked once, and a C++ library (cpu_experts.cpp).
 
 One flat tensor holds the experts one after another, each padded to an even number of atoms with
-zeros, which is all the padding there is. The layout of an expert is described in the C++ file; it
-serves AVX-512 and AMX alike. `python -m vllm_atomic_moe.kernels.cpu` builds the libraries ahead.
+zeros, which is all the padding there is. The C++ file describes the layout of an expert; AVX-512
+and AMX share it. `python -m vllm_atomic_moe.kernels.cpu` builds the libraries ahead.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, P packed rows, R runs per expert,
 S stored rows, F atoms of an expert.
@@ -18,14 +18,15 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 from vllm_atomic_moe.kernels import cpu_library
-from vllm_atomic_moe.kernels.cpu_library import VariantError
+from vllm_atomic_moe.kernels.cpu_library import Library, VariantError
+from vllm_atomic_moe.packing import PROJECTIONS, Projection
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 DTYPES = (torch.bfloat16, torch.float32)
-PROJECTION_INDEX = {"gate": 0, "up": 1, "down": 2}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,7 +40,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
+def _load() -> Library | str:
     """The fastest library that works here, or why none does."""
     flags = cpu_library.cpu_flags()
     variants = [variant for variant in cpu_library.VARIANTS if variant.cpu_flags <= flags]
@@ -48,7 +49,7 @@ def _load() -> ctypes.CDLL | str:
         try:
             if variant.name == "amx" and not torch.cpu._init_amx():
                 raise VariantError("the operating system does not grant AMX")
-            library = cpu_library.open_library(cpu_library.build(variant))
+            library = Library(cpu_library.build(variant))
             _check(library)
         except VariantError as reason:
             logger.warning("Expert kernels for %s are not used: %s", variant.name, reason)
@@ -90,7 +91,7 @@ class TiledStorage:
         weights: Sequence[torch.Tensor],
         offsets_E1: torch.Tensor,
         expert: int,
-        projection: str,
+        projection: Projection,
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
     ) -> None:
@@ -111,7 +112,7 @@ class TiledStorage:
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
         threads = torch.get_num_threads()
-        _pack(_library(), packed, first_atom, projection, rows_SH, atoms_F, threads)
+        _library().pack(packed, first_atom, projection, rows_SH, atoms_F, threads)
 
 
 STORAGE = TiledStorage()
@@ -126,113 +127,58 @@ def fused_experts(
     widest: int,
 ) -> torch.Tensor:
     """Arguments and result as in `kernels.fused_experts`; the same for any number of threads."""
-    threads = torch.get_num_threads()
-    return _compute(_library(), x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, threads)
+    packed, offsets_E1 = weights
+    return _library().fused_experts(
+        x_TH,
+        packed,
+        offsets_E1,
+        runs_ER2,
+        topk_weights_TK,
+        topk_ids_TK,
+        torch.get_num_threads(),
+    )
 
 
-def _library() -> ctypes.CDLL:
+def _library() -> Library:
     loaded = _load()
     assert not isinstance(loaded, str), f"chosen without asking `unavailable`: {loaded}"
     return loaded
 
 
-def _pack(
-    library: ctypes.CDLL,
-    packed: torch.Tensor,
-    first_atom: int,
-    projection: str,
-    rows_SH: torch.Tensor,
-    atoms_F: torch.Tensor,
-    threads: int,
-) -> None:
-    if projection != "down" and rows_SH.stride(1) != 1:
-        rows_SH = rows_SH.contiguous()
-    atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
-    library.atomic_moe_pack(
-        packed.data_ptr() + 3 * first_atom * hidden_size * packed.element_size(),
-        PROJECTION_INDEX[projection],
-        rows_SH.data_ptr(),
-        *rows_SH.stride(),
-        atoms_F.data_ptr(),
-        len(atoms_F),
-        hidden_size,
-        packed.dtype == torch.bfloat16,
-        threads,
-    )
+def _check(library: Library) -> None:
+    """Compare a small problem with plain PyTorch: a compiler may be wrong, and so may an emulator.
 
-
-def _compute(
-    library: ctypes.CDLL,
-    x_TH: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
-    topk_weights_TK: torch.Tensor,
-    topk_ids_TK: torch.Tensor,
-    threads: int,
-) -> torch.Tensor:
-    packed, offsets_E1 = weights
-    assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
-    # Named, so that what had to be copied lives until the call returns.
-    x_TH, runs_ER2 = x_TH.contiguous(), runs_ER2.contiguous()
-    topk_weights_TK = topk_weights_TK.float().contiguous()
-    topk_ids_TK = topk_ids_TK.long().contiguous()
-    out_TH = torch.empty_like(x_TH)
-    library.atomic_moe_fused_experts(
-        x_TH.data_ptr(),
-        packed.data_ptr(),
-        offsets_E1.data_ptr(),
-        runs_ER2.data_ptr(),
-        topk_weights_TK.data_ptr(),
-        topk_ids_TK.data_ptr(),
-        out_TH.data_ptr(),
-        x_TH.shape[0],
-        topk_ids_TK.shape[1],
-        runs_ER2.shape[0],
-        runs_ER2.shape[1],
-        x_TH.shape[1],
-        x_TH.dtype == torch.bfloat16,
-        threads,
-    )
-    return out_TH
-
-
-def _check(library: ctypes.CDLL) -> None:
-    """Compare a small problem with plain PyTorch; a compiler may be wrong, and so may an emulator.
-
-    One thread: a process that forks later must not own a pool of threads yet.
+    One thread: a process that forks later must not own a pool of threads yet. Nothing follows
+    torch's default device and dtype, which are the model's while it is loaded.
 
     Raises:
         VariantError: they differ.
     """
-    widths, hidden_size, tokens = (75, 0, 34), 88, 7
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
-        offsets_E1 = torch.tensor([0, *widths]).cumsum(0)
-        runs_ER2 = torch.tensor([[[3, 40], [50, 20]], [[75, 0], [0, 0]], [[75, 34], [0, 0]]])
-        ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 4 - 1
-        rows = torch.randn(3, 109, hidden_size, generator=generator) / 9
-        x_TH = torch.randn(tokens, hidden_size, generator=generator)
-        topk_weights_TK = torch.rand(tokens, 2, generator=generator)
+        rows_3PH = torch.randn(3, 109, 88, generator=generator, dtype=torch.float32) / 9
+        offsets_E1 = torch.tensor([0, 75, 75, 109])  # an odd width, none, a narrow tile
+        runs_ER2 = torch.tensor([[[3, 40], [50, 20]], [[75, 0], [0, 0]], [[75, 34], [0, 0]]]).int()
+        topk_ids_TK = torch.arange(14).view(7, 2) % 4 - 1
+        x_TH, topk_weights_TK = 9 * rows_3PH[0, :7], rows_3PH[1, :7, :2].abs()
         for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
-            weights = list(STORAGE.allocate(offsets_E1, hidden_size, dtype, None).values())
-            first_atoms = _padded_offsets(offsets_E1).tolist()
-            for expert, width in enumerate(widths):
-                atoms_F = torch.arange(width) + offsets_E1[expert]
-                for projection, index in PROJECTION_INDEX.items():
-                    source = rows[index].to(dtype)
-                    _pack(library, weights[0], first_atoms[expert], projection, source, atoms_F, 1)
-            found_TH = _compute(
-                library, x_TH.to(dtype), weights, runs_ER2.int(), topk_weights_TK, ids_TK, 1
+            rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
+            packed = TiledStorage().allocate(offsets_E1, 88, dtype, None)["packed"]
+            for expert, first_atom in enumerate(_padded_offsets(offsets_E1)[:-1].tolist()):
+                atoms_F = torch.arange(*offsets_E1[expert : expert + 2].tolist())
+                for projection, rows_PH in zip(PROJECTIONS, rounded_3PH, strict=True):
+                    library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
+            found_TH = library.fused_experts(
+                x, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK, 1
             )
-            gate, up, down = rows.to(dtype).float()
-            x = x_TH.to(dtype).float()
-            h_TP = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
-            wanted_TH = torch.zeros(tokens, hidden_size)
+            gate_PH, up_PH, down_PH = rounded_3PH.float()
+            h_TP = functional.silu(x.float() @ gate_PH.t()) * (x.float() @ up_PH.t())
+            wanted_TH = torch.zeros_like(x_TH)
             for expert, runs in enumerate(runs_ER2.tolist()):
-                weights_T1 = (topk_weights_TK * (ids_TK == expert)).sum(1, keepdim=True)
+                weights_T1 = (topk_weights_TK * (topk_ids_TK == expert)).sum(1, keepdim=True)
                 for first, length in runs:
                     run = slice(first, first + length)
-                    wanted_TH += weights_T1 * (h_TP[:, run] @ down[run])
+                    wanted_TH += weights_T1 * (h_TP[:, run] @ down_PH[run])
             error = float((found_TH - wanted_TH).norm() / wanted_TH.norm())
             if not error <= tolerance:
                 raise VariantError(f"its self-check failed: relative error {error:.1e} in {dtype}")

@@ -1,222 +1,29 @@
-// Fused experts of any width over packed tiles, for x86 with AVX-512 (and AMX where it is compiled in).
+// Fused experts of any width over packed tiles: routing, the two GEMMs, and the packing.
 //
-// A plain C interface, loaded by ctypes: without torch's headers it compiles in seconds. The macros of
-// the compiler (__AVX512BF16__, __AMX_BF16__) say which variant this is.
+// A plain C interface, loaded by ctypes: without torch's headers it compiles in seconds. Results
+// are the same for any number of threads, since every sum is made by one of them, in one order.
 //
 // Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, R runs per
 // expert, F atoms of an expert, padded to an even number.
 //
-// A *unit* is 32 bits: two bfloat16 that follow each other along the summed dimension, or one float32.
-// A *panel* multiplies a row by up to 64 columns. Its layout is [units of the summed dimension][columns],
-// so that one step is one broadcast unit of the row times 256 consecutive bytes. The columns are two
-// halves of up to 32. An expert is
-//   ⌈F/32⌉ panels [H][gate of 32 atoms | up of the same atoms], the last one as narrow as its atoms, then
-//   ⌈H/64⌉ panels [F][64 columns of the output],              the last one as narrow as its columns.
-
-#include <immintrin.h>
+// An expert is (for units, panels and halves see cpu_panels.h)
+//   ⌈F/32⌉ panels that sum over H: gate of 32 atoms | up of the same atoms, then
+//   ⌈H/64⌉ panels that sum over F: 64 columns of the output,
+// the last of each as narrow as what is left.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "cpu_panels.h"
+
 namespace {
 
-using Unit = uint32_t;
-
 constexpr int kTileAtoms = 32;
-constexpr int kPanelColumns = 64;
-constexpr int kSegmentAtoms = 2048;             // of down: 256 KiB of a panel, which stay in L2
-constexpr int64_t kHiddenBytes = 64ll << 20;    // of activations between the two GEMMs
-constexpr int kAmxRows = 16;
-constexpr int kAmxUnits = 16;                   // of the summed dimension in one AMX tile
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-__mmask16 lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
-}
-
-// ---- element types ------------------------------------------------------------------------------
-
-struct Float32 {
-  using Element = float;
-  static constexpr int kPerUnit = 1;
-  static constexpr int kRows = 6;  // 24 sums, 4 registers of weights, 1 of activations
-
-  static __m512 multiply_add(__m512 sum, Unit x, __m512i weights) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(x)), _mm512_castsi512_ps(weights), sum);
-  }
-  static void store(Element* to, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
-};
-
-struct BFloat16 {
-  using Element = uint16_t;
-  static constexpr int kPerUnit = 2;
-#ifdef __AVX512BF16__
-  static constexpr int kRows = 6;
-
-  static __m512 multiply_add(__m512 sum, Unit x, __m512i weights) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)weights);
-  }
-#else
-  static constexpr int kRows = 4;  // both halves of every unit need registers
-
-  static __m512 multiply_add(__m512 sum, Unit x, __m512i weights) {
-    const __m512i xs = _mm512_set1_epi32(x), top = _mm512_set1_epi32(0xffff0000);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(xs, 16)),
-                          _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(xs, top)),
-                           _mm512_castsi512_ps(_mm512_and_si512(weights, top)), sum);
-  }
-#endif
-  // Round to nearest even; a NaN stays one.
-  static void store(Element* to, __m512 value, __mmask16 mask) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-    _mm512_mask_cvtepi32_storeu_epi16(to, mask, rounded);
-  }
-};
-
-// ---- rows times a panel -------------------------------------------------------------------------
-
-// One panel, or a stretch of its summed dimension.
-struct Panel {
-  const Unit* units;
-  int64_t steps;
-  int half;  // columns in each half
-};
-
-// Products of R rows, [R][64] floats, the second half from column 32.
-template <class D, int R>
-void multiply_rows(const Unit* const* rows, const Panel& panel, float* product) {
-  const __mmask16 first = lanes(panel.half), second = lanes(panel.half - 16);
-  const int64_t stride = 2 * panel.half;
-  const Unit* units = panel.units;
-  __m512 sum[R][4];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_ps();
-  for (int64_t step = 0; step < panel.steps; ++step, units += stride) {
-    const __m512i weights[4] = {_mm512_maskz_loadu_epi32(first, units),
-                                _mm512_maskz_loadu_epi32(second, units + 16),
-                                _mm512_maskz_loadu_epi32(first, units + panel.half),
-                                _mm512_maskz_loadu_epi32(second, units + panel.half + 16)};
-    // Unrolled here, early, or the sums would go through the stack.
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[r][j] = D::multiply_add(sum[r][j], rows[r][step], weights[j]);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(product + r * kPanelColumns + 16 * j, sum[r][j]);
-}
-
-#ifdef __AMX_BF16__
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// The same for up to 16 bfloat16 rows at equal distances. Tiles: 0-3 products, 4 rows, 5-7 weights.
-void multiply_rows_amx(const Unit* const* rows, int count, const Panel& panel, float* product) {
-  const int columns[2] = {std::min(panel.half, 16), panel.half - std::min(panel.half, 16)};
-  const bool wide = columns[1] > 0;
-  TileConfig config;
-  const auto shape = [&](int tile, int tile_rows, int units) {
-    config.rows[tile] = units ? tile_rows : 0;
-    config.row_bytes[tile] = 4 * units;
-  };
-  for (int tile : {0, 1, 2, 3}) shape(tile, count, columns[tile % 2]);
-  shape(4, count, kAmxUnits);
-  for (int tile : {5, 6, 7}) shape(tile, kAmxUnits, columns[tile == 6]);
-  _tile_loadconfig(&config);
-  _tile_zero(0);
-  _tile_zero(2);
-  if (wide) {
-    _tile_zero(1);
-    _tile_zero(3);
-  }
-  const auto step = [&](const Unit* row, int64_t row_stride, const Unit* weights) {
-    const int64_t stride = 4 * 2 * panel.half;
-    _tile_loadd(4, row, row_stride);
-    _tile_loadd(5, weights, stride);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(7, weights + panel.half, stride);
-    _tile_dpbf16ps(2, 4, 7);
-    if (!wide) return;
-    _tile_loadd(6, weights + 16, stride);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(6, weights + panel.half + 16, stride);
-    _tile_dpbf16ps(3, 4, 6);
-  };
-  const int64_t row_stride = count > 1 ? 4 * (rows[1] - rows[0]) : 4 * kAmxUnits;
-  const int64_t whole = panel.steps / kAmxUnits * kAmxUnits, rest = panel.steps - whole;
-  for (int64_t at = 0; at < whole; at += kAmxUnits)
-    step(rows[0] + at, row_stride, panel.units + at * 2 * panel.half);
-  if (rest) {  // padded with zeros: beyond the rows and the panel lies other data
-    alignas(64) Unit padded_rows[kAmxRows * kAmxUnits] = {}, padded[kAmxUnits * kPanelColumns] = {};
-    for (int r = 0; r < count; ++r) std::memcpy(padded_rows + r * kAmxUnits, rows[r] + whole, 4 * rest);
-    std::memcpy(padded, panel.units + whole * 2 * panel.half, 4 * rest * 2 * panel.half);
-    step(padded_rows, 4 * kAmxUnits, padded);
-  }
-  const int64_t stride = sizeof(float) * kPanelColumns;
-  _tile_stored(0, product, stride);
-  _tile_stored(2, product + 32, stride);
-  if (wide) {
-    _tile_stored(1, product + 16, stride);
-    _tile_stored(3, product + 48, stride);
-  }
-  _tile_release();
-}
-
-#endif
-
-// How many rows one product takes at most: AMX, where it is, needs some to be worth its set-up.
-// It sums in another order, so this must depend on nothing but the routing.
-template <class D>
-int rows_at_once(int64_t rows_of_expert) {
-#ifdef __AMX_BF16__
-  if (D::kPerUnit == 2 && rows_of_expert > 4) return kAmxRows;
-#endif
-  return D::kRows;
-}
-
-template <class D>
-void multiply(const Unit* const* rows, int count, int at_once, const Panel& panel, float* product) {
-#ifdef __AMX_BF16__
-  if (at_once == kAmxRows) return multiply_rows_amx(rows, count, panel, product);
-#endif
-  static_assert(D::kRows <= 6);
-  switch (count) {
-    case 1: return multiply_rows<D, 1>(rows, panel, product);
-    case 2: return multiply_rows<D, 2>(rows, panel, product);
-    case 3: return multiply_rows<D, 3>(rows, panel, product);
-    case 4: return multiply_rows<D, 4>(rows, panel, product);
-    case 5: return multiply_rows<D, 5>(rows, panel, product);
-    case 6: return multiply_rows<D, 6>(rows, panel, product);
-  }
-}
-
-// Calls body(first, count) for rows begin..end in blocks of nearly equal size.
-template <class Body>
-void for_row_blocks(int64_t begin, int64_t end, int at_once, const Body& body) {
-  const int64_t blocks = ceil_div(end - begin, at_once);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = begin + (end - begin) * block / blocks;
-    body(first, static_cast<int>(begin + (end - begin) * (block + 1) / blocks - first));
-  }
-}
+constexpr int kSegmentAtoms = 2048;  // of a down panel: 256 KiB, which stay in L2
+constexpr int64_t kScratchBytes = 64ll << 20;
+constexpr int64_t kTokenRange = 512;  // sums of so many tokens: 128 KiB
 
 // ---- what one call has to do --------------------------------------------------------------------
 
@@ -232,8 +39,8 @@ struct Call {
 };
 
 struct Expert {
-  int64_t begin, end;                  // routed rows, sorted by token
-  int64_t atoms;                       // F
+  int64_t begin, end;  // routed rows, sorted by token
+  int64_t atoms;       // F
   int64_t first_segment, last_segment;
   const Unit *gate_up, *down;
 };
@@ -306,8 +113,9 @@ void plan_tokens(Plan& plan, const Call& call, int64_t begin, int64_t end) {
     if (bounds[id] == bounds[id + 1]) continue;
     const int64_t segments = plan.segments.size();
     plan_runs(plan, call, id, plan.experts.size());
-    plan.experts.push_back({bounds[id], bounds[id + 1], atoms, segments, int64_t(plan.segments.size()),
-                            units, units + 2 * atoms * call.H / D::kPerUnit});
+    plan.experts.push_back({bounds[id], bounds[id + 1], atoms, segments,
+                            int64_t(plan.segments.size()), units,
+                            units + 2 * atoms * call.H / D::kPerUnit});
   }
   plan.tokens_N.resize(bounds[call.E]);
   plan.weights_N.resize(bounds[call.E]);
@@ -357,7 +165,8 @@ void gate_up_tile(Plan& plan, const Call& call, const Tile& tile) {
   const int half = std::min<int64_t>(kTileAtoms, expert.atoms - tile.index * kTileAtoms);
   const int64_t steps = call.H / D::kPerUnit;
   const Panel panel{expert.gate_up + tile.index * kPanelColumns * steps, steps, half};
-  auto* hidden = reinterpret_cast<typename D::Element*>(plan.hidden_NF.data()) + tile.index * kTileAtoms;
+  auto* hidden =
+      reinterpret_cast<typename D::Element*>(plan.hidden_NF.data()) + tile.index * kTileAtoms;
   const int at_once = rows_at_once<D>(expert.end - expert.begin);
   alignas(64) float product[kAmxRows * kPanelColumns];
   for_row_blocks(expert.begin, expert.end, at_once, [&](int64_t first, int count) {
@@ -393,14 +202,16 @@ void down_block(const Plan& plan, const Call& call, int64_t begin, int64_t end, 
       for_row_blocks(from, to, at_once, [&](int64_t first, int count) {
         const Unit* hidden[kAmxRows];
         for (int r = 0; r < count; ++r)
-          hidden[r] = plan.hidden_NF.data() + (first + r) * plan.hidden_stride / D::kPerUnit + skipped;
+          hidden[r] =
+              plan.hidden_NF.data() + (first + r) * plan.hidden_stride / D::kPerUnit + skipped;
         multiply<D>(hidden, count, at_once, panel, product);
         for (int r = 0; r < count; ++r) {
           float* sum = sums.data() + (plan.tokens_N[first + r] - begin) * kPanelColumns;
           const __m512 weight = _mm512_set1_ps(plan.weights_N[first + r]);
           for (int j = 0; j < kPanelColumns; j += 16)
-            _mm512_storeu_ps(sum + j, _mm512_fmadd_ps(weight, _mm512_loadu_ps(product + r * kPanelColumns + j),
-                                                      _mm512_loadu_ps(sum + j)));
+            _mm512_storeu_ps(
+                sum + j, _mm512_fmadd_ps(weight, _mm512_loadu_ps(product + r * kPanelColumns + j),
+                                         _mm512_loadu_ps(sum + j)));
         }
       });
     }
@@ -422,21 +233,20 @@ void fused_experts(const Call& call, int threads) {
   for (int64_t id = 0; id < call.E; ++id)
     widest = std::max(widest, call.offsets_E1[id + 1] - call.offsets_E1[id]);
   plan.hidden_stride = round_up(widest, kTileAtoms);
-  const int64_t bytes_per_token = std::max<int64_t>(1, call.K * plan.hidden_stride * 4 / D::kPerUnit);
-  const int64_t chunk = std::max<int64_t>(1, kHiddenBytes / bytes_per_token);
+  const bool gather = kUsesAmx<D> && call.T > 1;
+  const int64_t elements = plan.hidden_stride + (gather ? call.H : 0);
+  const int64_t scratch_bytes = call.K * elements * sizeof(typename D::Element);
+  const int64_t chunk = std::max<int64_t>(1, kScratchBytes / std::max<int64_t>(1, scratch_bytes));
   const int64_t blocks = ceil_div(call.H, kPanelColumns);
   for (int64_t begin = 0; begin < call.T; begin += chunk) {
     const int64_t end = std::min(call.T, begin + chunk);
     plan_tokens<D>(plan, call, begin, end);
     const size_t routed = plan.rows_N.size();
-    plan.hidden_NF.resize(std::max(plan.hidden_NF.size(), routed * plan.hidden_stride / D::kPerUnit));
-    bool gather = false;
-#ifdef __AMX_BF16__
-    gather = D::kPerUnit == 2 && call.T > 1;
+    plan.hidden_NF.resize(
+        std::max(plan.hidden_NF.size(), routed * plan.hidden_stride / D::kPerUnit));
     if (gather) plan.gathered_NH.resize(routed * call.H / D::kPerUnit);
-#endif
     // Long ranges of tokens read a panel seldom, short ones occupy all threads.
-    int64_t range = std::min<int64_t>(end - begin, 512);
+    int64_t range = std::min(end - begin, kTokenRange);
     while (range > 64 && blocks * ceil_div(end - begin, range) < 4 * threads) range /= 2;
     const int64_t ranges = ceil_div(end - begin, range);
     Plan& shared = plan;  // the calling thread's
@@ -446,7 +256,7 @@ void fused_experts(const Call& call, int threads) {
 #pragma omp for schedule(dynamic)
       for (int64_t tile = 0; tile < int64_t(shared.tiles.size()); ++tile)
         gate_up_tile<D>(shared, call, shared.tiles[tile]);
-      // Ranges inside: threads that work on one block share its panels in L3.
+        // Ranges inside: threads that work on one block share its panels in L3.
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < blocks * ranges; ++task) {
         const int64_t first = begin + task % ranges * range;
@@ -479,10 +289,12 @@ void store_transposed(__m512i (&v)[16], Unit* to, int64_t stride, int64_t column
     v[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
     v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
   }
-  for (int64_t step = 0; step < steps; ++step) _mm512_mask_storeu_epi32(to + step * stride, lanes(columns), v[step]);
+  for (int64_t step = 0; step < steps; ++step)
+    _mm512_mask_storeu_epi32(to + step * stride, lanes(columns), v[step]);
 }
 
-// rows[atoms[a]] for atoms of one expert; element (row, column) at row * row_stride + column * column_stride.
+// rows[atoms[a]] for atoms of one expert; element (row, column) at row * row_stride + column *
+// column_stride.
 template <class D>
 struct Source {
   const typename D::Element* rows;
@@ -494,7 +306,8 @@ struct Source {
   // Units that pair elements along H, of one atom; needs column_stride 1.
   __m512i along_columns(int64_t atom, int64_t unit, int64_t units) const {
     if (atom >= count) return _mm512_setzero_si512();
-    return _mm512_maskz_loadu_epi32(lanes(units), rows + atoms[atom] * row_stride + unit * D::kPerUnit);
+    return _mm512_maskz_loadu_epi32(lanes(units),
+                                    rows + atoms[atom] * row_stride + unit * D::kPerUnit);
   }
   // Units that pair atoms, of one column.
   __m512i along_atoms(int64_t column, int64_t unit, int64_t units) const {
@@ -525,7 +338,8 @@ void pack_tile(const Source<D>& source, Unit* gate_up, int64_t tile, int side) {
 // 64 columns of down_proj transposed.
 template <class D>
 void pack_block(const Source<D>& source, Unit* down, int64_t block) {
-  const int64_t first = block * kPanelColumns, columns = std::min<int64_t>(kPanelColumns, source.H - first);
+  const int64_t first = block * kPanelColumns,
+                columns = std::min<int64_t>(kPanelColumns, source.H - first);
   const int64_t steps = source.padded() / D::kPerUnit;
   Unit* panel = down + first * steps;
   for (int64_t column = 0; column < columns; column += 16)
@@ -559,23 +373,27 @@ extern "C" {
 
 // Arguments as of `kernels.fused_experts`, all contiguous; H is even.
 void atomic_moe_fused_experts(const void* x_TH, const void* packed, const int64_t* offsets_E1,
-                              const int32_t* runs_ER2, const float* weights_TK, const int64_t* ids_TK,
-                              void* out_TH, int64_t T, int64_t K, int64_t E, int64_t R, int64_t H,
-                              int bfloat16, int threads) {
+                              const int32_t* runs_ER2, const float* weights_TK,
+                              const int64_t* ids_TK, void* out_TH, int64_t T, int64_t K, int64_t E,
+                              int64_t R, int64_t H, int bfloat16, int threads) {
   const Call call{x_TH, packed, offsets_E1, runs_ER2, weights_TK, ids_TK, out_TH, T, K, E, R, H};
   bfloat16 ? fused_experts<BFloat16>(call, threads) : fused_experts<Float32>(call, threads);
 }
 
-// Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`; strides in elements.
-void atomic_moe_pack(void* expert, int projection, const void* rows, int64_t row_stride, int64_t column_stride,
-                     const int64_t* atoms, int64_t count, int64_t H, int bfloat16, int threads) {
+// Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`; strides in
+// elements.
+void atomic_moe_pack(void* expert, int projection, const void* rows, int64_t row_stride,
+                     int64_t column_stride, const int64_t* atoms, int64_t count, int64_t H,
+                     int bfloat16, int threads) {
   auto* units = static_cast<Unit*>(expert);
   if (bfloat16)
-    pack(Source<BFloat16>{static_cast<const uint16_t*>(rows), row_stride, column_stride, atoms, count, H},
+    pack(Source<BFloat16>{static_cast<const uint16_t*>(rows), row_stride, column_stride, atoms,
+                          count, H},
          units, projection, threads);
   else
-    pack(Source<Float32>{static_cast<const float*>(rows), row_stride, column_stride, atoms, count, H}, units,
-         projection, threads);
+    pack(Source<Float32>{static_cast<const float*>(rows), row_stride, column_stride, atoms, count,
+                         H},
+         units, projection, threads);
 }
 
 }  // extern "C"

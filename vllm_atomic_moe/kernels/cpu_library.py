@@ -3,6 +3,9 @@
 Built at first use with $CXX (or g++) into $ATOMIC_MOE_CACHE, or the user's cache directory, under a
 name that follows from the source, the flags and torch's version. Images build ahead with
 `python -m vllm_atomic_moe.kernels.cpu`; with the libraries in the cache no compiler is needed.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, R runs per expert, S stored rows,
+F atoms of an expert.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu_experts.cpp")
+from vllm_atomic_moe.packing import PROJECTIONS, Projection
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_experts.cpp", "cpu_panels.h"))
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma")
 BUILD_SECONDS = 300
 
@@ -75,7 +80,8 @@ def build(variant: Variant) -> Path:
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     flags = [*COMMON_FLAGS, *variant.compiler_flags]
-    key = repr((SOURCE.read_bytes(), compiler, flags, torch.__version__))
+    contents = [source.read_bytes() for source in SOURCES]
+    key = repr((contents, compiler, flags, torch.__version__))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     library = _cache_directory() / f"cpu_experts-{variant.name}-{digest}.so"
     if library.exists():
@@ -88,7 +94,7 @@ def build(variant: Variant) -> Path:
             if not library.exists():
                 with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                     built = Path(directory) / library.name
-                    _compile([*compiler, *flags, str(SOURCE), "-o", str(built), *_openmp()])
+                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *_openmp()])
                     built.replace(library)
     except OSError as error:
         raise VariantError(
@@ -128,38 +134,98 @@ def _openmp() -> list[str]:
     return [*map(str, found[:1]), "-Wl,--as-needed"]
 
 
-def open_library(path: Path) -> ctypes.CDLL:
-    """The library, its two functions declared.
+class Library:
+    """The two functions of a built library, over tensors on the CPU."""
 
-    Raises:
-        VariantError: it cannot be loaded, or would bring a second OpenMP runtime.
-    """
-    before = _openmp_runtimes()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise VariantError(f"{path.name} cannot be loaded: {error}") from error
-    if before and (second := _openmp_runtimes() - before):
-        raise VariantError(
-            f"{path.name} brings an OpenMP runtime of its own, {min(second)}, beside torch's; "
-            "compile with g++ (set CXX)"
+    def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            VariantError: it cannot be loaded, or would bring a second OpenMP runtime.
+        """
+        before = _openmp_runtimes()
+        try:
+            self.functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+        if before and (second := _openmp_runtimes() - before):
+            raise VariantError(
+                f"{path.name} brings an OpenMP runtime of its own, {min(second)}, beside torch's; "
+                "compile with g++ (set CXX)"
+            )
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        pack = self.functions.atomic_moe_pack
+        pack.argtypes = [pointer, number, pointer, size, size, pointer, size, size, number, number]
+        pack.restype = None
+        fused_experts = self.functions.atomic_moe_fused_experts
+        fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, number, number]
+        fused_experts.restype = None
+
+    def pack(
+        self,
+        packed: torch.Tensor,
+        first_atom: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+        threads: int,
+    ) -> None:
+        """Put rows_SH[atoms_F] where the projection of the expert at `first_atom` lies.
+
+        Args:
+            packed: the flat tensor of all experts.
+            first_atom: atoms before the expert, padding included.
+            rows_SH: of packed's dtype, any strides.
+        """
+        if projection != "down" and rows_SH.stride(1) != 1:
+            rows_SH = rows_SH.contiguous()
+        atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
+        self.functions.atomic_moe_pack(
+            packed.data_ptr() + 3 * first_atom * hidden_size * packed.element_size(),
+            PROJECTIONS.index(projection),
+            rows_SH.data_ptr(),
+            *rows_SH.stride(),
+            atoms_F.data_ptr(),
+            len(atoms_F),
+            hidden_size,
+            packed.dtype == torch.bfloat16,
+            threads,
         )
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.atomic_moe_fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, *[ctypes.c_int] * 2]
-    library.atomic_moe_fused_experts.restype = None
-    library.atomic_moe_pack.argtypes = [
-        pointer,
-        ctypes.c_int,
-        pointer,
-        size,
-        size,
-        pointer,
-        size,
-        size,
-        *[ctypes.c_int] * 2,
-    ]
-    library.atomic_moe_pack.restype = None
-    return library
+
+    def fused_experts(
+        self,
+        x_TH: torch.Tensor,
+        packed: torch.Tensor,
+        offsets_E1: torch.Tensor,
+        runs_ER2: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        threads: int,
+    ) -> torch.Tensor:
+        """Arguments as of `kernels.fused_experts`; x has packed's dtype."""
+        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        # Named, so that what had to be copied lives until the call returns.
+        x_TH, runs_ER2 = x_TH.contiguous(), runs_ER2.contiguous()
+        topk_weights_TK = topk_weights_TK.float().contiguous()
+        topk_ids_TK = topk_ids_TK.long().contiguous()
+        out_TH = torch.empty_like(x_TH)
+        self.functions.atomic_moe_fused_experts(
+            x_TH.data_ptr(),
+            packed.data_ptr(),
+            offsets_E1.data_ptr(),
+            runs_ER2.data_ptr(),
+            topk_weights_TK.data_ptr(),
+            topk_ids_TK.data_ptr(),
+            out_TH.data_ptr(),
+            x_TH.shape[0],
+            topk_ids_TK.shape[1],
+            runs_ER2.shape[0],
+            runs_ER2.shape[1],
+            x_TH.shape[1],
+            x_TH.dtype == torch.bfloat16,
+            threads,
+        )
+        return out_TH
 
 
 def _openmp_runtimes() -> set[str]:
