@@ -294,14 +294,20 @@ def test_ids_beyond_any_width_are_skipped():
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing is compiled or loaded yet."""
+def unloaded(monkeypatch):
+    """No library is loaded yet."""
     if not cpu_library.VARIANTS[-1].cpu_flags <= cpu_library.cpu_flags():
         pytest.skip("the processor has no AVX-512")
-    monkeypatch.setenv("ATOMIC_MOE_CACHE", str(tmp_path / "cache"))
     cpu._load.cache_clear()
     yield monkeypatch
     cpu._load.cache_clear()
+
+
+@pytest.fixture
+def fresh(unloaded, tmp_path):
+    """Nothing is compiled yet either."""
+    unloaded.setenv("ATOMIC_MOE_CACHE", str(tmp_path / "cache"))
+    return unloaded
 
 
 def test_avx512_without_bfloat16_compiles_and_computes(fresh):
@@ -356,8 +362,8 @@ def test_amx_in_emulation_passes_the_self_check_and_does_float32(emulated):
     assert torch.equal(run(problem, *arguments, library=emulated), run(problem, *arguments))
 
 
-def test_the_self_check_does_not_follow_torch_defaults(fresh):
-    fresh.delenv("ATOMIC_MOE_CACHE")
+@needs_library
+def test_the_self_check_does_not_follow_torch_defaults(unloaded):
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
@@ -394,15 +400,15 @@ def test_a_cache_that_cannot_be_written(fresh, tmp_path):
     assert "set ATOMIC_MOE_CACHE" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 
 
-def test_a_library_that_computes_wrongly_is_not_used(fresh, caplog):
-    fresh.delenv("ATOMIC_MOE_CACHE")
+@needs_library
+def test_a_library_that_computes_wrongly_is_not_used(unloaded, caplog):
     right = Library.fused_experts
-    fresh.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * 2)
+    unloaded.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * 2)
     with caplog.at_level(logging.WARNING):
         reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
     assert reason.startswith("its self-check failed: relative error 1.0e+00")
     assert "its self-check failed" in caplog.text
-    fresh.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * torch.nan)
+    unloaded.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * torch.nan)
     cpu._load.cache_clear()
     assert "relative error nan" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 
