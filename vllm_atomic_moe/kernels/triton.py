@@ -49,6 +49,7 @@ class Tiles(NamedTuple):
 # Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger than
 # the mean because routing is uneven. CONTRIBUTING, "Kernels", says how to tune them.
 TILES = (
+    (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
     (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),
     (20, Tiles(32, 64, 64, 64, 64, warps=4, stages=3)),
     (80, Tiles(64, 64, 64, 128, 64, warps=4, stages=3)),
@@ -171,6 +172,11 @@ def _sort_rows(ids_TK: torch.Tensor, runs_ER2: torch.Tensor, tiles: Tiles) -> _R
     return _Routing(rows, experts, {**shared, "SORTED": True})
 
 
+def _positions(runs_ER2: torch.Tensor, widest: int) -> int:
+    """The most positions an expert can have: every run begins at a multiple of 16."""
+    return -(-widest // 16) * 16 + 16 * (runs_ER2.shape[1] - 1)
+
+
 def _two_kernels(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -184,11 +190,11 @@ def _two_kernels(
     from vllm_atomic_moe.kernels import triton_kernels
 
     (gate_PH, up_PH, down_t_PH), (T, H), K = weights, x_TH.shape, ids_TK.shape[1]
-    # Rows of a multiple of 16 elements, so that they are read as whole vectors.
-    h_NF = x_TH.new_empty(T * K, -(-widest // 16) * 16)
+    positions = _positions(runs_ER2, widest)
+    h_NF = x_TH.new_empty(T * K, positions)
     y_NH = x_TH.new_empty(T * K, H)
     out_TH = x_TH.new_empty(T, H)
-    num_tiles = -(-widest // tiles.atoms)
+    num_tiles = -(-positions // tiles.atoms)
     triton_kernels.gate_up_kernel[(routing.num_blocks * num_tiles,)](
         x_TH, gate_PH, up_PH, h_NF, runs_ER2, routing.rows, routing.experts,
         T * K, routing.num_blocks, num_tiles, x_TH.stride(0), h_NF.stride(0), H,
@@ -220,7 +226,7 @@ def _one_kernel(
 
     (T, H), K = x_TH.shape, ids_TK.shape[1]
     out_TH = x_TH.new_zeros(T, H, dtype=torch.float32)
-    num_tiles = -(-widest // tiles.atoms)
+    num_tiles = -(-_positions(runs_ER2, widest) // tiles.atoms)
     triton_kernels.fused_kernel[(routing.num_blocks * num_tiles,)](
         x_TH, *weights, out_TH, runs_ER2, weights_TK, routing.rows, routing.experts,
         T * K, routing.num_blocks, num_tiles, x_TH.stride(0), H,

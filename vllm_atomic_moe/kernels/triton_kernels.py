@@ -6,8 +6,8 @@ on one block of routed rows that share an expert. Grids are upper bounds known o
 expert really has (its tokens, its active runs) is read from device tensors, and a program without
 work returns after reading one or a few integers.
 
-Positions 0..F_e-1 number an expert's active atoms across its runs; a position is turned into a packed
-row by walking the runs.
+Positions number an expert's active atoms across its runs, every run beginning at a multiple of 16; a
+position is turned into a packed row by walking the runs.
 
 Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows, R runs
 per expert. Lower case for the part a program holds: n routed rows, f atoms, h and d hidden columns
@@ -93,24 +93,26 @@ def _routed_rows(rows_ptr, block, num_rows, BLOCK_N: tl.constexpr, SORTED: tl.co
 
 
 @triton.jit
-def _width(runs_ptr, expert, R: tl.constexpr):
-    width = 0
-    for run in range(R):
-        width += tl.load(runs_ptr + (expert * R + run) * 2 + 1)
-    return width
+def _next_run(position):
+    """Runs begin at positions of a multiple of 16, so that activations are read as whole vectors."""
+    return (position + 15) // 16 * 16
 
 
 @triton.jit
 def _packed_rows(runs_ptr, expert, positions_f, R: tl.constexpr):
-    """Packed rows, int64, of positions among an expert's active atoms; any row beyond the width."""
-    rows_f = positions_f.to(tl.int64)
-    before = 0
+    """Packed rows, int64, of positions; which positions hold an atom; the end of the positions."""
+    packed_f = positions_f.to(tl.int64)
+    kept_f = positions_f < 0
+    end = 0
     for run in range(R):
         first = tl.load(runs_ptr + (expert * R + run) * 2)
-        in_or_after_f = positions_f >= before
-        rows_f = tl.where(in_or_after_f, (first + positions_f - before).to(tl.int64), rows_f)
-        before += tl.load(runs_ptr + (expert * R + run) * 2 + 1)
-    return rows_f
+        length = tl.load(runs_ptr + (expert * R + run) * 2 + 1)
+        begin = _next_run(end)
+        end = begin + length
+        inside_f = (positions_f >= begin) & (positions_f < end)
+        packed_f = tl.where(inside_f, (first + positions_f - begin).to(tl.int64), packed_f)
+        kept_f |= inside_f
+    return packed_f, kept_f, end
 
 
 @triton.jit
@@ -150,7 +152,7 @@ def gate_up_kernel(
     x_ptr,  # [T, H], rows stride_x apart
     gate_ptr,  # [P, H]
     up_ptr,  # [P, H]
-    h_ptr,  # out [N, widest], rows stride_a apart: activations by position
+    h_ptr,  # out [N, positions], rows stride_a apart
     runs_ptr,  # [E, R, 2]
     rows_ptr,
     experts_ptr,
@@ -174,25 +176,25 @@ def gate_up_kernel(
     expert = tl.load(experts_ptr + block).to(tl.int32)
     if (expert < 0) | (expert >= E):
         return
-    width = _width(runs_ptr, expert, R)
-    if tile * BLOCK_F >= width:
+    positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    packed_f, kept_f, end = _packed_rows(runs_ptr, expert, positions_f, R)
+    if tile * BLOCK_F >= end:
         return
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
-    positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    kept_f = positions_f < width
-    packed_f = _packed_rows(runs_ptr, expert, positions_f, R)
     h_nf = _activations(
         x_ptr, gate_ptr, up_ptr, rows_n // K, live_n, packed_f, kept_f, stride_x, H,
         BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
     h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_a + positions_f[None, :]
-    tl.store(h_ptrs_nf, h_nf, mask=live_n[:, None] & kept_f[None, :])
+    # Positions without an atom, up to the next multiple of 16, hold zeros.
+    written_f = positions_f < _next_run(end)
+    tl.store(h_ptrs_nf, h_nf, mask=live_n[:, None] & written_f[None, :])
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def down_kernel(
-    h_ptr,  # [N, widest], rows stride_a apart
+    h_ptr,  # [N, positions], rows stride_a apart
     down_t_ptr,  # [P, H]
     y_ptr,  # out [N, H]: what each routed row adds to its token
     runs_ptr,  # [E, R, 2]
@@ -223,16 +225,17 @@ def down_kernel(
     inside_d = columns_d < H
     h_ptrs_n = h_ptr + rows_n.to(tl.int64) * stride_a
     y_nd = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    before = 0
+    end = 0
     for run in range(R):
         first = tl.load(runs_ptr + (expert * R + run) * 2)
         length = tl.load(runs_ptr + (expert * R + run) * 2 + 1)
+        begin = _next_run(end)
         for start in range(0, length, BLOCK_F):
             atoms_f = start + tl.arange(0, BLOCK_F)
             kept_f = atoms_f < length
             h_nf = tl.load(
-                h_ptrs_n[:, None] + (before + atoms_f)[None, :],
-                mask=live_n[:, None] & kept_f[None, :],
+                h_ptrs_n[:, None] + (begin + atoms_f)[None, :],
+                mask=live_n[:, None] & (atoms_f < _next_run(length))[None, :],
                 other=0.0,
             )
             packed_f = (first + atoms_f).to(tl.int64)
@@ -242,7 +245,7 @@ def down_kernel(
                 other=0.0,
             )
             y_nd = tl.dot(h_nf, down_fd, y_nd, input_precision="ieee")
-        before += length
+        end = begin + length
     y_nd *= tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)[:, None]
     y_ptrs_nd = y_ptr + rows_n.to(tl.int64)[:, None] * H + columns_d[None, :]
     tl.store(
@@ -307,15 +310,13 @@ def fused_kernel(
     expert = tl.load(experts_ptr + block).to(tl.int32)
     if (expert < 0) | (expert >= E):
         return
-    width = _width(runs_ptr, expert, R)
-    if tile * BLOCK_F >= width:
+    positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    packed_f, kept_f, end = _packed_rows(runs_ptr, expert, positions_f, R)
+    if tile * BLOCK_F >= end:
         return
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
     tokens_n = rows_n // K
-    positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    kept_f = positions_f < width
-    packed_f = _packed_rows(runs_ptr, expert, positions_f, R)
     h_nf = _activations(
         x_ptr, gate_ptr, up_ptr, tokens_n, live_n, packed_f, kept_f, stride_x, H,
         BLOCK_N, BLOCK_F, BLOCK_H,
