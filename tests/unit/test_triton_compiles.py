@@ -73,5 +73,11 @@ def test_compiles(capability, dtype, one_kernel, compiled, monkeypatch):
         launch(dtype, tiles, one_kernel, T=1 if tiles.rows == 16 else 1000)
     for kernel in compiled:
         assert "cubin" in kernel.asm
-        print(capability, dtype, kernel.metadata.name, kernel.metadata.shared, kernel.metadata.num_warps)
+        print(
+            capability,
+            dtype,
+            kernel.metadata.name,
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+        )
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name

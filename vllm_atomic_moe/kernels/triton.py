@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-#from vllm_atomic_moe.packing import RowStorage
+# from vllm_atomic_moe.packing import RowStorage
 
-#STORAGE = RowStorage()
+# STORAGE = RowStorage()
 # Routed rows per expert up to which one kernel is taken. An estimate: the atomic additions of a row cost
 # what reading 1/10 of its expert does, so they are hidden while experts have one or two rows.
 ONE_KERNEL_ROWS = 1
@@ -113,9 +113,7 @@ def fused_experts(
     one_kernel = rows_per_expert <= ONE_KERNEL_ROWS
     one_kernel &= not torch.are_deterministic_algorithms_enabled()
     tiles = choose_tiles(rows_per_expert, x_TH.dtype)
-    return launch(
-        x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, tiles, one_kernel
-    )
+    return launch(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, tiles, one_kernel)
 
 
 def choose_tiles(rows_per_expert: int, dtype: torch.dtype) -> Tiles:

@@ -248,9 +248,7 @@ def down_kernel(
         end = begin + length
     y_nd *= tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)[:, None]
     y_ptrs_nd = y_ptr + rows_n.to(tl.int64)[:, None] * H + columns_d[None, :]
-    tl.store(
-        y_ptrs_nd, y_nd.to(y_ptr.dtype.element_ty), mask=live_n[:, None] & inside_d[None, :]
-    )
+    tl.store(y_ptrs_nd, y_nd.to(y_ptr.dtype.element_ty), mask=live_n[:, None] & inside_d[None, :])
 
 
 @triton.jit
