@@ -1,20 +1,20 @@
 """Packed rows: the atoms that stay, of every expert, one after another (DESIGN §4).
 
 An atom is three vectors of length H: its rows of `gate_proj` and `up_proj` and its column of
-`down_proj`. Resident atoms are stored row-major in three matrices [P, H], expert by expert. With
-several resident profiles P counts their union, and a profile is a small index structure over it:
-for every expert, the runs of consecutive rows that it keeps. Switching profiles rewrites that
-structure in place; no weight moves.
+`down_proj`. Resident atoms are stored expert by expert, row-major in three matrices [P, H] or in
+the order that a kernel reads best (`Storage`). With several resident profiles P counts their
+union, and a profile is a small index structure over it: for every expert, the runs of consecutive
+rows that it keeps. Switching profiles rewrites that structure in place; no weight moves.
 
 Legend: E experts, H hidden size, I full intermediate size, P packed rows, R runs per expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -167,11 +167,87 @@ def _pad_runs(runs: list[list[tuple[int, int]]], most: int) -> torch.Tensor:
     return torch.tensor(padded, dtype=torch.int32).reshape(len(runs), most, 2)
 
 
+class Storage(Protocol):
+    """How a kernel keeps the packed rows: one copy of the weights, in an order of its own."""
+
+    def allocate(
+        self,
+        offsets_E1: torch.Tensor,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> dict[str, torch.Tensor]:
+        """Room for the rows of all experts, by name, in the order in which the kernel takes them.
+
+        Args:
+            offsets_E1: as in `PackedLayout`.
+            dtype: of the weights, and of the first tensor.
+            device: where; None stands for the default device.
+        """
+
+    def write(
+        self,
+        weights: Sequence[torch.Tensor],
+        offsets_E1: torch.Tensor,
+        expert: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+    ) -> None:
+        """Put `rows_SH[atoms_F]` where the rows of one expert's projection are.
+
+        Args:
+            weights: what `allocate` made.
+            rows_SH: any float dtype, strides and device; of down_proj the columns. Not modified.
+            atoms_F: int64 [F_e], on the CPU.
+        """
+
+
+class RowStorage:
+    """Plain rows: gate, up and down_t, [P, H] each; down_t is down_proj transposed."""
+
+    def allocate(
+        self,
+        offsets_E1: torch.Tensor,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> dict[str, torch.Tensor]:
+        """See `Storage`."""
+        shape = (int(offsets_E1[-1]), hidden_size)
+        return {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name in ("gate", "up", "down_t")
+        }
+
+    def write(
+        self,
+        weights: Sequence[torch.Tensor],
+        offsets_E1: torch.Tensor,
+        expert: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+    ) -> None:
+        """See `Storage`."""
+        start, end = offsets_E1[expert : expert + 2].tolist()
+        target_FH = weights[PROJECTIONS.index(projection)][start:end]
+        atoms_F = atoms_F.to(rows_SH.device)
+        if rows_SH.is_contiguous():
+            target_FH.copy_(rows_SH.index_select(0, atoms_F))
+        else:
+            target_FH.copy_(rows_SH.t().index_select(1, atoms_F).t())
+
+
 class PackedExperts(nn.Module):
     """The resident atoms of one MoE layer and the active profile's runs over them.
 
-    Parameters gate, up, down_t: [P, H]; down_t is down_proj transposed. Buffer runs_ER2: int32
-    [E, R, 2], rewritten in place by `activate`. Widths may be 0, 1 or anything up to I.
+    The weights are Parameters, named and ordered by `storage`. Buffer runs_ER2: int32 [E, R, 2],
+    rewritten in place by `activate`. Widths may be 0, 1 or anything up to I.
+
+    Attributes:
+        layout: which atoms are resident, and where.
+        widest: number of resident atoms of the widest expert.
     """
 
     def __init__(
@@ -180,20 +256,32 @@ class PackedExperts(nn.Module):
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        storage: Storage | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
-        for name in ("gate", "up", "down_t"):
-            rows_PH = torch.empty(layout.num_rows, hidden_size, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(rows_PH, requires_grad=False))
+        self.hidden_size = hidden_size
+        self.widest = int(layout.offsets_E1.diff().max())
+        self._storage: Storage = storage or RowStorage()
+        allocated = self._storage.allocate(layout.offsets_E1, hidden_size, dtype, device)
+        self._names = tuple(allocated)
+        for name, tensor in allocated.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         shape = next(iter(layout.runs.values())).shape
         runs_ER2 = torch.zeros(shape, dtype=torch.int32, device=device)
         self.register_buffer("runs_ER2", runs_ER2, persistent=False)
 
-    gate: nn.Parameter
-    up: nn.Parameter
-    down_t: nn.Parameter
     runs_ER2: torch.Tensor
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What the kernel takes, in the storage's order."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, padding included, indices not: what is resident."""
+        return sum(weight.nbytes for weight in self.weights if weight.is_floating_point())
 
     def activate(self, name: str) -> None:
         """Make `name`, one of the layout's profiles, the one that `runs_ER2` describes."""
@@ -211,20 +299,15 @@ class PackedExperts(nn.Module):
         Raises:
             ValueError: the matrix does not have the model's shape.
         """
-        hidden_size = self.gate.shape[1]
-        wanted = (self.layout.intermediate_size, hidden_size)
+        wanted = (self.layout.intermediate_size, self.hidden_size)
         rows_IH = matrix.t() if projection == "down" else matrix
         if tuple(rows_IH.shape) != wanted:
             raise ValueError(
                 f"expert {expert}: checkpoint {projection}_proj is {list(matrix.shape)}, the model "
                 f"has intermediate size {wanted[0]} and hidden size {wanted[1]}"
             )
-        atoms = self.layout.expert_atoms(expert).to(matrix.device)
-        start, end = self.layout.offsets_E1[expert : expert + 2].tolist()
-        target = {"gate": self.gate, "up": self.up, "down": self.down_t}[projection]
-        dimension = 1 if projection == "down" else 0
-        kept = matrix.index_select(dimension, atoms)
-        target[start:end].copy_(kept.t() if projection == "down" else kept)
+        atoms_F = self.layout.expert_atoms(expert)
+        self._write(expert, projection, rows_IH, atoms_F)
 
     @torch.no_grad()
     def load_rows(
@@ -235,29 +318,24 @@ class PackedExperts(nn.Module):
         Args:
             projection: of down the rows are down_proj's columns.
             rows_SH: the stored atoms, experts ascending, in checkpoint order within an expert; any
-                float dtype and device. Where they are what is resident, in this order, it is one
-                copy.
+                float dtype and device.
             stored_EI: bool [E, I], which atoms these are; all resident ones among them.
 
         Raises:
             ValueError: there are more or fewer rows, or of another length.
         """
-        target = {"gate": self.gate, "up": self.up, "down": self.down_t}[projection]
-        wanted = (int(stored_EI.sum()), target.shape[1])
+        wanted = (int(stored_EI.sum()), self.hidden_size)
         if tuple(rows_SH.shape) != wanted:
             raise ValueError(
                 f"exported {projection} rows are {list(rows_SH.shape)}, wanted {list(wanted)}; "
                 "export the model again"
             )
         rows_P = self.layout.rows_among(stored_EI)
-        if torch.equal(rows_P, torch.arange(len(rows_SH), device="cpu")):
-            target.copy_(rows_SH)
-            return
-        for start, end in pairwise(self.layout.offsets_E1.tolist()):
-            rows = rows_P[start:end].to(rows_SH.device)
-            target[start:end].copy_(rows_SH.index_select(0, rows))
+        for expert, (start, end) in enumerate(pairwise(self.layout.offsets_E1.tolist())):
+            self._write(expert, projection, rows_SH, rows_P[start:end])
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the three matrices: what is resident."""
-        return sum(parameter.nbytes for parameter in (self.gate, self.up, self.down_t))
+    def _write(
+        self, expert: int, projection: Projection, rows_SH: torch.Tensor, atoms_F: torch.Tensor
+    ) -> None:
+        offsets_E1 = self.layout.offsets_E1
+        self._storage.write(self.weights, offsets_E1, expert, projection, rows_SH, atoms_F)

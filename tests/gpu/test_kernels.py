@@ -1,12 +1,11 @@
-"""The kernel on a CUDA device against the same on the CPU. Needs torch only."""
+"""The reference on a CUDA device. Needs torch only."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vllm_atomic_moe.kernels import fused_experts
-from vllm_atomic_moe.packing import PackedExperts, build_layout
+from tests.kernel_suite import KernelSuite
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,27 +13,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
-)
-def test_cuda_equals_cpu(dtype, tolerance):
-    generator = torch.Generator().manual_seed(0)
-    keep = {name: torch.rand(8, 160, generator=generator) < 0.5 for name in "ab"}
-    packed = PackedExperts(build_layout(keep), 64, dtype)
-    for parameter in packed.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    x = torch.randn(33, 64, generator=generator).to(dtype)
-    topk_ids = torch.randint(-1, 8, (33, 4), generator=generator).int()
-    topk_weights = torch.rand(33, 4, generator=generator)
+class TestReference(KernelSuite):
+    """The slow loop, on the GPU."""
 
-    def run(device: str) -> torch.Tensor:
-        moved = packed.to(device)
-        weights = (moved.gate, moved.up, moved.down_t, moved.runs_ER2)
-        found = fused_experts(x.to(device), *weights, topk_weights.to(device), topk_ids.to(device))
-        return found.double().cpu()
-
-    for name in keep:
-        packed.activate(name)
-        wanted = run("cpu")
-        assert (run("cuda") - wanted).norm() <= tolerance * wanted.norm()
-        packed.to("cpu")
+    backend = "reference"
+    device = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -65,6 +65,7 @@ def load(model, extra=None, **engine_options):
         ({"active": "narrow", "resident": 7}, r"`resident` is 7, wanted a list"),
         ({"active": "narrow", "profiles": "/no/such"}, r"profile directory /no/such does not"),
         ({"active": "narrow", "inner_format": "tensorizer"}, r"`inner_format` is 'tensorizer'"),
+        ({"active": "narrow", "kernel": "fast"}, r"`kernel` is 'fast', wanted one of"),
         ({"active": "narrow", "actve": "x"}, r"actve.*keys of atomic-pruned are profiles, active"),
         ({"active": "narrow", "num_threads": 0}, r"num_threads must be a positive integer"),
     ],
@@ -124,18 +125,21 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
         check_config(config, config.model_config)
 
 
-def test_cuda_graphs_are_refused_off_the_cpu(model, monkeypatch):
+def test_cuda_graphs_need_a_kernel_that_can_be_captured(model, monkeypatch):
     from vllm.config import CUDAGraphMode
 
+    from vllm_atomic_moe.kernels import Backend
     from vllm_atomic_moe.serving import refusals
 
     config = configure(model)
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    reference = Backend("reference", "not triton: no GPU")
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    refusals.check_config(config, config.model_config)
+    refusals.check_graphs(config, reference)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    with pytest.raises(ValueError, match=r"CUDA graph capture .*; add --enforce-eager"):
-        refusals.check_config(config, config.model_config)
+    refusals.check_graphs(config, Backend("triton", "the fastest on cuda"))
+    with pytest.raises(ValueError, match=r"CUDA graph capture .*no GPU\); add --enforce-eager"):
+        refusals.check_graphs(config, reference)
 
 
 def test_additional_config_must_be_a_dict(model, no_weights_read):
@@ -356,6 +360,14 @@ def test_resident_bytes_are_the_union_and_reported_once(model, log):
     profiles = [r.message for r in log.records if r.message.startswith("Profile ")]
     assert [line.split(":")[0] for line in profiles] == ["Profile narrow", "Profile other"]
     assert profiles[0].endswith("active")
+
+
+def test_the_kernel_option_reaches_the_layers_and_the_log(model, log):
+    extra = {"active": "narrow", "kernel": "reference"}
+    with engine(model, load_format="atomic-pruned", model_loader_extra_config=extra) as llm:
+        assert {layer.backend.name for layer in packed_layers_of(llm)} == {"reference"}
+    lines = [r.message for r in log.records if r.message.startswith("Expert kernel")]
+    assert lines == ["Expert kernel: reference, as the options ask"]
 
 
 def test_invalid_file_that_is_not_asked_for_warns(model, tmp_path, log):

@@ -35,7 +35,7 @@ ARROWS = {
     "scoring": BASE | {"calibration"},
     "importing": BASE | {"scoring"},
     "plots": {"profiles", "tensor_files"},
-    "kernels": set(),
+    "kernels": {"packing"},
     "exporting": BASE | {"packing"},
     "serving": BASE | {"packing", "calibration", "kernels"},
     "cli": BASE | {"calibration", "scoring", "importing", "exporting", "plots", "serving"},

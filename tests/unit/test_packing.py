@@ -118,7 +118,7 @@ def test_stored_rows_reach_the_rows_that_are_resident(keep, seed):
     assert torch.equal(one.down_t, two.down_t)
 
 
-def test_rows_that_are_all_resident_are_one_copy():
+def test_rows_that_are_all_resident():
     keep = torch.tensor([[True, False, True], [False, True, False]])
     packed = PackedExperts(build_layout({"only": keep}), 5, torch.bfloat16)
     rows = torch.randn(3, 5)

@@ -6,20 +6,33 @@ Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden
 R runs per expert, F_e width of an expert.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
+from vllm_atomic_moe.packing import RowStorage
 
-def fused_experts_reference(
+STORAGE = RowStorage()
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Never."""
+    return None
+
+
+def fused_experts(
     x_TH: torch.Tensor,
-    gate_PH: torch.Tensor,
-    up_PH: torch.Tensor,
-    down_t_PH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     runs_ER2: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
+    widest: int,
 ) -> torch.Tensor:
-    """Arguments and result as in `kernels.fused_experts`."""
+    """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H]."""
+    gate_PH, up_PH, down_t_PH = weights
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     for expert, runs in enumerate(runs_ER2.tolist()):
         tokens_n, slots_n = torch.where(topk_ids_TK == expert)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.kernels import fused_experts
+from vllm_atomic_moe.kernels import Backend, fused_experts
 from vllm_atomic_moe.packing import PROJECTIONS, PackedExperts, Projection, build_layout
 from vllm_atomic_moe.serving.compat import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
@@ -32,13 +32,13 @@ from vllm_atomic_moe.serving.routing import RoutingMask
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
 
-_loading: ContextVar[ResidentProfiles] = ContextVar("atomic_moe_loading")
+_loading: ContextVar[tuple[ResidentProfiles, Backend]] = ContextVar("atomic_moe_loading")
 
 
 @contextmanager
-def packed_experts_for(resident: ResidentProfiles) -> Iterator[None]:
-    """While open, MoE layers that vLLM builds hold `resident`'s atoms only."""
-    token = _loading.set(resident)
+def packed_experts_for(resident: ResidentProfiles, backend: Backend) -> Iterator[None]:
+    """While open, MoE layers that vLLM builds hold `resident`'s atoms only, for `backend`."""
+    token = _loading.set((resident, backend))
     try:
         with routed_experts_replaced_by(AtomicRoutedExperts):
             yield
@@ -51,6 +51,7 @@ class AtomicRoutedExperts(RoutedExperts):
 
     Attributes:
         packed: the resident atoms and the active profile's runs.
+        backend: the kernel that computes them.
         routing: the experts that the active profile lets the router choose.
         active: name of the active profile.
         index: decoder layer index in the checkpoint.
@@ -58,6 +59,7 @@ class AtomicRoutedExperts(RoutedExperts):
     """
 
     packed: PackedExperts
+    backend: Backend
     routing: RoutingMask
 
     def _get_quant_method(
@@ -69,12 +71,13 @@ class AtomicRoutedExperts(RoutedExperts):
 
     def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Allocate the packed rows that the profiles being loaded ask for."""
-        resident = _loading.get(None)
-        if resident is None:
+        loading = _loading.get(None)
+        if loading is None:
             raise RuntimeError(
                 f"{self.layer_name}: another thread loads with atomic-pruned; build models one "
                 "after another"
             )
+        resident, self.backend = loading
         model, config = resident.model, self.moe_config
         self.index = extract_layer_index(self.layer_name)
         if self.index not in model.layers:
@@ -90,7 +93,7 @@ class AtomicRoutedExperts(RoutedExperts):
                 f"holds {list(stored)}"
             )
         layout = build_layout(resident.masks(self.index))
-        self.packed = PackedExperts(layout, hidden_size, dtype)
+        self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.active = resident.active
         self.loaded: set[tuple[int, Projection]] = set()
@@ -218,5 +221,11 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         packed = layer.packed
         return fused_experts(
-            x, packed.gate, packed.up, packed.down_t, packed.runs_ER2, topk_weights, topk_ids
+            x,
+            packed.weights,
+            packed.runs_ER2,
+            topk_weights,
+            topk_ids,
+            packed.widest,
+            layer.backend.name,
         )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -21,6 +22,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.export_format import weights_directory
+from vllm_atomic_moe.kernels import choose_backend
 from vllm_atomic_moe.serving.exported import packed_rows_taken_by, reading_from
 from vllm_atomic_moe.serving.options import (
     OPTION_KEYS,
@@ -63,17 +65,21 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 or the checkpoint's experts are incomplete.
         """
         # Here, not above: every vLLM process imports this module, few load a pruned model.
-        from vllm_atomic_moe.serving.refusals import check_config, check_draft
+        from vllm_atomic_moe.serving.refusals import check_config, check_draft, check_graphs
 
         with _refusals_said_plainly():
             if model_config.runner_type == "draft":
                 check_draft(model_config)
                 return self.inner.load_model(vllm_config, model_config, prefix)
             check_config(vllm_config, model_config)
+            device = torch.device(self.load_config.device or vllm_config.device_config.device)
+            self.backend = choose_backend(device, model_config.dtype, self.options.kernel)
+            check_graphs(vllm_config, self.backend)
+            logger.info("Expert kernel: %s, %s", self.backend.name, self.backend.reason)
             self.directory = self._checkpoint(model_config)
             checkpoint = describe_checkpoint(self.directory)
             self.resident = select_profiles(self.options, self.directory, checkpoint)
-            _add_to_cache_keys(vllm_config, self.resident.digest())
+            _add_to_cache_keys(vllm_config, f"{self.backend.name} {self.resident.digest()}")
             return super().load_model(vllm_config, model_config, prefix)
 
     def create_model(
@@ -82,7 +88,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         """Build the model; vLLM's routed experts become packed ones."""
         from vllm_atomic_moe.serving.layer import packed_experts_for
 
-        with packed_experts_for(self.resident):
+        with packed_experts_for(self.resident, self.backend):
             return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -161,7 +167,7 @@ def _add_to_cache_keys(vllm_config: VllmConfig, digest: str) -> None:
 
 def _report(resident: ResidentProfiles, layers: list[AtomicRoutedExperts]) -> None:
     """Say once what memory the pruning saves."""
-    atom_bytes = 3 * resident.model.hidden_size * layers[0].packed.gate.element_size()
+    atom_bytes = 3 * resident.model.hidden_size * layers[0].packed.weights[0].element_size()
     dense = resident.model.atoms * atom_bytes
     held = sum(layer.packed.weight_bytes for layer in layers)
     logger.info(

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.kernels import BACKENDS
 from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL = "all"
-OPTION_KEYS = ("profiles", "active", "resident", "inner_format")
+OPTION_KEYS = ("profiles", "active", "resident", "inner_format", "kernel")
+KERNELS = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 # Formats whose weights reach the layers' weight loaders, one checkpoint tensor at a time.
 INNER_FORMATS = (
     "safetensors",
@@ -41,6 +43,7 @@ class LoaderOptions:
         active: the profile served first; None stands for the only one.
         resident: names held in memory besides `active`, or "all".
         inner_format: how vLLM reads the checkpoint.
+        kernel: the backend that computes the experts; None stands for the fastest that runs.
         inner: what is left of the extra config; it goes to vLLM's loader for `inner_format`.
     """
 
@@ -48,6 +51,7 @@ class LoaderOptions:
     active: str | None = None
     resident: tuple[str, ...] | str = ()
     inner_format: str = "safetensors"
+    kernel: str | None = None
     inner: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -83,6 +87,11 @@ class LoaderOptions:
             raise ValueError(
                 f"model_loader_extra_config: `inner_format` is {inner_format!r}, "
                 f"wanted one of {', '.join(INNER_FORMATS)}"
+            )
+        if options.get("kernel", KERNELS[0]) not in KERNELS:
+            raise ValueError(
+                f"model_loader_extra_config: `kernel` is {options['kernel']!r}, "
+                f"wanted one of {', '.join(KERNELS)}"
             )
         return cls(**options, inner=inner)
 

@@ -13,6 +13,7 @@ from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_atomic_moe.checkpoint import ExpertGroups
+from vllm_atomic_moe.kernels import Backend
 from vllm_atomic_moe.serving.compat import (
     KNOWN_ROUTERS,
     FusedMoERouter,
@@ -35,7 +36,6 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
     parallel = vllm_config.parallel_config
     offload = vllm_config.offload_config
     compilation = vllm_config.compilation_config
-    eager = compilation.cudagraph_mode in (None, CUDAGraphMode.NONE)
     refused: tuple[tuple[bool, str, str], ...] = (
         (
             parallel.tensor_parallel_size > 1,
@@ -87,15 +87,28 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
             "max_autotune on CPU (inductor_compile_config; it freezes parameters)",
             "",
         ),
-        (
-            not current_platform.is_cpu() and not eager,
-            "CUDA graph capture (the reference kernel reads widths on the host)",
-            "add --enforce-eager",
-        ),
     )
     for applies, feature, remedy in refused:
         if applies:
             raise ValueError(f"not served by this version: {feature}; {remedy or 'leave it out'}")
+
+
+def check_graphs(vllm_config: VllmConfig, backend: Backend) -> None:
+    """Refuse to capture a kernel that reads widths on the host.
+
+    Raises:
+        ValueError: CUDA graphs are on, and `backend` is the reference.
+    """
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if (
+        backend.name == "reference"
+        and not current_platform.is_cpu()
+        and mode not in (None, CUDAGraphMode.NONE)
+    ):
+        raise ValueError(
+            f"not served by this version: CUDA graph capture (kernel {backend.name!r} reads widths "
+            f"on the host; {backend.reason}); add --enforce-eager"
+        )
 
 
 def check_draft(model_config: ModelConfig) -> None:

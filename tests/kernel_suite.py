@@ -1,0 +1,295 @@
+"""What every backend of `fused_experts` must do, against float64 over masked dense experts.
+
+A test module subclasses `KernelSuite` and names its backend.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from vllm_atomic_moe.kernels import backend_module, fused_experts
+from vllm_atomic_moe.packing import PackedExperts, build_layout
+
+WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
+FULL = 160
+# Largest ‖found − wanted‖ / ‖wanted‖, against float64 on the rounded weights and activations.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Packed experts, and the dense ones that they were cut from.
+
+    Attributes:
+        packed: what the kernel computes.
+        dense: gate, up, down_t, [E, I, H] on the CPU.
+        masks: profile name -> bool [E, I].
+        backend: name of the kernel.
+    """
+
+    packed: PackedExperts
+    dense: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    masks: Mapping[str, torch.Tensor]
+    backend: str
+
+    def __call__(
+        self, x_TH: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The op, with arguments moved to the experts' device; the result on the CPU."""
+        device = self.packed.runs_ER2.device
+        out_TH = fused_experts(
+            x_TH.to(device),
+            self.packed.weights,
+            self.packed.runs_ER2,
+            topk_weights_TK.to(device),
+            topk_ids_TK.to(device),
+            self.packed.widest,
+            self.backend,
+        )
+        assert out_TH.dtype == x_TH.dtype
+        return out_TH.cpu()
+
+    def wanted(
+        self,
+        x_TH: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        profile: str,
+    ) -> torch.Tensor:
+        """Every expert for every token in float64, pruned atoms zeroed, then weighted: [T, H]."""
+        gate, up, down_t = (matrix.double() for matrix in self.dense)
+        h = functional.silu(torch.einsum("th,eih->tei", x_TH.double(), gate))
+        h = h * torch.einsum("th,eih->tei", x_TH.double(), up) * self.masks[profile]
+        y = torch.einsum("tei,eih->teh", h, down_t)
+        out = torch.zeros(x_TH.shape, dtype=torch.float64)
+        for token, ids in enumerate(topk_ids_TK.tolist()):
+            for slot, expert in enumerate(ids):
+                if 0 <= expert < len(gate):
+                    out[token] += topk_weights_TK[token, slot].double() * y[token, expert]
+        return out
+
+    def check(
+        self,
+        x_TH: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        profile: str = "a",
+    ) -> torch.Tensor:
+        """Activate a profile, compute and compare in norms; returns what was computed."""
+        self.packed.activate(profile)
+        found = self(x_TH, topk_weights_TK, topk_ids_TK)
+        wanted = self.wanted(x_TH, topk_weights_TK, topk_ids_TK, profile)
+        assert found.shape == wanted.shape
+        assert found.isfinite().all()
+        error = (found.double() - wanted).norm()
+        assert error <= TOLERANCE[x_TH.dtype] * wanted.norm(), (
+            f"relative error {error / wanted.norm():.1e}"
+        )
+        return found
+
+
+def make_experts(
+    masks: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    hidden_size: int = 24,
+) -> Experts:
+    """Experts of random weights, of which `masks` keep some; the first profile is active."""
+    generator = torch.Generator().manual_seed(0)
+    num_experts, full = next(iter(masks.values())).shape
+    shape = (num_experts, full, hidden_size)
+    scale = hidden_size**-0.5
+    gate, up, down_t = (
+        (torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(3)
+    )
+    storage = backend_module(backend).STORAGE
+    packed = PackedExperts(
+        build_layout(masks), hidden_size, dtype, torch.device(device), storage=storage
+    )
+    for expert in range(num_experts):
+        packed.load_expert(expert, "gate", gate[expert])
+        packed.load_expert(expert, "up", up[expert])
+        packed.load_expert(expert, "down", down_t[expert].t().contiguous())
+    packed.activate(next(iter(masks)))
+    return Experts(packed, (gate, up, down_t), masks, backend)
+
+
+def ragged(seed: int = 0) -> torch.Tensor:
+    """bool [9, 160]: one expert of every width in WIDTHS, atoms at random."""
+    mask = torch.zeros(len(WIDTHS), FULL, dtype=torch.bool)
+    for expert, width in enumerate(WIDTHS):
+        generator = torch.Generator().manual_seed(seed + expert)
+        mask[expert, torch.randperm(FULL, generator=generator)[:width]] = True
+    return mask
+
+
+def routed(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    dtype: torch.dtype,
+    hidden_size: int = 24,
+    foreign: bool = True,
+    seed: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations [T, H], router weights and expert ids [T, K]; ids repeat, and with `foreign` some
+    are −1 or beyond E."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-1, experts + 1) if foreign else (0, experts)
+    return (
+        torch.randn(tokens, hidden_size, generator=generator).to(dtype),
+        torch.rand(tokens, top_k, generator=generator),
+        torch.randint(low, high, (tokens, top_k), generator=generator).int(),
+    )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """While open, torch fills what `torch.empty` allocates with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class KernelSuite:
+    """Subclasses name `backend`, and `device` and `dtypes` where these differ."""
+
+    backend: str
+    device = "cpu"
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    @pytest.fixture(autouse=True)
+    def _runs_here(self) -> None:
+        for dtype in self.dtypes:
+            reason = backend_module(self.backend).unavailable(torch.device(self.device), dtype)
+            if reason is not None:
+                pytest.skip(f"{self.backend} in {dtype}: {reason}")
+
+    def make(self, masks: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: int) -> Experts:
+        """Experts for this backend and device."""
+        return make_experts(masks, dtype, self.backend, self.device, **more)
+
+    @pytest.mark.parametrize("tokens", [1, 7, 40])
+    def test_any_width(self, tokens: int) -> None:
+        """Every width, repeated ids, −1 and foreign ids."""
+        for dtype in self.dtypes:
+            self.make({"a": ragged()}, dtype).check(*routed(tokens, 12, len(WIDTHS), dtype))
+
+    def test_each_width_alone(self) -> None:
+        """K = 1; every other expert is without tokens; width 0 gives exactly zero."""
+        for dtype in self.dtypes:
+            experts = self.make({"a": ragged()}, dtype)
+            x, weights, _ = routed(3, 1, 1, dtype)
+            for expert in range(len(WIDTHS)):
+                found = experts.check(x, weights, torch.full((3, 1), expert, dtype=torch.int32))
+                assert bool(found.any()) == (WIDTHS[expert] > 0)
+
+    def test_no_tokens(self) -> None:
+        """T = 0."""
+        found = self.make({"a": ragged()}, self.dtypes[0]).check(*routed(0, 2, 9, self.dtypes[0]))
+        assert found.shape == (0, 24)
+
+    def test_all_experts_pruned(self) -> None:
+        """No atom is resident: exactly zero."""
+        dtype = self.dtypes[0]
+        experts = self.make({"none": torch.zeros(3, FULL).bool()}, dtype)
+        assert experts.packed.weight_bytes == 0
+        x, weights, ids = routed(4, 2, 3, dtype)
+        assert torch.equal(experts(x, weights, ids), torch.zeros(4, 24, dtype=dtype))
+
+    def test_no_id_is_ours(self) -> None:
+        """Padding and foreign experts alone give exactly zero."""
+        dtype = self.dtypes[0]
+        x, weights, _ = routed(4, 2, 3, dtype)
+        ids = torch.tensor([[-1, 9], [-7, -1], [2**20, 9], [9, 9]])
+        experts = self.make({"a": ragged()}, dtype)
+        assert torch.equal(experts(x, weights, ids), torch.zeros(4, 24, dtype=dtype))
+
+    def test_several_runs_and_switching(self) -> None:
+        """Profiles that are not nested take several runs, and follow a switch in place."""
+        generator = torch.Generator().manual_seed(2)
+        masks = {name: torch.rand(4, FULL, generator=generator) < 0.5 for name in "abc"}
+        for dtype in self.dtypes:
+            experts = self.make(masks, dtype)
+            assert experts.packed.runs_ER2.shape[1] > 1
+            address = experts.packed.runs_ER2.data_ptr()
+            for name in "abcab":
+                for tokens in (1, 30):
+                    experts.check(*routed(tokens, 2, 4, dtype), profile=name)
+            assert experts.packed.runs_ER2.data_ptr() == address
+
+    def test_nested_profiles(self) -> None:
+        """Prefixes of one run, down to nothing."""
+        score = torch.rand(3, FULL, generator=torch.Generator().manual_seed(3))
+        masks = {f"p{index}": score < index / 3 for index in range(4)}
+        experts = self.make(masks, self.dtypes[0])
+        for name in masks:
+            experts.check(*routed(5, 2, 3, self.dtypes[0]), profile=name)
+
+    def test_arguments_that_are_not_contiguous(self) -> None:
+        """Strided activations, weights and ids; 64-bit ids; router weights in the model's dtype."""
+        for dtype in self.dtypes:
+            experts = self.make({"a": ragged()}, dtype)
+            x, weights, ids = routed(6, 4, len(WIDTHS), dtype)
+            weights = weights.to(dtype).float()
+            wanted = experts.check(x, weights, ids)
+            wide = torch.stack([x, x.flip(0)], dim=2).flatten(1)[:, ::2]
+            assert not wide.is_contiguous()
+            turned = ids.long().t().contiguous().t()
+            assert torch.equal(experts(wide, weights.to(dtype), turned), wanted)
+
+    def test_poisoned_memory(self) -> None:
+        """Nothing that was not written is ever read: weights, scratch and output begin as NaN."""
+        with poisoned_memory():
+            for dtype in self.dtypes:
+                experts = self.make({"a": ragged()}, dtype)
+                for tokens in (1, 9):
+                    experts.check(*routed(tokens, 3, len(WIDTHS), dtype))
+
+    def test_arguments_are_not_modified(self) -> None:
+        """The result is new memory."""
+        experts = self.make({"a": ragged()}, self.dtypes[0])
+        arguments = routed(5, 2, len(WIDTHS), self.dtypes[0])
+        before = [argument.clone() for argument in arguments]
+        one, two = experts(*arguments), experts(*arguments)
+        assert one.data_ptr() != two.data_ptr()
+        assert all(map(torch.equal, arguments, before))
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.integers(0, 1 << 20),
+        st.integers(1, 6),
+        st.integers(1, 100),
+        st.integers(1, 70),
+        st.integers(0, 40),
+        st.integers(1, 5),
+    )
+    def test_random_shapes(
+        self, seed: int, experts: int, full: int, half: int, tokens: int, top_k: int
+    ) -> None:
+        """Any E, I, H (even), T and K, two profiles."""
+        generator = torch.Generator().manual_seed(seed)
+        masks = {
+            name: torch.rand(experts, full, generator=generator)
+            < torch.rand(experts, 1, generator=generator)
+            for name in "ab"
+        }
+        dtype = self.dtypes[seed % len(self.dtypes)]
+        made = self.make(masks, dtype, hidden_size=2 * half)
+        for name in "ab":
+            made.check(*routed(tokens, top_k, experts, dtype, 2 * half, seed=seed), profile=name)
