@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: its kernels in the interpreter, and what it asks of the host."""
+"""The Triton backend without a GPU: kernels in the interpreter, and what the host launches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-from vllm_atomic_moe.kernels import triton as backend  # noqa: E402
+from vllm_atomic_moe.kernels import triton as backend
 
 
 def test_kernels_in_the_interpreter():
-    """The tests of triton_interpreted.py; the interpreter must be chosen before Triton is imported."""
+    """The tests of triton_interpreted.py, in the process of their own that they need."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("triton_interpreted.py")],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -38,7 +38,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("one_kernel", [False, True])
 @pytest.mark.parametrize("T", [1, 40])
 def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
-    """The host reads nothing from the device, so CUDA graphs capture the call. Kernels are left out."""
+    """The host reads nothing from the device, so CUDA graphs capture the call; kernels left out."""
     from vllm_atomic_moe.kernels import triton_kernels
 
     launches: list = []

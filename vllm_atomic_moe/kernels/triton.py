@@ -1,10 +1,10 @@
 """The GPU backend: Triton kernels over plain packed rows, for CUDA devices.
 
-Two forms of the same result. *Two kernels* (gate and up with the activation, then down) write one row
-per token and expert, which a third sums in a fixed order: deterministic. *One kernel* does both GEMMs for
-a tile of atoms and adds into the output atomically: fewer waits when every expert has a row or two, which
-is decoding. Everything launched and allocated depends on shapes alone, so CUDA graphs capture it; the
-active profile is read from `runs_ER2` on the device, so replays follow a switch.
+Two forms of the same result. *Two kernels* (gate and up with the activation, then down) write one
+row per token and expert, which a third sums in a fixed order: deterministic. *One kernel* does both
+GEMMs for a tile of atoms and adds into the output atomically: fewer waits when an expert has a row
+or two, as in decoding. What is launched and allocated depends on shapes alone, so that CUDA graphs
+capture it; the active profile is read from `runs_ER2` on the device, so replays follow a switch.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, P packed rows,
 R runs per expert.
@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-# from vllm_atomic_moe.packing import RowStorage
+from vllm_atomic_moe.packing import RowStorage
 
-# STORAGE = RowStorage()
-# Routed rows per expert up to which one kernel is taken. An estimate: the atomic additions of a row cost
-# what reading 1/10 of its expert does, so they are hidden while experts have one or two rows.
+STORAGE = RowStorage()
+# Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
+# atomic additions for a row take about a tenth of the time of reading its expert's weights.
 ONE_KERNEL_ROWS = 1
 
 
@@ -46,8 +46,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger than
-# the mean because routing is uneven. CONTRIBUTING, "Kernels", says how to tune them.
+# Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger
+# than the mean because routing is uneven. CONTRIBUTING, "Kernels", says how to tune them.
 TILES = (
     (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
     (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),
@@ -56,8 +56,8 @@ TILES = (
     (None, Tiles(128, 64, 64, 128, 64, warps=8, stages=3)),
 )
 ROW_BLOCKS_PER_GROUP = 8
-# Sorting is left out while there are this many experts to a routed row: a block of its own costs no more.
-UNSORTED_ROWS_SHARE = 4
+# With this many experts to a routed row, rows are not sorted: each is a block of its own.
+UNSORTED_EXPERTS_PER_ROW = 4
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -157,7 +157,7 @@ def _sort_rows(ids_TK: torch.Tensor, runs_ER2: torch.Tensor, tiles: Tiles) -> _R
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
-    if N * UNSORTED_ROWS_SHARE <= E:
+    if N * UNSORTED_EXPERTS_PER_ROW <= E:
         return _Routing(ids_TK, ids_TK.view(N), {**shared, "SORTED": False})
     # ⌈n/B⌉ summed over the min(N, E) experts that can have rows, whatever the ids are.
     num_blocks = (N + min(N, E) * (tiles.rows - 1)) // tiles.rows

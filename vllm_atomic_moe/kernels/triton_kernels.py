@@ -1,17 +1,17 @@
 # mypy: disallow-untyped-defs=False
 """The GPU kernels of `kernels.triton`: plain Triton over plain row-major packed rows.
 
-Routed rows are the N = T·K pairs (token, slot), numbered token·K + slot. A program of the GEMMs works
-on one block of routed rows that share an expert. Grids are upper bounds known on the host; what an
-expert really has (its tokens, its active runs) is read from device tensors, and a program without
-work returns after reading one or a few integers.
+Routed rows are the N = T·K pairs (token, slot), numbered token·K + slot. A program of the GEMMs
+works on one block of routed rows that share an expert. Grids are upper bounds known on the host;
+what an expert really has (its tokens, its active runs) is read from device tensors, and a program
+without work returns after reading a few integers.
 
-Positions number an expert's active atoms across its runs, every run beginning at a multiple of 16; a
-position is turned into a packed row by walking the runs.
+Positions number an expert's active atoms across its runs, every run beginning at a multiple of 16;
+a position is turned into a packed row by walking the runs.
 
-Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows, R runs
-per expert. Lower case for the part a program holds: n routed rows, f atoms, h and d hidden columns
-(read and written).
+Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows,
+R runs per expert. Lower case for what a program holds of them: n routed rows, f atoms or positions,
+h and d hidden columns (read and written).
 """
 
 import triton
@@ -94,7 +94,7 @@ def _routed_rows(rows_ptr, block, num_rows, BLOCK_N: tl.constexpr, SORTED: tl.co
 
 @triton.jit
 def _next_run(position):
-    """Runs begin at positions of a multiple of 16, so that activations are read as whole vectors."""
+    """Where a run may begin: at a multiple of 16, so that activations are read as vectors."""
     return (position + 15) // 16 * 16
 
 
@@ -130,7 +130,7 @@ def _activations(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile, accumulated in float32: [BLOCK_N, BLOCK_F] in x's dtype."""
+    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile, computed in float32: [BLOCK_N, BLOCK_F] of x's dtype."""
     columns_h = tl.arange(0, BLOCK_H)
     x_ptrs_nh = x_ptr + tokens_n.to(tl.int64)[:, None] * stride_x + columns_h[None, :]
     weights_hf = packed_f[None, :] * H + columns_h[:, None]
