@@ -57,6 +57,24 @@ class TestTriton(KernelSuite):
         assert (experts(*tokens).double() - wanted).norm() <= 2e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_weights_of_more_than_2_31_elements(one_kernel):
+    """Only the last rows are ever touched, so that they alone take memory."""
+    H, rows = 512, (1 << 22) + 40
+    weight_PH = torch.empty(rows, H, dtype=torch.float16)
+    weight_PH[-40:] = torch.randn(40, H) * H**-0.5
+    runs_ER2 = torch.tensor([[[rows - 40, 0]], [[rows - 33, 33]]], dtype=torch.int32)
+    x_TH, ids_TK = torch.randn(1, H).half(), torch.tensor([[1]])
+    tiles = triton_backend.choose_tiles(1, torch.float16)
+    found = triton_backend.launch(
+        x_TH, [weight_PH] * 3, runs_ER2, torch.ones(1, 1), ids_TK, 33, tiles, one_kernel
+    )
+    used = weight_PH[-33:].double()
+    product = x_TH.double() @ used.t()
+    wanted = (torch.nn.functional.silu(product) * product) @ used
+    assert (found.double() - wanted).norm() <= 1e-3 * wanted.norm()
+
+
 def test_deterministic_form_is_chosen_and_repeats(monkeypatch):
     experts = make_experts({"a": ragged()}, torch.float32, "triton")
     tokens = routed(3, 3, len(WIDTHS), torch.float32)
