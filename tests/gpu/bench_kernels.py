@@ -94,13 +94,13 @@ def make_call(
     """Tokens routed evenly at random, experts pruned to ragged widths."""
     E, H, full, K = shape
     generator = torch.Generator().manual_seed(0)
+    topk_weights_TK, ids_TK = torch.rand(T, E, generator=generator).topk(K)
+    x_TH = torch.randn(T, H, generator=generator).to(weights[0])
     widths_E = torch.full((E,), full)
     if pruned:
         spread_E = 0.75 + 0.5 * torch.rand(E, generator=generator)
         widths_E = (full * (1 - pruned) * spread_E).long().clamp(max=full)
     runs_ER2 = torch.stack([widths_E.cumsum(0) - widths_E, widths_E], dim=1)[:, None].int()
-    topk_weights_TK, ids_TK = torch.rand(T, E, generator=generator).topk(K)
-    x_TH = torch.randn(T, H, generator=generator).to(weights[0])
     routed_atoms, read_atoms = int(widths_E[ids_TK].sum()), int(widths_E[ids_TK.unique()].sum())
     return Call(
         x_TH, weights, runs_ER2.cuda(), topk_weights_TK.cuda(), ids_TK.int().cuda(),

@@ -51,8 +51,8 @@ class Tiles(NamedTuple):
 TILES = (
     (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
     (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),
-    (20, Tiles(32, 64, 64, 64, 64, warps=4, stages=3)),
-    (80, Tiles(64, 64, 64, 128, 64, warps=4, stages=3)),
+    (24, Tiles(32, 64, 64, 64, 64, warps=4, stages=3)),
+    (160, Tiles(64, 64, 64, 128, 64, warps=4, stages=3)),
     (None, Tiles(128, 64, 64, 128, 64, warps=8, stages=3)),
 )
 ROW_BLOCKS_PER_GROUP = 8
@@ -165,7 +165,8 @@ def _sort_rows(ids_TK: torch.Tensor, runs_ER2: torch.Tensor, tiles: Tiles) -> _R
     experts = ids_TK.new_empty(num_blocks, dtype=torch.int32)
     triton_kernels.sort_rows_kernel[(E + 1,)](
         ids_TK, rows, experts, N, num_blocks,
-        E=E, BINS=1 << E.bit_length(), BLOCK_N=tiles.rows, CHUNK=1024,
+        E=E, BINS=max(16, 1 << (E - 1).bit_length()), BLOCK_N=tiles.rows,
+        CHUNK=1024 if N <= 1024 else 4096,
     )  # fmt: skip
     return _Routing(rows, experts, {**shared, "SORTED": True})
 

@@ -44,8 +44,7 @@ def sort_rows_kernel(
     for start in range(0, num_rows, CHUNK):
         n = start + tl.arange(0, CHUNK)
         ids = tl.load(ids_ptr + n, mask=n < num_rows, other=-1)
-        ids = tl.where((ids >= 0) & (ids < E), ids, E)
-        counts += tl.histogram(ids.to(tl.int32), BINS)
+        counts += tl.histogram(ids.to(tl.int32), BINS, mask=(ids >= 0) & (ids < E))
     blocks = (counts + BLOCK_N - 1) // BLOCK_N
     first_block = tl.sum(tl.where(bins < expert, blocks, 0))
 
