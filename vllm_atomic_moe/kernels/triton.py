@@ -56,7 +56,7 @@ TILES = (
     (None, Tiles(128, 64, 64, 128, 64, warps=8, stages=3)),
 )
 ROW_BLOCKS_PER_GROUP = 8
-# With this many experts to a routed row, rows are not sorted: each is a block of its own.
+# With this many experts to a routed row, rows are not sorted, each is a block of its own (as in vLLM).
 UNSORTED_EXPERTS_PER_ROW = 4
 
 
