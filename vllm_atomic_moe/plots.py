@@ -1,4 +1,4 @@
-"""Pictures of what was pruned and what it cost: kept widths, and perplexity over kept atoms.
+"""Pictures of what was pruned and what it cost: kept widths, perplexity over kept atoms, times.
 
 Drawn with matplotlib's objects and the Agg canvas: no pyplot, no global state, no display. A file
 is written complete or not at all. matplotlib is imported inside the functions, so that importing
@@ -65,6 +65,26 @@ class PerplexityPoint:
     perplexity: float
     settings: str = ""
     name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPoint:
+    """One measured cell of the layer benchmark.
+
+    Attributes:
+        shape: name of the layer.
+        tokens: T.
+        pruned: fraction of atoms removed.
+        ratio: time ÷ (dense time × kept fraction).
+        low, high: its quartiles.
+    """
+
+    shape: str
+    tokens: int
+    pruned: float
+    ratio: float
+    low: float
+    high: float
 
 
 def plot_widths(profiles: Sequence[PruningProfile], path: Path) -> None:
@@ -302,6 +322,50 @@ def _finish_axes(panel: Any, values: Sequence[float]) -> None:
     panel.set_axisbelow(True)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def plot_layers(points: Sequence[LayerPoint], path: Path) -> None:
+    """Ratio over tokens, one panel per layer shape, one line per pruned fraction.
+
+    Args:
+        points: at least one.
+        path: file to write or replace; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(point.shape for point in points))
+    tokens = sorted({point.tokens for point in points})
+    figure = Figure(figsize=(2.4 * len(shapes) + 1.6, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
+    for panel, shape in zip(panels, shapes, strict=True):
+        panel.axhline(1.0, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
+        for index, pruned in enumerate(sorted({point.pruned for point in points})):
+            line = [p for p in points if (p.shape, p.pruned) == (shape, pruned)]
+            line.sort(key=lambda point: point.tokens)
+            colour, marker = LINES[index % len(LINES)]
+            at = [tokens.index(point.tokens) for point in line]
+            panel.plot(
+                at,
+                [point.ratio for point in line],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=1.5,
+                label=f"{pruned:.0%} pruned",
+            )
+            low, high = [p.low for p in line], [p.high for p in line]
+            panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        panel.set_title(shape, size=10)
+        panel.set_xticks(range(len(tokens)), [str(count) for count in tokens])
+        panel.set_xlabel("tokens")
+        panel.set_ylim(bottom=0)
+        panel.grid(axis="y", color="0.9", linewidth=0.8)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    panels[0].set_ylabel("time ÷ (dense × kept)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -12,9 +12,11 @@ from matplotlib.image import imread
 from vllm_atomic_moe.plots import (
     LINES,
     NOT_ROUTABLE,
+    LayerPoint,
     PerplexityPoint,
     _lines,
     _ticks,
+    plot_layers,
     plot_perplexity,
     plot_widths,
 )
@@ -188,3 +190,17 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p.png", "w.png"]
+
+
+def test_layers(tmp_path):
+    points = [
+        LayerPoint(shape, tokens, pruned, 0.9 + pruned / 4, 0.8, 1.2)
+        for shape in ("one", "two")
+        for tokens in (1, 8, 512)
+        for pruned in (0.25, 0.5)
+    ]
+    plot_layers(points, tmp_path / "plot.png")
+    assert share(tmp_path / "plot.png", to_rgb(LINES[0][0])) > 0
+    assert share(tmp_path / "plot.png", to_rgb(LINES[1][0])) > 0
+    plot_layers(points[:1], tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_atomic_moe.cli.bench import bench
 from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
@@ -50,3 +51,4 @@ app.command()(show)
 app.command()(check)
 app.command()(export)
 app.command("eval")(evaluate)
+app.command()(bench)

@@ -97,6 +97,17 @@ def progress_bar(
         )
 
 
+def status_lines() -> Callable[[int, int, str], None]:
+    """For long work off a terminal too: (done, total, what comes next) -> a line on stderr."""
+    console = Console(stderr=True)
+
+    def show(done: int, total: int, name: str) -> None:
+        if name:
+            console.print(f"[{done + 1}/{total}] {name}", markup=False, highlight=False)
+
+    return show
+
+
 def check_output(path: Path) -> None:
     """Refuse a file that cannot be written, before the long work begins.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
+from vllm_atomic_moe.cli.console import check_plot, print_json, print_table, status_lines
 
 
 def evaluate(
@@ -57,15 +57,7 @@ def evaluate(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from rich.console import Console
-
     from vllm_atomic_moe.serving.evaluation import evaluate as run
-
-    console = Console(stderr=True)
-
-    def report(done: int, total: int, name: str) -> None:
-        if name:
-            console.print(f"[{done + 1}/{total}] {name}", markup=False, highlight=False)
 
     rows = run(
         model,
@@ -75,7 +67,7 @@ def evaluate(
         seq_len=seq_len,
         samples=samples,
         dtype=dtype,
-        on_progress=report,
+        on_progress=status_lines(),
     )
     if as_json:
         print_json([{**dataclasses.asdict(row), "delta": _delta(row, rows[0])} for row in rows])

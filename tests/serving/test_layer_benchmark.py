@@ -1,0 +1,96 @@
+"""The layer benchmark: what it draws, that all three contestants compute a layer, the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.kernel_suite import TOLERANCE
+from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.serving import layer_benchmark
+from vllm_atomic_moe.serving.compat import DenseExperts
+from vllm_atomic_moe.serving.layer_benchmark import LayerPlan, LayerShape, draw_mask, draw_routing
+
+SMALL = LayerShape("small", 8, 64, 128, 2)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_masks_hold_the_fraction_and_spread():
+    keep = draw_mask(SMALL, 0.25, "spread", generator())
+    assert int(keep.sum()) == 8 * 128 * 3 // 4
+    assert len(set(keep.sum(dim=1).tolist())) > 3
+    halves = draw_mask(SMALL, 0.5, "half-empty", generator()).sum(dim=1).tolist()
+    assert halves == [128, 0] * 4
+
+
+def test_routings_choose_different_experts_and_zipf_prefers_some():
+    for routing in ("random", "skewed"):
+        ids = draw_routing(SMALL, 200, routing, generator())
+        assert all(len(set(row)) == 2 for row in ids.tolist())
+    random, skewed = (
+        draw_routing(SMALL, 2000, routing, generator()).flatten().bincount().max()
+        for routing in ("random", "skewed")
+    )
+    assert skewed > 1.5 * random
+
+
+def test_the_contestants_compute_the_same_layer():
+    """Nothing pruned: ours and vLLM's op agree, so that one is a fair measure of the other."""
+    plan = LayerPlan(shapes=[SMALL], pruned=[0.0])
+    backend = layer_benchmark.choose_backend(torch.device("cpu"), plan.dtype)
+    trio = layer_benchmark._Trio(plan, SMALL, 0.0, "spread", backend)
+    x = torch.randn(9, 64, generator=generator()).bfloat16()
+    ids, weights = draw_routing(SMALL, 9, "random", generator()), torch.full((9, 2), 0.5)
+    found, wanted = trio._ours(x, weights, ids).double(), trio.dense(x, weights, ids).double()
+    assert (found - wanted).norm() < 2 * TOLERANCE[torch.bfloat16] * wanted.norm()
+    assert isinstance(trio.dense, DenseExperts)
+
+
+def test_command(monkeypatch, tmp_path):
+    monkeypatch.setitem(layer_benchmark.SHAPES, "small", SMALL)
+    monkeypatch.setattr(layer_benchmark, "_copy_ceiling", lambda *_: 1e9)
+    monkeypatch.setattr(layer_benchmark, "_matmul_ceiling", lambda *_: 1e9)
+    options = "bench --shape small --tokens 1 --tokens 9 --pruned 0.25 --pruned 0.5 --rounds 3"
+    plot = tmp_path / "layers.png"
+    result = CliRunner().invoke(app, [*options.split(), "--json", "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    kinds = [
+        (c["pruned"], c["spread"], c["routing"], c["tokens"], c["rounds"]) for c in report["cells"]
+    ]
+    assert kinds == [
+        (0.25, "spread", "random", 1, 3),
+        (0.25, "spread", "random", 9, 3),
+        (0.5, "spread", "random", 1, 3),
+        (0.5, "spread", "random", 9, 3),
+        (0.5, "spread", "skewed", 1, 3),
+        (0.5, "spread", "skewed", 9, 3),
+        (0.5, "half-empty", "random", 1, 3),
+        (0.5, "half-empty", "random", 9, 3),
+    ]
+    assert all(cell["dense_ms"] > 0 and cell["ours_ms"] > 0 for cell in report["cells"])
+    assert plot.stat().st_size > 1000
+    table = CliRunner().invoke(app, options.split())
+    assert "small" in table.stdout
+    assert "ceilings: copy 1.0 GB/s" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shape", "gpt"], "shape 'gpt' is unknown; wanted one of qwen3-30b-a3b, "),
+        (["--dtype", "int8"], "dtype 'int8' is unknown; wanted one of bfloat16, "),
+        (["--kernel", "quick"], "kernel 'quick' does not run on cpu; wanted one of "),
+        (["--plot", "p.txt"], "plot p.txt: wanted a name that ends in"),
+    ],
+)
+def test_bad_options_are_one_line(options, words):
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == 1
+    assert words in result.stderr
