@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 
 
 # Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger
-# than the mean because routing is uneven. CONTRIBUTING, "Kernels", says how to tune them.
+# than the mean because routing is uneven. Not yet measured on a device; CONTRIBUTING, "Kernels", says how to tune them.
 TILES = (
     (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
     (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),
@@ -56,7 +56,8 @@ TILES = (
     (None, Tiles(128, 64, 64, 128, 64, warps=8, stages=3)),
 )
 ROW_BLOCKS_PER_GROUP = 8
-# With this many experts to a routed row, rows are not sorted, each is a block of its own (as in vLLM).
+# With this many experts to a routed row, rows are not sorted: each is a block of its own, as in
+# vLLM's fused_moe.
 UNSORTED_EXPERTS_PER_ROW = 4
 
 
