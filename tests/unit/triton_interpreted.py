@@ -99,6 +99,15 @@ def test_deterministic_form_is_chosen_and_repeats(monkeypatch):
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("T", [1, 8])
+def test_ids_beyond_32_bits(T):
+    """Not ours, whether rows are sorted or not."""
+    experts = make_experts({"a": ragged()}, torch.float16, "triton")
+    ids = torch.full((T, 2), (1 << 32) + 5)
+    found = experts(torch.randn(T, 24).half(), torch.rand(T, 2), ids)
+    assert torch.equal(found, torch.zeros(T, 24).half())
+
+
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_sorted_rows(block, ids_dtype):

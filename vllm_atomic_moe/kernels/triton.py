@@ -47,7 +47,8 @@ class Tiles(NamedTuple):
 
 
 # Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger
-# than the mean because routing is uneven. Not yet measured on a device; CONTRIBUTING, "Kernels", says how to tune them.
+# than the mean because routing is uneven. Not yet measured on a device: CONTRIBUTING, "Kernels",
+# says how to tune them.
 TILES = (
     (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
     (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),

@@ -17,7 +17,7 @@ h and d hidden columns (read and written).
 import triton
 from triton import language as tl
 
-# Shapes that change from call to call must not compile a kernel anew for every divisor of theirs.
+# They change from call to call; their divisibility must not compile a kernel anew.
 _VARYING = ["num_rows", "num_blocks"]
 
 
@@ -172,7 +172,7 @@ def gate_up_kernel(
 ):
     """First kernel of two. A program: a row block and a tile of its expert's positions."""
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
-    expert = tl.load(experts_ptr + block).to(tl.int32)
+    expert = tl.load(experts_ptr + block)
     if (expert < 0) | (expert >= E):
         return
     positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -215,7 +215,7 @@ def down_kernel(
 ):
     """Second kernel of two. A program: a row block and a tile of H, over all runs of the expert."""
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
-    expert = tl.load(experts_ptr + block).to(tl.int32)
+    expert = tl.load(experts_ptr + block)
     if (expert < 0) | (expert >= E):
         return
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
@@ -304,7 +304,7 @@ def fused_kernel(
     Atomic additions: the order, and with it the last bit, changes from run to run.
     """
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
-    expert = tl.load(experts_ptr + block).to(tl.int32)
+    expert = tl.load(experts_ptr + block)
     if (expert < 0) | (expert >= E):
         return
     positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
