@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,16 @@ def packed_layers_of(llm: Any) -> list[Any]:
     from vllm_atomic_moe.serving.loader import packed_layers
 
     return packed_layers(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
+
+
+def check_resident(layers: Sequence[Any], masks: Mapping[int, torch.Tensor]) -> int:
+    """The layers hold exactly the masks' atoms, each expert padded by one at most; in bytes."""
+    for layer in layers:
+        weights, kept_EI = layer.packed.weights[0], masks[layer.index]
+        atoms = layer.packed.weight_bytes / (3 * layer.packed.hidden_size * weights.itemsize)
+        assert layer.packed.layout.num_rows == int(kept_EI.sum())
+        assert 0 <= atoms - int(kept_EI.sum()) <= int(kept_EI.any(dim=1).sum())
+    return sum(layer.packed.weight_bytes for layer in layers)
 
 
 def activate(llm: Any, name: str) -> None:

@@ -1,0 +1,233 @@
+"""The compiled half of the CPU backend: cpu_experts.cpp as a shared library, built once and cached.
+
+Built at first use with $CXX (or g++) into $ATOMIC_MOE_CACHE, or the user's cache directory, under a
+name that follows from the source, the flags and torch's version. Images build ahead with
+`python -m vllm_atomic_moe.kernels.cpu`; with the libraries in the cache no compiler is needed.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, R runs per expert, S stored rows,
+F atoms of an expert.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_atomic_moe.packing import PROJECTIONS, Projection
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_experts.cpp", "cpu_panels.h"))
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma")
+BUILD_SECONDS = 300
+
+
+class VariantError(Exception):
+    """Why a variant cannot be used, as one clause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile the source.
+
+    Attributes:
+        name: part of the library's file name.
+        cpu_flags: what /proc/cpuinfo must list for the library to run.
+        compiler_flags: beside COMMON_FLAGS.
+    """
+
+    name: str
+    cpu_flags: frozenset[str]
+    compiler_flags: tuple[str, ...]
+
+
+_AVX512 = frozenset({"fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+# Fastest first.
+VARIANTS = (
+    Variant(
+        "amx",
+        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    ),
+    Variant("avx512_bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
+    Variant("avx512", _AVX512, _AVX512_FLAGS),
+)
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this machine's processor can do; empty where the kernel does not say."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return frozenset(found[1].split() if found else ())
+
+
+def build(variant: Variant) -> Path:
+    """The library of one variant, compiled unless the cache has it.
+
+    Raises:
+        VariantError: there is no compiler, it fails, or the cache cannot be written.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    flags = [*COMMON_FLAGS, *variant.compiler_flags]
+    contents = [source.read_bytes() for source in SOURCES]
+    key = repr((contents, compiler, flags, torch.__version__))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    library = _cache_directory() / f"cpu_experts-{variant.name}-{digest}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Many workers start at once: one compiles, the others wait for it.
+        with open(library.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                    built = Path(directory) / library.name
+                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *_openmp()])
+                    built.replace(library)
+    except OSError as error:
+        raise VariantError(
+            f"cannot write {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
+        ) from error
+    return library
+
+
+def _cache_directory() -> Path:
+    if chosen := os.environ.get("ATOMIC_MOE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-atomic-moe"
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except FileNotFoundError:
+        raise VariantError(
+            f"no C++ compiler: {command[0]} not found; install g++ or set CXX"
+        ) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VariantError(f"the C++ compiler {command[0]} failed: {error}") from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise VariantError(f"the C++ compiler {command[0]} failed: {said[0].strip()[:300]}")
+
+
+def _openmp() -> list[str]:
+    """Linker arguments for torch's own OpenMP runtime.
+
+    A process must have one: its threads are those that vLLM has bound to cores. Torch's may have a
+    name of its own, so it is linked by path; the compiler's then is needed no more.
+    """
+    package = Path(torch.__file__).parent
+    found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
+    return [*map(str, found[:1]), "-Wl,--as-needed"]
+
+
+class Library:
+    """The two functions of a built library, over tensors on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            VariantError: it cannot be loaded, or would bring a second OpenMP runtime.
+        """
+        before = _openmp_runtimes()
+        try:
+            self.functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+        if before and (second := _openmp_runtimes() - before):
+            raise VariantError(
+                f"{path.name} brings an OpenMP runtime of its own, {min(second)}, beside torch's; "
+                "compile with g++ (set CXX)"
+            )
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        pack = self.functions.atomic_moe_pack
+        pack.argtypes = [pointer, number, pointer, size, size, pointer, size, size, number, number]
+        pack.restype = None
+        fused_experts = self.functions.atomic_moe_fused_experts
+        fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, number, number]
+        fused_experts.restype = None
+
+    def pack(
+        self,
+        packed: torch.Tensor,
+        first_atom: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+        threads: int,
+    ) -> None:
+        """Put rows_SH[atoms_F] where the projection of the expert at `first_atom` lies.
+
+        Args:
+            packed: the flat tensor of all experts.
+            first_atom: atoms before the expert, padding included.
+            rows_SH: of packed's dtype, any strides.
+        """
+        if projection != "down" and rows_SH.stride(1) != 1:
+            rows_SH = rows_SH.contiguous()
+        atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
+        self.functions.atomic_moe_pack(
+            packed.data_ptr() + 3 * first_atom * hidden_size * packed.element_size(),
+            PROJECTIONS.index(projection),
+            rows_SH.data_ptr(),
+            *rows_SH.stride(),
+            atoms_F.data_ptr(),
+            len(atoms_F),
+            hidden_size,
+            packed.dtype == torch.bfloat16,
+            threads,
+        )
+
+    def fused_experts(
+        self,
+        x_TH: torch.Tensor,
+        packed: torch.Tensor,
+        offsets_E1: torch.Tensor,
+        runs_ER2: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        threads: int,
+    ) -> torch.Tensor:
+        """Arguments as of `kernels.fused_experts`; x has packed's dtype."""
+        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        # Named, so that what had to be copied lives until the call returns.
+        x_TH, runs_ER2 = x_TH.contiguous(), runs_ER2.contiguous()
+        topk_weights_TK = topk_weights_TK.float().contiguous()
+        topk_ids_TK = topk_ids_TK.long().contiguous()
+        out_TH = torch.empty_like(x_TH)
+        self.functions.atomic_moe_fused_experts(
+            x_TH.data_ptr(),
+            packed.data_ptr(),
+            offsets_E1.data_ptr(),
+            runs_ER2.data_ptr(),
+            topk_weights_TK.data_ptr(),
+            topk_ids_TK.data_ptr(),
+            out_TH.data_ptr(),
+            x_TH.shape[0],
+            topk_ids_TK.shape[1],
+            runs_ER2.shape[0],
+            runs_ER2.shape[1],
+            x_TH.shape[1],
+            x_TH.dtype == torch.bfloat16,
+            threads,
+        )
+        return out_TH
+
+
+def _openmp_runtimes() -> set[str]:
+    maps = Path("/proc/self/maps").read_text()
+    return set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b\S*", maps))
