@@ -1,16 +1,28 @@
-"""The reference on a CUDA device. Needs torch only."""
+"""The kernels on a CUDA device. Needs torch and Triton only."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
+from torch.nn import functional
 
-from tests.kernel_suite import KernelSuite
+from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_memory, ragged, routed
+from vllm_atomic_moe.kernels import choose_backend
+from vllm_atomic_moe.kernels import triton as triton_backend
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Experts, hidden and intermediate size, experts per token.
+REAL = {
+    "Qwen3-30B-A3B": (128, 2048, 768, 8),
+    "Qwen1.5-MoE-A2.7B": (60, 2048, 1408, 4),
+    "Mixtral-8x7B": (8, 4096, 14336, 2),
+}
 
 
 class TestReference(KernelSuite):
@@ -18,4 +30,116 @@ class TestReference(KernelSuite):
 
     backend = "reference"
     device = "cuda"
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = DTYPES
+
+
+class TestTriton(KernelSuite):
+    """Everything in both forms, whatever the shapes would choose."""
+
+    backend = "triton"
+    device = "cuda"
+    dtypes = DTYPES
+
+    @pytest.fixture(autouse=True, scope="class", params=["two kernels", "one kernel"])
+    def _form(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            always = 1 << 30 if request.param == "one kernel" else 0
+            patch.setattr(triton_backend, "ONE_KERNEL_ROWS", always)
+            yield
+
+    def test_arguments_that_are_not_contiguous(self) -> None:
+        """Compared bit by bit, which takes the deterministic form."""
+        with poisoned_memory():
+            super().test_arguments_that_are_not_contiguous()
+
+
+def test_triton_is_chosen():
+    assert choose_backend(torch.device("cuda"), torch.bfloat16).name == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 64, 512, 2048])
+@pytest.mark.parametrize("model", REAL)
+def test_real_shapes(model, tokens, dtype):
+    """Ragged experts of real models, memory poisoned."""
+    E, H, full, K = REAL[model]
+    generator = torch.Generator("cuda").manual_seed(0)
+    random = {"generator": generator, "device": "cuda"}
+    widths_E = torch.randint(0, full + 1, (E,), **random)
+    widths_E[:2] = torch.tensor([0, full])
+    firsts_E = widths_E.cumsum(0) - widths_E
+    runs_ER2 = torch.stack([firsts_E, widths_E], dim=1)[:, None].int()
+    rows = int(widths_E.sum())
+    weights = [(torch.randn(rows, H, **random) * H**-0.5).to(dtype) for _ in range(3)]
+    x_TH = torch.randn(tokens, H, **random).to(dtype)
+    topk_weights_TK, ids_TK = torch.rand(tokens, E, **random).topk(K)
+    with poisoned_memory():
+        two = triton_backend.fused_experts(x_TH, weights, runs_ER2, topk_weights_TK, ids_TK, full)
+    chosen = triton_backend.fused_experts(x_TH, weights, runs_ER2, topk_weights_TK, ids_TK, full)
+    wanted = exact(x_TH, weights, runs_ER2, topk_weights_TK, ids_TK)
+    for found in (two, chosen):
+        assert (found.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+
+
+def exact(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+) -> torch.Tensor:
+    """One expert after another in float64."""
+    out_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
+    for expert, ((first, length),) in enumerate(runs_ER2.tolist()):
+        tokens, slots = torch.where(ids_TK == expert)
+        gate, up, down_t = (weight[first : first + length].double() for weight in weights)
+        x = x_TH[tokens].double()
+        h = functional.silu(x @ gate.t()) * (x @ up.t())
+        out_TH.index_add_(0, tokens, (h @ down_t) * topk_weights_TK[tokens, slots, None].double())
+    return out_TH
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 300])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
+    """Captured once; activations, routing and the active profile are rewritten in place."""
+    dtype = torch.float16
+    masks = {"a": ragged(), "b": ragged(seed=50).flip(0), "none": torch.zeros_like(ragged())}
+    experts = make_experts(masks, dtype, "triton", "cuda", hidden_size=64)
+    packed = experts.packed
+    still = [argument.cuda() for argument in routed(tokens, 4, 9, dtype, 64)]
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+
+        def call() -> torch.Tensor:
+            return torch.ops.atomic_moe.fused_experts(
+                still[0], packed.weights, packed.runs_ER2, *still[1:], packed.widest, "triton"
+            )
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            call()  # compiles
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out_TH = call()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for seed, profile in enumerate(("a", "b", "none", "a")):
+        packed.activate(profile)
+        fresh = routed(tokens, 4, 9, dtype, 64, seed=seed)
+        for argument, value in zip(still, fresh, strict=True):
+            argument.copy_(value)
+        out_TH.fill_(float("nan"))
+        graph.replay()
+        wanted, _ = experts.wanted(*fresh, profile)
+        assert (out_TH.cpu().double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_deterministic_form_repeats(tokens):
+    experts = make_experts({"a": ragged()}, torch.bfloat16, "triton", "cuda", hidden_size=512)
+    arguments = routed(tokens, 8, 9, torch.bfloat16, 512)
+    with poisoned_memory():
+        first = experts(*arguments)
+        assert all(torch.equal(experts(*arguments), first) for _ in range(20))

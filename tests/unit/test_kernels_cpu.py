@@ -356,7 +356,9 @@ def test_amx_in_emulation(emulated, hidden_size, tokens):
 
 @needs_library
 def test_amx_in_emulation_passes_the_self_check_and_does_float32(emulated):
+    before = emulated.functions.amx_products()
     cpu._check(emulated)
+    assert emulated.functions.amx_products() > before
     problem = make_problem(dtype=torch.float32)
     arguments = make_input(50, len(WIDTHS), dtype=torch.float32)
     assert torch.equal(run(problem, *arguments, library=emulated), run(problem, *arguments))

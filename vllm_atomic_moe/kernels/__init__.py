@@ -20,7 +20,10 @@ import torch
 from vllm_atomic_moe.packing import Storage
 
 # By device type, the fastest first; modules of this package. The reference runs everywhere.
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
 
 
 class BackendModule(Protocol):

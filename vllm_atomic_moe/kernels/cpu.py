@@ -76,15 +76,15 @@ class TiledStorage:
             ValueError: the hidden size is odd.
         """
         if hidden_size % 2:
-            raise ValueError(f"hidden size {hidden_size} is odd, the cpu backend needs an even one")
+            raise ValueError(
+                f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
+                "choose the kernel `reference`"
+            )
         numel = 3 * hidden_size * int(_padded_offsets(offsets_E1)[-1])
         packed = torch.empty(numel, dtype=dtype, device=device)
         if packed.device.type == "cpu":
             _advise_huge_pages(packed)
-        return {
-            "packed": packed,
-            "offsets": offsets_E1.to(device, copy=True),
-        }
+        return {"packed": packed, "offsets": offsets_E1.to(packed.device, copy=True)}
 
     def write(
         self,
@@ -159,8 +159,8 @@ def _check(library: Library) -> None:
         rows_3PH = torch.randn(3, 109, 88, generator=generator, dtype=torch.float32) / 9
         offsets_E1 = torch.tensor([0, 75, 75, 109])  # an odd width, none, a narrow tile
         runs_ER2 = torch.tensor([[[3, 40], [50, 20]], [[75, 0], [0, 0]], [[75, 34], [0, 0]]]).int()
-        topk_ids_TK = torch.arange(14).view(7, 2) % 4 - 1
-        x_TH, topk_weights_TK = 9 * rows_3PH[0, :7], rows_3PH[1, :7, :2].abs()
+        topk_ids_TK = torch.arange(80).view(40, 2) % 4 - 1  # enough rows for AMX
+        x_TH, topk_weights_TK = 9 * rows_3PH[0, :40], rows_3PH[1, :40, :2].abs()
         for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
             rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
             packed = TiledStorage().allocate(offsets_E1, 88, dtype, None)["packed"]

@@ -226,6 +226,11 @@ void down_block(const Plan& plan, const Call& call, int64_t begin, int64_t end, 
   }
 }
 
+// Scratch never shrinks, or growing again would clear it every time.
+void grow(std::vector<Unit>& scratch, size_t size) {
+  if (scratch.size() < size) scratch.resize(size);
+}
+
 template <class D>
 void fused_experts(const Call& call, int threads) {
   static thread_local Plan plan;  // keeps its memory for the next call
@@ -242,9 +247,8 @@ void fused_experts(const Call& call, int threads) {
     const int64_t end = std::min(call.T, begin + chunk);
     plan_tokens<D>(plan, call, begin, end);
     const size_t routed = plan.rows_N.size();
-    plan.hidden_NF.resize(
-        std::max(plan.hidden_NF.size(), routed * plan.hidden_stride / D::kPerUnit));
-    if (gather) plan.gathered_NH.resize(routed * call.H / D::kPerUnit);
+    grow(plan.hidden_NF, routed * plan.hidden_stride / D::kPerUnit);
+    if (gather) grow(plan.gathered_NH, routed * call.H / D::kPerUnit);
     // Long ranges of tokens read a panel seldom, short ones occupy all threads.
     int64_t range = std::min(end - begin, kTokenRange);
     while (range > 64 && blocks * ceil_div(end - begin, range) < 4 * threads) range /= 2;
@@ -256,7 +260,7 @@ void fused_experts(const Call& call, int threads) {
 #pragma omp for schedule(dynamic)
       for (int64_t tile = 0; tile < int64_t(shared.tiles.size()); ++tile)
         gate_up_tile<D>(shared, call, shared.tiles[tile]);
-        // Ranges inside: threads that work on one block share its panels in L3.
+// Ranges inside: threads that work on one block share its panels in L3.
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < blocks * ranges; ++task) {
         const int64_t first = begin + task % ranges * range;
@@ -293,8 +297,7 @@ void store_transposed(__m512i (&v)[16], Unit* to, int64_t stride, int64_t column
     _mm512_mask_storeu_epi32(to + step * stride, lanes(columns), v[step]);
 }
 
-// rows[atoms[a]] for atoms of one expert; element (row, column) at row * row_stride + column *
-// column_stride.
+// The rows atoms[0..count) of a matrix, the atoms of one expert; strides in elements.
 template <class D>
 struct Source {
   const typename D::Element* rows;

@@ -1,0 +1,215 @@
+"""Time the Triton kernels at the shapes of real models: `python -m tests.gpu.bench_kernels`.
+
+Needs a CUDA device, torch and Triton. Every call is captured in a CUDA graph and replayed with a
+cold L2 cache; medians. Pruned experts have ragged widths that are no multiple of a tile. `vs dense`
+is the time over this kernel's own dense time × the mean kept width of the routed rows: 1.00 says
+that pruning pays in full. `--tune` searches tiles for `vllm_atomic_moe/kernels/triton.py` instead.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size, P packed rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from vllm_atomic_moe.kernels import triton as backend
+
+# E, H, I, K.
+SHAPES = {
+    "Qwen3-30B-A3B": (128, 2048, 768, 8),
+    "Qwen1.5-MoE-A2.7B": (60, 2048, 1408, 4),
+    "DeepSeek-V2-Lite": (64, 2048, 1408, 6),
+    "OLMoE-1B-7B": (64, 2048, 1024, 8),
+    "Mixtral-8x7B": (8, 4096, 14336, 2),
+}
+TOKENS = (1, 8, 64, 512, 2048)
+PRUNED = (0.0, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of one call, and what it must move and compute.
+
+    Attributes:
+        kept: mean width of the routed rows' experts, over I.
+        bytes: weights of the experts that have tokens, activations in and out.
+        flops: multiplications and additions of the three GEMMs.
+    """
+
+    x_TH: torch.Tensor
+    weights: list[torch.Tensor]
+    runs_ER2: torch.Tensor
+    topk_weights_TK: torch.Tensor
+    ids_TK: torch.Tensor
+    widest: int
+    kept: float
+    bytes: int
+    flops: int
+
+    def run(self, tiles: backend.Tiles, one_kernel: bool) -> torch.Tensor:
+        """The kernels, with these tiles."""
+        return backend.launch(
+            self.x_TH, self.weights, self.runs_ER2, self.topk_weights_TK, self.ids_TK,
+            self.widest, tiles, one_kernel,
+        )  # fmt: skip
+
+    @property
+    def rows_per_expert(self) -> int:
+        """As `fused_experts` counts them: what chooses tiles and form."""
+        return -(-self.ids_TK.numel() // len(self.runs_ER2))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; times in microseconds, None where that form is not meant."""
+
+    model: str
+    tokens: int
+    pruned: float
+    kept: float
+    two_kernels_us: float
+    one_kernel_us: float | None
+    chosen_us: float
+    vs_dense: float
+    gb_per_s: float
+    tflop_per_s: float
+
+
+def make_weights(E: int, H: int, full: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Dense experts' rows, [P, H] thrice; pruned ones use the first of them."""
+    rows = E * full
+    return [torch.randn(rows, H, device="cuda", dtype=dtype).mul_(H**-0.5) for _ in range(3)]
+
+
+def make_call(
+    shape: tuple[int, int, int, int], weights: list[torch.Tensor], T: int, pruned: float
+) -> Call:
+    """Tokens routed evenly at random, experts pruned to ragged widths."""
+    E, H, full, K = shape
+    generator = torch.Generator().manual_seed(0)
+    topk_weights_TK, ids_TK = torch.rand(T, E, generator=generator).topk(K)
+    x_TH = torch.randn(T, H, generator=generator).to(weights[0])
+    widths_E = torch.full((E,), full)
+    if pruned:
+        spread_E = 0.75 + 0.5 * torch.rand(E, generator=generator)
+        widths_E = (full * (1 - pruned) * spread_E).long().clamp(max=full)
+    runs_ER2 = torch.stack([widths_E.cumsum(0) - widths_E, widths_E], dim=1)[:, None].int()
+    routed_atoms, read_atoms = int(widths_E[ids_TK].sum()), int(widths_E[ids_TK.unique()].sum())
+    return Call(
+        x_TH, weights, runs_ER2.cuda(), topk_weights_TK.cuda(), ids_TK.int().cuda(),
+        int(widths_E.max()), routed_atoms / (full * T * K),
+        (3 * read_atoms * H + 2 * T * H) * x_TH.itemsize, 6 * routed_atoms * H,
+    )  # fmt: skip
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median time of a captured call."""
+    from triton.testing import do_bench
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return 1e3 * float(do_bench(graph.replay, return_mode="median"))
+
+
+def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
+    """All rows of one model."""
+    weights = make_weights(*SHAPES[model][:3], dtype)
+    for T in tokens:
+        dense = 0.0
+        for pruned in PRUNED:
+            call = make_call(SHAPES[model], weights, T, pruned)
+            tiles = backend.choose_tiles(call.rows_per_expert, dtype)
+            two = microseconds(lambda: call.run(tiles, False))  # noqa: B023
+            # Larger blocks of rows would not fit into registers beside the second GEMM.
+            one = microseconds(lambda: call.run(tiles, True)) if tiles.rows == 16 else None  # noqa: B023
+            takes_one = one is not None and call.rows_per_expert <= backend.ONE_KERNEL_ROWS
+            chosen = one if one is not None and takes_one else two
+            dense = dense or chosen
+            yield Row(
+                model, T, pruned, call.kept, two, one, chosen, chosen / (dense * call.kept),
+                call.bytes / chosen / 1e3, call.flops / chosen / 1e6,
+            )  # fmt: skip
+
+
+def tune(model: str, dtype: torch.dtype, tokens: list[int]) -> None:
+    """Print the three fastest tiles per number of tokens, dense experts; minutes per line."""
+    from triton.runtime.errors import OutOfResources
+
+    weights = make_weights(*SHAPES[model][:3], dtype)
+    for T in tokens:
+        call = make_call(SHAPES[model], weights, T, 0.0)
+        one_kernel = call.rows_per_expert <= backend.ONE_KERNEL_ROWS
+        timed = []
+        sizes = itertools.product((16, 32, 64, 128), (32, 64), (64, 128), (64, 128), (64,), (4, 8))
+        for size, stages in itertools.product(sizes, (3, 4)):
+            tiles = backend.Tiles(*size, stages)
+            try:
+                timed.append((microseconds(lambda: call.run(tiles, one_kernel)), tiles))  # noqa: B023
+            except OutOfResources:
+                continue
+        for time, tiles in sorted(timed)[:3]:
+            print(f"{model} T={T}, {call.rows_per_expert} rows an expert: {time:.1f} us {tiles}")
+
+
+def roofline(dtype: torch.dtype) -> tuple[float, float]:
+    """What this device reaches: GB/s read and written by a copy, TFLOP/s of a square matmul."""
+    data = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    copied = torch.empty_like(data)
+    square = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+    return (
+        2 * data.nbytes / microseconds(lambda: copied.copy_(data)) / 1e3,
+        2 * 8192**3 / microseconds(lambda: square @ square) / 1e6,
+    )
+
+
+def main() -> None:
+    """Parse arguments, print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--tune", action="store_true", help="search tiles instead")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: this benchmark needs one")
+    dtype = getattr(torch, options.dtype)
+    if options.tune:
+        for model in options.model:
+            tune(model, dtype, options.tokens)
+        return
+    copy, matmul = roofline(dtype)
+    device = torch.cuda.get_device_name()
+    if not options.json:
+        print(f"{device}, {options.dtype}: copy {copy:.0f} GB/s, matmul {matmul:.0f} TFLOP/s")
+        print(f"{'model':18}    T pruned   kept  two us  one us  vs dense   GB/s TFLOP/s")
+    rows = []
+    for row in itertools.chain(*(measure(model, dtype, options.tokens) for model in options.model)):
+        rows.append(asdict(row))
+        if not options.json:
+            one = "" if row.one_kernel_us is None else f"{row.one_kernel_us:.1f}"
+            print(
+                f"{row.model:18} {row.tokens:4} {row.pruned:6.0%} {row.kept:6.3f} "
+                f"{row.two_kernels_us:7.1f} {one:>7} {row.vs_dense:9.2f} "
+                f"{row.gb_per_s:6.0f} {row.tflop_per_s:7.1f}",
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps({"device": device, "dtype": options.dtype, "copy_gb_per_s": copy,
+                          "matmul_tflop_per_s": matmul, "rows": rows}, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The Triton backend without a GPU: kernels in the interpreter, and what the host launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+from vllm_atomic_moe.kernels import triton as backend
+
+
+def test_kernels_in_the_interpreter():
+    """The tests of triton_interpreted.py, in the process of their own that they need."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("triton_interpreted.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, and so cannot be captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "bincount"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("one_kernel", [False, True])
+@pytest.mark.parametrize("T", [1, 40])
+def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
+    """The host reads nothing from the device, so CUDA graphs capture the call; kernels left out."""
+    from vllm_atomic_moe.kernels import triton_kernels
+
+    launches: list = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid):
+            def record(*args, **kwargs):
+                arguments = [tuple(a.shape) if torch.is_tensor(a) else a for a in args]
+                launches.append((self.name, grid, arguments, kwargs))
+
+            return record
+
+    for name in dir(triton_kernels):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, Recorder(name))
+    x_TH, weight_PH = torch.randn(T, 32), torch.randn(100, 32)
+    runs_ER2 = torch.tensor([[[0, 50]], [[50, 1]], [[60, 40]]], dtype=torch.int32)
+    ids_TK = torch.arange(2 * T, dtype=torch.int32).view(T, 2) % 3
+    tiles = backend.choose_tiles(1, torch.float32)
+    found = []
+    for profile, ids in ((runs_ER2, ids_TK), (runs_ER2 * 0, ids_TK * 0 - 1)):
+        with NoHostReads():
+            backend.launch(
+                x_TH, [weight_PH] * 3, profile, torch.rand(T, 2), ids, 50, tiles, one_kernel
+            )
+        found.append(list(launches))
+        launches.clear()
+    assert found[0] == found[1]
+    assert found[0]
+
+
+def test_says_why_it_is_unavailable(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert "float64" in backend.unavailable(cuda, torch.float64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "CUDA" in backend.unavailable(cpu, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.unavailable(cpu, torch.float32) is None
+    assert "bfloat16" in backend.unavailable(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "7.5" in backend.unavailable(cuda, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert backend.unavailable(cuda, torch.float16) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in backend.unavailable(cuda, torch.float16)

@@ -1,0 +1,83 @@
+"""Every kernel the GPU backend launches compiles for the GPUs it says it runs on, without one.
+
+A stand-in for the CUDA driver names the target, and launching stops after compiling; the arguments
+are meta tensors of real shapes, so that what is compiled is what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from vllm_atomic_moe.kernels import triton as backend
+
+# What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
+SHARED_MEMORY = 99 * 1024
+# Qwen3-30B-A3B: experts, hidden and intermediate size, experts per token; several runs.
+E, H, WIDEST, K, R = 128, 2048, 768, 8, 2
+# Tokens that between them take both forms, unsorted rows and all tiles.
+TOKENS = (1, 16, 64, 256, 1000, 4000)
+
+
+class Target:
+    """The part of a driver that compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_all(capability: int, dtype: torch.dtype, tokens: tuple[int, ...]) -> list:
+    """The compiled kernels of calls with so many tokens."""
+    kernels: list = []
+    run = jit.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(jit.JITFunction, "run", compile_only)
+        patch.setattr(driver, "_active", Target(capability))
+        weights = [torch.empty(E * WIDEST, H, dtype=dtype) for _ in range(3)]
+        runs_ER2 = torch.empty(E, R, 2, dtype=torch.int32)
+        for T in tokens:
+            routing = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
+            x_TH = torch.empty(T, H, dtype=dtype)
+            backend.fused_experts(x_TH, weights, runs_ER2, *routing, WIDEST)
+    return kernels
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_compiles(capability, dtype):
+    # The dtypes differ little in code: every tile in bfloat16, the ends of the table in the others.
+    tokens = TOKENS if dtype == torch.bfloat16 else (TOKENS[0], TOKENS[-1])
+    kernels = compile_all(capability, dtype, tokens)
+    assert {kernel.metadata.name for kernel in kernels} == {
+        "fused_kernel",
+        "sort_rows_kernel",
+        "gate_up_kernel",
+        "down_kernel",
+        "sum_rows_kernel",
+    }
+    for kernel in kernels:
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
+        # Rows come in 16-byte vectors, ahead of their use: what makes the kernels fast.
+        if kernel.metadata.name in ("fused_kernel", "gate_up_kernel", "down_kernel"):
+            assert "cp.async.cg.shared.global" in kernel.asm["ptx"], kernel.metadata
