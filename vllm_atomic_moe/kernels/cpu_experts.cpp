@@ -312,14 +312,6 @@ struct Source {
     return _mm512_maskz_loadu_epi32(lanes(units),
                                     rows + atoms[atom] * row_stride + unit * D::kPerUnit);
   }
-  // Units that pair atoms, of one column.
-  __m512i along_atoms(int64_t column, int64_t unit, int64_t units) const {
-    typename D::Element found[16 * D::kPerUnit] = {};
-    const int64_t first = unit * D::kPerUnit, last = std::min(count, (unit + units) * D::kPerUnit);
-    for (int64_t atom = first; atom < last; ++atom)
-      found[atom - first] = rows[atoms[atom] * row_stride + column * column_stride];
-    return _mm512_loadu_si512(found);
-  }
 };
 
 // The gate half (0) or the up half (1) of one tile.
@@ -338,22 +330,57 @@ void pack_tile(const Source<D>& source, Unit* gate_up, int64_t tile, int side) {
     }
 }
 
+// A block of down_proj transposed, from rows that are stored as such, one element after another.
+template <class D>
+void pack_rows(const Source<D>& source, Unit* panel, int64_t first, int64_t columns) {
+  const typename D::Element none[kPanelColumns] = {};
+  const auto row = [&](int64_t atom) {
+    return atom < source.count ? source.rows + source.atoms[atom] * source.row_stride + first
+                               : none;
+  };
+  for (int64_t atom = 0; atom < source.padded(); atom += D::kPerUnit, panel += columns) {
+    if constexpr (D::kPerUnit == 1) {
+      std::memcpy(panel, row(atom), columns * sizeof(Unit));
+    } else {
+      const auto *low = row(atom), *high = row(atom + 1);
+      for (int64_t column = 0; column < columns; ++column)
+        panel[column] = low[column] | static_cast<Unit>(high[column]) << 16;
+    }
+  }
+}
+
+// The same from columns: what stays of 16 at a time is gathered, then transposed.
+template <class D>
+void pack_columns(const Source<D>& source, Unit* panel, int64_t first, int64_t columns) {
+  const int64_t steps = source.padded() / D::kPerUnit, stride = round_up(steps, 16) * D::kPerUnit;
+  std::vector<typename D::Element> kept(16 * stride);
+  std::vector<int64_t> offsets(source.count);
+  for (int64_t atom = 0; atom < source.count; ++atom)
+    offsets[atom] = source.atoms[atom] * source.row_stride;
+  for (int64_t column = 0; column < columns; column += 16) {
+    for (int64_t i = 0; i < std::min<int64_t>(16, columns - column); ++i) {
+      const auto* from = source.rows + (first + column + i) * source.column_stride;
+      auto* to = kept.data() + i * stride;
+      for (int64_t atom = 0; atom < source.count; ++atom) to[atom] = from[offsets[atom]];
+    }
+    for (int64_t step = 0; step < steps; step += 16) {
+      __m512i rows[16];
+      for (int i = 0; i < 16; ++i)
+        rows[i] = _mm512_loadu_si512(kept.data() + i * stride + step * D::kPerUnit);
+      store_transposed(rows, panel + step * columns + column, columns, columns - column,
+                       std::min<int64_t>(16, steps - step));
+    }
+  }
+}
+
 // 64 columns of down_proj transposed.
 template <class D>
 void pack_block(const Source<D>& source, Unit* down, int64_t block) {
   const int64_t first = block * kPanelColumns,
                 columns = std::min<int64_t>(kPanelColumns, source.H - first);
-  const int64_t steps = source.padded() / D::kPerUnit;
-  Unit* panel = down + first * steps;
-  for (int64_t column = 0; column < columns; column += 16)
-    for (int64_t step = 0; step < steps; step += 16) {
-      const int64_t units = std::min<int64_t>(16, steps - step);
-      __m512i rows[16];
-      for (int i = 0; i < 16; ++i)
-        rows[i] = column + i < columns ? source.along_atoms(first + column + i, step, units)
-                                       : _mm512_setzero_si512();
-      store_transposed(rows, panel + step * columns + column, columns, columns - column, units);
-    }
+  Unit* panel = down + first * source.padded() / D::kPerUnit;
+  source.column_stride == 1 ? pack_rows(source, panel, first, columns)
+                            : pack_columns(source, panel, first, columns);
 }
 
 template <class D>
