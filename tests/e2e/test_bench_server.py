@@ -1,0 +1,99 @@
+"""The server benchmark on the demo, with a plan too small to mean anything: what it reports."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.e2e.conftest import DEMO, ENVIRONMENT
+from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.serving import server_process
+from vllm_atomic_moe.serving.server_benchmark import measure_servers
+from vllm_atomic_moe.serving.server_report import LoadPlan, Phase
+
+PLAN = LoadPlan(
+    phases=(
+        Phase("prefill", input_tokens=64, output_tokens=1, concurrency=2, requests=4),
+        Phase("decode", input_tokens=8, output_tokens=8, concurrency=2, requests=4),
+    ),
+    warmups=1,
+)
+DENSE_BYTES = 4 * 16 * 3 * 128 * 128 * 2
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The report, what the progress said, and the process groups that were started."""
+    groups, said = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ENVIRONMENT.items():
+            patch.setenv(key, value)
+        patch.delenv("VLLM_PLUGINS", raising=False)
+        end_group = server_process.end_group
+
+        def remember(process):
+            groups.append(process.pid)
+            end_group(process)
+
+        patch.setattr(server_process, "end_group", remember)
+        report = measure_servers(
+            DEMO,
+            DEMO / "atomic_profiles",
+            names=["heapr-40"],
+            load=PLAN,
+            serve_arguments=["--enforce-eager"],
+            progress=lambda *step: said.append(step),
+        )
+    return report, said, groups
+
+
+def test_every_server_and_phase_is_measured(measured):
+    report, said, _ = measured
+    names = ["dense", "heapr-40"]
+    assert [(run.profile, run.round) for run in report.runs] == [(name, 0) for name in names]
+    assert [row.profile for row in report.profiles] == names
+    for row in report.profiles:
+        assert [phase.phase for phase in row.phases] == ["prefill", "decode"]
+        prefill, decode = row.phases
+        assert prefill.tpot_ms is None
+        assert decode.tpot_ms.lowest > 0
+        assert all(phase.ratio > 0 and phase.ttft_ms.median > 0 for phase in row.phases)
+        per_request = decode.output_tokens_per_s.median / decode.requests_per_s.median
+        assert per_request == pytest.approx(8)
+        assert row.start_s.median > row.load_s.median
+    assert [done for done, _, _ in said] == list(range(7))
+    assert said[-1] == (6, 6, "")
+
+
+def test_dense_is_the_reference(measured):
+    dense = measured[0].profiles[0]
+    assert (dense.kept, dense.bound, dense.kv_tokens_gained) == (1, 1, 0)
+    assert [phase.ratio for phase in dense.phases] == [1, 1]
+
+
+def test_memory_figures(measured):
+    dense, pruned = measured[0].profiles
+    kept = PruningProfile.read(DEMO / "atomic_profiles/heapr-40.safetensors").kept
+    assert dense.resident_bytes == DENSE_BYTES
+    assert pruned.kept == kept
+    assert pruned.resident_bytes == pytest.approx(kept * DENSE_BYTES, rel=0.02)
+    for row in (dense, pruned):
+        # One GiB of k and v of four layers, two heads of 32 in bf16, as the environment says.
+        assert row.kv_gib == 1.0
+        assert row.kv_tokens == 2**30 // (4 * 2 * 2 * 32 * 2)
+        assert row.peak_bytes >= row.rest_bytes > 2**27
+    assert pruned.kv_tokens_gained == 0
+
+
+def test_report_is_json(measured):
+    report = measured[0]
+    read = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert read["plan"]["phases"][0]["name"] == "prefill"
+    assert read["profiles"][1]["phases"][1]["ratio"] == report.profiles[1].phases[1].ratio
+
+
+def test_the_servers_are_gone(measured):
+    groups = measured[2]
+    assert len(set(groups)) == 2
+    assert [server_process.processes_of_group(group) for group in groups] == [[], []]
