@@ -87,6 +87,23 @@ class LayerPoint:
     high: float
 
 
+@dataclass(frozen=True, slots=True)
+class ServerPoint:
+    """One phase on one profile's server.
+
+    Attributes:
+        profile: its name.
+        kept: fraction of atoms kept.
+        phase: what was asked.
+        ratio: throughput over that of the dense server.
+    """
+
+    profile: str
+    kept: float
+    phase: str
+    ratio: float
+
+
 def plot_widths(profiles: Sequence[PruningProfile], path: Path) -> None:
     """Heat maps of kept width, layers x experts, one per profile, all on one scale.
 
@@ -365,6 +382,52 @@ def plot_layers(points: Sequence[LayerPoint], path: Path) -> None:
     panels[0].set_ylabel("time ÷ (dense × kept)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
+    _save(figure, path)
+
+
+def plot_servers(points: Sequence[ServerPoint], path: Path) -> None:
+    """Throughput over that of dense, over the kept fraction: one line per phase.
+
+    The dashed line is 1 / kept, what experts would gain if nothing else took time.
+
+    Args:
+        points: at least one.
+        path: file to write or replace; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    panel = figure.subplots()
+    kept = [max(point.kept, 0.05) for point in points]
+    ideal = [min(kept) + (1 - min(kept)) * step / 50 for step in range(51)]
+    panel.plot(
+        [100 * at for at in ideal],
+        [1 / at for at in ideal],
+        color="0.35",
+        linestyle="--",
+        linewidth=1.2,
+        label="1 / kept",
+    )
+    for index, phase in enumerate(dict.fromkeys(point.phase for point in points)):
+        colour, marker = LINES[index % len(LINES)]
+        line = sorted((p for p in points if p.phase == phase), key=lambda point: -point.kept)
+        panel.plot(
+            [100 * point.kept for point in line],
+            [point.ratio for point in line],
+            color=colour,
+            marker=marker,
+            linewidth=1.6,
+            label=phase,
+        )
+    panel.set_xlabel("atoms kept")
+    panel.set_ylabel("throughput ÷ dense")
+    panel.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    panel.invert_xaxis()
+    panel.grid(color="0.9", linewidth=0.8)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    panel.legend(frameon=False)
     _save(figure, path)
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.e2e.conftest import DEMO, ENVIRONMENT
+from vllm_atomic_moe.cli.bench import _print_servers
 from vllm_atomic_moe.profiles import PruningProfile
 from vllm_atomic_moe.serving import server_process
 from vllm_atomic_moe.serving.server_benchmark import measure_servers
@@ -84,6 +85,15 @@ def test_memory_figures(measured):
         assert row.kv_tokens == 2**30 // (4 * 2 * 2 * 32 * 2)
         assert row.peak_bytes >= row.rest_bytes > 2**27
     assert pruned.kv_tokens_gained == 0
+
+
+def test_table(measured, capsys):
+    _print_servers(measured[0])
+    printed = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in printed[0].splitlines()] == ["profile", "dense", "heapr-40"]
+    assert [line.split()[:2] for line in printed[1].splitlines()[1:]] == [
+        [phase, name] for phase in ("prefill", "decode") for name in ("dense", "heapr-40")
+    ]
 
 
 def test_report_is_json(measured):

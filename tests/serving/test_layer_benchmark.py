@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.kernel_suite import TOLERANCE
+from tests.serving.conftest import DEMO
 from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.serving import layer_benchmark
 from vllm_atomic_moe.serving.compat import DenseExperts
@@ -87,6 +88,10 @@ def test_command(monkeypatch, tmp_path):
         (["--shape", "gpt"], "shape 'gpt' is unknown; wanted one of qwen3-30b-a3b, "),
         (["--dtype", "int8"], "dtype 'int8' is unknown; wanted one of bfloat16, "),
         (["--kernel", "quick"], "kernel 'quick' does not run on cpu; wanted one of "),
+        (["--profile", "heapr-20"], "--profiles, --profile and --serve measure servers; name the"),
+        (["model", "--tokens", "8"], "--tokens, --pruned and --kernel measure layers; leave MODEL"),
+        ([str(DEMO), "--serve", "--port=1"], "--port is set by the benchmark itself"),
+        (["/no/such/model"], "/no/such/model"),
         (["--plot", "p.txt"], "plot p.txt: wanted a name that ends in"),
     ],
 )

@@ -14,10 +14,12 @@ from vllm_atomic_moe.plots import (
     NOT_ROUTABLE,
     LayerPoint,
     PerplexityPoint,
+    ServerPoint,
     _lines,
     _ticks,
     plot_layers,
     plot_perplexity,
+    plot_servers,
     plot_widths,
 )
 from vllm_atomic_moe.profiles import PruningProfile
@@ -204,3 +206,15 @@ def test_layers(tmp_path):
     assert share(tmp_path / "plot.png", to_rgb(LINES[1][0])) > 0
     plot_layers(points[:1], tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_servers(tmp_path):
+    points = [
+        ServerPoint(name, kept, phase, 1 / kept - 0.1)
+        for name, kept in (("dense", 1.0), ("half", 0.5))
+        for phase in ("prefill", "decode")
+    ]
+    plot_servers(points, tmp_path / "plot.png")
+    assert share(tmp_path / "plot.png", to_rgb(LINES[0][0])) > 0
+    assert share(tmp_path / "plot.png", to_rgb(LINES[1][0])) > 0
+    plot_servers([ServerPoint("nothing", 0.0, "prefill", 3.0)], tmp_path / "plot.svg")

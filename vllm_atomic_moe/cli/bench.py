@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,24 @@ from vllm_atomic_moe.cli.console import check_plot, print_json, print_table, sta
 
 
 def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Local directory or Hugging Face id, to serve."),
+    ] = None,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Directory of profiles.", show_default="MODEL/atomic_profiles"
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option("--profile", help="Serve this profile; repeat.", show_default="all"),
+    ] = None,
+    serve: Annotated[
+        str,
+        typer.Option(metavar="FLAGS", help="More flags for every `vllm serve`, in one string."),
+    ] = "",
     shape: Annotated[
         list[str] | None,
         typer.Option(help="Measure this layer; repeat.", show_default="all five"),
@@ -31,7 +50,14 @@ def bench(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds per cell at most.")] = 30,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a layer's timings, at most; of servers started in turn.",
+            show_default="30; 1",
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option(min=0.0, help="After this time three rounds are enough.")
     ] = 3.0,
@@ -46,14 +72,29 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure experts of any width beside vLLM's own dense op, in one run.
+    """Measure pruned beside dense, in one run: layers, or with MODEL whole servers.
 
-    The ratio is time ÷ (dense time × mean kept width over the routed rows ÷ full width): 1 for a
-    kernel as fast as the atoms that are left.
+    Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
+    full width), 1 for a kernel as fast as the atoms that are left. Options: --shape, --tokens,
+    --pruned, --dtype, --seconds, --kernel, --device.
+
+    Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
+    load generator; throughput and latency, load time, memory. Options: --profiles, --profile,
+    --serve.
     """
     if plot is not None:
         check_plot(plot)
+    layer_options = (shape, tokens, pruned, kernel)
+    if model is None and (profiles or profile or serve):
+        raise ValueError("--profiles, --profile and --serve measure servers; name the MODEL")
+    if model is not None and any(option is not None for option in layer_options):
+        raise ValueError(
+            "--shape, --tokens, --pruned and --kernel measure layers; leave MODEL or them out"
+        )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if model is not None:
+        _bench_servers(model, profiles, profile, rounds or 1, serve, seed, plot, as_json)
+        return
     import torch
 
     from vllm_atomic_moe.serving.layer_benchmark import SHAPES, LayerPlan, measure_layers
@@ -68,7 +109,7 @@ def bench(
             {str(t)[6:]: t for t in (torch.bfloat16, torch.float16, torch.float32)},
             "dtype",
         ),
-        rounds=rounds,
+        rounds=rounds or defaults.rounds,
         seconds=seconds,
         kernel=kernel,
         device=device,
@@ -90,6 +131,87 @@ def bench(
         plot_layers(points, plot)
         if not as_json:
             typer.echo(f"\nwrote {plot}")
+
+
+def _bench_servers(
+    model: str,
+    profiles: Path | None,
+    names: list[str] | None,
+    rounds: int,
+    serve: str,
+    seed: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    from vllm_atomic_moe.checkpoint import resolve_model
+    from vllm_atomic_moe.serving.server_benchmark import measure_servers
+    from vllm_atomic_moe.serving.server_report import LoadPlan
+
+    directory = resolve_model(model)
+    report = measure_servers(
+        directory,
+        profiles or directory / "atomic_profiles",
+        names=names,
+        rounds=rounds,
+        load=LoadPlan(seed=seed),
+        serve_arguments=shlex.split(serve),
+        progress=status_lines(),
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_servers(report)
+    if plot is not None:
+        from vllm_atomic_moe.plots import ServerPoint, plot_servers
+
+        points = [
+            ServerPoint(row.profile, row.kept, phase.phase, phase.ratio)
+            for row in report.profiles
+            for phase in row.phases
+        ]
+        plot_servers(points, plot)
+        if not as_json:
+            typer.echo(f"\nwrote {plot}")
+
+
+def _print_servers(report: Any) -> None:
+    """Two tables: what loading gives, then every phase."""
+    rows = report.profiles
+    print_table(
+        ["profile", "kept", "experts", "load", "start", "anonymous", "KV-cache", "gained"],
+        [
+            [
+                row.profile,
+                f"{row.kept:.1%}",
+                f"{row.resident_bytes / 2**20:.1f} MiB",
+                f"{row.load_s.median:.2f} s",
+                f"{row.start_s.median:.1f} s",
+                f"{row.rest_bytes / 2**20:.0f} MiB",
+                "" if row.kv_tokens is None else f"{row.kv_tokens} tokens",
+                "" if row.kv_tokens_gained is None else f"{row.kv_tokens_gained:+d}",
+            ]
+            for row in rows
+        ],
+    )
+    typer.echo()
+    print_table(
+        ["phase", "profile", "requests/s", "tokens/s", "TTFT", "TPOT", "of dense", "1/kept"],
+        [
+            [
+                phase.phase,
+                row.profile,
+                f"{phase.requests_per_s.median:.2f}",
+                f"{phase.total_tokens_per_s.median:.1f}",
+                f"{phase.ttft_ms.median:.0f} ms",
+                "" if phase.tpot_ms is None else f"{phase.tpot_ms.median:.1f} ms",
+                f"{phase.ratio:.2f}",
+                "" if row.bound is None else f"{row.bound:.2f}",
+            ]
+            for index in range(len(rows[0].phases))
+            for row in rows
+            for phase in [row.phases[index]]
+        ],
+    )
 
 
 def _named(name: str, choices: dict[str, Any], what: str) -> Any:
