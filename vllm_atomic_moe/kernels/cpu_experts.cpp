@@ -320,8 +320,8 @@ void pack_tile(const Source<D>& source, Unit* gate_up, int64_t tile, int side) {
   const int64_t half = std::min<int64_t>(kTileAtoms, source.padded() - tile * kTileAtoms);
   const int64_t steps = source.H / D::kPerUnit;
   Unit* panel = gate_up + tile * kPanelColumns * steps + side * half;
-  for (int64_t step = 0; step < steps; step += 16)
-    for (int64_t column = 0; column < half; column += 16) {
+  for (int64_t column = 0; column < half; column += 16)
+    for (int64_t step = 0; step < steps; step += 16) {
       const int64_t units = std::min<int64_t>(16, steps - step);
       __m512i rows[16];
       for (int i = 0; i < 16; ++i)
