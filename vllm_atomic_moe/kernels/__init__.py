@@ -19,10 +19,11 @@ import torch
 
 from vllm_atomic_moe.packing import Storage
 
-# By device type, the fastest first; modules of this package. The reference runs everywhere.
+# By device type, the fastest first; modules of this package. The reference runs everywhere, so that
+# what stands behind it is taken only when named.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "reference", "triton_deterministic"),
 }
 
 
@@ -57,10 +58,12 @@ class Backend:
     Attributes:
         name: the op's last argument.
         reason: why this one, for the log.
+        fallback: whether a faster one cannot run here.
     """
 
     name: str
     reason: str
+    fallback: bool = False
 
     @property
     def storage(self) -> Storage:
@@ -96,7 +99,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str | None 
     for name in names:
         reason = backend_module(name).unavailable(device, dtype)
         if reason is None:
-            return Backend(name, "; ".join(passed_over) or f"the fastest on {device.type}")
+            fastest = f"the fastest on {device.type}"
+            return Backend(name, "; ".join(passed_over) or fastest, fallback=bool(passed_over))
         passed_over.append(f"not {name}: {reason}")
     raise AssertionError("the reference runs everywhere")
 
