@@ -105,8 +105,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str | None 
     raise AssertionError("the reference runs everywhere")
 
 
-@torch.library.custom_op("atomic_moe::fused_experts", mutates_args=())
-def fused_experts(
+def _fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
     runs_ER2: torch.Tensor,
@@ -135,6 +134,16 @@ def fused_experts(
     )
 
 
-@fused_experts.register_fake
+# Not `torch.library.custom_op`: its wrappers take longer than a small layer's routing.
+torch.library.define(
+    "atomic_moe::fused_experts", torch.library.infer_schema(_fused_experts, mutates_args=())
+)
+torch.library.impl("atomic_moe::fused_experts", "CompositeExplicitAutograd", _fused_experts)
+
+
+@torch.library.register_fake("atomic_moe::fused_experts")
 def _(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+
+
+fused_experts = torch.ops.atomic_moe.fused_experts.default
