@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -51,6 +52,59 @@ def test_the_contestants_compute_the_same_layer():
     found, wanted = trio._ours(x, weights, ids).double(), trio.dense(x, weights, ids).double()
     assert (found - wanted).norm() < 2 * TOLERANCE[torch.bfloat16] * wanted.norm()
     assert isinstance(trio.dense, DenseExperts)
+
+
+def trio(pruned, backend="cpu"):
+    plan = LayerPlan(shapes=[SMALL], pruned=[pruned], rounds=6, seconds=60)
+    backend = layer_benchmark.choose_backend(torch.device("cpu"), plan.dtype)
+    return layer_benchmark._Trio(plan, SMALL, pruned, "spread", backend)
+
+
+def test_the_ratio_is_within_a_round_and_over_the_kept_fraction():
+    def one(dense, ours, uniform, kept):
+        return layer_benchmark._Round(dense, ours, uniform, kept, used_bytes=100, flop=200)
+
+    half = trio(0.5)
+    assert half.uniform_width == 64
+    rounds = [one(2, 1, 1, 0.5), one(4, 1, 3, 0.5), one(2, 3, 1, 0.5), one(9, 9, 9, 0.0)]
+    cell = half._cell(1, "random", rounds)
+    assert cell.ratio == 1.0
+    assert (cell.ratio_low, cell.ratio_high) == (0.75, 2.0)
+    assert cell.uniform_ratio == median([1.0, 1.5, 1.0, 2.0])
+    assert (cell.dense_ms, cell.ours_ms, cell.uniform_ms) == (3000, 2000, 2000)
+    assert cell.bytes_per_s == pytest.approx(median([100, 100, 100 / 3, 100 / 9]))
+    assert cell.flop_per_s == pytest.approx(2 * cell.bytes_per_s)
+    assert half._cell(1, "random", [one(1, 1, 1, 0.0)] * 3).ratio is None
+    assert trio(0.0).uniform is None
+
+
+def test_rounds_take_turns_and_count_what_they_route(monkeypatch):
+    half, calls = trio(0.5), []
+    monkeypatch.setattr(
+        layer_benchmark,
+        "_timed",
+        lambda function, arguments: calls.append((function, arguments)) or 1,
+    )
+    cell = half.measure(3, "random")
+    assert cell.rounds == 6
+    order = [function for function, _ in calls]
+    players = [half.dense, half._ours, half.uniform]
+    assert order[:9] == players + players + [*players[1:], players[0]]
+    ids = [arguments[2] for _, arguments in calls[3::3]]
+    assert len({str(one) for one in ids}) > 1
+    widths = [half.widths_E[one.long()] for one in ids]
+    assert cell.kept == pytest.approx(float(torch.stack(widths).double().mean()) / 128)
+    used = [
+        sum(int(half.widths_E[expert]) for expert in set(one.flatten().tolist())) for one in ids
+    ]
+    assert cell.bytes_per_s == median(used) * 3 * 64 * 2
+    assert cell.flop_per_s == median([6 * 64 * int(one.sum()) for one in widths])
+
+
+def test_layers_are_refused_where_vllm_is_not_for_cpus(monkeypatch):
+    monkeypatch.setattr(layer_benchmark.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match=r"measured beside vLLM's CPU op.*tests.gpu.bench_kernels"):
+        layer_benchmark.measure_layers(LayerPlan())
 
 
 def test_command(monkeypatch, tmp_path):

@@ -72,6 +72,7 @@ def load(model, extra=None, **engine_options):
         ({"active": "narrow", "profiles": "/no/such"}, r"profile directory /no/such does not"),
         ({"active": "narrow", "inner_format": "tensorizer"}, r"`inner_format` is 'tensorizer'"),
         ({"active": "narrow", "kernel": "fast"}, r"`kernel` is 'fast', wanted one of"),
+        ({"active": "narrow", "kernel": "triton"}, r"'triton' does not run on cpu; wanted one of"),
         ({"active": "narrow", "actve": "x"}, r"actve.*keys of atomic-pruned are profiles, active"),
         ({"active": "narrow", "num_threads": 0}, r"num_threads must be a positive integer"),
     ],
@@ -373,6 +374,30 @@ def test_the_kernel_option_reaches_the_layers_and_the_log(model, log):
         assert {layer.backend.name for layer in packed_layers_of(llm)} == {"reference"}
     lines = [r.message for r in log.records if r.message.startswith("Expert kernel")]
     assert lines == ["Expert kernel: reference, as the options ask"]
+
+
+def test_a_slower_kernel_is_announced(model, log, monkeypatch, tmp_path):
+    from vllm_atomic_moe.kernels import cpu
+
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("ATOMIC_MOE_CACHE", str(tmp_path / "empty"))
+    cpu._load.cache_clear()
+    try:
+        load(model)
+    finally:
+        cpu._load.cache_clear()
+    (line,) = [r for r in log.records if r.message.startswith("Expert kernel: ")]
+    assert line.levelname == "WARNING"
+    assert line.message.startswith("Expert kernel: reference, not cpu: ")
+
+
+def test_another_load_device_is_refused(model, no_weights_read):
+    config = configure(model)
+    config.load_config.device = "cuda"
+    from vllm.model_executor.model_loader import get_model
+
+    with pytest.raises(ValueError, match=r"load config's device is cuda, the model runs on cpu"):
+        get_model(vllm_config=config)
 
 
 def test_invalid_file_that_is_not_asked_for_warns(model, tmp_path, log):

@@ -96,6 +96,8 @@ def test_deterministic_form_is_chosen_and_repeats(monkeypatch):
             torch.use_deterministic_algorithms(False)
     assert forms == ["_one_kernel", "_two_kernels", "_two_kernels"]
     assert torch.equal(found[1], found[2])
+    named = make_experts({"a": ragged()}, torch.float32, "triton_deterministic")
+    assert torch.equal(named(*tokens), found[1])
     torch.testing.assert_close(found[0], found[1])
 
 

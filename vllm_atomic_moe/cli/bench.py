@@ -64,7 +64,6 @@ def bench(
     kernel: Annotated[
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of weights, widths and routings.")] = 0,
     plot: Annotated[
         Path | None,
@@ -76,7 +75,7 @@ def bench(
 
     Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
     full width), 1 for a kernel as fast as the atoms that are left. Options: --shape, --tokens,
-    --pruned, --dtype, --seconds, --kernel, --device.
+    --pruned, --dtype, --seconds, --kernel.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
     load generator; throughput and latency, load time, memory. Options: --profiles, --profile,
@@ -112,7 +111,6 @@ def bench(
         rounds=rounds or defaults.rounds,
         seconds=seconds,
         kernel=kernel,
-        device=device,
         seed=seed,
     )
     report = measure_layers(plan, status_lines())
@@ -127,6 +125,9 @@ def bench(
             LayerPoint(c.shape, c.tokens, c.pruned, c.ratio, c.ratio_low, c.ratio_high)
             for c in report.cells
             if (c.routing, c.spread) == ("random", "spread")
+            and c.ratio is not None
+            and c.ratio_low is not None
+            and c.ratio_high is not None
         ]
         plot_layers(points, plot)
         if not as_json:
@@ -220,6 +221,10 @@ def _named(name: str, choices: dict[str, Any], what: str) -> Any:
     return choices[name]
 
 
+def _number(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.2f}{unit}"
+
+
 def _print(report: Any) -> None:
     typer.echo(f"{report.device}, {report.threads} threads")
     typer.echo(f"dense: vLLM's {report.dense}; ours: {report.kernel}")
@@ -240,10 +245,10 @@ def _print(report: Any) -> None:
                 f"{cell.kept:.2f}",
                 f"{cell.dense_ms:.2f} ms",
                 f"{cell.ours_ms:.2f} ms",
-                f"{cell.uniform_ms:.2f} ms",
-                f"{cell.ratio:.2f}",
-                f"{cell.ratio_low:.2f}–{cell.ratio_high:.2f}",
-                f"{cell.uniform_ratio:.2f}",
+                _number(cell.uniform_ms, " ms"),
+                _number(cell.ratio),
+                f"{_number(cell.ratio_low)}–{_number(cell.ratio_high)}",
+                _number(cell.uniform_ratio),
                 f"{cell.bytes_per_s / 1e9:.1f}",
                 f"{cell.flop_per_s / 1e9:.0f}",
             ]

@@ -19,10 +19,11 @@ import torch
 
 from vllm_atomic_moe.packing import Storage
 
-# By device type, the fastest first; modules of this package. The reference runs everywhere.
+# By device type, the fastest first; modules of this package. The reference runs everywhere, so that
+# what stands behind it is taken only when named.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "reference", "triton_deterministic"),
 }
 
 
@@ -57,10 +58,12 @@ class Backend:
     Attributes:
         name: the op's last argument.
         reason: why this one, for the log.
+        fallback: whether a faster one cannot run here.
     """
 
     name: str
     reason: str
+    fallback: bool = False
 
     @property
     def storage(self) -> Storage:
@@ -96,13 +99,13 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str | None 
     for name in names:
         reason = backend_module(name).unavailable(device, dtype)
         if reason is None:
-            return Backend(name, "; ".join(passed_over) or f"the fastest on {device.type}")
+            fastest = f"the fastest on {device.type}"
+            return Backend(name, "; ".join(passed_over) or fastest, fallback=bool(passed_over))
         passed_over.append(f"not {name}: {reason}")
     raise AssertionError("the reference runs everywhere")
 
 
-@torch.library.custom_op("atomic_moe::fused_experts", mutates_args=())
-def fused_experts(
+def _fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
     runs_ER2: torch.Tensor,
@@ -131,6 +134,16 @@ def fused_experts(
     )
 
 
-@fused_experts.register_fake
+# Not `torch.library.custom_op`: its wrappers take longer than a small layer's routing.
+torch.library.define(
+    "atomic_moe::fused_experts", torch.library.infer_schema(_fused_experts, mutates_args=())
+)
+torch.library.impl("atomic_moe::fused_experts", "CompositeExplicitAutograd", _fused_experts)
+
+
+@torch.library.register_fake("atomic_moe::fused_experts")
 def _(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+
+
+fused_experts = torch.ops.atomic_moe.fused_experts.default

@@ -109,7 +109,8 @@ def fused_experts(
 ) -> torch.Tensor:
     """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H].
 
-    Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`.
+    Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; in a server
+    `triton_deterministic` is the way to that.
     """
     rows_per_expert = -(-topk_ids_TK.numel() // runs_ER2.shape[0])
     one_kernel = rows_per_expert <= ONE_KERNEL_ROWS

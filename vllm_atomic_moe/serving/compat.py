@@ -10,18 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     FusedMoEConfig,
 )
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
-    CPUUnquantizedExperts,
-    X86CPUUnquantizedExperts,
-)
-from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts as fused_experts_gpu
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
@@ -83,10 +77,14 @@ def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[Non
 
 
 class DenseExperts:
-    """vLLM's own unquantised experts, one layer's weights in its own order.
+    """vLLM's own unquantised experts for CPUs, one layer's weights in its own order.
 
     Reason: what the benchmark compares with. The layer around it needs a whole model's
-    configuration; the ops below are what that layer calls.
+    configuration; the ops below are what that layer calls. Imported here only, so that serving
+    does not lean on them.
+
+    Attributes:
+        isa: which of vLLM's micro-kernels: `amx` where there is AMX and in bfloat16, else `vec`.
 
     Args:
         w13: [E, 2·I, H], gate above up.
@@ -94,32 +92,31 @@ class DenseExperts:
     """
 
     def __init__(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
-        self.isa = self._isa(w13.dtype)
-        self.cpu = not w13.is_cuda
-        if self.cpu:
-            if self.isa == X86CPUUnquantizedExperts.isa:
-                torch.cpu._init_amx()
-            w13, w2 = (cpu_prepack_moe_weight(matrix, self.isa) for matrix in (w13, w2))
-        self.w13, self.w2 = w13, w2
+        from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+        self.isa = self.isa_for(w13.dtype)
+        if self.isa == "amx":
+            torch.cpu._init_amx()
+        self.w13, self.w2 = (cpu_prepack_moe_weight(matrix, self.isa) for matrix in (w13, w2))
+        self._op = cpu_fused_moe
 
     @staticmethod
-    def _isa(dtype: torch.dtype) -> str:
+    def isa_for(dtype: torch.dtype) -> str:
+        """What vLLM would choose on this machine."""
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+            CPUUnquantizedExperts,
+            X86CPUUnquantizedExperts,
+        )
+
         amx = X86CPUUnquantizedExperts._supports_current_device() and dtype == torch.bfloat16
         return (X86CPUUnquantizedExperts if amx else CPUUnquantizedExperts).isa
-
-    @classmethod
-    def describe(cls, dtype: torch.dtype, device: torch.device) -> str:
-        """Which of vLLM's kernels it is."""
-        return f"cpu_fused_moe ({cls._isa(dtype)})" if device.type == "cpu" else "fused_experts"
 
     def __call__(
         self, x_TH: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
     ) -> torch.Tensor:
         """The layer's answer, [T, H]; ids are int32, every expert's among E."""
-        if not self.cpu:
-            return fused_experts_gpu(x_TH, self.w13, self.w2, topk_weights_TK, topk_ids_TK)
         out_TH = torch.empty_like(x_TH)
-        cpu_fused_moe(
+        self._op(
             out_TH,
             x_TH,
             self.w13,

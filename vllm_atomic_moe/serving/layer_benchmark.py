@@ -7,7 +7,8 @@ the one width that holds as many bytes. The figure is a ratio within a round,
     ours ÷ (dense × mean kept width over the routed rows ÷ I),
 
 1 for a kernel whose time follows the atoms that are left. Every round draws another routing, so
-that no contestant finds its weights in a cache.
+that weights come from memory as they do in a model of many layers, unless a layer's used experts
+fit into the last-level cache three times over.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size.
 """
@@ -18,10 +19,11 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Literal
 
 import torch
+from vllm.platforms import current_platform
 
 from vllm_atomic_moe.kernels import Backend, choose_backend, fused_experts
 from vllm_atomic_moe.packing import PackedExperts, build_layout
@@ -69,7 +71,6 @@ class LayerPlan:
         rounds: timed rounds per cell at most; at least 3 are made.
         seconds: time after which a cell has enough rounds.
         kernel: our backend; None stands for the fastest that runs.
-        device: where.
         seed: of weights, widths and routings.
     """
 
@@ -80,7 +81,6 @@ class LayerPlan:
     rounds: int = 30
     seconds: float = 3.0
     kernel: str | None = None
-    device: str = "cpu"
     seed: int = 0
 
 
@@ -98,8 +98,8 @@ class LayerCell:
         kept: mean kept width over the routed rows ÷ I.
         dense_ms: vLLM's op at full width.
         ours_ms: ours.
-        uniform_ms: vLLM's op at the width that holds as many bytes.
-        ratio: median over rounds of ours ÷ (dense × kept).
+        uniform_ms: vLLM's op at the width that holds as many bytes; None where that is I.
+        ratio: median over rounds of ours ÷ (dense × kept); None if no routed expert kept an atom.
         ratio_low, ratio_high: its quartiles.
         uniform_ratio: the same for `uniform_ms` and that width.
         bytes_per_s: weights that ours must read at least once, over its time.
@@ -115,11 +115,11 @@ class LayerCell:
     kept: float
     dense_ms: float
     ours_ms: float
-    uniform_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    uniform_ratio: float
+    uniform_ms: float | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    uniform_ratio: float | None
     bytes_per_s: float
     flop_per_s: float
     rounds: int
@@ -130,7 +130,7 @@ class LayerReport:
     """All cells of one run.
 
     Attributes:
-        device: the processor's or GPU's name.
+        device: the processor's name.
         threads: CPU threads.
         dense: which of vLLM's ops.
         kernel: which of ours, and why.
@@ -160,17 +160,21 @@ def measure_layers(
         on_progress: called with (layers done, layers in all, what comes next).
 
     Raises:
-        ValueError: `plan.kernel` cannot run here.
+        ValueError: `plan.kernel` cannot run here, or vLLM is not one for CPUs.
     """
-    device = torch.device(plan.device)
-    backend = choose_backend(device, plan.dtype, plan.kernel)
+    if not current_platform.is_cpu():
+        raise ValueError(
+            "layers are measured beside vLLM's CPU op, this vLLM is built for "
+            f"{current_platform.device_name}; run `python -m tests.gpu.bench_kernels` there"
+        )
+    backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
     report = LayerReport(
-        device=device_name(device),
+        device=processor_name(),
         threads=torch.get_num_threads(),
-        dense=DenseExperts.describe(plan.dtype, device),
+        dense=f"cpu_fused_moe ({DenseExperts.isa_for(plan.dtype)})",
         kernel=f"{backend.name}, {backend.reason}",
-        copy_bytes_per_s=_copy_ceiling(plan, device),
-        matmul_flop_per_s=_matmul_ceiling(plan, device),
+        copy_bytes_per_s=_copy_ceiling(),
+        matmul_flop_per_s=_matmul_ceiling(plan.dtype),
     )
     layers = list(_layers(plan))
     for done, (shape, pruned, spread) in enumerate(layers):
@@ -195,6 +199,25 @@ def _layers(plan: LayerPlan) -> Iterator[tuple[LayerShape, float, Spread]]:
             yield shape, pruned, "half-empty"
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One routing, answered by all.
+
+    Attributes:
+        dense, ours, uniform: seconds.
+        kept: mean kept width over the routed rows ÷ I.
+        used_bytes: weights of the experts that were chosen.
+        flop: of the kept atoms.
+    """
+
+    dense: float
+    ours: float
+    uniform: float | None
+    kept: float
+    used_bytes: int
+    flop: int
+
+
 class _Trio:
     """The three contestants of one layer."""
 
@@ -210,9 +233,9 @@ class _Trio:
         self.backend = backend
         self.dense = DenseExperts(*weights)
         del weights
-        mean = shape.intermediate * (1 - pruned)
-        self.uniform_width = max(UNIFORM_STEP, round(mean / UNIFORM_STEP) * UNIFORM_STEP)
-        self.uniform = self.dense
+        same = round(shape.intermediate * (1 - pruned) / UNIFORM_STEP) * UNIFORM_STEP
+        self.uniform_width = max(UNIFORM_STEP, same)
+        self.uniform = None
         if self.uniform_width != shape.intermediate:
             self.uniform = DenseExperts(
                 *_random_experts(shape, self.uniform_width, plan, self.generator)
@@ -221,8 +244,8 @@ class _Trio:
     def measure(self, tokens: int, routing: Routing) -> LayerCell:
         """Time the three in turn until there are enough rounds."""
         x_TH = torch.randn(tokens, self.shape.hidden, generator=self.generator)
-        x_TH = x_TH.to(self.plan.device, self.plan.dtype)
-        rounds: list[tuple[float, float, float, float, int]] = []
+        x_TH = x_TH.to(self.plan.dtype)
+        rounds: list[_Round] = []
         began = time.perf_counter()
         self._round(x_TH, routing, 0)
         while len(rounds) < self.plan.rounds and (
@@ -231,23 +254,27 @@ class _Trio:
             rounds.append(self._round(x_TH, routing, len(rounds)))
         return self._cell(tokens, routing, rounds)
 
-    def _round(
-        self, x_TH: torch.Tensor, routing: Routing, turn: int
-    ) -> tuple[float, float, float, float, int]:
-        """Seconds of dense, ours and uniform, the kept fraction, and the bytes ours must read."""
+    def _round(self, x_TH: torch.Tensor, routing: Routing, turn: int) -> _Round:
+        """One routing for all three; who begins changes with `turn`."""
         ids_TK = draw_routing(self.shape, len(x_TH), routing, self.generator)
-        used_E = torch.zeros(self.shape.experts, dtype=torch.bool)
-        used_E[ids_TK.flatten().long()] = True
-        atom_bytes = 3 * self.shape.hidden * self.plan.dtype.itemsize
-        kept = float(self.widths_E[ids_TK.long()].double().mean()) / self.shape.intermediate
-        weights_TK = torch.full(ids_TK.shape, 1 / self.shape.top_k)
-        arguments = (x_TH, weights_TK.to(x_TH.device), ids_TK.to(x_TH.device))
-        contestants = (self.dense, self._ours, self.uniform)
-        seconds = [0.0, 0.0, 0.0]
-        for index in range(3):
-            which = (index + turn) % 3
+        arguments = (x_TH, torch.full(ids_TK.shape, 1 / self.shape.top_k), ids_TK)
+        contestants: list[Callable[..., object]] = [self.dense, self._ours]
+        if self.uniform is not None:
+            contestants.append(self.uniform)
+        seconds = [0.0] * len(contestants)
+        for index in range(len(contestants)):
+            which = (index + turn) % len(contestants)
             seconds[which] = _timed(contestants[which], arguments)
-        return (*seconds, kept, int(self.widths_E[used_E].sum()) * atom_bytes)  # type: ignore[return-value]
+        widths = self.widths_E[ids_TK.long()]
+        used = int(self.widths_E[ids_TK.unique().long()].sum())
+        return _Round(
+            dense=seconds[0],
+            ours=seconds[1],
+            uniform=seconds[2] if self.uniform is not None else None,
+            kept=float(widths.double().mean()) / self.shape.intermediate,
+            used_bytes=used * 3 * self.shape.hidden * self.plan.dtype.itemsize,
+            flop=6 * self.shape.hidden * int(widths.sum()),
+        )
 
     def _ours(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
@@ -263,36 +290,36 @@ class _Trio:
             self.backend.name,
         )
 
-    def _cell(
-        self, tokens: int, routing: Routing, rounds: list[tuple[float, float, float, float, int]]
-    ) -> LayerCell:
-        dense, ours, uniform, kept, read = zip(*rounds, strict=True)
-        # A layer whose routed experts are all empty has no work to compare with.
-        ratios = [o / (d * k) for d, o, k in zip(dense, ours, kept, strict=True) if k > 0] or [0.0]
-        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    def _cell(self, tokens: int, routing: Routing, rounds: Sequence[_Round]) -> LayerCell:
+        ratios = [r.ours / (r.dense * r.kept) for r in rounds if r.kept > 0]
+        low, middle, high = _quartiles(ratios)
         part = self.uniform_width / self.shape.intermediate
-        flop = [
-            6 * self.shape.hidden * k * self.shape.intermediate * tokens * self.shape.top_k
-            for k in kept
-        ]
+        uniform = [(r.uniform, r.uniform / (r.dense * part)) for r in rounds if r.uniform]
         return LayerCell(
             shape=self.shape.name,
             tokens=tokens,
             pruned=self.pruned,
             routing=routing,
             spread=self.spread,
-            kept=sum(kept) / len(kept),
-            dense_ms=median(dense) * 1e3,
-            ours_ms=median(ours) * 1e3,
-            uniform_ms=median(uniform) * 1e3,
-            ratio=median(ratios),
+            kept=mean(r.kept for r in rounds),
+            dense_ms=1e3 * median(r.dense for r in rounds),
+            ours_ms=1e3 * median(r.ours for r in rounds),
+            uniform_ms=1e3 * median(time for time, _ in uniform) if uniform else None,
+            ratio=middle,
             ratio_low=low,
             ratio_high=high,
-            uniform_ratio=median(u / (d * part) for d, u in zip(dense, uniform, strict=True)),
-            bytes_per_s=median(r / o for r, o in zip(read, ours, strict=True)),
-            flop_per_s=median(f / o for f, o in zip(flop, ours, strict=True)),
+            uniform_ratio=median(ratio for _, ratio in uniform) if uniform else None,
+            bytes_per_s=median(r.used_bytes / r.ours for r in rounds),
+            flop_per_s=median(r.flop / r.ours for r in rounds),
             rounds=len(rounds),
         )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    if len(values) < 2:
+        return (values[0],) * 3 if values else (None, None, None)
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def draw_mask(
@@ -329,8 +356,8 @@ def _random_experts(
     shape: LayerShape, width: int, plan: LayerPlan, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """w13 [E, 2·width, H] and w2 [E, H, width]; a few million random numbers, repeated."""
-    w13 = torch.empty(shape.experts, 2 * width, shape.hidden, dtype=plan.dtype, device=plan.device)
-    w2 = torch.empty(shape.experts, shape.hidden, width, dtype=plan.dtype, device=plan.device)
+    w13 = torch.empty(shape.experts, 2 * width, shape.hidden, dtype=plan.dtype)
+    w2 = torch.empty(shape.experts, shape.hidden, width, dtype=plan.dtype)
     drawn = torch.randn(1 << 22, generator=generator) * shape.hidden**-0.5
     for tensor in (w13, w2):
         for part in tensor.view(-1).split(len(drawn)):
@@ -346,8 +373,7 @@ def _pack(
     backend: Backend,
 ) -> PackedExperts:
     layout = build_layout({PROFILE: keep_EI})
-    device = torch.device(plan.device)
-    packed = PackedExperts(layout, shape.hidden, plan.dtype, device, backend.storage)
+    packed = PackedExperts(layout, shape.hidden, plan.dtype, storage=backend.storage)
     for expert, (w13, w2) in enumerate(zip(*weights, strict=True)):
         packed.load_expert(expert, "gate", w13[: shape.intermediate])
         packed.load_expert(expert, "up", w13[shape.intermediate :])
@@ -358,43 +384,33 @@ def _pack(
 
 def _timed(function: Callable[..., object], arguments: tuple[torch.Tensor, ...]) -> float:
     """Seconds of one call."""
-    cuda = arguments[0].is_cuda
-    if cuda:
-        torch.cuda.synchronize()
     began = time.perf_counter()
     function(*arguments)
-    if cuda:
-        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def device_name(device: torch.device) -> str:
-    """What the processor or GPU calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def processor_name() -> str:
+    """What the processor calls itself, and the widest instructions for experts it has."""
     with open("/proc/cpuinfo") as lines:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    extensions = [
-        name
-        for name, present in (
-            ("AMX", torch.cpu._is_amx_tile_supported()),
-            ("AVX-512 bf16", torch.cpu._is_avx512_bf16_supported()),
-            ("AVX-512", torch.cpu._is_avx512_supported()),
-        )
-        if present
-    ]
-    return f"{names[0] if names else 'CPU'}, {', '.join(extensions[:1]) or 'no AVX-512'}"
+    extensions = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "no AVX-512": True,
+    }
+    return (
+        f"{names[0] if names else 'CPU'}, {next(name for name, has in extensions.items() if has)}"
+    )
 
 
-def _copy_ceiling(plan: LayerPlan, device: torch.device) -> float:
-    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+def _copy_ceiling() -> float:
+    source = torch.ones(1 << 28, dtype=torch.uint8)
     target = torch.empty_like(source)
-    best = min(_timed(target.copy_, (source,)) for _ in range(7))
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(_timed(target.copy_, (source,)) for _ in range(7))
 
 
-def _matmul_ceiling(plan: LayerPlan, device: torch.device) -> float:
+def _matmul_ceiling(dtype: torch.dtype) -> float:
     size = 2048
-    matrix = torch.randn(size, size, device=device).to(plan.dtype)
-    best = min(_timed(torch.matmul, (matrix, matrix)) for _ in range(7))
-    return float(2 * size**3 / best)
+    matrix = torch.randn(size, size).to(dtype)
+    return float(2 * size**3 / min(_timed(torch.matmul, (matrix, matrix)) for _ in range(7)))

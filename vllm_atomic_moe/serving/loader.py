@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.export_format import weights_directory
-from vllm_atomic_moe.kernels import choose_backend
+from vllm_atomic_moe.kernels import Backend, choose_backend
 from vllm_atomic_moe.serving.exported import packed_rows_taken_by, reading_from
 from vllm_atomic_moe.serving.options import (
     OPTION_KEYS,
@@ -65,17 +65,14 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 or the checkpoint's experts are incomplete.
         """
         # Here, not above: every vLLM process imports this module, few load a pruned model.
-        from vllm_atomic_moe.serving.refusals import check_config, check_draft, check_graphs
+        from vllm_atomic_moe.serving.refusals import check_config, check_draft
 
         with _refusals_said_plainly():
             if model_config.runner_type == "draft":
                 check_draft(model_config)
                 return self.inner.load_model(vllm_config, model_config, prefix)
             check_config(vllm_config, model_config)
-            device = torch.device(self.load_config.device or vllm_config.device_config.device)
-            self.backend = choose_backend(device, model_config.dtype, self.options.kernel)
-            check_graphs(vllm_config, self.backend)
-            logger.info("Expert kernel: %s, %s", self.backend.name, self.backend.reason)
+            self.backend = self._choose_backend(vllm_config, model_config.dtype)
             self.directory = self._checkpoint(model_config)
             checkpoint = describe_checkpoint(self.directory)
             self.resident = select_profiles(self.options, self.directory, checkpoint)
@@ -117,6 +114,22 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 "fetch the checkpoint again"
             )
         _report(self.resident, layers)
+
+    def _choose_backend(self, vllm_config: VllmConfig, dtype: torch.dtype) -> Backend:
+        from vllm_atomic_moe.serving.refusals import check_graphs
+
+        device = torch.device(vllm_config.device_config.device)
+        load_device = self.load_config.device
+        if load_device and torch.device(load_device).type != device.type:
+            raise ValueError(
+                f"the load config's device is {load_device}, the model runs on {device}; "
+                "atomic-pruned packs the experts where they run: leave it out"
+            )
+        backend = choose_backend(device, dtype, self.options.kernel)
+        check_graphs(vllm_config, backend)
+        say = logger.warning if backend.fallback else logger.info
+        say("Expert kernel: %s, %s", backend.name, backend.reason)
+        return backend
 
     def _make_inner_loader(self) -> BaseModelLoader:
         config = replace(
