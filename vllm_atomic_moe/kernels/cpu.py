@@ -80,7 +80,7 @@ class TiledStorage:
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
                 "choose the kernel `reference`"
             )
-        numel = 3 * hidden_size * int(_padded_offsets(offsets_E1)[-1])
+        numel = 3 * hidden_size * _first_atom(offsets_E1, len(offsets_E1) - 1)
         packed = torch.empty(numel, dtype=dtype, device=device)
         if packed.device.type == "cpu":
             _advise_huge_pages(packed)
@@ -105,9 +105,8 @@ class TiledStorage:
             rows_SH: any float dtype, device and strides.
             atoms_F: int64 [F], indices into rows_SH.
         """
-        packed, offsets = weights
-        offsets.copy_(offsets_E1)  # a meta tensor of the allocation had nothing to keep
-        first_atom = int(_padded_offsets(offsets_E1)[expert])
+        packed = weights[0]
+        first_atom = _first_atom(offsets_E1, expert)
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
@@ -164,7 +163,8 @@ def _check(library: Library) -> None:
         for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
             rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
             packed = TiledStorage().allocate(offsets_E1, 88, dtype, None)["packed"]
-            for expert, first_atom in enumerate(_padded_offsets(offsets_E1)[:-1].tolist()):
+            for expert in range(3):
+                first_atom = _first_atom(offsets_E1, expert)
                 atoms_F = torch.arange(*offsets_E1[expert : expert + 2].tolist())
                 for projection, rows_PH in zip(PROJECTIONS, rounded_3PH, strict=True):
                     library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
@@ -184,10 +184,10 @@ def _check(library: Library) -> None:
                 raise VariantError(f"its self-check failed: relative error {error:.1e} in {dtype}")
 
 
-def _padded_offsets(offsets_E1: torch.Tensor) -> torch.Tensor:
-    """First atom of every expert where each is padded to an even number of atoms: int64 [E+1]."""
-    padded_E = (offsets_E1.diff() + 1) // 2 * 2
-    return torch.cat([padded_E.new_zeros(1), padded_E.cumsum(0)])
+def _first_atom(offsets_E1: torch.Tensor, expert: int) -> int:
+    """How many atoms lie before an expert, each expert padded to an even number of them."""
+    odd_widths = offsets_E1[: expert + 1].diff() % 2
+    return int(offsets_E1[expert] + odd_widths.sum())
 
 
 def _advise_huge_pages(tensor: torch.Tensor) -> None:
