@@ -26,14 +26,12 @@ from vllm_atomic_moe.packing import PROJECTIONS, Projection
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-DTYPES = (torch.bfloat16, torch.float32)
-
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run there, or None. The first call compiles the library."""
     if device.type != "cpu":
         return f"the device is {device.type}"
-    if dtype not in DTYPES:
+    if dtype not in cpu_library.DTYPES:
         return f"it computes in bfloat16 and float32, not in {str(dtype).removeprefix('torch.')}"
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
@@ -147,8 +145,7 @@ def _library() -> Library:
 def _check(library: Library) -> None:
     """Compare a small problem with plain PyTorch: a compiler may be wrong, and so may an emulator.
 
-    One thread: a process that forks later must not own a pool of threads yet. Nothing follows
-    torch's default device and dtype, which are the model's while it is loaded.
+    Nothing follows torch's default device and dtype, which are the model's while it is loaded.
 
     Raises:
         VariantError: they differ.

@@ -28,6 +28,7 @@ from vllm_atomic_moe.packing import PROJECTIONS, Projection
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_experts.cpp", "cpu_panels.h"))
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma")
 BUILD_SECONDS = 300
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 class VariantError(Exception):
@@ -159,7 +160,7 @@ class Library:
         pack.restype = None
         fused_experts = self.functions.atomic_moe_fused_experts
         fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, number, number]
-        fused_experts.restype = None
+        fused_experts.restype = number
 
     def pack(
         self,
@@ -176,7 +177,14 @@ class Library:
             packed: the flat tensor of all experts.
             first_atom: atoms before the expert, padding included.
             rows_SH: of packed's dtype, any strides.
+            atoms_F: int64, indices into rows_SH.
         """
+        atoms = first_atom + len(atoms_F)
+        for tensor in (packed, rows_SH, atoms_F):
+            assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert rows_SH.dtype == packed.dtype in DTYPES, f"{rows_SH.dtype} into {packed.dtype}"
+        assert atoms_F.dtype == torch.int64, f"atoms are {atoms_F.dtype}, wanted int64"
+        assert 3 * atoms * rows_SH.shape[1] <= packed.numel(), "the atoms lie beyond the tensor"
         if projection != "down" and rows_SH.stride(1) != 1:
             rows_SH = rows_SH.contiguous()
         atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
@@ -202,14 +210,18 @@ class Library:
         topk_ids_TK: torch.Tensor,
         threads: int,
     ) -> torch.Tensor:
-        """Arguments as of `kernels.fused_experts`; x has packed's dtype."""
-        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        """Arguments as of `kernels.fused_experts`; x has packed's dtype.
+
+        Raises:
+            MemoryError: there is none for the intermediate activations.
+        """
+        _check_arguments(x_TH, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK)
         # Named, so that what had to be copied lives until the call returns.
-        x_TH, runs_ER2 = x_TH.contiguous(), runs_ER2.contiguous()
+        x_TH = x_TH.contiguous()
         topk_weights_TK = topk_weights_TK.float().contiguous()
         topk_ids_TK = topk_ids_TK.long().contiguous()
         out_TH = torch.empty_like(x_TH)
-        self.functions.atomic_moe_fused_experts(
+        failed = self.functions.atomic_moe_fused_experts(
             x_TH.data_ptr(),
             packed.data_ptr(),
             offsets_E1.data_ptr(),
@@ -225,7 +237,38 @@ class Library:
             x_TH.dtype == torch.bfloat16,
             threads,
         )
+        if failed:
+            raise MemoryError(f"no memory for the experts of {x_TH.shape[0]} tokens")
         return out_TH
+
+
+def _check_arguments(
+    x_TH: torch.Tensor,
+    packed: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+) -> None:
+    """What C++ trusts blindly, and only a bug of ours could break."""
+    for tensor in (x_TH, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK):
+        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+    for tensor in (packed, offsets_E1, runs_ER2):
+        assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
+    assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+    assert x_TH.dtype in DTYPES, f"x is {x_TH.dtype}, wanted one of {DTYPES}"
+    assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
+    assert runs_ER2.dtype == torch.int32, f"runs are {runs_ER2.dtype}, wanted int32"
+    assert not topk_ids_TK.is_floating_point(), f"expert ids are {topk_ids_TK.dtype}"
+    (tokens, hidden_size), (experts, runs, _) = x_TH.shape, runs_ER2.shape
+    two_atoms = 2 * 3 * hidden_size
+    assert packed.numel() % two_atoms == 0, (
+        f"{packed.numel()} numbers for hidden size {hidden_size}"
+    )
+    wanted = {"offsets": (experts + 1,), "runs": (experts, runs, 2), "ids": topk_weights_TK.shape}
+    found = {"offsets": offsets_E1.shape, "runs": runs_ER2.shape, "ids": topk_ids_TK.shape}
+    assert found == wanted, f"shapes are {found}, wanted {wanted}"
+    assert len(topk_ids_TK) == tokens, f"{len(topk_ids_TK)} rows of expert ids for {tokens} tokens"
 
 
 def _openmp_runtimes() -> set[str]:
