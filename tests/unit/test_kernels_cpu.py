@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tests.kernel_suite import WIDTHS, KernelSuite
 from vllm_atomic_moe.kernels import cpu, cpu_library
-from vllm_atomic_moe.kernels.cpu_library import Library
+from vllm_atomic_moe.kernels.cpu_library import Library, VariantError
 
 
 class TestCPU(KernelSuite):
@@ -512,6 +512,104 @@ def test_a_compiler_that_is_missing_or_broken(fresh, compiler, reason):
 def test_a_cache_that_cannot_be_written(fresh, tmp_path):
     (tmp_path / "cache").write_text("a file")
     assert "set ATOMIC_MOE_CACHE" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_user_without_a_home(fresh):
+    for name in ("ATOMIC_MOE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        fresh.delenv(name, raising=False)
+    fresh.setattr("pwd.getpwuid", dict[int, None]().__getitem__)  # KeyError
+    reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+    assert reason == "this user has no home directory to compile into; set ATOMIC_MOE_CACHE"
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_a_cache_that_others_may_write_is_refused(fresh, tmp_path, mode):
+    """What lies there would run here."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+    assert f"may be written by others (mode {mode:o}); `chmod go-w` it or set" in reason
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_belongs_to_its_user_or_root(fresh, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o755)
+    found, me = (tmp_path / "cache").stat(), os.geteuid()
+
+    def owned_by(uid):
+        owned = os.stat_result((*found[:4], uid, *found[5:]))
+        fresh.setattr(Path, "stat", lambda self, **how: owned)
+
+    for uid in (0, me):
+        owned_by(uid)
+        cpu_library._check_owner(tmp_path / "cache")
+    owned_by(me + 1)
+    with pytest.raises(VariantError, match=rf"belongs to another user \(uid {me + 1}\)"):
+        cpu_library._check_owner(tmp_path / "cache")
+
+
+@needs_library
+def test_a_prebuilt_cache_may_be_read_only(fresh):
+    """Not even a lock is opened where the library is there."""
+    library = cpu_library.build(VARIANTS["avx512"])
+    library.with_suffix(".lock").unlink()
+    library.parent.chmod(0o555)
+    fresh.setenv("PATH", "")
+    assert cpu_library.build(VARIANTS["avx512"]) == library
+    assert list(library.parent.iterdir()) == [library]
+
+
+def test_the_lock_is_no_link_into_other_files(fresh, tmp_path):
+    library = cpu_library.build(VARIANTS["avx512"])
+    assert library.parent.stat().st_mode & 0o022 == library.stat().st_mode & 0o022 == 0
+    other, lock = tmp_path / "other", library.with_suffix(".lock")
+    other.write_text("kept")
+    library.unlink()
+    lock.unlink()
+    lock.symlink_to(other)
+    with pytest.raises(VariantError, match=r"cannot use .*symbolic links.*; set ATOMIC_MOE_CACHE"):
+        cpu_library.build(VARIANTS["avx512"])
+    assert other.read_text() == "kept"
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_anew(fresh):
+    fresh.setattr(cpu_library, "COMMON_FLAGS", (*cpu_library.COMMON_FLAGS, "-O0"))
+    library = cpu_library.build(VARIANTS["avx512"])
+    library.write_text("from another system")
+    with fresh.context() as patch:
+        patch.setenv("PATH", "")
+        with pytest.raises(VariantError, match=r"no C\+\+ compiler"):
+            cpu_library.load(VARIANTS["avx512"])
+    assert cpu_library.load(VARIANTS["avx512"]).functions
+
+
+@pytest.mark.parametrize(
+    "name", ["platform.libc_ver", "vllm_atomic_moe.kernels.cpu_library._openmp"]
+)
+def test_another_system_has_libraries_of_its_own(fresh, name, tmp_path):
+    fresh.setattr(cpu_library, "_compile", lambda command: Path(command[-3]).touch())
+    fresh.setattr(cpu_library, "_openmp", lambda: ["/a/libgomp.so.1", "-Wl,--as-needed"])
+    before = cpu_library.build(VARIANTS["avx512"])
+    assert cpu_library.build(VARIANTS["avx512"]) == before
+    fresh.setattr(name, lambda: ["/a/libgomp-1234.so.1", "-Wl,--as-needed"])
+    assert cpu_library.build(VARIANTS["avx512"]) != before
+
+
+def test_building_ahead_skips_what_the_compiler_does_not_know(fresh, tmp_path, capsys):
+    """Only avx512 is compiled here, and only in name."""
+    compiler = tmp_path / "old-compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *bf16*) echo "error: unknown option" >&2; exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+    )
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    assert cpu.main() == 0
+    said = capsys.readouterr()
+    assert [Path(line).name.split("-")[1] for line in said.out.splitlines()] == ["avx512"]
+    assert [line.split(":")[0] for line in said.err.splitlines()] == ["amx", "avx512_bf16"]
+    fresh.setenv("CXX", "no-such-compiler")
+    assert cpu.main() == 1
 
 
 @needs_library

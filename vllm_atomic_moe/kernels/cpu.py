@@ -47,7 +47,7 @@ def _load() -> Library | str:
         try:
             if variant.name == "amx" and not torch.cpu._init_amx():
                 raise VariantError("the operating system does not grant AMX")
-            library = Library(cpu_library.build(variant))
+            library = cpu_library.load(variant)
             _check(library)
         except VariantError as reason:
             logger.warning("Expert kernels for %s are not used: %s", variant.name, reason)
@@ -198,14 +198,19 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
 
 
 def main() -> int:
-    """Build the library of every variant, so that no compiler is needed later."""
+    """Build the library of every variant, so that no compiler is needed later.
+
+    Returns:
+        0, or 1 where none was built; an old compiler may not know the newest variant.
+    """
+    built = 0
     for variant in cpu_library.VARIANTS:
         try:
             print(cpu_library.build(variant))
+            built += 1
         except VariantError as reason:
             print(f"{variant.name}: {reason}", file=sys.stderr)
-            return 1
-    return 0
+    return 0 if built else 1
 
 
 if __name__ == "__main__":

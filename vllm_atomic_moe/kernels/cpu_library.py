@@ -1,8 +1,9 @@
 """The compiled half of the CPU backend: cpu_experts.cpp as a shared library, built once and cached.
 
 Built at first use with $CXX (or g++) into $ATOMIC_MOE_CACHE, or the user's cache directory, under a
-name that follows from the source, the flags and torch's version. Images build ahead with
-`python -m vllm_atomic_moe.kernels.cpu`; with the libraries in the cache no compiler is needed.
+name that follows from the source, the flags, and the versions of torch and libc. Images build ahead
+with `python -m vllm_atomic_moe.kernels.cpu`; with the libraries in the cache no compiler is needed,
+and nothing is written. What is loaded from the cache runs: nobody else may write there.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, R runs per expert, S stored rows,
 F atoms of an expert.
@@ -14,8 +15,10 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shlex
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -73,33 +76,54 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found[1].split() if found else ())
 
 
-def build(variant: Variant) -> Path:
-    """The library of one variant, compiled unless the cache has it.
+def load(variant: Variant) -> Library:
+    """The library of one variant; one that cannot be loaded is compiled anew, once.
 
     Raises:
-        VariantError: there is no compiler, it fails, or the cache cannot be written.
+        VariantError: it can be neither loaded nor compiled.
+    """
+    try:
+        return Library(build(variant))
+    except OSError:  # damaged, or made on another system
+        path = build(variant, again=True)
+    try:
+        return Library(path)
+    except OSError as error:
+        raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+
+
+def build(variant: Variant, again: bool = False) -> Path:
+    """The library of one variant, compiled unless the cache has it (or `again`).
+
+    Raises:
+        VariantError: there is no compiler, it fails, or the cache cannot be written or trusted.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     flags = [*COMMON_FLAGS, *variant.compiler_flags]
     contents = [source.read_bytes() for source in SOURCES]
-    key = repr((contents, compiler, flags, torch.__version__))
+    openmp = _openmp()
+    runtimes = [Path(argument).name for argument in openmp]
+    key = repr((contents, compiler, flags, torch.__version__, platform.libc_ver(), runtimes))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     library = _cache_directory() / f"cpu_experts-{variant.name}-{digest}.so"
-    if library.exists():
-        return library
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        # Others may read: an image's libraries are built by root and used by anyone.
+        library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _check_owner(library.parent)
+        if library.exists() and not again:
+            return library
         # Many workers start at once: one compiles, the others wait for it.
-        with open(library.with_suffix(".lock"), "w") as lock:
+        with open(library.with_suffix(".lock"), "a", opener=_open_no_link) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
+            if again or not library.exists():
                 with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                     built = Path(directory) / library.name
-                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *_openmp()])
+                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *openmp])
+                    built.chmod(0o755)
                     built.replace(library)
     except OSError as error:
         raise VariantError(
-            f"cannot write {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
+            f"cannot use {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
         ) from error
     return library
 
@@ -107,7 +131,23 @@ def build(variant: Variant) -> Path:
 def _cache_directory() -> Path:
     if chosen := os.environ.get("ATOMIC_MOE_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-atomic-moe"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):
+        raise VariantError("this user has no home directory to compile into; set ATOMIC_MOE_CACHE")
+    return Path(caches) / "vllm-atomic-moe"
+
+
+def _check_owner(directory: Path) -> None:
+    found = directory.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise VariantError(
+            f"{directory} belongs to another user (uid {found.st_uid}) or may be written by others "
+            f"(mode {stat.S_IMODE(found.st_mode):o}); `chmod go-w` it or set ATOMIC_MOE_CACHE"
+        )
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _compile(command: list[str]) -> None:
@@ -142,13 +182,11 @@ class Library:
         """Load it.
 
         Raises:
-            VariantError: it cannot be loaded, or would bring a second OpenMP runtime.
+            OSError: it cannot be loaded.
+            VariantError: it brings a second OpenMP runtime.
         """
         before = _openmp_runtimes()
-        try:
-            self.functions = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+        self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
             raise VariantError(
                 f"{path.name} brings an OpenMP runtime of its own, {min(second)}, beside torch's; "
