@@ -11,10 +11,10 @@ Legend: E experts, H hidden size, I full intermediate size, P packed rows, R run
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -242,8 +242,9 @@ class RowStorage:
 class PackedExperts(nn.Module):
     """The resident atoms of one MoE layer and the active profile's runs over them.
 
-    The weights are Parameters, named and ordered by `storage`. Buffer runs_ER2: int32 [E, R, 2],
-    rewritten in place by `activate`. Widths may be 0, 1 or anything up to I.
+    The weights are Parameters, a storage's index tensors buffers, named and ordered by `storage`.
+    Buffer runs_ER2: int32 [E, R, 2], rewritten in place by `activate`. Widths may be 0, 1 or
+    anything up to I. The dtype cannot be changed: storages order the rows by it.
 
     Attributes:
         layout: which atoms are resident, and where.
@@ -266,12 +267,24 @@ class PackedExperts(nn.Module):
         allocated = self._storage.allocate(layout.offsets_E1, hidden_size, dtype, device)
         self._names = tuple(allocated)
         for name, tensor in allocated.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
         shape = next(iter(layout.runs.values())).shape
         runs_ER2 = torch.zeros(shape, dtype=torch.int32, device=device)
         self.register_buffer("runs_ER2", runs_ER2, persistent=False)
 
     runs_ER2: torch.Tensor
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        dtype = self.weights[0].dtype
+        changed = fn(self.weights[0].new_empty(0)).dtype
+        if changed != dtype:
+            raise ValueError(
+                f"packed experts are {dtype} and cannot become {changed}; pack them anew"
+            )
+        return super()._apply(fn, recurse)
 
     @property
     def weights(self) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tests.kernel_suite import WIDTHS, KernelSuite
 from vllm_atomic_moe.kernels import cpu, cpu_library
-from vllm_atomic_moe.kernels.cpu_library import Library
+from vllm_atomic_moe.kernels.cpu_library import Library, VariantError
 
 
 class TestCPU(KernelSuite):
@@ -283,6 +283,118 @@ def test_extreme_gates_saturate(dtype):
 
 
 @needs_library
+def test_gates_of_any_size_are_as_in_torch():
+    """Each the gate of an expert of its own, whose other factors are 1."""
+    sizes = [0, 1e-30, 1, 50, 87, 90, 100, 1e4, 1e15, 1e30, torch.inf, torch.nan]
+    gates_E = torch.tensor([sign * size for size in sizes for sign in (1, -1)])
+    offsets_E1 = torch.arange(len(gates_E) + 1)
+    weights = list(cpu.STORAGE.allocate(offsets_E1, 2, torch.float32, None).values())
+    for expert, gate in enumerate(gates_E):
+        for name, row in {"gate": [gate, 0], "up": [1, 0], "down": [1, 0]}.items():
+            rows_SH = torch.tensor([row], dtype=torch.float32)
+            cpu.STORAGE.write(weights, offsets_E1, expert, name, rows_SH, torch.tensor([0]))
+    ids_TK = torch.arange(len(gates_E))[:, None]
+    x_TH, topk_weights_TK = torch.ones(len(gates_E), 2), torch.ones(len(gates_E), 1)
+    runs_ER2 = torch.stack([offsets_E1[:-1], offsets_E1.diff()], 1).int()[:, None]
+    arguments = (*weights, runs_ER2, topk_weights_TK, ids_TK)
+    found_T = cpu._library().fused_experts(x_TH, *arguments, 1)[:, 0]
+    wanted_T = functional.silu(gates_E)
+    assert torch.allclose(found_T, wanted_T, rtol=2e-6, atol=1e-35, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["native", "emulated"])
+def test_many_tokens_are_computed_in_chunks(dtype, variant, request):
+    """Scratch is bounded: with 16 experts a token as wide as this one, about 100 tokens of it."""
+    library = None if variant == "native" else request.getfixturevalue("emulated")
+    problem = make_problem((20000, 7), hidden_size=2, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    x_TH = torch.randn(250, 2, generator=generator).to(dtype)
+    topk_weights_TK = torch.rand(250, 16, generator=generator)
+    ids_TK = (torch.rand(250, 16, generator=generator) < 0.9).long()
+    expected = problem.expected(x_TH, problem.whole(), topk_weights_TK, ids_TK)
+    assert_close(run(problem, x_TH, topk_weights_TK, ids_TK, library=library), expected)
+
+
+@needs_library
+def test_runs_beyond_their_expert_are_cut_off():
+    """They would write beyond scratch, and read other experts' weights."""
+    problem = make_problem((40, 33, 64))
+    arguments = make_input(7, 3)
+    beyond_ER2 = torch.tensor([[[-50, 10**9]], [[0, 73]], [[73, 1 << 30]]]).int()
+    assert torch.equal(run(problem, *arguments, beyond_ER2), run(problem, *arguments))
+    outside_ER2 = torch.tensor([[[40, 97]], [[-(1 << 31), 7]], [[137, 5]]]).int()
+    assert not run(problem, *arguments, outside_ER2).count_nonzero()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x_TH": torch.ones(3, 152)}, "x is torch.float32, the weights are torch.bfloat16"),
+        ({"x_TH": torch.ones(3, 150).bfloat16()}, "1824 numbers for hidden size 150"),
+        ({"x_TH": torch.ones(3, 152, device="meta").bfloat16()}, "on meta, wanted cpu"),
+        ({"packed": torch.ones(912, 4).bfloat16().t()}, "wanted contiguous"),
+        ({"offsets_E1": torch.tensor([0, 2, 4]).int()}, "offsets are torch.int32"),
+        (
+            {"offsets_E1": torch.tensor([0, 4])},
+            r"'offsets': torch.Size\(\[2\]\).*wanted.*\(3,\)",
+        ),
+        ({"runs_ER2": torch.zeros(2, 1, 2).long()}, "runs are torch.int64, wanted int32"),
+        ({"runs_ER2": torch.zeros(2, 2, 2).int()[:, ::2]}, "wanted contiguous"),
+        ({"topk_weights_TK": torch.ones(3, 3)}, r"'ids': torch.Size\(\[3, 2\]\).*wanted.*\[3, 3\]"),
+        ({"x_TH": torch.ones(4, 152).bfloat16()}, "3 rows of expert ids for 4 tokens"),
+        ({"topk_ids_TK": torch.ones(3, 2)}, "expert ids are torch.float32"),
+    ],
+)
+def test_arguments_that_only_our_own_bug_could_pass(change, said):
+    offsets_E1 = torch.tensor([0, 2, 4])
+    right = {
+        "x_TH": torch.ones(3, 152).bfloat16(),
+        "packed": torch.ones(3 * 152 * 4).bfloat16(),
+        "offsets_E1": offsets_E1,
+        "runs_ER2": torch.tensor([[[0, 2]], [[2, 2]]]).int(),
+        "topk_weights_TK": torch.ones(3, 2),
+        "topk_ids_TK": torch.tensor([[0, 1]] * 3),
+    }
+    assert cpu._library().fused_experts(**right, threads=1).shape == (3, 152)
+    with pytest.raises(AssertionError, match=said):
+        cpu._library().fused_experts(**{**right, **change}, threads=1)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("rows_SH", "atoms_F", "said"),
+    [
+        (torch.ones(4, 8), torch.arange(2), "torch.float32 into torch.bfloat16"),
+        (torch.ones(4, 8).bfloat16(), torch.arange(2).int(), "atoms are torch.int32"),
+        (torch.ones(4, 8).bfloat16(), torch.arange(3), "lie beyond"),
+    ],
+)
+def test_rows_that_only_our_own_bug_could_pack(rows_SH, atoms_F, said):
+    with pytest.raises(AssertionError, match=said):
+        cpu._library().pack(torch.ones(3 * 8 * 2).bfloat16(), 0, "gate", rows_SH, atoms_F, 1)
+
+
+@needs_library
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer ends it")
+def test_no_memory_is_an_exception():
+    """Offsets of an expert so wide that no address space could hold its activations."""
+    problem = make_problem((8, 4))
+    problem.offsets_E1[:] = torch.tensor([0, 8, 1 << 52])
+    problem.weights[1] = problem.offsets_E1
+    x_TH, topk_weights_TK, _ = make_input(3, 2)
+    ids_TK, runs_ER2 = torch.ones(3, 3), torch.zeros(2, 1, 2).int()
+    with pytest.raises(MemoryError, match="no memory for the experts of 3 tokens"):
+        run(problem, x_TH, topk_weights_TK, ids_TK.long(), runs_ER2)
+    problem = make_problem((8, 4))
+    arguments = make_input(3, 2)
+    expected = problem.expected(arguments[0], problem.whole(), *arguments[1:])
+    assert_close(run(problem, *arguments), expected)
+
+
+@needs_library
 def test_ids_beyond_any_width_are_skipped():
     problem = make_problem()
     ids_TK = torch.tensor([[-1, 1 << 40], [len(WIDTHS), -(1 << 33)]])
@@ -400,6 +512,104 @@ def test_a_compiler_that_is_missing_or_broken(fresh, compiler, reason):
 def test_a_cache_that_cannot_be_written(fresh, tmp_path):
     (tmp_path / "cache").write_text("a file")
     assert "set ATOMIC_MOE_CACHE" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_user_without_a_home(fresh):
+    for name in ("ATOMIC_MOE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        fresh.delenv(name, raising=False)
+    fresh.setattr("pwd.getpwuid", dict[int, None]().__getitem__)  # KeyError
+    reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+    assert reason == "this user has no home directory to compile into; set ATOMIC_MOE_CACHE"
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_a_cache_that_others_may_write_is_refused(fresh, tmp_path, mode):
+    """What lies there would run here."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+    assert f"may be written by others (mode {mode:o}); `chmod go-w` it or set" in reason
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_belongs_to_its_user_or_root(fresh, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o755)
+    found, me = (tmp_path / "cache").stat(), os.geteuid()
+
+    def owned_by(uid):
+        owned = os.stat_result((*found[:4], uid, *found[5:]))
+        fresh.setattr(Path, "stat", lambda self, **how: owned)
+
+    for uid in (0, me):
+        owned_by(uid)
+        cpu_library._check_owner(tmp_path / "cache")
+    owned_by(me + 1)
+    with pytest.raises(VariantError, match=rf"belongs to another user \(uid {me + 1}\)"):
+        cpu_library._check_owner(tmp_path / "cache")
+
+
+@needs_library
+def test_a_prebuilt_cache_may_be_read_only(fresh):
+    """Not even a lock is opened where the library is there."""
+    library = cpu_library.build(VARIANTS["avx512"])
+    library.with_suffix(".lock").unlink()
+    library.parent.chmod(0o555)
+    fresh.setenv("PATH", "")
+    assert cpu_library.build(VARIANTS["avx512"]) == library
+    assert list(library.parent.iterdir()) == [library]
+
+
+def test_the_lock_is_no_link_into_other_files(fresh, tmp_path):
+    library = cpu_library.build(VARIANTS["avx512"])
+    assert library.parent.stat().st_mode & 0o022 == library.stat().st_mode & 0o022 == 0
+    other, lock = tmp_path / "other", library.with_suffix(".lock")
+    other.write_text("kept")
+    library.unlink()
+    lock.unlink()
+    lock.symlink_to(other)
+    with pytest.raises(VariantError, match=r"cannot use .*symbolic links.*; set ATOMIC_MOE_CACHE"):
+        cpu_library.build(VARIANTS["avx512"])
+    assert other.read_text() == "kept"
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_anew(fresh):
+    fresh.setattr(cpu_library, "COMMON_FLAGS", (*cpu_library.COMMON_FLAGS, "-O0"))
+    library = cpu_library.build(VARIANTS["avx512"])
+    library.write_text("from another system")
+    with fresh.context() as patch:
+        patch.setenv("PATH", "")
+        with pytest.raises(VariantError, match=r"no C\+\+ compiler"):
+            cpu_library.load(VARIANTS["avx512"])
+    assert cpu_library.load(VARIANTS["avx512"]).functions
+
+
+@pytest.mark.parametrize(
+    "name", ["platform.libc_ver", "vllm_atomic_moe.kernels.cpu_library._openmp"]
+)
+def test_another_system_has_libraries_of_its_own(fresh, name, tmp_path):
+    fresh.setattr(cpu_library, "_compile", lambda command: Path(command[-3]).touch())
+    fresh.setattr(cpu_library, "_openmp", lambda: ["/a/libgomp.so.1", "-Wl,--as-needed"])
+    before = cpu_library.build(VARIANTS["avx512"])
+    assert cpu_library.build(VARIANTS["avx512"]) == before
+    fresh.setattr(name, lambda: ["/a/libgomp-1234.so.1", "-Wl,--as-needed"])
+    assert cpu_library.build(VARIANTS["avx512"]) != before
+
+
+def test_building_ahead_skips_what_the_compiler_does_not_know(fresh, tmp_path, capsys):
+    """Only avx512 is compiled here, and only in name."""
+    compiler = tmp_path / "old-compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *bf16*) echo "error: unknown option" >&2; exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+    )
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    assert cpu.main() == 0
+    said = capsys.readouterr()
+    assert [Path(line).name.split("-")[1] for line in said.out.splitlines()] == ["avx512"]
+    assert [line.split(":")[0] for line in said.err.splitlines()] == ["amx", "avx512_bf16"]
+    fresh.setenv("CXX", "no-such-compiler")
+    assert cpu.main() == 1
 
 
 @needs_library

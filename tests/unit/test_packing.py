@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_atomic_moe.packing import PackedExperts, PackedLayout, build_layout
+from vllm_atomic_moe.packing import PackedExperts, PackedLayout, RowStorage, build_layout
 
 masks = st.builds(
     lambda seed, experts, width, profiles: {
@@ -150,3 +150,29 @@ def test_too_many_resident_profiles_are_refused():
     keep = {f"p{index}": torch.ones(1, 2).bool() for index in range(33)}
     with pytest.raises(ValueError, match="33 resident profiles, at most 32"):
         build_layout(keep)
+
+
+class IndexedStorage(RowStorage):
+    """Plain rows, and an index tensor beside them."""
+
+    def allocate(self, offsets_E1, hidden_size, dtype, device):
+        rows = super().allocate(offsets_E1, hidden_size, dtype, device)
+        return {**rows, "offsets": offsets_E1.clone()}
+
+
+def test_rows_are_parameters_and_indices_are_buffers():
+    layout = build_layout({"only": torch.ones(2, 4).bool()})
+    packed = PackedExperts(layout, 8, torch.float32, storage=IndexedStorage())
+    assert list(dict(packed.named_parameters())) == ["gate", "up", "down_t"]
+    assert list(dict(packed.named_buffers())) == ["offsets", "runs_ER2"]
+    assert "offsets" not in packed.state_dict()
+    assert packed.weights[3] is packed.offsets
+
+
+def test_another_dtype_is_refused():
+    packed = PackedExperts(build_layout({"only": torch.ones(2, 4).bool()}), 8, torch.float32)
+    module = torch.nn.Sequential(packed)
+    assert module.float().to("cpu")[0] is packed
+    with pytest.raises(ValueError, match=r"float32 and cannot become torch.bfloat16; pack them"):
+        module.to(torch.bfloat16)
+    assert packed.gate.dtype == torch.float32

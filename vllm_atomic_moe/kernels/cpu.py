@@ -26,14 +26,12 @@ from vllm_atomic_moe.packing import PROJECTIONS, Projection
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-DTYPES = (torch.bfloat16, torch.float32)
-
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run there, or None. The first call compiles the library."""
     if device.type != "cpu":
         return f"the device is {device.type}"
-    if dtype not in DTYPES:
+    if dtype not in cpu_library.DTYPES:
         return f"it computes in bfloat16 and float32, not in {str(dtype).removeprefix('torch.')}"
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
@@ -49,7 +47,7 @@ def _load() -> Library | str:
         try:
             if variant.name == "amx" and not torch.cpu._init_amx():
                 raise VariantError("the operating system does not grant AMX")
-            library = Library(cpu_library.build(variant))
+            library = cpu_library.load(variant)
             _check(library)
         except VariantError as reason:
             logger.warning("Expert kernels for %s are not used: %s", variant.name, reason)
@@ -80,7 +78,7 @@ class TiledStorage:
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
                 "choose the kernel `reference`"
             )
-        numel = 3 * hidden_size * int(_padded_offsets(offsets_E1)[-1])
+        numel = 3 * hidden_size * _first_atom(offsets_E1, len(offsets_E1) - 1)
         packed = torch.empty(numel, dtype=dtype, device=device)
         if packed.device.type == "cpu":
             _advise_huge_pages(packed)
@@ -105,9 +103,8 @@ class TiledStorage:
             rows_SH: any float dtype, device and strides.
             atoms_F: int64 [F], indices into rows_SH.
         """
-        packed, offsets = weights
-        offsets.copy_(offsets_E1)  # a meta tensor of the allocation had nothing to keep
-        first_atom = int(_padded_offsets(offsets_E1)[expert])
+        packed = weights[0]
+        first_atom = _first_atom(offsets_E1, expert)
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
@@ -148,8 +145,7 @@ def _library() -> Library:
 def _check(library: Library) -> None:
     """Compare a small problem with plain PyTorch: a compiler may be wrong, and so may an emulator.
 
-    One thread: a process that forks later must not own a pool of threads yet. Nothing follows
-    torch's default device and dtype, which are the model's while it is loaded.
+    Nothing follows torch's default device and dtype, which are the model's while it is loaded.
 
     Raises:
         VariantError: they differ.
@@ -164,7 +160,8 @@ def _check(library: Library) -> None:
         for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
             rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
             packed = TiledStorage().allocate(offsets_E1, 88, dtype, None)["packed"]
-            for expert, first_atom in enumerate(_padded_offsets(offsets_E1)[:-1].tolist()):
+            for expert in range(3):
+                first_atom = _first_atom(offsets_E1, expert)
                 atoms_F = torch.arange(*offsets_E1[expert : expert + 2].tolist())
                 for projection, rows_PH in zip(PROJECTIONS, rounded_3PH, strict=True):
                     library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
@@ -184,10 +181,10 @@ def _check(library: Library) -> None:
                 raise VariantError(f"its self-check failed: relative error {error:.1e} in {dtype}")
 
 
-def _padded_offsets(offsets_E1: torch.Tensor) -> torch.Tensor:
-    """First atom of every expert where each is padded to an even number of atoms: int64 [E+1]."""
-    padded_E = (offsets_E1.diff() + 1) // 2 * 2
-    return torch.cat([padded_E.new_zeros(1), padded_E.cumsum(0)])
+def _first_atom(offsets_E1: torch.Tensor, expert: int) -> int:
+    """How many atoms lie before an expert, each expert padded to an even number of them."""
+    odd_widths = offsets_E1[: expert + 1].diff() % 2
+    return int(offsets_E1[expert] + odd_widths.sum())
 
 
 def _advise_huge_pages(tensor: torch.Tensor) -> None:
@@ -201,14 +198,19 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
 
 
 def main() -> int:
-    """Build the library of every variant, so that no compiler is needed later."""
+    """Build the library of every variant, so that no compiler is needed later.
+
+    Returns:
+        0, or 1 where none was built; an old compiler may not know the newest variant.
+    """
+    built = 0
     for variant in cpu_library.VARIANTS:
         try:
             print(cpu_library.build(variant))
+            built += 1
         except VariantError as reason:
             print(f"{variant.name}: {reason}", file=sys.stderr)
-            return 1
-    return 0
+    return 0 if built else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 #include "cpu_panels.h"
@@ -23,7 +24,7 @@ namespace {
 constexpr int kTileAtoms = 32;
 constexpr int kSegmentAtoms = 2048;  // of a down panel: 256 KiB, which stay in L2
 constexpr int64_t kScratchBytes = 64ll << 20;
-constexpr int64_t kTokenRange = 512;  // sums of so many tokens: 128 KiB
+constexpr int64_t kTokenRange = 512;  // sums of so many tokens: 128 KiB of a thread's stack
 
 // ---- what one call has to do --------------------------------------------------------------------
 
@@ -68,13 +69,15 @@ struct Plan {
   std::vector<uint32_t> used;
 };
 
-// Tiles that the expert's runs touch, and the stretches of atoms that they cover.
+// Tiles that the expert's runs touch, and the stretches of atoms that they cover; what of a run lies
+// outside the expert is left out.
 void plan_runs(Plan& plan, const Call& call, int64_t id, int64_t expert) {
-  plan.used.assign(ceil_div(call.offsets_E1[id + 1] - call.offsets_E1[id], kTileAtoms), 0);
+  const int64_t offset = call.offsets_E1[id], atoms = call.offsets_E1[id + 1] - offset;
+  plan.used.assign(ceil_div(atoms, kTileAtoms), 0);
   for (int64_t run = 0; run < call.R; ++run) {
     const int32_t* run_2 = call.runs_ER2 + (id * call.R + run) * 2;
-    const int64_t first = run_2[0] - call.offsets_E1[id], last = first + run_2[1];
-    for (int64_t at = first; at < last;) {
+    const int64_t first = run_2[0] - offset, last = std::min(atoms, first + run_2[1]);
+    for (int64_t at = std::max<int64_t>(0, first); at < last;) {
       const int64_t tile = at / kTileAtoms, end = std::min(last, (tile + 1) * kTileAtoms);
       plan.used[tile] |= static_cast<uint32_t>(((1ull << (end - at)) - 1) << at % kTileAtoms);
       at = end;
@@ -154,8 +157,12 @@ __m512 exponential(__m512 x) {
 }
 
 __m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  const __m512 one = _mm512_set1_ps(1), most = _mm512_set1_ps(100);
+  // e^100 is infinite and e^-100 too small to change 1, which far larger exponents would miss.
+  const __m512 minus_x = _mm512_sub_ps(_mm512_setzero_ps(), x);
+  const __m512 clamped =
+      _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), _mm512_min_ps(most, minus_x));
+  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(clamped)));
 }
 
 // h = SiLU(gate x) ⊙ (up x) of one tile for all rows of its expert; zero for atoms in no run.
@@ -186,8 +193,8 @@ template <class D>
 void down_block(const Plan& plan, const Call& call, int64_t begin, int64_t end, int64_t block) {
   const int64_t column = block * kPanelColumns;
   const int half = std::min<int64_t>(kPanelColumns, call.H - column) / 2;
-  static thread_local std::vector<float> sums;
-  sums.assign((end - begin) * kPanelColumns, 0);
+  alignas(64) float sums[kTokenRange * kPanelColumns];
+  std::fill_n(sums, (end - begin) * kPanelColumns, 0.f);
   alignas(64) float product[kAmxRows * kPanelColumns];
   for (const Expert& expert : plan.experts) {
     const auto rows = plan.tokens_N.begin();
@@ -206,7 +213,7 @@ void down_block(const Plan& plan, const Call& call, int64_t begin, int64_t end, 
               plan.hidden_NF.data() + (first + r) * plan.hidden_stride / D::kPerUnit + skipped;
         multiply<D>(hidden, count, at_once, panel, product);
         for (int r = 0; r < count; ++r) {
-          float* sum = sums.data() + (plan.tokens_N[first + r] - begin) * kPanelColumns;
+          float* sum = sums + (plan.tokens_N[first + r] - begin) * kPanelColumns;
           const __m512 weight = _mm512_set1_ps(plan.weights_N[first + r]);
           for (int j = 0; j < kPanelColumns; j += 16)
             _mm512_storeu_ps(
@@ -218,7 +225,7 @@ void down_block(const Plan& plan, const Call& call, int64_t begin, int64_t end, 
   }
   for (int64_t token = begin; token < end; ++token) {
     auto* out = static_cast<typename D::Element*>(call.out_TH) + token * call.H + column;
-    const float* sum = sums.data() + (token - begin) * kPanelColumns;
+    const float* sum = sums + (token - begin) * kPanelColumns;
     for (int j = 0; j < 32; j += 16) {
       D::store(out + j, _mm512_loadu_ps(sum + j), lanes(half - j));
       D::store(out + half + j, _mm512_loadu_ps(sum + 32 + j), lanes(half - j));
@@ -401,13 +408,17 @@ void pack(const Source<D>& source, Unit* expert, int projection, int threads) {
 
 extern "C" {
 
-// Arguments as of `kernels.fused_experts`, all contiguous; H is even.
-void atomic_moe_fused_experts(const void* x_TH, const void* packed, const int64_t* offsets_E1,
-                              const int32_t* runs_ER2, const float* weights_TK,
-                              const int64_t* ids_TK, void* out_TH, int64_t T, int64_t K, int64_t E,
-                              int64_t R, int64_t H, int bfloat16, int threads) {
+// Arguments as of `kernels.fused_experts`, all contiguous; H is even. Returns 0, or 1 where memory
+// is short.
+int atomic_moe_fused_experts(const void* x_TH, const void* packed, const int64_t* offsets_E1,
+                             const int32_t* runs_ER2, const float* weights_TK,
+                             const int64_t* ids_TK, void* out_TH, int64_t T, int64_t K, int64_t E,
+                             int64_t R, int64_t H, int bfloat16, int threads) try {
   const Call call{x_TH, packed, offsets_E1, runs_ER2, weights_TK, ids_TK, out_TH, T, K, E, R, H};
   bfloat16 ? fused_experts<BFloat16>(call, threads) : fused_experts<Float32>(call, threads);
+  return 0;
+} catch (const std::exception&) {  // of a vector that cannot grow; parallel regions allocate nothing
+  return 1;
 }
 
 // Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`; strides in

@@ -1,8 +1,9 @@
 """The compiled half of the CPU backend: cpu_experts.cpp as a shared library, built once and cached.
 
 Built at first use with $CXX (or g++) into $ATOMIC_MOE_CACHE, or the user's cache directory, under a
-name that follows from the source, the flags and torch's version. Images build ahead with
-`python -m vllm_atomic_moe.kernels.cpu`; with the libraries in the cache no compiler is needed.
+name that follows from the source, the flags, and the versions of torch and libc. Images build ahead
+with `python -m vllm_atomic_moe.kernels.cpu`; with the libraries in the cache no compiler is needed,
+and nothing is written. What is loaded from the cache runs: nobody else may write there.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, R runs per expert, S stored rows,
 F atoms of an expert.
@@ -14,8 +15,10 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shlex
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from vllm_atomic_moe.packing import PROJECTIONS, Projection
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_experts.cpp", "cpu_panels.h"))
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma")
 BUILD_SECONDS = 300
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 class VariantError(Exception):
@@ -72,33 +76,54 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found[1].split() if found else ())
 
 
-def build(variant: Variant) -> Path:
-    """The library of one variant, compiled unless the cache has it.
+def load(variant: Variant) -> Library:
+    """The library of one variant; one that cannot be loaded is compiled anew, once.
 
     Raises:
-        VariantError: there is no compiler, it fails, or the cache cannot be written.
+        VariantError: it can be neither loaded nor compiled.
+    """
+    try:
+        return Library(build(variant))
+    except OSError:  # damaged, or made on another system
+        path = build(variant, again=True)
+    try:
+        return Library(path)
+    except OSError as error:
+        raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+
+
+def build(variant: Variant, again: bool = False) -> Path:
+    """The library of one variant, compiled unless the cache has it (or `again`).
+
+    Raises:
+        VariantError: there is no compiler, it fails, or the cache cannot be written or trusted.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     flags = [*COMMON_FLAGS, *variant.compiler_flags]
     contents = [source.read_bytes() for source in SOURCES]
-    key = repr((contents, compiler, flags, torch.__version__))
+    openmp = _openmp()
+    runtimes = [Path(argument).name for argument in openmp]
+    key = repr((contents, compiler, flags, torch.__version__, platform.libc_ver(), runtimes))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     library = _cache_directory() / f"cpu_experts-{variant.name}-{digest}.so"
-    if library.exists():
-        return library
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        # Others may read: an image's libraries are built by root and used by anyone.
+        library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _check_owner(library.parent)
+        if library.exists() and not again:
+            return library
         # Many workers start at once: one compiles, the others wait for it.
-        with open(library.with_suffix(".lock"), "w") as lock:
+        with open(library.with_suffix(".lock"), "a", opener=_open_no_link) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
+            if again or not library.exists():
                 with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                     built = Path(directory) / library.name
-                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *_openmp()])
+                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *openmp])
+                    built.chmod(0o755)
                     built.replace(library)
     except OSError as error:
         raise VariantError(
-            f"cannot write {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
+            f"cannot use {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
         ) from error
     return library
 
@@ -106,7 +131,23 @@ def build(variant: Variant) -> Path:
 def _cache_directory() -> Path:
     if chosen := os.environ.get("ATOMIC_MOE_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-atomic-moe"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):
+        raise VariantError("this user has no home directory to compile into; set ATOMIC_MOE_CACHE")
+    return Path(caches) / "vllm-atomic-moe"
+
+
+def _check_owner(directory: Path) -> None:
+    found = directory.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise VariantError(
+            f"{directory} belongs to another user (uid {found.st_uid}) or may be written by others "
+            f"(mode {stat.S_IMODE(found.st_mode):o}); `chmod go-w` it or set ATOMIC_MOE_CACHE"
+        )
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _compile(command: list[str]) -> None:
@@ -141,13 +182,11 @@ class Library:
         """Load it.
 
         Raises:
-            VariantError: it cannot be loaded, or would bring a second OpenMP runtime.
+            OSError: it cannot be loaded.
+            VariantError: it brings a second OpenMP runtime.
         """
         before = _openmp_runtimes()
-        try:
-            self.functions = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+        self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
             raise VariantError(
                 f"{path.name} brings an OpenMP runtime of its own, {min(second)}, beside torch's; "
@@ -159,7 +198,7 @@ class Library:
         pack.restype = None
         fused_experts = self.functions.atomic_moe_fused_experts
         fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, number, number]
-        fused_experts.restype = None
+        fused_experts.restype = number
 
     def pack(
         self,
@@ -176,7 +215,14 @@ class Library:
             packed: the flat tensor of all experts.
             first_atom: atoms before the expert, padding included.
             rows_SH: of packed's dtype, any strides.
+            atoms_F: int64, indices into rows_SH.
         """
+        atoms = first_atom + len(atoms_F)
+        for tensor in (packed, rows_SH, atoms_F):
+            assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert rows_SH.dtype == packed.dtype in DTYPES, f"{rows_SH.dtype} into {packed.dtype}"
+        assert atoms_F.dtype == torch.int64, f"atoms are {atoms_F.dtype}, wanted int64"
+        assert 3 * atoms * rows_SH.shape[1] <= packed.numel(), "the atoms lie beyond the tensor"
         if projection != "down" and rows_SH.stride(1) != 1:
             rows_SH = rows_SH.contiguous()
         atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
@@ -202,14 +248,18 @@ class Library:
         topk_ids_TK: torch.Tensor,
         threads: int,
     ) -> torch.Tensor:
-        """Arguments as of `kernels.fused_experts`; x has packed's dtype."""
-        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        """Arguments as of `kernels.fused_experts`; x has packed's dtype.
+
+        Raises:
+            MemoryError: there is none for the intermediate activations.
+        """
+        _check_arguments(x_TH, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK)
         # Named, so that what had to be copied lives until the call returns.
-        x_TH, runs_ER2 = x_TH.contiguous(), runs_ER2.contiguous()
+        x_TH = x_TH.contiguous()
         topk_weights_TK = topk_weights_TK.float().contiguous()
         topk_ids_TK = topk_ids_TK.long().contiguous()
         out_TH = torch.empty_like(x_TH)
-        self.functions.atomic_moe_fused_experts(
+        failed = self.functions.atomic_moe_fused_experts(
             x_TH.data_ptr(),
             packed.data_ptr(),
             offsets_E1.data_ptr(),
@@ -225,7 +275,38 @@ class Library:
             x_TH.dtype == torch.bfloat16,
             threads,
         )
+        if failed:
+            raise MemoryError(f"no memory for the experts of {x_TH.shape[0]} tokens")
         return out_TH
+
+
+def _check_arguments(
+    x_TH: torch.Tensor,
+    packed: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+) -> None:
+    """What C++ trusts blindly, and only a bug of ours could break."""
+    for tensor in (x_TH, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK):
+        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+    for tensor in (packed, offsets_E1, runs_ER2):
+        assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
+    assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+    assert x_TH.dtype in DTYPES, f"x is {x_TH.dtype}, wanted one of {DTYPES}"
+    assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
+    assert runs_ER2.dtype == torch.int32, f"runs are {runs_ER2.dtype}, wanted int32"
+    assert not topk_ids_TK.is_floating_point(), f"expert ids are {topk_ids_TK.dtype}"
+    (tokens, hidden_size), (experts, runs, _) = x_TH.shape, runs_ER2.shape
+    two_atoms = 2 * 3 * hidden_size
+    assert packed.numel() % two_atoms == 0, (
+        f"{packed.numel()} numbers for hidden size {hidden_size}"
+    )
+    wanted = {"offsets": (experts + 1,), "runs": (experts, runs, 2), "ids": topk_weights_TK.shape}
+    found = {"offsets": offsets_E1.shape, "runs": runs_ER2.shape, "ids": topk_ids_TK.shape}
+    assert found == wanted, f"shapes are {found}, wanted {wanted}"
+    assert len(topk_ids_TK) == tokens, f"{len(topk_ids_TK)} rows of expert ids for {tokens} tokens"
 
 
 def _openmp_runtimes() -> set[str]:

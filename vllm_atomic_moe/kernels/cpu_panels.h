@@ -126,6 +126,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// GCC's AMX intrinsics do not say what memory they read: what was written there must be, by now.
+inline void finish_writing(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
 // The same for up to 16 bfloat16 rows at equal distances. Tiles: 0-3 products, 4 rows, 5-7 weights.
 void multiply_rows_amx(const Unit* const* rows, int count, const Panel& panel, float* product) {
   const int columns[2] = {std::min(panel.half, 16), panel.half - std::min(panel.half, 16)};
@@ -138,6 +141,7 @@ void multiply_rows_amx(const Unit* const* rows, int count, const Panel& panel, f
   for (int tile : {0, 1, 2, 3}) shape(tile, count, columns[tile % 2]);
   shape(4, count, kAmxUnits);
   for (int tile : {5, 6, 7}) shape(tile, kAmxUnits, columns[tile == 6]);
+  finish_writing(&config);
   _tile_loadconfig(&config);
   _tile_zero(0);
   _tile_zero(2);
@@ -167,6 +171,8 @@ void multiply_rows_amx(const Unit* const* rows, int count, const Panel& panel, f
     for (int r = 0; r < count; ++r)
       std::memcpy(padded_rows + r * kAmxUnits, rows[r] + whole, 4 * rest);
     std::memcpy(padded, panel.units + whole * 2 * panel.half, 4 * rest * 2 * panel.half);
+    finish_writing(padded_rows);
+    finish_writing(padded);
     step(padded_rows, 4 * kAmxUnits, padded);
   }
   const int64_t stride = sizeof(float) * kPanelColumns;

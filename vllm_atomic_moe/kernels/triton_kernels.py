@@ -151,7 +151,7 @@ def gate_up_kernel(
     x_ptr,  # [T, H], rows stride_x apart
     gate_ptr,  # [P, H]
     up_ptr,  # [P, H]
-    h_ptr,  # out [N, positions], rows stride_a apart
+    h_ptr,  # out [N, positions], rows stride_h apart
     runs_ptr,  # [E, R, 2]
     rows_ptr,
     experts_ptr,
@@ -159,7 +159,7 @@ def gate_up_kernel(
     num_blocks,
     num_tiles,
     stride_x,
-    stride_a,
+    stride_h,
     H,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -185,7 +185,7 @@ def gate_up_kernel(
         x_ptr, gate_ptr, up_ptr, rows_n // K, live_n, packed_f, kept_f, stride_x, H,
         BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
-    h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_a + positions_f[None, :]
+    h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_h + positions_f[None, :]
     # Positions without an atom, up to the next multiple of 16, hold zeros.
     written_f = positions_f < _next_run(end)
     tl.store(h_ptrs_nf, h_nf, mask=live_n[:, None] & written_f[None, :])
@@ -193,7 +193,7 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def down_kernel(
-    h_ptr,  # [N, positions], rows stride_a apart
+    h_ptr,  # [N, positions], rows stride_h apart
     down_t_ptr,  # [P, H]
     y_ptr,  # out [N, H]: what each routed row adds to its token
     runs_ptr,  # [E, R, 2]
@@ -203,7 +203,7 @@ def down_kernel(
     num_rows,
     num_blocks,
     num_tiles,
-    stride_a,
+    stride_h,
     H,
     E: tl.constexpr,
     R: tl.constexpr,
@@ -222,7 +222,7 @@ def down_kernel(
     live_n = rows_n < num_rows
     columns_d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_d = columns_d < H
-    h_ptrs_n = h_ptr + rows_n.to(tl.int64) * stride_a
+    h_ptrs_n = h_ptr + rows_n.to(tl.int64) * stride_h
     y_nd = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     end = 0
     for run in range(R):
