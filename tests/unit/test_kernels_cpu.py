@@ -343,7 +343,7 @@ def test_runs_beyond_their_expert_are_cut_off():
         ),
         ({"runs_ER2": torch.zeros(2, 1, 2).long()}, "runs are torch.int64, wanted int32"),
         ({"runs_ER2": torch.zeros(2, 2, 2).int()[:, ::2]}, "wanted contiguous"),
-        ({"topk_weights_TK": torch.ones(3, 3)}, r"'ids': torch.Size\(\[3, 2\]\).*wanted.*\[3, 3\]"),
+        ({"topk_weights_TK": torch.ones(3, 3)}, r"router weights are .*\[3, 3\].*, ids .*\[3, 2\]"),
         ({"x_TH": torch.ones(4, 152).bfloat16()}, "3 rows of expert ids for 4 tokens"),
         ({"topk_ids_TK": torch.ones(3, 2)}, "expert ids are torch.float32"),
     ],

@@ -185,6 +185,7 @@ class Library:
             OSError: it cannot be loaded.
             VariantError: it brings a second OpenMP runtime.
         """
+        self.checked: set[tuple[int, ...]] = set()
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
@@ -253,7 +254,19 @@ class Library:
         Raises:
             MemoryError: there is none for the intermediate activations.
         """
-        _check_arguments(x_TH, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK)
+        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
+            assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert not topk_ids_TK.is_floating_point(), f"expert ids are {topk_ids_TK.dtype}"
+        (tokens, hidden_size), (ids, top_k) = x_TH.shape, topk_ids_TK.shape
+        assert ids == tokens, f"{ids} rows of expert ids for {tokens} tokens"
+        assert topk_weights_TK.shape == topk_ids_TK.shape, (
+            f"router weights are {topk_weights_TK.shape}, ids {topk_ids_TK.shape}"
+        )
+        pointers = packed.data_ptr(), offsets_E1.data_ptr(), runs_ER2.data_ptr()
+        if (*pointers, hidden_size) not in self.checked:
+            _check_layer(packed, offsets_E1, runs_ER2, hidden_size)
+            self.checked.add((*pointers, hidden_size))
         # Named, so that what had to be copied lives until the call returns.
         x_TH = x_TH.contiguous()
         topk_weights_TK = topk_weights_TK.float().contiguous()
@@ -261,17 +274,14 @@ class Library:
         out_TH = torch.empty_like(x_TH)
         failed = self.functions.atomic_moe_fused_experts(
             x_TH.data_ptr(),
-            packed.data_ptr(),
-            offsets_E1.data_ptr(),
-            runs_ER2.data_ptr(),
+            *pointers,
             topk_weights_TK.data_ptr(),
             topk_ids_TK.data_ptr(),
             out_TH.data_ptr(),
-            x_TH.shape[0],
-            topk_ids_TK.shape[1],
-            runs_ER2.shape[0],
-            runs_ER2.shape[1],
-            x_TH.shape[1],
+            tokens,
+            top_k,
+            *runs_ER2.shape[:2],
+            hidden_size,
             x_TH.dtype == torch.bfloat16,
             threads,
         )
@@ -280,33 +290,24 @@ class Library:
         return out_TH
 
 
-def _check_arguments(
-    x_TH: torch.Tensor,
-    packed: torch.Tensor,
-    offsets_E1: torch.Tensor,
-    runs_ER2: torch.Tensor,
-    topk_weights_TK: torch.Tensor,
-    topk_ids_TK: torch.Tensor,
+def _check_layer(
+    packed: torch.Tensor, offsets_E1: torch.Tensor, runs_ER2: torch.Tensor, hidden_size: int
 ) -> None:
-    """What C++ trusts blindly, and only a bug of ours could break."""
-    for tensor in (x_TH, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK):
-        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
     for tensor in (packed, offsets_E1, runs_ER2):
+        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
-    assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
-    assert x_TH.dtype in DTYPES, f"x is {x_TH.dtype}, wanted one of {DTYPES}"
+    assert packed.dtype in DTYPES, f"weights are {packed.dtype}, wanted one of {DTYPES}"
     assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
     assert runs_ER2.dtype == torch.int32, f"runs are {runs_ER2.dtype}, wanted int32"
-    assert not topk_ids_TK.is_floating_point(), f"expert ids are {topk_ids_TK.dtype}"
-    (tokens, hidden_size), (experts, runs, _) = x_TH.shape, runs_ER2.shape
+    experts, runs, _ = runs_ER2.shape
     two_atoms = 2 * 3 * hidden_size
     assert packed.numel() % two_atoms == 0, (
         f"{packed.numel()} numbers for hidden size {hidden_size}"
     )
-    wanted = {"offsets": (experts + 1,), "runs": (experts, runs, 2), "ids": topk_weights_TK.shape}
-    found = {"offsets": offsets_E1.shape, "runs": runs_ER2.shape, "ids": topk_ids_TK.shape}
+    wanted = {"offsets": (experts + 1,), "runs": (experts, runs, 2)}
+    found = {"offsets": offsets_E1.shape, "runs": runs_ER2.shape}
     assert found == wanted, f"shapes are {found}, wanted {wanted}"
-    assert len(topk_ids_TK) == tokens, f"{len(topk_ids_TK)} rows of expert ids for {tokens} tokens"
 
 
 def _openmp_runtimes() -> set[str]:
