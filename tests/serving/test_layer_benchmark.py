@@ -19,6 +19,12 @@ from vllm_atomic_moe.serving.layer_benchmark import LayerPlan, LayerShape, draw_
 SMALL = LayerShape("small", 8, 64, 128, 2)
 
 
+@pytest.fixture(autouse=True)
+def _log_level(monkeypatch):
+    """The command quietens vLLM's log; the tests after these want theirs."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+
+
 def generator():
     return torch.Generator().manual_seed(0)
 
