@@ -20,15 +20,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vllm_atomic_moe.kernels import triton as backend
+from vllm_atomic_moe.kernels.shapes import SHAPES
 
-# E, H, I, K.
-SHAPES = {
-    "Qwen3-30B-A3B": (128, 2048, 768, 8),
-    "Qwen1.5-MoE-A2.7B": (60, 2048, 1408, 4),
-    "DeepSeek-V2-Lite": (64, 2048, 1408, 6),
-    "OLMoE-1B-7B": (64, 2048, 1024, 8),
-    "Mixtral-8x7B": (8, 4096, 14336, 2),
-}
 TOKENS = (1, 8, 64, 512, 2048)
 PRUNED = (0.0, 0.25, 0.5, 0.75)
 
@@ -125,11 +118,11 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
     """All rows of one model."""
-    weights = make_weights(*SHAPES[model][:3], dtype)
+    weights = make_weights(*SHAPES[model][1:4], dtype)
     for T in tokens:
         dense = 0.0
         for pruned in PRUNED:
-            call = make_call(SHAPES[model], weights, T, pruned)
+            call = make_call(SHAPES[model][1:], weights, T, pruned)
             tiles = backend.choose_tiles(call.rows_per_expert, dtype)
             two = microseconds(lambda: call.run(tiles, False))  # noqa: B023
             # Larger blocks of rows would not fit into registers beside the second GEMM.
@@ -147,9 +140,9 @@ def tune(model: str, dtype: torch.dtype, tokens: list[int]) -> None:
     """Print the three fastest tiles per number of tokens, dense experts; minutes per line."""
     from triton.runtime.errors import OutOfResources
 
-    weights = make_weights(*SHAPES[model][:3], dtype)
+    weights = make_weights(*SHAPES[model][1:4], dtype)
     for T in tokens:
-        call = make_call(SHAPES[model], weights, T, 0.0)
+        call = make_call(SHAPES[model][1:], weights, T, 0.0)
         one_kernel = call.rows_per_expert <= backend.ONE_KERNEL_ROWS
         timed = []
         sizes = itertools.product((16, 32, 64, 128), (32, 64), (64, 128), (64, 128), (64,), (4, 8))

@@ -11,18 +11,13 @@ from torch.nn import functional
 from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_memory, ragged, routed
 from vllm_atomic_moe.kernels import choose_backend
 from vllm_atomic_moe.kernels import triton as triton_backend
+from vllm_atomic_moe.kernels.shapes import SHAPES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Experts, hidden and intermediate size, experts per token.
-REAL = {
-    "Qwen3-30B-A3B": (128, 2048, 768, 8),
-    "Qwen1.5-MoE-A2.7B": (60, 2048, 1408, 4),
-    "Mixtral-8x7B": (8, 4096, 14336, 2),
-}
 
 
 class TestReference(KernelSuite):
@@ -59,10 +54,10 @@ def test_triton_is_chosen():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 2048])
-@pytest.mark.parametrize("model", REAL)
+@pytest.mark.parametrize("model", SHAPES)
 def test_real_shapes(model, tokens, dtype):
     """Ragged experts of real models, memory poisoned."""
-    E, H, full, K = REAL[model]
+    E, H, full, K = SHAPES[model][1:]
     generator = torch.Generator("cuda").manual_seed(0)
     random = {"generator": generator, "device": "cuda"}
     widths_E = torch.randint(0, full + 1, (E,), **random)

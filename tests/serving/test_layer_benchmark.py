@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from tests.kernel_suite import TOLERANCE
 from tests.serving.conftest import DEMO
 from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.kernels.shapes import SHAPES, LayerShape
 from vllm_atomic_moe.serving import layer_benchmark
 from vllm_atomic_moe.serving.compat import DenseExperts
-from vllm_atomic_moe.serving.layer_benchmark import LayerPlan, LayerShape, draw_mask, draw_routing
+from vllm_atomic_moe.serving.layer_benchmark import LayerPlan, draw_mask, draw_routing
 
 SMALL = LayerShape("small", 8, 64, 128, 2)
 
@@ -114,7 +115,7 @@ def test_layers_are_refused_where_vllm_is_not_for_cpus(monkeypatch):
 
 
 def test_command(monkeypatch, tmp_path):
-    monkeypatch.setitem(layer_benchmark.SHAPES, "small", SMALL)
+    monkeypatch.setitem(SHAPES, "small", SMALL)
     monkeypatch.setattr(layer_benchmark, "_copy_ceiling", lambda *_: 1e9)
     monkeypatch.setattr(layer_benchmark, "_matmul_ceiling", lambda *_: 1e9)
     options = "bench --shape small --tokens 1 --tokens 9 --pruned 0.25 --pruned 0.5 --rounds 3"
@@ -149,8 +150,12 @@ def test_command(monkeypatch, tmp_path):
         (["--dtype", "int8"], "dtype 'int8' is unknown; wanted one of bfloat16, "),
         (["--kernel", "quick"], "kernel 'quick' does not run on cpu; wanted one of "),
         (["--profile", "heapr-20"], "--profiles, --profile and --serve measure servers; name the"),
-        (["model", "--tokens", "8"], "--tokens, --pruned and --kernel measure layers; leave MODEL"),
+        (
+            ["model", "--tokens", "8"],
+            "--pruned, --dtype, --seconds and --kernel measure layers",
+        ),
         ([str(DEMO), "--serve", "--port=1"], "--port is set by the benchmark itself"),
+        (["model", "--dtype", "float32"], "--kernel measure layers; leave MODEL or them out"),
         (["/no/such/model"], "/no/such/model"),
         (["--plot", "p.txt"], "plot p.txt: wanted a name that ends in"),
     ],

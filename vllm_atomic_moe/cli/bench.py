@@ -49,7 +49,10 @@ def bench(
             show_default="0 0.25 0.5 0.75",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16"),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -59,8 +62,9 @@ def bench(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="After this time three rounds are enough.")
-    ] = 3.0,
+        float | None,
+        typer.Option(min=0.0, help="After this time three rounds are enough.", show_default="3"),
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
@@ -83,37 +87,44 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    layer_options = (shape, tokens, pruned, kernel)
+    given = {
+        "shapes": shape,
+        "tokens": tokens,
+        "pruned": pruned,
+        "dtype": dtype,
+        "seconds": seconds,
+        "kernel": kernel,
+    }
+    layer_options = {name: value for name, value in given.items() if value is not None}
     if model is None and (profiles or profile or serve):
         raise ValueError("--profiles, --profile and --serve measure servers; name the MODEL")
-    if model is not None and any(option is not None for option in layer_options):
+    if model is not None and layer_options:
         raise ValueError(
-            "--shape, --tokens, --pruned and --kernel measure layers; leave MODEL or them out"
+            "--shape, --tokens, --pruned, --dtype, --seconds and --kernel measure layers; leave "
+            "MODEL or them out"
         )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if model is not None:
-        _bench_servers(model, profiles, profile, rounds or 1, serve, seed, plot, as_json)
-        return
+        _bench_servers(model, profiles, profile or [], rounds or 1, serve, seed, plot, as_json)
+    else:
+        if rounds is not None:
+            layer_options["rounds"] = rounds
+        _bench_layers(layer_options, seed, plot, as_json)
+
+
+def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json: bool) -> None:
+    """Options: those of `LayerPlan` that were given, shapes and dtype by name."""
     import torch
 
     from vllm_atomic_moe.serving.layer_benchmark import SHAPES, LayerPlan, measure_layers
 
-    defaults = LayerPlan()
-    plan = LayerPlan(
-        shapes=[_named(name, SHAPES, "shape") for name in shape or SHAPES],
-        tokens=tokens or defaults.tokens,
-        pruned=pruned or defaults.pruned,
-        dtype=_named(
-            dtype,
-            {str(t)[6:]: t for t in (torch.bfloat16, torch.float16, torch.float32)},
-            "dtype",
-        ),
-        rounds=rounds or defaults.rounds,
-        seconds=seconds,
-        kernel=kernel,
-        seed=seed,
-    )
-    report = measure_layers(plan, status_lines())
+    if "shapes" in options:
+        options["shapes"] = [_named(name, SHAPES, "shape") for name in options["shapes"]]
+    if "dtype" in options:
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        by_name = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
+        options["dtype"] = _named(options["dtype"], by_name, "dtype")
+    report = measure_layers(LayerPlan(seed=seed, **options), status_lines())
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
@@ -137,7 +148,7 @@ def bench(
 def _bench_servers(
     model: str,
     profiles: Path | None,
-    names: list[str] | None,
+    names: list[str],
     rounds: int,
     serve: str,
     seed: int,

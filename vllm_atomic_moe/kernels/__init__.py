@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -71,6 +72,7 @@ class Backend:
         return backend_module(self.name).STORAGE
 
 
+@cache
 def backend_module(name: str) -> BackendModule:
     """The module of one backend, imported on first use."""
     return cast(BackendModule, import_module(f"{__name__}.{name}"))

@@ -93,16 +93,7 @@ class TiledStorage:
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
     ) -> None:
-        """Put rows_SH[atoms_F] where the expert's `projection` lies.
-
-        Args:
-            weights: as allocated, on the CPU.
-            offsets_E1: int64 [E+1], first packed row of every expert.
-            expert: 0..E-1.
-            projection: gate, up or down (of which the rows are the columns of down_proj).
-            rows_SH: any float dtype, device and strides.
-            atoms_F: int64 [F], indices into rows_SH.
-        """
+        """See `Storage`; the weights are on the CPU."""
         packed = weights[0]
         first_atom = _first_atom(offsets_E1, expert)
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":

@@ -112,16 +112,22 @@ def fused_experts(
     Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; in a server
     `triton_deterministic` is the way to that.
     """
-    rows_per_expert = -(-topk_ids_TK.numel() // runs_ER2.shape[0])
-    one_kernel = rows_per_expert <= ONE_KERNEL_ROWS
+    one_kernel = rows_per_expert(topk_ids_TK, runs_ER2) <= ONE_KERNEL_ROWS
     one_kernel &= not torch.are_deterministic_algorithms_enabled()
-    tiles = choose_tiles(rows_per_expert, x_TH.dtype)
-    return launch(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, tiles, one_kernel)
+    return launch(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, None, one_kernel)
 
 
-def choose_tiles(rows_per_expert: int, dtype: torch.dtype) -> Tiles:
-    """The table's entry; for float32 with half the steps, which take the same shared memory."""
-    tiles = next(tiles for most, tiles in TILES if most is None or rows_per_expert <= most)
+def rows_per_expert(topk_ids_TK: torch.Tensor, runs_ER2: torch.Tensor) -> int:
+    """Mean routed rows per expert, rounded up."""
+    return -(-topk_ids_TK.numel() // runs_ER2.shape[0])
+
+
+def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
+    """The table's entry for so many rows per expert.
+
+    For float32 with half the steps, which take the same shared memory.
+    """
+    tiles = next(tiles for most, tiles in TILES if most is None or rows <= most)
     if dtype.itemsize == 4:
         tiles = tiles._replace(hidden=tiles.hidden // 2, out_atoms=tiles.out_atoms // 2)
     return tiles
@@ -134,12 +140,13 @@ def launch(
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
-    tiles: Tiles,
+    tiles: Tiles | None,
     one_kernel: bool,
 ) -> torch.Tensor:
-    """`fused_experts` with given tiles and form; for tuning."""
+    """`fused_experts` in a given form, with given tiles or the table's."""
     if not topk_ids_TK.numel() or not widest:
         return x_TH.new_zeros(x_TH.shape)
+    tiles = tiles or choose_tiles(rows_per_expert(topk_ids_TK, runs_ER2), x_TH.dtype)
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
     ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
     form = _one_kernel if one_kernel else _two_kernels

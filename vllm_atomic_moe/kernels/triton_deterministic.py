@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_atomic_moe.kernels.triton import STORAGE, choose_tiles, launch, unavailable
+from vllm_atomic_moe.kernels.triton import STORAGE, launch, unavailable
 
 __all__ = ["STORAGE", "fused_experts", "unavailable"]
 
@@ -20,8 +20,6 @@ def fused_experts(
     widest: int,
 ) -> torch.Tensor:
     """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H]."""
-    rows_per_expert = -(-topk_ids_TK.numel() // runs_ER2.shape[0])
-    tiles = choose_tiles(rows_per_expert, x_TH.dtype)
     return launch(
-        x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, tiles, one_kernel=False
+        x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, None, one_kernel=False
     )

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.logger import init_logger
 
 from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_data
 from vllm_atomic_moe.checkpoint import describe_checkpoint, read_config, resolve_model
 from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.serving import LOAD_FORMAT
-from vllm_atomic_moe.serving.options import check_profile
-
-logger = init_logger(f"vllm.{__name__}")
+from vllm_atomic_moe.serving.options import profiles_to_measure
 
 ALL_DOMAINS = "all"
 MAX_SEQ_LEN = 2048
@@ -129,13 +126,7 @@ def evaluate(
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
     store = ProfileStore(Path(profiles or directory / "atomic_profiles"))
-    chosen = [PruningProfile.dense(checkpoint)]
-    chosen += [store.load(name) for name in names or store.names()]
-    for profile in chosen:
-        for warning in check_profile(profile, checkpoint):
-            logger.warning("%s", warning)
-    for reason in store.invalid.values():
-        logger.warning("left out: %s", reason)
+    chosen = profiles_to_measure(store, checkpoint, names)
     length = _window_length(read_config(directory), seq_len)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = draw_windows(files, tokenizer, length, samples, seed=0)

@@ -26,6 +26,7 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_atomic_moe.kernels import Backend, choose_backend, fused_experts
+from vllm_atomic_moe.kernels.shapes import SHAPES, LayerShape
 from vllm_atomic_moe.packing import PackedExperts, build_layout
 from vllm_atomic_moe.serving.compat import DenseExperts
 
@@ -34,29 +35,6 @@ Spread = Literal["spread", "half-empty"]
 PROFILE = "bench"
 # vLLM's CPU op takes widths in multiples of this.
 UNIFORM_STEP = 32
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """One MoE layer: experts E, hidden size H, intermediate size I, experts per token K."""
-
-    name: str
-    experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        LayerShape("qwen3-30b-a3b", 128, 2048, 768, 8),
-        LayerShape("qwen1.5-moe", 60, 2048, 1408, 4),
-        LayerShape("deepseek-v2-lite", 64, 2048, 1408, 6),
-        LayerShape("olmoe", 64, 2048, 1024, 8),
-        LayerShape("mixtral", 8, 4096, 14336, 2),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)

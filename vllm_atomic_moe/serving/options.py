@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,24 @@ def _only_profile(store: ProfileStore) -> str:
             """--model-loader-extra-config '{"active": "NAME"}'"""
         )
     return names[0]
+
+
+def profiles_to_measure(
+    store: ProfileStore, model: CheckpointInfo, names: Sequence[str] = ()
+) -> list[PruningProfile]:
+    """The dense model, then the profiles named, or all; checked, with what is doubtful logged.
+
+    Raises:
+        ValueError: a profile is unknown, invalid or does not fit.
+    """
+    wanted = dict.fromkeys(names or store.names())
+    chosen = [store.load(name) for name in wanted if name != DENSE]
+    for profile in chosen:
+        for warning in check_profile(profile, model):
+            logger.warning("%s", warning)
+    for reason in store.invalid.values():
+        logger.warning("left out: %s", reason)
+    return [PruningProfile.dense(model), *chosen]
 
 
 def check_profile(profile: PruningProfile, model: CheckpointInfo) -> list[str]:

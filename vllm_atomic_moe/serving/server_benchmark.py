@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
-from vllm_atomic_moe.profiles import DENSE, ProfileStore, PruningProfile
+from vllm_atomic_moe.checkpoint import describe_checkpoint
+from vllm_atomic_moe.profiles import DENSE, ProfileStore
 from vllm_atomic_moe.serving import LOAD_FORMAT
-from vllm_atomic_moe.serving.options import check_profile
+from vllm_atomic_moe.serving.options import profiles_to_measure
 from vllm_atomic_moe.serving.server_process import HOST, Server, failure_in, free_port, running
 from vllm_atomic_moe.serving.server_report import (
     Latency,
@@ -54,7 +54,7 @@ def measure_servers(
     model: Path,
     profiles: Path,
     *,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = (),
     rounds: int = 1,
     load: LoadPlan | None = None,
     serve_arguments: Sequence[str] = (),
@@ -65,7 +65,7 @@ def measure_servers(
     Args:
         model: checkpoint directory.
         profiles: directory of profile files.
-        names: profiles to measure; None stands for all.
+        names: profiles to measure; all, if there are none.
         rounds: how often all servers are started in turn.
         load: what every server is asked.
         serve_arguments: more flags for every `vllm serve`.
@@ -78,7 +78,7 @@ def measure_servers(
     plan = load or LoadPlan()
     _check_arguments(serve_arguments)
     info = describe_checkpoint(model)
-    chosen = _choose(info, ProfileStore(profiles), names)
+    chosen = profiles_to_measure(ProfileStore(profiles), info, names)
     steps = rounds * len(chosen) * (1 + plan.repeats * len(plan.phases))
     runs: list[ServerRun] = []
     # Kept if a server fails: the error names its log.
@@ -108,17 +108,6 @@ def _check_arguments(serve_arguments: Sequence[str]) -> None:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag in OWN_FLAGS:
             raise ValueError(f"{flag} is set by the benchmark itself; leave it out")
-
-
-def _choose(
-    info: CheckpointInfo, store: ProfileStore, names: Sequence[str] | None
-) -> list[PruningProfile]:
-    """Dense and the profiles asked for, all checked."""
-    wanted = store.names() if names is None else names
-    chosen = [store.load(name) for name in dict.fromkeys(wanted) if name != DENSE]
-    for profile in chosen:
-        check_profile(profile, info)
-    return [PruningProfile.dense(info), *chosen]
 
 
 @dataclass(frozen=True, slots=True)
