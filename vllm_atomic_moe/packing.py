@@ -6,7 +6,8 @@ the order that a kernel reads best (`Storage`). With several resident profiles P
 union, and a profile is a small index structure over it: for every expert, the runs of consecutive
 rows that it keeps. Switching profiles rewrites that structure in place; no weight moves.
 
-Legend: E experts, H hidden size, I full intermediate size, P packed rows, R runs per expert.
+Legend: E experts, H hidden size, I full intermediate size, P packed rows, R runs per expert,
+S resident profiles.
 """
 
 from __future__ import annotations
@@ -243,7 +244,8 @@ class PackedExperts(nn.Module):
     """The resident atoms of one MoE layer and the active profile's runs over them.
 
     The weights are Parameters, a storage's index tensors buffers, named and ordered by `storage`.
-    Buffer runs_ER2: int32 [E, R, 2], rewritten in place by `activate`. Widths may be 0, 1 or
+    Buffers: prepared_SER2, int32 [S, E, R, 2], the runs of all S profiles; runs_ER2, int32
+    [E, R, 2], those of the active one, rewritten in place by `activate`. Widths may be 0, 1 or
     anything up to I. The dtype cannot be changed: storages order the rows by it.
 
     Attributes:
@@ -271,10 +273,13 @@ class PackedExperts(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor, persistent=False)
-        shape = next(iter(layout.runs.values())).shape
-        runs_ER2 = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.register_buffer("runs_ER2", runs_ER2, persistent=False)
+        # Of every profile, on the device: a switch copies one of them, from there to there.
+        device = device or torch.get_default_device()
+        prepared_SER2 = torch.stack(list(layout.runs.values())).to(device)
+        self.register_buffer("prepared_SER2", prepared_SER2, persistent=False)
+        self.register_buffer("runs_ER2", torch.zeros_like(prepared_SER2[0]), persistent=False)
 
+    prepared_SER2: torch.Tensor
     runs_ER2: torch.Tensor
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -296,9 +301,15 @@ class PackedExperts(nn.Module):
         """Bytes of the weights, padding included, indices not: what is resident."""
         return sum(weight.nbytes for weight in self.weights if weight.is_floating_point())
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what is not weights: runs of all profiles, and what the storage indexes by."""
+        indices = [tensor for tensor in self.weights if not tensor.is_floating_point()]
+        return sum(index.nbytes for index in (*indices, self.prepared_SER2, self.runs_ER2))
+
     def activate(self, name: str) -> None:
         """Make `name`, one of the layout's profiles, the one that `runs_ER2` describes."""
-        self.runs_ER2.copy_(self.layout.runs[name])
+        self.runs_ER2.copy_(self.prepared_SER2[list(self.layout.runs).index(name)])
 
     @torch.no_grad()
     def load_expert(self, expert: int, projection: Projection, matrix: torch.Tensor) -> None:

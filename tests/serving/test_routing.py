@@ -144,7 +144,7 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
     from vllm_atomic_moe.serving import compat
     from vllm_atomic_moe.serving.routing import RoutingMask
 
-    known = {router.__name__: router for router in compat.KNOWN_ROUTERS}
+    known = {router.__name__: router for router in compat.known_routers()}
     extra = {"use_grouped_topk": True} if router_class == "CPURouter" else {}
     generator = torch.Generator().manual_seed(0)
     verdicts = {"right": 0, "wrong": 0}
@@ -165,7 +165,8 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
         )
         routing = RoutingMask({"masked": mask})
         routing.attach(router)
-        routing.activate("masked", bias if biased else None)
+        routing.prepare(bias if biased else None)
+        routing.activate("masked")
         logits = torch.randn(TOKENS, EXPERTS, generator=generator)
         with torch.compiler.set_stance("force_eager"):
             weights, ids = router.select_experts(logits, logits)
@@ -184,20 +185,20 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
 
 
 def test_masked_rows_are_never_nan_and_survivors_keep_their_weights():
-    from vllm_atomic_moe.serving.compat import KNOWN_ROUTERS
+    from vllm_atomic_moe.serving.compat import known_routers
     from vllm_atomic_moe.serving.routing import RoutingMask
 
     mask = torch.tensor([True, False, True, False])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        router = KNOWN_ROUTERS[0](top_k=2, global_num_experts=4, renormalize=False)
+        router = known_routers()[0](top_k=2, global_num_experts=4, renormalize=False)
         routing = RoutingMask({"masked": mask, "plain": torch.ones(4, dtype=torch.bool)})
         routing.attach(router)
-        routing.activate("masked", None)
+        routing.activate("masked")
         logits = torch.tensor([[1.0, 3e4, 1.0, 2.0]], dtype=dtype)
         weights, ids = router.select_experts(logits, logits)
         assert set(ids[0].tolist()) == {0, 2}
         assert torch.allclose(weights, torch.full((1, 2), 0.5), atol=1e-2)
-        routing.activate("plain", None)
+        routing.activate("plain")
         assert router.select_experts(logits, logits)[1][0].tolist().count(1) == 1
 
 
@@ -224,7 +225,8 @@ def test_profiles_that_mask_nothing_leave_any_router_alone(model, monkeypatch):
         for runner in runners:
             assert "select_experts" not in vars(runner.router)
             buffers = dict(runner.routed_experts.routing.named_buffers())
-            assert buffers.keys() == {"routable_E", "correction_bias_E"}
+            names = {"routable_E", "correction_bias_E", "routable_SE", "correction_bias_SE"}
+            assert buffers.keys() == names
             assert buffers["routable_E"].all()
 
 
@@ -291,12 +293,12 @@ def test_runner_platform_and_float16_are_refused(monkeypatch):
 
 def routed_layer():
     """A layer of four experts in two groups, its runner and its masks, without a model."""
-    from vllm_atomic_moe.serving.compat import KNOWN_ROUTERS, MoERunner
+    from vllm_atomic_moe.serving.compat import MoERunner, known_routers
 
     bias = torch.zeros(4)
     runner = MoERunner.__new__(MoERunner)
     torch.nn.Module.__init__(runner)
-    runner.router = KNOWN_ROUTERS[0](
+    runner.router = known_routers()[0](
         top_k=1,
         global_num_experts=4,
         use_grouped_topk=True,

@@ -45,6 +45,7 @@ PUBLIC_VLLM = (
     "vllm",
     "vllm.config",
     "vllm.distributed",
+    "vllm.engine.protocol",
     "vllm.logger",
     "vllm.model_executor.model_loader",
     "vllm.model_executor.model_loader.base_loader",

@@ -164,7 +164,7 @@ def test_rows_are_parameters_and_indices_are_buffers():
     layout = build_layout({"only": torch.ones(2, 4).bool()})
     packed = PackedExperts(layout, 8, torch.float32, storage=IndexedStorage())
     assert list(dict(packed.named_parameters())) == ["gate", "up", "down_t"]
-    assert list(dict(packed.named_buffers())) == ["offsets", "runs_ER2"]
+    assert list(dict(packed.named_buffers())) == ["offsets", "prepared_SER2", "runs_ER2"]
     assert "offsets" not in packed.state_dict()
     assert packed.weights[3] is packed.offsets
 

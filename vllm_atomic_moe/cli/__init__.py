@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_atomic_moe.cli.admin import activate, list_profiles, show_status
 from vllm_atomic_moe.cli.bench import bench
 from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
@@ -52,3 +53,6 @@ app.command()(check)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command("status")(show_status)
+app.command("profiles")(list_profiles)
+app.command()(activate)

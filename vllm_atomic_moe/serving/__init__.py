@@ -4,9 +4,13 @@ LOAD_FORMAT = "atomic-pruned"
 
 
 def register_load_format() -> None:
-    """Tell vLLM's loader registry about `--load-format atomic-pruned`."""
+    """Tell vLLM's loader registry about `--load-format atomic-pruned`, and its workers about the
+    switch of profiles.
+    """
     from vllm.model_executor.model_loader import register_model_loader
 
+    from vllm_atomic_moe.serving.compat import attach_engine_methods
     from vllm_atomic_moe.serving.loader import AtomicPrunedModelLoader
 
     register_model_loader(LOAD_FORMAT)(AtomicPrunedModelLoader)
+    attach_engine_methods()

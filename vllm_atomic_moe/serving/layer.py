@@ -101,12 +101,30 @@ class AtomicRoutedExperts(RoutedExperts):
     def activate(self, name: str) -> None:
         """Make `name`, one of the resident profiles, the one that this layer computes.
 
-        Runs, routing mask and correction bias are rewritten in place; no weight moves. The weights
-        must have been loaded, the correction bias among them.
+        Runs, routing mask and correction bias are rewritten in place, from what was prepared when
+        the weights had been loaded; no weight moves.
         """
         self.packed.activate(name)
-        self.routing.activate(name, self.e_score_correction_bias)
+        self.routing.activate(name)
         self.active = name
+
+    def check_prepared(self, name: str) -> None:
+        """See that `activate(name)` can succeed.
+
+        Raises:
+            ValueError: the profile is not resident.
+        """
+        for prepared in (self.packed.layout.runs, self.routing.masks):
+            if name not in prepared:
+                raise ValueError(
+                    f"{self.layer_name}: profile {name!r} is not resident, "
+                    f"{', '.join(prepared)} are"
+                )
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index structures of all resident profiles."""
+        return self.packed.index_bytes + self.routing.index_bytes
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         """As vLLM's, once: packed rows are not loaded again."""
@@ -204,6 +222,7 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: AtomicRoutedExperts) -> None:
         for name in PLACEHOLDERS:
             delattr(layer, name)
+        layer.routing.prepare(layer.e_score_correction_bias)
         layer.activate(layer.active)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 

@@ -65,6 +65,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 or the checkpoint's experts are incomplete.
         """
         # Here, not above: every vLLM process imports this module, few load a pruned model.
+        from vllm_atomic_moe.serving import worker
         from vllm_atomic_moe.serving.refusals import check_config, check_draft
 
         with _refusals_said_plainly():
@@ -77,7 +78,11 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             checkpoint = describe_checkpoint(self.directory)
             self.resident = select_profiles(self.options, self.directory, checkpoint)
             _add_to_cache_keys(vllm_config, f"{self.backend.name} {self.resident.digest()}")
-            return super().load_model(vllm_config, model_config, prefix)
+            model = super().load_model(vllm_config, model_config, prefix)
+            atom_bytes = 3 * self.resident.model.hidden_size * model_config.dtype.itemsize
+            profiles = worker.WorkerProfiles(self.resident, packed_layers(model), atom_bytes)
+            setattr(model, worker.ATTRIBUTE, profiles)
+            return model
 
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""

@@ -97,6 +97,30 @@ class LoaderOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileSummary:
+    """What a profile says, without its masks.
+
+    Attributes:
+        method: how it was made; "" if it does not say.
+        kept: fraction of atoms kept.
+        kept_atoms: their number, over all layers.
+        widths: layer index -> kept width of every expert.
+    """
+
+    method: str
+    kept: float
+    kept_atoms: int
+    widths: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def of(cls, profile: PruningProfile) -> ProfileSummary:
+        """The summary of `profile`."""
+        method = DENSE if profile.name == DENSE else profile.metadata.get("method", "")
+        widths = {layer: profile.widths(layer).tolist() for layer in profile.keep}
+        return cls(method, profile.kept, profile.kept_atoms, widths)
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentProfiles:
     """The profiles held in memory, checked against the checkpoint.
 
@@ -104,11 +128,13 @@ class ResidentProfiles:
         model: the checkpoint they apply to.
         active: name of the profile served first.
         profiles: name -> profile, `active` among them.
+        catalogue: name -> summary of every valid profile of the directory, and of `dense`.
     """
 
     model: CheckpointInfo
     active: str
     profiles: Mapping[str, PruningProfile]
+    catalogue: Mapping[str, ProfileSummary] = field(default_factory=dict)
 
     def masks(self, layer: int) -> dict[str, torch.Tensor]:
         """Profile name -> bool mask [E, I] of one layer."""
@@ -123,10 +149,14 @@ class ResidentProfiles:
         """Names of the profiles that exclude experts from routing."""
         return [name for name, profile in self.profiles.items() if profile.masks_routing]
 
-    def digest(self) -> str:
-        """SHA-256 (hex) over what is resident: the key vLLM's compile caches lack."""
-        digest = hashlib.sha256(b"packed rows 1")
-        for name, profile in sorted(self.profiles.items()):
+    def digest(self, *names: str) -> str:
+        """SHA-256 (hex) over the profiles called `names`, or over all that are resident.
+
+        Over all, it is the key that vLLM's compile caches lack; over one, what ranks compare.
+        """
+        digest = hashlib.sha256(b"packed rows 2")
+        for name in names or sorted(self.profiles):
+            profile = self.profiles[name]
             digest.update(name.encode())
             for layer, mask in profile.keep.items():
                 digest.update(f"{layer} {list(mask.shape)}".encode())
@@ -138,7 +168,7 @@ class ResidentProfiles:
 def select_profiles(
     options: LoaderOptions, model_directory: Path, model: CheckpointInfo
 ) -> ResidentProfiles:
-    """Find, read and check the profiles that `options` ask for.
+    """Find, read and check the profiles that `options` ask for, and look at the others.
 
     Raises:
         ValueError: a name is unknown, a file that is asked for is invalid, or `active` is needed
@@ -147,24 +177,28 @@ def select_profiles(
     directory = Path(options.profiles or model_directory / "atomic_profiles")
     store = ProfileStore(directory)
     active = options.active or _only_profile(store)
-    wanted = store.names() if options.resident == ALL else list(options.resident)
+    resident = store.names() if options.resident == ALL else list(options.resident)
+    asked_for = {active, *(() if options.resident == ALL else resident)}
     profiles: dict[str, PruningProfile] = {}
-    for name in dict.fromkeys([active, *wanted]):
-        asked_for = name == active or options.resident != ALL
+    catalogue: dict[str, ProfileSummary] = {}
+    for name in dict.fromkeys([active, *resident, *store.names(), DENSE]):
         try:
             profile = PruningProfile.dense(model) if name == DENSE else store.load(name)
             warnings = check_profile(profile, model)
         except ValueError as error:
-            if asked_for:
+            if name in asked_for:
                 raise
-            logger.warning("left out: %s", error)
+            if name != DENSE:
+                logger.warning("left out: %s", error)
             continue
-        for warning in warnings:
-            logger.warning("%s", warning)
-        profiles[name] = profile
+        catalogue[name] = ProfileSummary.of(profile)
+        if name == active or name in resident:
+            profiles[name] = profile
+            for warning in warnings:
+                logger.warning("%s", warning)
     for reason in store.invalid.values():
         logger.warning("left out: %s", reason)
-    return ResidentProfiles(model, active, profiles)
+    return ResidentProfiles(model, active, profiles, dict(sorted(catalogue.items())))
 
 
 def _only_profile(store: ProfileStore) -> str:

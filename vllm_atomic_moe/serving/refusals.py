@@ -15,12 +15,12 @@ from vllm.platforms import current_platform
 from vllm_atomic_moe.checkpoint import ExpertGroups
 from vllm_atomic_moe.kernels import Backend
 from vllm_atomic_moe.serving.compat import (
-    KNOWN_ROUTERS,
     FusedMoERouter,
     MoEActivation,
     MoERunner,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
+    known_routers,
 )
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> Ite
         yield f"the runner {type(runner).__name__}"
         return
     router = runner.router
-    if type(router) not in KNOWN_ROUTERS:
+    if type(router) not in known_routers():
         yield f"the router {type(router).__name__}"
         return
     if getattr(router, "custom_routing_function", None) is not None:

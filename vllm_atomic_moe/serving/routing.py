@@ -11,9 +11,9 @@ groups), eager and compiled. The CUDA routers are NOT VERIFIED: their code was r
 a mask. Top-k softmax and sigmoid give -inf the score zero and add the bias in float32; fused
 grouped top-k skips logits that are not finite and adds up the two best of a group, which stays
 finite in float32 and bfloat16 but not in float16 (refused). ROCm, XPU and routers that are not
-listed in `compat.KNOWN_ROUTERS` are refused.
+listed in `compat.known_routers` are refused.
 
-Legend: T tokens, K experts per token, E experts.
+Legend: T tokens, K experts per token, E experts, S resident profiles.
 """
 
 from __future__ import annotations
@@ -40,37 +40,54 @@ class RoutingMask(nn.Module):
 
     Buffers, always there and rewritten in place by `activate`: routable_E, bool [E];
     correction_bias_E, float32 [E], what a router with a correction bias adds to its scores (zeros
-    otherwise).
+    otherwise). Prepared for all S profiles: routable_SE and correction_bias_SE.
 
     Args:
         masks: profile name -> bool [E], on the CPU.
     """
 
+    routable_SE: torch.Tensor
+    correction_bias_SE: torch.Tensor
     routable_E: torch.Tensor
     correction_bias_E: torch.Tensor
 
     def __init__(self, masks: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.masks = dict(masks)
-        num_experts = next(iter(masks.values())).numel()
-        routable_E = torch.ones(num_experts, dtype=torch.bool)
-        self.register_buffer("routable_E", routable_E, persistent=False)
-        correction_bias_E = torch.zeros(num_experts, dtype=torch.float32)
-        self.register_buffer("correction_bias_E", correction_bias_E, persistent=False)
+        default = torch.get_default_device()
+        routable_SE = torch.stack(list(masks.values())).to(default)
+        correction_bias_SE = torch.zeros(routable_SE.shape, dtype=torch.float32)
+        for name, tensor in (
+            ("routable_SE", routable_SE),
+            ("correction_bias_SE", correction_bias_SE),
+            ("routable_E", torch.ones_like(routable_SE[0])),
+            ("correction_bias_E", torch.zeros_like(correction_bias_SE[0])),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     @torch.no_grad()
-    def activate(self, name: str, correction_bias_E: torch.Tensor | None) -> None:
-        """Make `name`, one of the resident profiles, the one that the buffers describe.
+    def prepare(self, correction_bias_E: torch.Tensor | None) -> None:
+        """Mask the model's correction bias for every profile, once it is loaded.
 
         Args:
-            name: the profile.
             correction_bias_E: the model's own bias [E], any float dtype, not modified; None where
                 the router has none.
         """
-        self.routable_E.copy_(self.masks[name])
         if correction_bias_E is not None:
-            masked_E = correction_bias_E.float().masked_fill(~self.routable_E, MASKED_BIAS)
-            self.correction_bias_E.copy_(masked_E)
+            bias_E = correction_bias_E.float()
+            self.correction_bias_SE.copy_(bias_E.masked_fill(~self.routable_SE, MASKED_BIAS))
+
+    @torch.no_grad()
+    def activate(self, name: str) -> None:
+        """Make `name`, one of the resident profiles, the one that the buffers describe."""
+        index = list(self.masks).index(name)
+        self.routable_E.copy_(self.routable_SE[index])
+        self.correction_bias_E.copy_(self.correction_bias_SE[index])
 
     def attach(self, router: FusedMoERouter) -> None:
         """Stand ahead of one router: its logits and its correction bias come masked from now on."""
