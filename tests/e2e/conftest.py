@@ -7,12 +7,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
+
+from tests.e2e import faults
 from vllm_atomic_moe.serving import server_process
 from vllm_atomic_moe.serving.server_process import Server, free_port
 
-__all__ = ["Server", "free_port", "running", "serve_command"]
+__all__ = ["AdminServer", "Server", "admin_server", "free_port", "running", "serve_command"]
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "deploy/demo/model"
@@ -25,6 +30,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 START_TIMEOUT_S = 400
+ADMIN_KEY = "admin-key-of-the-tests"
+SERVING_KEY = "serving-key-of-the-tests"
 
 
 def serve_command(model: Path, extra: dict[str, object], *flags: str) -> list[str]:
@@ -41,9 +48,127 @@ def serve_command(model: Path, extra: dict[str, object], *flags: str) -> list[st
 
 
 @contextmanager
-def running(command: list[str], port: int, log: Path, cwd: Path = ROOT) -> Iterator[Server]:
-    """A healthy server in `cwd`, with the environment of these tests."""
+def running(
+    command: list[str], port: int, log: Path, cwd: Path = ROOT, **environment: str
+) -> Iterator[Server]:
+    """A healthy server in `cwd`, with the environment of these tests and `environment`."""
     with server_process.running(
-        command, port, log, ENVIRONMENT, timeout_s=START_TIMEOUT_S, cwd=cwd
+        command,
+        port,
+        log,
+        {**ENVIRONMENT, **environment},
+        timeout_s=START_TIMEOUT_S,
+        cwd=cwd,
     ) as server:
         yield server
+
+
+@dataclass(frozen=True)
+class AdminServer:
+    """A running server with the admin endpoint, its log, and the faults that can be injected."""
+
+    server: Server
+    faults: Path
+
+    @property
+    def url(self) -> str:
+        """http://host:port."""
+        return self.server.url
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self.server.log.read_text(errors="replace")
+
+    def ask(self, method: str, path: str, key: str | None = ADMIN_KEY, **options: Any) -> Any:
+        """One request, on a connection of its own."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        options = {"timeout": 120, **options}
+        return httpx.request(method, f"{self.url}{path}", headers=headers, **options)
+
+    def status(self) -> dict[str, Any]:
+        """The status, asserted to be there."""
+        answer = self.ask("GET", "/atomic/v1/status")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def switch(self, profile: str, timeout: float = 120, **body: Any) -> Any:
+        """The answer to a switch."""
+        body = {"profile": profile, **body}
+        return self.ask("PUT", "/atomic/v1/active", json=body, timeout=timeout)
+
+    def switched(self, profile: str, **body: Any) -> dict[str, Any]:
+        """What a switch that must succeed says."""
+        answer = self.switch(profile, **body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def complete(self, prompt: str, **settings: Any) -> dict[str, Any]:
+        """One greedy completion: what the API says."""
+        body = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 8, **settings}
+        answer = self.ask("POST", "/v1/completions", key=SERVING_KEY, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def scores(self, prompt: str) -> list[float]:
+        """Log-probabilities of the prompt's tokens and of one more."""
+        answer = self.complete(prompt, max_tokens=1, echo=True, logprobs=0)
+        return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of ours, with their labels, and their values."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("atomic_moe"))
+        return {name: float(value) for name, value in pairs}
+
+    @contextmanager
+    def fault(self, where: str, what: str) -> Iterator[None]:
+        """While open, a call goes wrong; see tests/e2e/faults.py."""
+        path = self.faults / where
+        path.write_text(what)
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+@contextmanager
+def admin_server(
+    directory: Path,
+    extra: dict[str, object],
+    *flags: str,
+    model: Path = DEMO,
+    eager: bool = True,
+    **environment: str,
+) -> Iterator[AdminServer]:
+    """The demo with the admin endpoint, keys for both, faults, and vLLM's development routes.
+
+    Args:
+        directory: empty; for the log and the faults.
+        extra: options of the loader.
+        flags: more of `vllm serve`; the dtype is float32, so that answers can be compared.
+        model: checkpoint.
+        eager: whether compilation is off.
+        environment: more variables.
+    """
+    port = free_port()
+    command = serve_command(
+        model,
+        extra,
+        "--dtype=float32",
+        "--max-model-len=512",
+        "--served-model-name=demo",
+        f"--api-key={SERVING_KEY}",
+        f"--port={port}",
+        *flags,
+    )
+    if not eager:
+        command.remove("--enforce-eager")
+    environment = {
+        "VLLM_PLUGINS": "atomic_moe,atomic_moe_admin,faults",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "ATOMIC_MOE_ADMIN_KEY": ADMIN_KEY,
+        **faults.installed(directory),
+        **environment,
+    }
+    with running(command, port, directory / "log", **environment) as server:
+        yield AdminServer(server, directory)

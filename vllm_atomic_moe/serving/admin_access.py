@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from vllm.logger import init_logger
 
 from vllm_atomic_moe.serving.admin_key import KEY, fingerprint
@@ -97,6 +98,8 @@ async def _answer(handle: Callable[[Request], Awaitable[Response]], request: Req
         error = refusal
     except RequestValidationError as invalid:
         error = _bad_request(invalid)
+    except HTTPException as unreadable:  # FastAPI's word for a body that is no text
+        error = SwitchError(400, "BadRequestError", f"body: {unreadable.detail}")
     except Exception as unexpected:
         logger.exception("Admin endpoint: %s %s failed", request.method, request.url.path)
         error = engine_unavailable(f"{type(unexpected).__name__}: {unexpected}")
@@ -158,7 +161,7 @@ async def _with_bounded_body(request: Request) -> Request:
 def _bad_request(error: RequestValidationError) -> SwitchError:
     """The first of what is wrong with a request, without repeating what was sent."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or "body"
     return SwitchError(400, "BadRequestError", f"{where[:80]}: {first['msg'][:200]}")
 
 
