@@ -4,7 +4,8 @@
 the file `directory/VERB` makes that call of `atomic_moe_control` go wrong, as its text says:
 `fail`, `half` (the first layer changes, then it fails), `exit` (the process ends), `sleep SECONDS`;
 with `@RANK` behind it, on that rank only. The file `directory/reset_prefix_cache` makes vLLM's
-prefix cache say that it was not reset.
+prefix cache say that it was not reset; `directory/step` slows every step of the engine by so many
+seconds.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ def register() -> None:
             return False
         return reset_prefix_cache(self, *arguments, **options)
 
+    step = EngineCore.step
+
+    def slow_step(self):
+        if (directory / "step").exists():
+            time.sleep(float((directory / "step").read_text()))
+        return step(self)
+
+    EngineCore.step = slow_step
     WorkerBase.atomic_moe_control = faulty_control
     EngineCore.reset_prefix_cache = faulty_reset_prefix_cache
 

@@ -33,6 +33,8 @@ COUNT_INTERRUPTED = "atomic_moe_count_interrupted"
 STEP_TIMEOUT_S = 60.0
 # A switch has about eight steps. Only after all of them may another API server displace it.
 LEASE_BEYOND_TIMEOUT_S = 8 * STEP_TIMEOUT_S
+# While waiting: how often to see whether the engine is still alive.
+ENGINE_WATCH_S = 1.0
 # Between resuming and pausing again: long enough for a step of the engine to begin.
 STEP_GAP_S = 0.005
 
@@ -382,13 +384,19 @@ class ProfileSwitcher:
 
         Raises:
             TimeoutError: it took longer.
+            Exception: what the call raises; what the engine died of, which answers no call.
         """
         task = asyncio.ensure_future(call)
         self._calls.add(task)
         task.add_done_callback(self._forget)
-        done, _ = await asyncio.wait({task}, timeout=max(0.0, seconds))
-        if not done:
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        deadline = time.monotonic() + seconds
+        while not task.done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no answer within {seconds:.0f} s")
+            await asyncio.wait({task}, timeout=min(left, ENGINE_WATCH_S))
+            if self._client.errored and not task.done():
+                raise self._client.dead_error
         return task.result()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
