@@ -6,8 +6,10 @@ The tests share one server, in this order; the last ones end it.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from schemathesis import GenerationMode
 
 from tests.checkpoints import ragged_masks
-from tests.e2e.conftest import ADMIN_KEY, DEMO, SERVING_KEY, admin_server
+from tests.e2e.conftest import ADMIN_KEY, BIN, DEMO, SERVING_KEY, admin_server, free_port
 from vllm_atomic_moe.checkpoint import describe_checkpoint
 from vllm_atomic_moe.profiles import ProfileStore, PruningProfile
 
@@ -319,6 +321,93 @@ def test_what_fails_goes_back(server, scores, where, what, words):
     assert server.ask("GET", "/health").status_code == 200
 
 
+def atomic_moe(*arguments, key=ADMIN_KEY):
+    """The command line as a user's shell would run it: (exit code, stdout, stderr)."""
+    environment = {**os.environ, "ATOMIC_MOE_ADMIN_KEY": key, "COLUMNS": "200"}
+    done = subprocess.run(
+        [str(BIN / "atomic-moe"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def fleet_of(server):
+    """The server twice, by two names."""
+    return [server.url, server.url.replace("127.0.0.1", "localhost")]
+
+
+def test_the_client_shows_servers_and_profiles(server, tmp_path):
+    one, two = fleet_of(server)
+    code, out, _ = atomic_moe("status", "--url", one, "--url", f"{two}/")
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    assert out.count(f" {ACTIVE} ") == out.count(" serving ") == 2
+    code, out, _ = atomic_moe("status", "--url", one, "--json")
+    assert json.loads(out) == [{"url": one, **server.status()}]
+    code, out, _ = atomic_moe("profiles", "--url", one)
+    states = {line.split()[0]: line.split()[-1] for line in out.splitlines()[1:]}
+    assert {name for name, state in states.items() if state == "resident"} == {*RESIDENT} - {ACTIVE}
+    assert states[ACTIVE] == "active"
+    assert states["dense"] == "-"
+    file = tmp_path / "key"
+    file.write_text(ADMIN_KEY)
+    code, out, _ = atomic_moe("profiles", "--url", one, "--json", "--key-file", str(file), key="")
+    assert code == 0
+    assert (
+        json.loads(out)[0]["profiles"]
+        == server.ask("GET", "/atomic/v1/profiles").json()["profiles"]
+    )
+
+
+def test_the_client_switches_a_fleet(server):
+    one, two = fleet_of(server)
+    code, out, err = atomic_moe("activate", "heapr-40", "--url", one, "--mode", "abort")
+    assert (code, err) == (0, "")
+    assert " switched " in out
+    assert server.status()["active"] == "heapr-40"
+    assert server.status()["last_switch"]["mode"] == "abort"
+    code, out, err = atomic_moe("activate", ACTIVE, "--url", one, "--url", two, "--json")
+    assert code == 0
+    assert [(each["url"], each["result"]) for each in json.loads(out)] == [
+        (one, "switched"),
+        (two, "unchanged"),
+    ]
+    assert err == f"[1/2] {one}\n[2/2] {two}\n"
+
+
+def test_the_client_stops_at_the_first_failure(server):
+    one, two = fleet_of(server)
+    nobody = f"http://127.0.0.1:{free_port()}"
+    generation = server.status()["generation"]
+    for arguments, words in (
+        (["heapr-40", "--url", one, "--url", nobody], f"error: {nobody}: "),
+        (["heapr-99", "--url", one], f"error: {one}: profile 'heapr-99' is not resident"),
+        (["heapr-40", "--url", "ftp://x"], "error: URL 'ftp://x' does not start with http"),
+    ):
+        code, out, err = atomic_moe("activate", *arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith(words)
+        assert err.count("\n") == 1
+    code, _, err = atomic_moe("status", "--url", one, key="wrong")
+    assert code == 1
+    assert err.startswith(f"error: {one}: 401 UnauthorizedError: ")
+    assert server.status()["generation"] == generation
+    with server.fault("prepare", "fail"):
+        code, out, err = atomic_moe("activate", "hollow", "--url", one, "--url", two, "--json")
+    assert code == 1
+    first, second = json.loads(out)
+    assert (first["result"], second["result"]) == ("failed", "not tried")
+    assert first["error"].startswith(f"{one}: 503 SwitchFailedError: prepare failed on rank 0")
+    assert err.splitlines()[-1] == f"error: {first['error']}"
+    assert server.status()["active"] == ACTIVE
+    code, _, err = atomic_moe("activate", "hollow")
+    assert code == 2
+    assert "--url" in err
+
+
 def test_metrics_are_those_of_all_api_servers(server):
     metrics = server.metrics()
     active = {name: metrics[f'atomic_moe_active_profile{{profile="{name}"}}'] for name in RESIDENT}
@@ -329,11 +418,11 @@ def test_metrics_are_those_of_all_api_servers(server):
         assert value == memory[f"{kind}_bytes"]
     switched = metrics['atomic_moe_switches_total{outcome="switched"}']
     assert switched == server.status()["generation"]
-    assert metrics['atomic_moe_switches_total{outcome="rolled_back"}'] == 4
+    assert metrics['atomic_moe_switches_total{outcome="rolled_back"}'] == 5
     assert metrics['atomic_moe_switches_total{outcome="unchanged"}'] >= 1
     assert metrics['atomic_moe_switches_total{outcome="refused"}'] > 20
-    assert metrics["atomic_moe_switch_seconds_count"] == switched + 4
-    assert metrics["atomic_moe_drain_seconds_count"] == switched + 4
+    assert metrics["atomic_moe_switch_seconds_count"] == switched + 5
+    assert metrics["atomic_moe_drain_seconds_count"] == switched + 5
     assert metrics["atomic_moe_switch_seconds_sum"] >= metrics["atomic_moe_drain_seconds_sum"] > 0
 
 
