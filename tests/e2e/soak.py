@@ -163,7 +163,7 @@ class Soak:
                     break
                 self._switch(self.profiles[number % len(self.profiles)], mode, report)
                 if resting is None and 3 * report.requests >= requests:
-                    resting = self._resources()
+                    resting = self.resources()
         finally:
             done.set()
             for client in clients:
@@ -172,7 +172,7 @@ class Soak:
         report.prefix_hits = after["prefix_cache_hits"] - before["prefix_cache_hits"]
         report.preemptions = after["num_preemptions"] - before["num_preemptions"]
         if resting is not None:
-            grown = [b - a for a, b in zip(resting, self._resources(), strict=True)]
+            grown = [b - a for a, b in zip(resting, self.resources(), strict=True)]
             report.grown_bytes, report.grown_files = grown
         return report
 
@@ -230,7 +230,7 @@ class Soak:
                     found[name] += float(line.rsplit(" ", 1)[1])
         return found
 
-    def _resources(self) -> tuple[int, int]:
+    def resources(self) -> tuple[int, int]:
         """Anonymous memory and open files of all of the server's processes."""
         memory = files = 0
         for process in processes_of_group(self.server.server.process.pid):

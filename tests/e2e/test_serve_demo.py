@@ -1,31 +1,39 @@
-"""`make serve`: the demo, pruned, answers an OpenAI client; another profile answers differently."""
+"""`make serve`: the demo, pruned, answers an OpenAI client; another profile answers differently.
+
+One server, switched as the README says; it answers with both profiles.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 
 import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import free_port, running
+from tests.e2e.conftest import ADMIN_KEY, BIN, free_port, running
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """Greedy answers and prompt scores of two servers, one after the other."""
-    found = {}
-    for profile in ("heapr-40", "heapr-20"):
-        port = free_port()
-        log = tmp_path_factory.mktemp("server") / f"{profile}.log"
-        command = ["make", "serve", f"PORT={port}", f"PROFILE={profile}"]
-        with running(command, port, log) as server:
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-            found[profile] = ask_everything(client, server)
-            found[profile]["log"] = log.read_text()
-    return found
+    """Greedy answers and prompt scores with two profiles, and the log."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = ["make", "serve", f"PORT={port}", 'RESIDENT=["heapr-40"]']
+    with running(command, port, log, ATOMIC_MOE_ADMIN_KEY=ADMIN_KEY) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        found = {"heapr-20": ask_everything(client, server)}
+        subprocess.run(
+            [str(BIN / "atomic-moe"), "activate", "heapr-40", "--url", server.url],
+            check=True,
+            env={**os.environ, "ATOMIC_MOE_ADMIN_KEY": ADMIN_KEY},
+        )
+        found["heapr-40"] = ask_everything(client, server)
+    return {**found, "log": log.read_text()}
 
 
 def ask_everything(client: openai.OpenAI, server) -> dict:
@@ -73,12 +81,13 @@ def test_two_profiles_answer_differently(answers):
     assert difference > 0.05
 
 
-@pytest.mark.parametrize(("profile", "kept"), [("heapr-20", 0.8), ("heapr-40", 0.6)])
-def test_start_up_report_says_what_is_resident(answers, profile, kept):
-    log = answers[profile]["log"]
+def test_start_up_report_says_what_is_resident(answers):
+    """heapr-40 lies within heapr-20: the union is heapr-20."""
+    log = answers["log"]
     reports = re.findall(r"\((\d+) bytes\) dense, .* \((\d+) bytes\) resident", log)
     assert len(reports) == 1
     dense, resident = map(int, reports[0])
     assert dense == 4 * 16 * 3 * 128 * 128 * 2
-    assert resident == pytest.approx(kept * dense, rel=0.02)
-    assert re.search(rf"Profile {profile}: {100 * kept:.1f} % of atoms kept, .*, active", log)
+    assert resident == pytest.approx(0.8 * dense, rel=0.02)
+    assert re.search(r"Profile heapr-20: 80.0 % of atoms kept, .*, active", log)
+    assert re.search(r"Profile heapr-40: 60.0 % of atoms kept, .* bytes\)\n", log)
