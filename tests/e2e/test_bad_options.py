@@ -27,9 +27,9 @@ SHIPPED = sorted(path.stem for path in (DEMO / "atomic_profiles").glob("*.safete
         ),
         (
             {"active": "heapr-20"},
-            ["--enable-expert-parallel"],
-            "atomic-pruned: not served by this version: expert parallelism "
-            "(--enable-expert-parallel); leave it out",
+            ["--enable-expert-parallel", "--expert-placement-strategy=round_robin"],
+            "atomic-pruned: not served by this version: round_robin placement of experts "
+            "(--expert-placement-strategy); use linear",
         ),
     ],
 )

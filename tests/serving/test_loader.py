@@ -85,10 +85,24 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tensor_parallel_size": 2}, r"tensor parallelism \(--tensor-parallel-size 2\); use 1"),
-        ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(--pipeline-parallel-size 2\)"),
-        ({"data_parallel_size": 2}, r"data parallelism \(--data-parallel-size 2\)"),
-        ({"enable_expert_parallel": True}, r"expert parallelism \(--enable-expert-parallel\)"),
+        (
+            {"data_parallel_size": 2},
+            r"data parallelism \(--data-parallel-size 2\); use 1, or start several servers",
+        ),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            r"decode context parallelism \(--decode-context-parallel-size 2\); use 1",
+        ),
+        ({"pipeline_parallel_size": 2}, r"pipeline parallelism in eager mode on CPU .*drop --enf"),
+        (
+            {"enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
+            r"round_robin placement of experts \(--expert-placement-strategy\); use linear",
+        ),
+        (
+            {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
+            r"all-to-all kernels between experts \(--all2all-backend deepep_low_latency\)",
+        ),
+        ({"ubatch_size": 2}, r"dual-batch overlap \(--enable-dbo, --ubatch-size\)"),
         ({"enable_lora": True}, r"LoRA \(--enable-lora\); merge the adapter"),
         (
             {
@@ -115,6 +129,12 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
             r"--prefill-context-parallel-size 2",
         ),
         (lambda c: c.parallel_config.__setattr__("enable_dbo", True), r"--enable-dbo"),
+        (lambda c: c.parallel_config.__setattr__("enable_elastic_ep", True), r"--enable-elastic"),
+        (lambda c: c.parallel_config.__setattr__("nnodes", 2), r"several nodes \(--nnodes 2\)"),
+        (
+            lambda c: c.parallel_config.__setattr__("distributed_executor_backend", "ray"),
+            r"the executor ray \(--distributed-executor-backend\); use mp",
+        ),
         (
             lambda c: c.offload_config.uva.__setattr__("cpu_offload_gb", 1.0),
             r"--cpu-offload-gb",
@@ -249,14 +269,18 @@ def test_unsupported_experts_are_refused(model, monkeypatch, no_weights_read, la
         pass
 
 
-def test_fused_shared_experts_are_refused():
-    """vLLM fuses shared experts on ROCm only, where this cannot run: the rule by itself."""
+def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
+    """vLLM has them on ROCm, and with data parallelism, only: the rule by itself."""
     from vllm_atomic_moe.serving.compat import MoEActivation
     from vllm_atomic_moe.serving.refusals import check_layer
 
     layer = SimpleNamespace(
         layer_name="model.layers.0.mlp.experts",
-        moe_config=SimpleNamespace(has_bias=False, activation=MoEActivation.SILU),
+        moe_config=SimpleNamespace(
+            has_bias=False,
+            activation=MoEActivation.SILU,
+            moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
+        ),
         swiglu_limit=None,
         swiglu_alpha=None,
         swiglu_beta=None,
@@ -266,6 +290,9 @@ def test_fused_shared_experts_are_refused():
     check_layer(layer, None)
     layer.expert_map_manager.num_fused_shared_experts = 1
     with pytest.raises(ValueError, match=r"shared experts fused into the routed ones \(model.l"):
+        check_layer(layer, None)
+    layer.moe_config.moe_parallel_config.is_sequence_parallel = True
+    with pytest.raises(ValueError, match=r"experts with sequence parallelism \(model.l"):
         check_layer(layer, None)
 
 
