@@ -89,10 +89,6 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
             {"data_parallel_size": 2},
             r"data parallelism \(--data-parallel-size 2\); use 1, or start several servers",
         ),
-        (
-            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
-            r"decode context parallelism \(--decode-context-parallel-size 2\); use 1",
-        ),
         ({"pipeline_parallel_size": 2}, r"pipeline parallelism in eager mode on CPU .*drop --enf"),
         (
             {"enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
@@ -102,7 +98,6 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
             {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
             r"all-to-all kernels between experts \(--all2all-backend deepep_low_latency\)",
         ),
-        ({"ubatch_size": 2}, r"dual-batch overlap \(--enable-dbo, --ubatch-size\)"),
         ({"enable_lora": True}, r"LoRA \(--enable-lora\); merge the adapter"),
         (
             {
@@ -128,7 +123,12 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
             lambda c: c.parallel_config.__setattr__("prefill_context_parallel_size", 2),
             r"--prefill-context-parallel-size 2",
         ),
+        (
+            lambda c: c.parallel_config.__setattr__("decode_context_parallel_size", 2),
+            r"decode context parallelism \(--decode-context-parallel-size 2\); use 1",
+        ),
         (lambda c: c.parallel_config.__setattr__("enable_dbo", True), r"--enable-dbo"),
+        (lambda c: c.parallel_config.__setattr__("ubatch_size", 2), r"--ubatch-size"),
         (lambda c: c.parallel_config.__setattr__("enable_elastic_ep", True), r"--enable-elastic"),
         (lambda c: c.parallel_config.__setattr__("nnodes", 2), r"several nodes \(--nnodes 2\)"),
         (
@@ -524,3 +524,58 @@ def test_digest_depends_on_what_is_resident(model):
         )
     }
     assert len(set(digests.values())) == 3
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+
+class World:
+    """Two ranks, of which this is one."""
+
+    world_size, cpu_group = 2, None
+
+    def __init__(self, rank):
+        self.is_first_rank = rank == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_reports_for_all(model, monkeypatch, log, rank):
+    from vllm_atomic_moe.checkpoint import describe_checkpoint
+    from vllm_atomic_moe.serving import loader, options
+
+    parsed = LoaderOptions.parse({"active": "narrow"})
+    resident = options.select_profiles(parsed, model, describe_checkpoint(model))
+    log.clear()
+    monkeypatch.setattr(loader, "get_world_group", lambda: World(rank))
+    loader._report(resident, 4, [3072, 1024])
+    lines = [record.message for record in log.records]
+    if rank > 0:
+        assert not lines
+        return
+    assert "(6144 bytes) dense, 0.00 MiB (4096 bytes) resident (66.7 %)" in lines[0]
+    assert lines[1] == "Resident on each rank: 0.00 MiB (3072 bytes), 0.00 MiB (1024 bytes)"
+    assert lines[2].startswith("Profile narrow:")
+
+
+def test_ranks_that_read_different_profiles_are_refused(monkeypatch):
+    from vllm_atomic_moe.serving import loader
+
+    def gather(ranks, own, group):
+        ranks[:] = [own, ("theirs", 5)]
+
+    monkeypatch.setattr(loader, "get_world_group", lambda: World(0))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert loader._bytes_of_ranks("theirs", 3) == [3, 5]
+    with pytest.raises(ValueError, match="the ranks read different profiles; give all of them"):
+        loader._bytes_of_ranks("ours", 3)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(1, [[0, 2, 3]]), (2, [[0], [2, 3]])])
+def test_every_layer_belongs_to_a_pipeline_rank(model, size, wanted):
+    """vLLM counts three layers; a fourth that the checkpoint holds is not overlooked."""
+    from vllm_atomic_moe.serving.loader import _layers_of_rank
+
+    config = configure(model, pipeline_parallel_size=size)
+    for rank, layers in enumerate(wanted):
+        config.parallel_config.rank = rank
+        assert _layers_of_rank(config, config.model_config, (0, 2, 3)) == layers
