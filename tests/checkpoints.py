@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -106,7 +107,12 @@ GROUPED = {
 
 
 def make_checkpoint(
-    architecture: str, directory: Path, *, layout: str = "per_expert", seed: int = 0
+    architecture: str,
+    directory: Path,
+    *,
+    layout: str = "per_expert",
+    seed: int = 0,
+    **more_settings: Any,
 ) -> CheckpointInfo:
     """Write a random float32 checkpoint.
 
@@ -116,12 +122,13 @@ def make_checkpoint(
         layout: "per_expert", one tensor per expert and projection, as transformers saves; or
             "fused", one 3-D tensor per projection.
         seed: of the random weights.
+        more_settings: of the configuration.
     """
     import transformers
 
     config_name, settings = {**ARCHITECTURES, **GROUPED}[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_name)(**{**COMMON, **settings})
+    config = getattr(transformers, config_name)(**{**COMMON, **settings, **more_settings})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from vllm_atomic_moe.kernels import backend_module, fused_experts
-from vllm_atomic_moe.packing import PackedExperts, build_layout
+from vllm_atomic_moe.packing import PackedExperts, build_layout, tensor_parallel_share
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
@@ -249,6 +249,26 @@ class KernelSuite:
         experts = self.make(masks, self.dtypes[0])
         for name in masks:
             experts.check(*routed(5, 2, 3, self.dtypes[0]), profile=name)
+
+    def test_ranks_add_up(self) -> None:
+        """Tensor and expert parallel: what other ranks hold has no rows here and adds nothing."""
+        dtype = self.dtypes[0]
+        masks = {"a": ragged(), "b": ragged(1)}
+        arguments = routed(7, 3, len(WIDTHS), dtype)
+        first_E1 = torch.arange(len(WIDTHS))[:, None] < 4
+        whole = self.make(masks, dtype)
+        for shares in (
+            [tensor_parallel_share(masks, rank, 3) for rank in range(3)],
+            [first_E1, ~first_E1],
+        ):
+            ranks = [
+                self.make({name: mask & share for name, mask in masks.items()}, dtype)
+                for share in shares
+            ]
+            for name in masks:
+                parts = torch.stack([rank.check(*arguments, profile=name) for rank in ranks])
+                found, wanted = parts.double().sum(dim=0), whole.check(*arguments, profile=name)
+                assert (found - wanted).norm() <= 4 * TOLERANCE[dtype] * wanted.double().norm()
 
     def test_arguments_that_are_not_contiguous(self) -> None:
         """Strided activations, weights and ids; 64-bit ids; router weights in the model's dtype."""

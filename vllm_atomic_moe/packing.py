@@ -90,22 +90,16 @@ def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
 
 
 def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
-    # Largest profile first: it becomes the most significant bit of an atom's membership signature.
-    names = sorted(keep, key=lambda name: (-int(keep[name].sum()), name))
-    masks_SEI = torch.stack([keep[name] for name in names])
-    rank_EI = _signature_rank(masks_SEI)
-    resident_EI = masks_SEI.any(dim=0)
+    resident_EI = torch.stack(list(keep.values())).any(dim=0)
     num_experts, intermediate_size = resident_EI.shape
+    experts_P, atoms_P, rank_P = _resident_atoms(keep)
 
-    # Stable sort by (expert, rank, atom): atoms of one signature stay in checkpoint order.
-    experts_P, atoms_P = resident_EI.nonzero(as_tuple=True)
-    order_P = torch.argsort(
-        experts_P * (1 << len(names)) + rank_EI[experts_P, atoms_P], stable=True
-    )
+    # Stable sort by (expert, rank): atoms of one signature stay in checkpoint order.
+    order_P = torch.argsort(experts_P * (1 << len(keep)) + rank_P, stable=True)
     experts_P, atoms_P = experts_P[order_P], atoms_P[order_P]
     starts = {
         name: _find_runs(experts_P, mask[experts_P, atoms_P], num_experts)
-        for name, mask in zip(names, masks_SEI, strict=True)
+        for name, mask in keep.items()
     }
     most = max(1, *(max(map(len, runs)) for runs in starts.values()))
     return PackedLayout(
@@ -114,6 +108,47 @@ def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
         atoms_P=atoms_P,
         runs={name: _pad_runs(runs, most) for name, runs in starts.items()},
     )
+
+
+def tensor_parallel_share(keep: Mapping[str, torch.Tensor], rank: int, size: int) -> torch.Tensor:
+    """The resident atoms that one of `size` tensor parallel ranks holds: bool [E, I].
+
+    Every resident atom is on exactly one rank. The atoms of one expert and one membership signature
+    are split into contiguous pieces, sized as if all atoms of the layer had been dealt out one by
+    one, signature by signature in packed order, each expert by expert. Ranks therefore differ by
+    one atom at most: in every signature, in the union, in each of two profiles or of nested ones.
+
+    Args:
+        keep: as for `build_layout`.
+        rank: 0..size-1.
+    """
+    with torch.device("cpu"):
+        experts_P, atoms_P, rank_P = _resident_atoms(keep)
+        share_EI = torch.zeros_like(next(iter(keep.values())), device="cpu")
+        groups_P, order_P = torch.sort(rank_P * share_EI.shape[0] + experts_P, stable=True)
+        # G groups of atoms to be split, N ranks. Of n atoms dealt, rank r has ⌈(n - r) / N⌉.
+        ends_G1 = groups_P.unique_consecutive(return_counts=True)[1].cumsum(dim=0)[:, None]
+        ranks_N = torch.arange(size)
+        dealt_GN = (ends_G1 + size - 1 - ranks_N) // size
+        lengths_GN = dealt_GN.diff(dim=0, prepend=torch.zeros(1, size, dtype=torch.int64))
+        owner_P = ranks_N.repeat(len(ends_G1)).repeat_interleave(lengths_GN.flatten())
+        mine = order_P[owner_P == rank]
+        share_EI[experts_P[mine], atoms_P[mine]] = True
+        return share_EI
+
+
+def _resident_atoms(
+    keep: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Expert, index within it and signature rank of every resident atom, in checkpoint order.
+
+    Three int64 [P].
+    """
+    # Largest profile first: it becomes the most significant bit of an atom's membership signature.
+    names = sorted(keep, key=lambda name: (-int(keep[name].sum()), name))
+    masks_SEI = torch.stack([keep[name] for name in names])
+    experts_P, atoms_P = masks_SEI.any(dim=0).nonzero(as_tuple=True)
+    return experts_P, atoms_P, _signature_rank(masks_SEI)[experts_P, atoms_P]
 
 
 def _signature_rank(masks_SEI: torch.Tensor) -> torch.Tensor:

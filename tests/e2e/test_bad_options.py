@@ -20,16 +20,18 @@ SHIPPED = sorted(path.stem for path in (DEMO / "atomic_profiles").glob("*.safete
             "atomic-pruned: profile 'heapr-99' is not in deploy/demo/model/atomic_profiles; "
             f"profiles there: {', '.join(SHIPPED)}",
         ),
-        (
+        pytest.param(
             {"active": 7},
             [],
             "atomic-pruned: model_loader_extra_config: `active` is 7, wanted a string",
+            marks=pytest.mark.full,
         ),
-        (
+        pytest.param(
             {"active": "heapr-20"},
-            ["--enable-expert-parallel"],
-            "atomic-pruned: not served by this version: expert parallelism "
-            "(--enable-expert-parallel); leave it out",
+            ["--enable-expert-parallel", "--expert-placement-strategy=round_robin"],
+            "atomic-pruned: not served by this version: round_robin placement of experts "
+            "(--expert-placement-strategy); use linear",
+            marks=pytest.mark.full,
         ),
     ],
 )

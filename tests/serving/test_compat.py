@@ -74,7 +74,8 @@ def test_signature(function, wanted):
         "num_experts",
         "hidden_dim",
         "hidden_dim_unpadded",
-        "intermediate_size_per_partition",
+        "intermediate_size",
+        "moe_parallel_config",
         "activation",
         "has_bias",
         "in_dtype",
@@ -101,6 +102,24 @@ def test_moe_config_still_has(name):
 )
 def test_routed_experts_still_sets(name):
     assert f"self.{name} =" in inspect.getsource(EXPERTS.__init__)
+
+
+def test_ranks_are_still_told_by_these_names():
+    from vllm.model_executor.layers.fused_moe import config, expert_map_manager
+
+    parallel = config.FusedMoEParallelConfig
+    assert {"tp_rank", "tp_size"} <= parallel.__dataclass_fields__.keys()
+    assert isinstance(parallel.is_sequence_parallel, property)
+    own_experts = expert_map_manager.ExpertMapManager.get_local_expert_ids
+    assert list(inspect.signature(own_experts).parameters) == ["self"]
+
+
+def test_eager_pipelines_still_lack_their_warm_up_on_cpu():
+    """It makes the buffers of the second stage: once it runs, serve them (`check_config`)."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    source = inspect.getsource(CPUModelRunner.warming_up_model)
+    assert "mode == CompilationMode.NONE:\n            return" in source
 
 
 def test_runner_still_asks_its_router_by_that_name():

@@ -85,10 +85,19 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tensor_parallel_size": 2}, r"tensor parallelism \(--tensor-parallel-size 2\); use 1"),
-        ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(--pipeline-parallel-size 2\)"),
-        ({"data_parallel_size": 2}, r"data parallelism \(--data-parallel-size 2\)"),
-        ({"enable_expert_parallel": True}, r"expert parallelism \(--enable-expert-parallel\)"),
+        (
+            {"data_parallel_size": 2},
+            r"data parallelism \(--data-parallel-size 2\); use 1, or start several servers",
+        ),
+        ({"pipeline_parallel_size": 2}, r"pipeline parallelism in eager mode on CPU .*drop --enf"),
+        (
+            {"enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
+            r"round_robin placement of experts \(--expert-placement-strategy\); use linear",
+        ),
+        (
+            {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
+            r"all-to-all kernels between experts \(--all2all-backend deepep_low_latency\)",
+        ),
         ({"enable_lora": True}, r"LoRA \(--enable-lora\); merge the adapter"),
         (
             {
@@ -114,7 +123,14 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
             lambda c: c.parallel_config.__setattr__("prefill_context_parallel_size", 2),
             r"--prefill-context-parallel-size 2",
         ),
+        (
+            lambda c: c.parallel_config.__setattr__("decode_context_parallel_size", 2),
+            r"decode context parallelism \(--decode-context-parallel-size 2\); use 1",
+        ),
         (lambda c: c.parallel_config.__setattr__("enable_dbo", True), r"--enable-dbo"),
+        (lambda c: c.parallel_config.__setattr__("ubatch_size", 2), r"--ubatch-size"),
+        (lambda c: c.parallel_config.__setattr__("enable_elastic_ep", True), r"--enable-elastic"),
+        (lambda c: c.__setattr__("kv_transfer_config", object()), r"--kv-transfer-config"),
         (
             lambda c: c.offload_config.uva.__setattr__("cpu_offload_gb", 1.0),
             r"--cpu-offload-gb",
@@ -130,6 +146,20 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
     change(config)
     with pytest.raises(ValueError, match=words):
         check_config(config, config.model_config)
+
+
+def test_what_was_never_tried_is_named(model):
+    from vllm_atomic_moe.serving.refusals import check_config, unverified
+
+    config = configure(model)
+    assert list(unverified(config.parallel_config)) == []
+    config.parallel_config.nnodes = 2
+    config.parallel_config.distributed_executor_backend = "ray"
+    check_config(config, config.model_config)
+    assert list(unverified(config.parallel_config)) == [
+        "several nodes (--nnodes 2)",
+        "the executor ray (--distributed-executor-backend)",
+    ]
 
 
 def test_cuda_graphs_need_a_kernel_that_can_be_captured(model, monkeypatch):
@@ -249,14 +279,18 @@ def test_unsupported_experts_are_refused(model, monkeypatch, no_weights_read, la
         pass
 
 
-def test_fused_shared_experts_are_refused():
-    """vLLM fuses shared experts on ROCm only, where this cannot run: the rule by itself."""
+def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
+    """vLLM has them on ROCm, and with data parallelism, only: the rule by itself."""
     from vllm_atomic_moe.serving.compat import MoEActivation
     from vllm_atomic_moe.serving.refusals import check_layer
 
     layer = SimpleNamespace(
         layer_name="model.layers.0.mlp.experts",
-        moe_config=SimpleNamespace(has_bias=False, activation=MoEActivation.SILU),
+        moe_config=SimpleNamespace(
+            has_bias=False,
+            activation=MoEActivation.SILU,
+            moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
+        ),
         swiglu_limit=None,
         swiglu_alpha=None,
         swiglu_beta=None,
@@ -266,6 +300,9 @@ def test_fused_shared_experts_are_refused():
     check_layer(layer, None)
     layer.expert_map_manager.num_fused_shared_experts = 1
     with pytest.raises(ValueError, match=r"shared experts fused into the routed ones \(model.l"):
+        check_layer(layer, None)
+    layer.moe_config.moe_parallel_config.is_sequence_parallel = True
+    with pytest.raises(ValueError, match=r"experts with sequence parallelism \(model.l"):
         check_layer(layer, None)
 
 
@@ -337,20 +374,15 @@ def log(caplog, monkeypatch):
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("active", ["narrow", "other", "dense"])
-def test_any_resident_profile_may_be_active(model, tmp_path, active):
-    profiles = model / "atomic_profiles"
-    reference = model
-    if active != "dense":
-        profile = PruningProfile.read(profiles / f"{active}.safetensors")
-        reference = tmp_path / "zeroed"
-        zero_pruned(model, reference, profile)
+def test_any_resident_profile_may_be_active_first(model, tmp_path):
+    profile = PruningProfile.read(model / "atomic_profiles" / "other.safetensors")
+    zero_pruned(model, tmp_path / "zeroed", profile)
     found = logprobs_of(
         model,
         load_format="atomic-pruned",
-        model_loader_extra_config={"active": active, "resident": ["narrow", "other", "dense"]},
+        model_loader_extra_config={"active": "other", "resident": ["narrow", "other", "dense"]},
     )
-    assert (found - logprobs_of(reference)).abs().max() < 1e-4
+    assert (found - logprobs_of(tmp_path / "zeroed")).abs().max() < 1e-4
 
 
 def test_resident_bytes_are_the_union_and_reported_once(model, log):
@@ -497,3 +529,58 @@ def test_digest_depends_on_what_is_resident(model):
         )
     }
     assert len(set(digests.values())) == 3
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+
+class World:
+    """Two ranks, of which this is one."""
+
+    world_size, cpu_group = 2, None
+
+    def __init__(self, rank):
+        self.is_first_rank = rank == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_reports_for_all(model, monkeypatch, log, rank):
+    from vllm_atomic_moe.checkpoint import describe_checkpoint
+    from vllm_atomic_moe.serving import loader, options
+
+    parsed = LoaderOptions.parse({"active": "narrow"})
+    resident = options.select_profiles(parsed, model, describe_checkpoint(model))
+    log.clear()
+    monkeypatch.setattr(loader, "get_world_group", lambda: World(rank))
+    loader._report(resident, 4, [3072, 1024])
+    lines = [record.message for record in log.records]
+    if rank > 0:
+        assert not lines
+        return
+    assert "(6144 bytes) dense, 0.00 MiB (4096 bytes) resident (66.7 %)" in lines[0]
+    assert lines[1] == "Resident on each rank: 0.00 MiB (3072 bytes), 0.00 MiB (1024 bytes)"
+    assert lines[2].startswith("Profile narrow:")
+
+
+def test_ranks_that_read_different_profiles_are_refused(monkeypatch):
+    from vllm_atomic_moe.serving import loader
+
+    def gather(ranks, own, group):
+        ranks[:] = [own, ("theirs", 5)]
+
+    monkeypatch.setattr(loader, "get_world_group", lambda: World(0))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert loader._bytes_of_ranks("theirs", 3) == [3, 5]
+    with pytest.raises(ValueError, match="the ranks read different profiles; give all of them"):
+        loader._bytes_of_ranks("ours", 3)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(1, [[0, 2, 3]]), (2, [[0], [2, 3]])])
+def test_every_layer_belongs_to_a_pipeline_rank(model, size, wanted):
+    """vLLM counts three layers; a fourth that the checkpoint holds is not overlooked."""
+    from vllm_atomic_moe.serving.loader import _layers_of_rank
+
+    config = configure(model, pipeline_parallel_size=size)
+    for rank, layers in enumerate(wanted):
+        config.parallel_config.rank = rank
+        assert _layers_of_rank(config, config.model_config, (0, 2, 3)) == layers

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_atomic_moe.packing import PackedExperts, PackedLayout, RowStorage, build_layout
+from vllm_atomic_moe.packing import (
+    PackedExperts,
+    PackedLayout,
+    RowStorage,
+    build_layout,
+    tensor_parallel_share,
+)
 
 masks = st.builds(
     lambda seed, experts, width, profiles: {
@@ -85,6 +91,67 @@ def test_layout_does_not_follow_the_default_device():
         packed = PackedExperts(layout, 8, torch.float32)
     assert layout.atoms_P.device == layout.runs["a"].device == torch.device("cpu")
     assert packed.gate.device == packed.runs_ER2.device == torch.device("meta")
+
+
+# --- tensor parallel ranks ------------------------------------------------------------------------
+
+
+def shares(keep, size):
+    return torch.stack([tensor_parallel_share(keep, rank, size) for rank in range(size)])
+
+
+def spread(shares_NEI, mask):
+    """How many atoms of `mask` the fullest rank holds beyond the emptiest."""
+    held_N = (shares_NEI & mask).sum(dim=(1, 2))
+    return int(held_N.max() - held_N.min())
+
+
+@given(masks, st.integers(1, 5))
+def test_ranks_share_every_atom_once_and_evenly(keep, size):
+    masks_SEI = torch.stack(list(keep.values()))
+    shares_NEI = shares(keep, size)
+    assert torch.equal(shares_NEI.sum(dim=0), masks_SEI.any(dim=0).long())
+    assert spread(shares_NEI, masks_SEI.any(dim=0)) <= 1
+    bits = (masks_SEI * 2 ** torch.arange(len(keep))[:, None, None]).sum(dim=0)
+    signatures = [bits == value for value in range(1, 2 ** len(keep))]
+    assert all(spread(shares_NEI, signature) <= 1 for signature in signatures)
+    for expert in range(len(bits)):
+        for signature in signatures:
+            atoms = signature[expert].nonzero().flatten()
+            owners = shares_NEI[:, expert, atoms].long().argmax(dim=0)
+            assert owners.tolist() == sorted(owners.tolist()), "pieces are contiguous"
+            counts = owners.bincount(minlength=size)
+            assert int(counts.max() - counts.min()) <= 1
+    if len(keep) <= 2:
+        assert all(spread(shares_NEI, mask) <= 1 for mask in masks_SEI)
+
+
+@given(st.integers(0, 1 << 20), st.integers(1, 5), st.integers(1, 5))
+def test_nested_profiles_are_even_on_all_ranks(seed, count, size):
+    score = torch.rand(3, 50, generator=torch.Generator().manual_seed(seed))
+    keep = {f"p{index}": score < index / count for index in range(count + 1)}
+    shares_NEI = shares(keep, size)
+    assert all(spread(shares_NEI, mask) <= 1 for mask in keep.values())
+
+
+def test_fewer_atoms_than_ranks():
+    """Width one everywhere: remainders go round, or the first rank would hold everything."""
+    keep = {"only": torch.eye(6, 4, dtype=torch.bool) | torch.eye(6, 4, dtype=torch.bool).flip(0)}
+    assert keep["only"].sum(dim=1).max() == 2
+    assert shares(keep, 3).sum(dim=(1, 2)).tolist() == [3, 3, 2]
+    nothing = {"only": torch.zeros(2, 4, dtype=torch.bool)}
+    assert not shares(nothing, 3).any()
+    layout = build_layout({"only": nothing["only"] & tensor_parallel_share(nothing, 1, 3)})
+    assert layout.num_rows == 0
+
+
+def test_share_does_not_follow_the_default_device():
+    with torch.device("meta"):
+        share = tensor_parallel_share({"only": torch.ones(2, 4, device="cpu").bool()}, 1, 2)
+    assert share.tolist() == [[False, False, True, True]] * 2
+
+
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_load_slices_rows_and_transposed_columns():

@@ -42,8 +42,10 @@ def packed_rows_taken_by(
 ) -> Iterator[None]:
     """While open, `model.load_weights` gives packed rows to `layers` and the rest to the model.
 
+    Packed rows of layers that another pipeline rank holds are left out.
+
     Args:
-        layers: the model's packed layers.
+        layers: this rank's packed layers.
         model: the model under construction.
         stored: layer index -> bool [E, I], the atoms whose rows the checkpoint holds.
     """
@@ -53,11 +55,11 @@ def packed_rows_taken_by(
     def others(weights: Weights) -> Weights:
         for name, tensor in weights:
             match = PACKED.match(name)
-            if match is None or int(match["layer"]) not in by_index:
+            if match is None or int(match["layer"]) not in stored:
                 yield name, tensor
-            elif match["part"] in PART_PROJECTIONS:
-                index = int(match["layer"])
-                projection = PART_PROJECTIONS[match["part"]]
+                continue
+            index, projection = int(match["layer"]), PART_PROJECTIONS.get(match["part"])
+            if index in by_index and projection is not None:
                 by_index[index].load_packed(name, projection, tensor, stored[index])
 
     model.load_weights = lambda weights: load_weights(others(weights))

@@ -3,11 +3,14 @@
 Routing, shared experts, reductions and scaling stay vLLM's own; only the weights, the sum over
 experts and the routing mask are ours. While weights load, each checkpoint tensor is sliced into the
 packed rows, so that the dense experts never stand in memory.
+
+With several ranks a layer knows all experts, by their ids in the checkpoint: what other ranks hold
+is merely not resident here, contributes zero, and vLLM's all-reduce behind the experts adds up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +18,13 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.kernels import Backend, fused_experts
-from vllm_atomic_moe.packing import PROJECTIONS, PackedExperts, Projection, build_layout
+from vllm_atomic_moe.packing import (
+    PROJECTIONS,
+    PackedExperts,
+    Projection,
+    build_layout,
+    tensor_parallel_share,
+)
 from vllm_atomic_moe.serving.compat import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     FusedMoEConfig,
@@ -55,7 +64,8 @@ class AtomicRoutedExperts(RoutedExperts):
         routing: the experts that the active profile lets the router choose.
         active: name of the active profile.
         index: decoder layer index in the checkpoint.
-        loaded: (expert, projection) of every expert matrix that has arrived.
+        own_experts: ids of the experts that this rank holds, or holds a part of.
+        loaded: (expert, projection) of every matrix of theirs that has arrived.
     """
 
     packed: PackedExperts
@@ -70,7 +80,7 @@ class AtomicRoutedExperts(RoutedExperts):
         return AtomicExpertsMethod(moe_config)
 
     def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Allocate the packed rows that the profiles being loaded ask for."""
+        """Allocate this rank's share of the packed rows that the profiles being loaded ask for."""
         loading = _loading.get(None)
         if loading is None:
             raise RuntimeError(
@@ -85,18 +95,28 @@ class AtomicRoutedExperts(RoutedExperts):
                 f"{self.layer_name}: vLLM builds routed experts here, the checkpoint's MoE layers "
                 f"are {list(model.layers)}"
             )
-        built = (config.num_experts, config.intermediate_size_per_partition, hidden_size)
+        built = (config.num_experts, config.intermediate_size, hidden_size)
         stored = (model.num_experts, model.intermediate_size, model.hidden_size)
         if built != stored:
             raise ValueError(
                 f"{self.layer_name}: vLLM builds experts E, I, H = {list(built)}, the checkpoint "
                 f"holds {list(stored)}"
             )
-        layout = build_layout(resident.masks(self.index))
+        self.own_experts = frozenset(self.expert_map_manager.get_local_expert_ids())
+        layout = build_layout(self._share(resident.masks(self.index)))
         self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.active = resident.active
         self.loaded: set[tuple[int, Projection]] = set()
+
+    def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What of every profile's mask [E, I] this rank holds."""
+        own_E = torch.zeros(self.global_num_experts, dtype=torch.bool, device="cpu")
+        own_E[list(self.own_experts)] = True
+        own = {name: mask & own_E[:, None] for name, mask in masks.items()}
+        parallel = self.moe_config.moe_parallel_config
+        share_EI = tensor_parallel_share(own, parallel.tp_rank, parallel.tp_size)
+        return {name: mask & share_EI for name, mask in own.items()}
 
     def activate(self, name: str) -> None:
         """Make `name`, one of the resident profiles, the one that this layer computes.
@@ -147,7 +167,8 @@ class AtomicRoutedExperts(RoutedExperts):
         """Slice one checkpoint tensor into the packed rows.
 
         Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
-        `[H, I]` of one expert, or all experts' at once with a leading E.
+        `[H, I]` of one expert, or all experts' at once with a leading E. Experts of other ranks
+        are left alone, and need not arrive.
 
         Raises:
             ValueError: the tensor arrives for the second time, or has the wrong shape.
@@ -158,13 +179,15 @@ class AtomicRoutedExperts(RoutedExperts):
                 f"wanted w1, w2 or w3 of expert 0 to {self.global_num_experts - 1}"
             )
         projection = SHARD_PROJECTIONS[shard_id]
+        first = 0 if loaded_weight.dim() == 3 else expert_id
         matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
-        for expert, matrix in enumerate(
-            matrices, start=0 if loaded_weight.dim() == 3 else expert_id
-        ):
-            self._mark_loaded(expert, projection, weight_name)
-            self.packed.load_expert(expert, projection, matrix)
-        return True if return_success else None
+        taken = False
+        for expert, matrix in enumerate(matrices, start=first):
+            if expert in self.own_experts:
+                self._mark_loaded(expert, projection, weight_name)
+                self.packed.load_expert(expert, projection, matrix)
+                taken = True
+        return taken if return_success else None
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
@@ -178,7 +201,7 @@ class AtomicRoutedExperts(RoutedExperts):
         Raises:
             ValueError: the tensor arrives for the second time, or has the wrong shape.
         """
-        for expert in range(self.global_num_experts):
+        for expert in self.own_experts:
             self._mark_loaded(expert, projection, weight_name)
         self.packed.load_rows(projection, rows, stored)
 
@@ -194,7 +217,7 @@ class AtomicRoutedExperts(RoutedExperts):
         """Expert matrices that have not arrived, by name."""
         return [
             f"layers.{self.index}.experts.{expert}.{projection}_proj"
-            for expert in range(self.global_num_experts)
+            for expert in sorted(self.own_experts)
             for projection in PROJECTIONS
             if (expert, projection) not in self.loaded
         ]

@@ -2,12 +2,13 @@
 
 The order is the promise: options, profiles and configuration are checked before any weight is read;
 the model is built with packed experts; vLLM's own loader streams the checkpoint through them; then
-every expert tensor must have arrived exactly once.
+every expert tensor must have arrived exactly once. With several ranks each does so for its own
+layers and experts; at the end they compare the profiles they read, and the first one reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -66,22 +68,29 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         """
         # Here, not above: every vLLM process imports this module, few load a pruned model.
         from vllm_atomic_moe.serving import worker
-        from vllm_atomic_moe.serving.refusals import check_config, check_draft
+        from vllm_atomic_moe.serving.refusals import check_config, check_draft, unverified
 
         with _refusals_said_plainly():
             if model_config.runner_type == "draft":
                 check_draft(model_config)
                 return self.inner.load_model(vllm_config, model_config, prefix)
             check_config(vllm_config, model_config)
+            for feature in unverified(vllm_config.parallel_config):
+                logger.warning("Never tried with packed experts: %s", feature)
             self.backend = self._choose_backend(vllm_config, model_config.dtype)
             self.directory = self._checkpoint(model_config)
             checkpoint = describe_checkpoint(self.directory)
             self.resident = select_profiles(self.options, self.directory, checkpoint)
-            _add_to_cache_keys(vllm_config, f"{self.backend.name} {self.resident.digest()}")
+            self.own_layers = _layers_of_rank(vllm_config, model_config, checkpoint.layers)
+            digest = self.resident.digest()
+            _add_to_cache_keys(vllm_config, f"{self.backend.name} {digest}")
             model = super().load_model(vllm_config, model_config, prefix)
+            layers = packed_layers(model)
             atom_bytes = 3 * self.resident.model.hidden_size * model_config.dtype.itemsize
-            profiles = worker.WorkerProfiles(self.resident, packed_layers(model), atom_bytes)
+            profiles = worker.WorkerProfiles(self.resident, layers, atom_bytes)
             setattr(model, worker.ATTRIBUTE, profiles)
+            held = sum(layer.packed.weight_bytes for layer in layers)
+            _report(self.resident, atom_bytes, _bytes_of_ranks(digest, held))
             return model
 
     def create_model(
@@ -98,11 +107,12 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         from vllm_atomic_moe.serving.routing import mask_routers
 
         layers = packed_layers(model)
-        built, stored = sorted(layer.index for layer in layers), list(self.resident.model.layers)
-        if built != stored:
+        built = sorted(layer.index for layer in layers)
+        if built != self.own_layers:
             raise ValueError(
                 f"vLLM builds packed experts in layers {built}, the checkpoint's MoE layers are "
-                f"{stored}; this architecture builds its experts in a way that is not supported"
+                f"{self.own_layers}; this architecture builds its experts in a way that is not "
+                "supported"
             )
         mask_routers(model, layers, self.resident)
         if self.resident.model.stored is None:
@@ -118,7 +128,6 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; "
                 "fetch the checkpoint again"
             )
-        _report(self.resident, layers)
 
     def _choose_backend(self, vllm_config: VllmConfig, dtype: torch.dtype) -> Backend:
         from vllm_atomic_moe.serving.refusals import check_graphs
@@ -183,11 +192,48 @@ def _add_to_cache_keys(vllm_config: VllmConfig, digest: str) -> None:
     vllm_config.additional_config[DIGEST_KEY] = digest
 
 
-def _report(resident: ResidentProfiles, layers: list[AtomicRoutedExperts]) -> None:
-    """Say once what memory the pruning saves."""
-    atom_bytes = 3 * resident.model.hidden_size * layers[0].packed.weights[0].element_size()
-    dense = resident.model.atoms * atom_bytes
-    held = sum(layer.packed.weight_bytes for layer in layers)
+def _layers_of_rank(
+    vllm_config: VllmConfig, model_config: ModelConfig, stored: Sequence[int]
+) -> list[int]:
+    """Those of the checkpoint's MoE layers that this pipeline rank builds.
+
+    The last rank answers for whatever lies behind the layers that vLLM counts.
+    """
+    start, end = model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    if end == model_config.get_total_num_hidden_layers():
+        end = max(end, *stored) + 1
+    return [layer for layer in stored if start <= layer < end]
+
+
+def _bytes_of_ranks(digest: str, held: int) -> list[int]:
+    """`held` of every rank of this replica.
+
+    Raises:
+        ValueError: `digest` is not the same everywhere.
+    """
+    world = get_world_group()
+    ranks = [(digest, held)] * world.world_size
+    if world.world_size > 1:
+        torch.distributed.all_gather_object(ranks, (digest, held), group=world.cpu_group)
+    if len({digest for digest, _ in ranks}) > 1:
+        raise ValueError(
+            "the ranks read different profiles; give all of them the same files, and leave those "
+            "alone while the server starts"
+        )
+    return [held for _, held in ranks]
+
+
+def _report(resident: ResidentProfiles, atom_bytes: int, rank_bytes: Sequence[int]) -> None:
+    """Say once what memory the pruning saves.
+
+    Args:
+        resident: the profiles held in memory.
+        atom_bytes: of one atom in the serving dtype.
+        rank_bytes: what every rank of this replica holds, padding included.
+    """
+    if not get_world_group().is_first_rank:
+        return
+    dense, held = resident.model.atoms * atom_bytes, sum(rank_bytes)
     logger.info(
         "Expert weights: %s dense, %s resident (%.1f %%), %s saved",
         _mib(dense),
@@ -195,6 +241,8 @@ def _report(resident: ResidentProfiles, layers: list[AtomicRoutedExperts]) -> No
         100 * held / dense,
         _mib(dense - held),
     )
+    if len(rank_bytes) > 1:
+        logger.info("Resident on each rank: %s", ", ".join(map(_mib, rank_bytes)))
     for name, profile in resident.profiles.items():
         logger.info(
             "Profile %s: %.1f %% of atoms kept, %s%s",

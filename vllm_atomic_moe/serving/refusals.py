@@ -9,7 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.config import (
+    CompilationMode,
+    CUDAGraphMode,
+    ModelConfig,
+    ParallelConfig,
+    VllmConfig,
+)
 from vllm.platforms import current_platform
 
 from vllm_atomic_moe.checkpoint import ExpertGroups
@@ -33,34 +39,23 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
     Raises:
         ValueError: one line naming the feature, the flag that asked for it and the remedy.
     """
-    parallel = vllm_config.parallel_config
     offload = vllm_config.offload_config
     compilation = vllm_config.compilation_config
     refused: tuple[tuple[bool, str, str], ...] = (
+        *_parallel_features(vllm_config.parallel_config),
         (
-            parallel.tensor_parallel_size > 1,
-            f"tensor parallelism (--tensor-parallel-size {parallel.tensor_parallel_size})",
-            "use 1",
+            current_platform.is_cpu()
+            and vllm_config.parallel_config.pipeline_parallel_size > 1
+            and compilation.mode == CompilationMode.NONE,
+            "pipeline parallelism in eager mode on CPU (vLLM's own second stage fails there)",
+            "drop --enforce-eager",
         ),
         (
-            parallel.pipeline_parallel_size > 1,
-            f"pipeline parallelism (--pipeline-parallel-size {parallel.pipeline_parallel_size})",
-            "use 1",
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size; what they "
+            "hold knows nothing of profiles and would outlive a switch)",
+            "",
         ),
-        (
-            parallel.data_parallel_size > 1,
-            f"data parallelism (--data-parallel-size {parallel.data_parallel_size})",
-            "use 1, or start several servers",
-        ),
-        (
-            parallel.prefill_context_parallel_size > 1,
-            "prefill context parallelism (--prefill-context-parallel-size "
-            f"{parallel.prefill_context_parallel_size})",
-            "use 1",
-        ),
-        (parallel.enable_expert_parallel, "expert parallelism (--enable-expert-parallel)", ""),
-        (parallel.enable_eplb, "the expert load balancer (--enable-eplb)", ""),
-        (parallel.enable_dbo, "dual-batch overlap (--enable-dbo)", ""),
         (
             vllm_config.lora_config is not None,
             "LoRA (--enable-lora)",
@@ -91,6 +86,44 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
     for applies, feature, remedy in refused:
         if applies:
             raise ValueError(f"not served by this version: {feature}; {remedy or 'leave it out'}")
+
+
+def _parallel_features(parallel: ParallelConfig) -> Iterator[tuple[bool, str, str]]:
+    """Ways to spread a model that were not tested: whether asked for, name and remedy.
+
+    Data parallel ranks are engines of their own: all of them would have to pause before any
+    switches profiles, but an API server's calls reach the engines behind it only. Besides, their
+    experts exchange tokens (all-to-all kernels, sequence parallel MoE), which packed experts and
+    their global ids know nothing of.
+    """
+    for name in ("data", "prefill_context", "decode_context"):
+        size = getattr(parallel, f"{name}_parallel_size")
+        feature = name.replace("_", " ") + " parallelism"
+        flag = f"--{name.replace('_', '-')}-parallel-size {size}"
+        remedy = "use 1, or start several servers" if name == "data" else "use 1"
+        yield size > 1, f"{feature} ({flag})", remedy
+    placement, backend = parallel.expert_placement_strategy, parallel.all2all_backend
+    yield parallel.enable_eplb, "the expert load balancer (--enable-eplb)", ""
+    yield parallel.enable_elastic_ep, "elastic expert parallelism (--enable-elastic-ep)", ""
+    yield (
+        placement != "linear",
+        f"{placement} placement of experts (--expert-placement-strategy)",
+        "use linear",
+    )
+    yield (
+        backend != "allgather_reducescatter",
+        f"all-to-all kernels between experts (--all2all-backend {backend})",
+        "",
+    )
+    yield parallel.use_ubatching, "dual-batch overlap (--enable-dbo, --ubatch-size)", ""
+
+
+def unverified(parallel: ParallelConfig) -> Iterator[str]:
+    """What is served, since nothing of ours depends on it, and was never tried."""
+    if parallel.nnodes > 1:
+        yield f"several nodes (--nnodes {parallel.nnodes})"
+    if (executor := parallel.distributed_executor_backend) not in ("uni", "mp"):
+        yield f"the executor {executor} (--distributed-executor-backend)"
 
 
 def check_graphs(vllm_config: VllmConfig, backend: Backend) -> None:
@@ -144,6 +177,7 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
             f"the activation {config.activation.value} with limit, alpha, beta {gate_parameters}",
         ),
         (layer.apply_router_weight_on_input, "router weights applied to the input"),
+        (config.moe_parallel_config.is_sequence_parallel, "experts with sequence parallelism"),
         (
             layer.expert_map_manager.num_fused_shared_experts > 0,
             "shared experts fused into the routed ones",

@@ -1,0 +1,228 @@
+"""Several ranks answer as one does, in every resident profile, and share its memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import make_checkpoint, write_profile, write_routing_profiles
+from tests.serving.conftest import activate, engine, prompt_logprobs
+from vllm_atomic_moe.exporting.export import export
+from vllm_atomic_moe.profiles import PruningProfile
+
+TOLERANCE = 1e-4
+ATOM_BYTES = 3 * 128 * 4
+# Ragged with widths 0 and 1; another, not nested; whole experts out of the router; ragged as well.
+NAMES = ("narrow", "other", "whole", "ragged")
+TENSOR = {"tensor_parallel_size": 2}
+EXPERT = {**TENSOR, "enable_expert_parallel": True, "enable_ep_weight_filter": True}
+# Eager pipelines are refused on CPU. Traced, not compiled: that is tested elsewhere.
+PIPELINE = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
+RANKS: dict[str, dict[str, Any]] = {
+    "tensor": TENSOR,
+    "expert": EXPERT,
+    "pipeline": PIPELINE,
+    "tensor and pipeline": {**PIPELINE, **TENSOR},
+    "expert and pipeline": {**PIPELINE, **EXPERT},
+}
+
+
+class Checkpoints:
+    """Three layers of one architecture, in every layout and with the profiles NAMES.
+
+    Attributes:
+        union: layer index -> bool [E, I], the atoms of all profiles.
+        wanted: profile name -> prompt log-probabilities of one rank.
+    """
+
+    def __init__(self, architecture: str, directory: Path, **settings: Any) -> None:
+        self.layouts = {name: directory / name for name in ("per_expert", "fused", "exported")}
+        self.profiles = directory / "profiles"
+        plain = self.layouts["per_expert"]
+        self.info = make_checkpoint(architecture, plain, **settings)
+        make_checkpoint(architecture, self.layouts["fused"], layout="fused", **settings)
+        for seed, name in enumerate(NAMES[:2], start=1):
+            write_profile(self.info, name, self.profiles, seed)
+        write_routing_profiles(self.info, self.profiles)
+        keeps = [PruningProfile.read(self.profiles / f"{name}.safetensors").keep for name in NAMES]
+        self.union = {
+            layer: torch.stack([keep[layer] for keep in keeps]).any(dim=0)
+            for layer in self.info.layers
+        }
+        PruningProfile("union", self.union).write(directory / "union.safetensors")
+        export(str(plain), directory / "union.safetensors", self.layouts["exported"])
+        self.wanted = {}
+        with self.engine(plain) as llm:
+            for name in NAMES:
+                activate(llm, name)
+                self.wanted[name] = prompt_logprobs(llm)
+
+    def engine(self, checkpoint: Path, **options: Any) -> Any:
+        """One that holds all profiles."""
+        extra = {"profiles": str(self.profiles), "active": NAMES[0], "resident": list(NAMES)}
+        return engine(
+            checkpoint, load_format="atomic-pruned", model_loader_extra_config=extra, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def qwen2_moe(tmp_path_factory):
+    """It has shared experts, which ranks split and add up in their own ways."""
+    return Checkpoints("qwen2_moe", tmp_path_factory.mktemp("qwen2_moe"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_per_rank(monkeypatch):
+    """vLLM would bind each rank to a NUMA node of its own."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+
+# --- parity and memory ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        ("tensor", "per_expert"),
+        ("expert", "per_expert"),
+        ("pipeline", "exported"),
+        *(
+            pytest.param(ranks, layout, marks=pytest.mark.full)
+            for ranks, layout in (
+                ("tensor", "fused"),
+                ("tensor", "exported"),
+                ("expert", "fused"),
+                ("expert", "exported"),
+                ("pipeline", "per_expert"),
+                ("tensor and pipeline", "exported"),
+                ("expert and pipeline", "per_expert"),
+            )
+        ),
+    ],
+)
+def test_ranks_answer_as_one(qwen2_moe, ranks, layout):
+    check_ranks(qwen2_moe, layout, ranks)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", ["glm4_moe", "mixtral", "qwen3_moe", "olmoe"])
+def test_other_architectures(tmp_path, architecture):
+    checkpoints = Checkpoints(architecture, tmp_path)
+    for ranks in ("tensor", "expert", "pipeline"):
+        check_ranks(checkpoints, "per_expert", ranks)
+
+
+@pytest.mark.full
+def test_a_stage_without_experts(tmp_path, monkeypatch):
+    checkpoints = Checkpoints("qwen2_moe", tmp_path, mlp_only_layers=[0])
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    check_ranks(checkpoints, "per_expert", "pipeline", first=1)
+    check_ranks(checkpoints, "exported", "pipeline", first=1)
+
+
+def check_ranks(checkpoints: Checkpoints, layout: str, ranks: str, first: int = 2) -> None:
+    """Switch to every profile in turn; parity with one rank, and the memory of the union.
+
+    Args:
+        checkpoints: what to serve, and what to expect.
+        layout: key of its layouts.
+        ranks: key of RANKS.
+        first: number of layers in the first stage of a pipeline.
+    """
+    wanted = checkpoints.wanted
+    for name in NAMES[1:]:
+        assert (wanted[name] - wanted[NAMES[0]]).abs().max() > 0.01, "the test is blind"
+    with checkpoints.engine(checkpoints.layouts[layout], **RANKS[ranks]) as llm:
+        worst = {}
+        for name in (*NAMES[1:], NAMES[0]):
+            switch(llm, name)
+            worst[name] = float((prompt_logprobs(llm) - wanted[name]).abs().max())
+        print(ranks, layout, worst)
+        assert max(worst.values()) < TOLERANCE, worst
+        check_memory(checkpoints.union, atoms_of_ranks(checkpoints, ranks, first), llm)
+
+
+def check_memory(union: Mapping[int, torch.Tensor], shares: Sequence[float], llm: Any) -> None:
+    """Each rank holds its share, an expert padded by one and a layer's split uneven by one."""
+    status = control(llm, "status")
+    held = [rank["resident_bytes"] / ATOM_BYTES for rank in status]
+    print("atoms of each rank:", held, "of", shares)
+    experts = sum(int(mask.any(dim=1).sum()) for mask in union.values())
+    for atoms, share in zip(held, shares, strict=True):
+        assert share - len(union) / 2 <= atoms <= share + len(union) / 2 + experts
+    assert sum(shares) <= sum(held) <= sum(shares) + experts * len(held)
+    sizes = [mask.numel() * ATOM_BYTES for mask in union.values()]
+    assert {rank["dense_bytes"] for rank in status} == {sum(sizes)}
+
+
+def atoms_of_ranks(checkpoints: Checkpoints, ranks: str, first: int) -> list[float]:
+    """The share of every rank in the union's atoms; where tensors are split, the exact half."""
+    half = checkpoints.info.num_experts // 2
+    kept = {layer: mask.sum(dim=1) for layer, mask in checkpoints.union.items()}
+    stages = [[0, 1, 2][:first], [0, 1, 2][first:]] if "pipeline" in ranks else [[0, 1, 2]]
+    shares = []
+    for stage in stages:
+        kept_E = sum((kept[layer] for layer in stage if layer in kept), torch.zeros(2 * half))
+        total = float(kept_E.sum())
+        if "expert" in ranks:
+            shares += [float(kept_E[:half].sum()), float(kept_E[half:].sum())]
+        else:
+            shares += [total / 2] * 2 if "tensor" in ranks else [total]
+    return shares
+
+
+# --- the switch, as serving/switch.py does it on an idle engine -----------------------------------
+
+_switches = count()
+
+
+def switch(llm: Any, name: str) -> None:
+    """Make `name` active on all ranks."""
+    owner, generation = f"switch {next(_switches)}", control(llm, "status")[0]["generation"]
+    lease = {"generation": generation, "displaced": None, "lease_s": 60.0}
+    control(llm, "begin", owner=owner, profile=name, **lease)
+    assert len({rank["digest"] for rank in control(llm, "prepare", owner=owner)}) == 1
+    control(llm, "commit", owner=owner)
+    assert llm.reset_prefix_cache()
+    control(llm, "end", owner=owner, switched=True, record={})
+    states = {(rank["active"], rank["generation"]) for rank in control(llm, "status")}
+    assert states == {(name, generation + 1)}
+
+
+def control(llm: Any, verb: str, **arguments: Any) -> list[dict[str, Any]]:
+    """What every rank answers."""
+    ranks = llm.collective_rpc("atomic_moe_control", args=(verb, arguments))
+    assert len(ranks) > 1
+    assert all(rank["ok"] for rank in ranks), ranks
+    return ranks
+
+
+# --- what does not arrive -------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_a_tensor_that_one_rank_lacks_ends_the_start(qwen2_moe, tmp_path, capfd):
+    """The others do not wait for it."""
+    broken = tmp_path / "broken"
+    shutil.copytree(qwen2_moe.layouts["per_expert"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception, match="initialization"), qwen2_moe.engine(broken, **EXPERT):
+        pass
+    printed = "".join(capfd.readouterr())
+    assert "1 expert tensors are missing: layers.1.experts.7.up_proj" in printed
+    assert "Expert weights:" not in printed
