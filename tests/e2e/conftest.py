@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,13 @@ class AdminServer:
         """Log-probabilities of the prompt's tokens and of one more."""
         answer = self.complete(prompt, max_tokens=1, echo=True, logprobs=0)
         return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+
+    def wait_for_health(self, code: int) -> None:
+        """Until health checks say so: an API server learns of others' in the background."""
+        deadline = time.monotonic() + 30
+        while self.ask("GET", "/health").status_code != code:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of ours, with their labels, and their values."""

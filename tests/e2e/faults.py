@@ -2,7 +2,8 @@
 
 `installed(directory)` makes an entry point of it. In a server whose environment names the plug-in,
 the file `directory/VERB` makes that call of `atomic_moe_control` go wrong, as its text says:
-`fail`, `half` (the first layer changes, then it fails), `exit` (the process ends), `sleep SECONDS`;
+`fail`, `half` (the first layer changes, then it fails), `digest` (another than that of the other
+ranks), `exit` (the process ends), `sleep SECONDS`;
 with `@RANK` behind it, on that rank only. The file `directory/reset_prefix_cache` makes vLLM's
 prefix cache say that it was not reset; `directory/step` slows every step of the engine by so many
 seconds.
@@ -75,6 +76,8 @@ def _go_wrong(worker, what, arguments):
     if what[0] == "sleep":
         time.sleep(float(what[1]))
         return None
+    if what[0] == "digest":
+        return {"ok": True, "digest": "another"}
     if what[0] == "half":
         profiles = worker.get_model().atomic_moe_profiles
         profiles._layers[0].activate(profiles.lease.profile)

@@ -90,6 +90,7 @@ def test_status_says_what_is_served(server, profiles):
     assert (status["generation"], status["state"], status["failure"]) == (0, "serving", None)
     assert sorted(status["resident"]) == RESIDENT
     assert status["last_switch"] is None
+    assert server.ask("GET", "/weight_info").json() == {"weight_version": ACTIVE}
     memory = status["memory"]
     assert memory["dense_bytes"] == 4 * 16 * 128 * ATOM_BYTES
     assert memory["active_bytes"] == active * ATOM_BYTES
@@ -234,6 +235,22 @@ def test_one_of_two_wins(server):
     assert state in ("switching", "serving")
     wins = sum(answer.status_code == 200 for answer in answers)
     assert server.status()["generation"] == before + 1 + wins
+    server.switched(ACTIVE)
+
+
+def test_switches_at_once_are_one_or_told_so(server):
+    """Whatever the race: a switch, or the right reason, and never a paused engine."""
+    before = server.status()["generation"]
+    names = ["heapr-40", "shape-20", "hollow", "heapr-40", "shape-20", "hollow"]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(server.switch, names))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    for answer in refused:
+        error_of(answer, 409, "SwitchInProgressError")
+    assert len({answer.json()["generation"] for answer in answers if answer not in refused}) == (
+        server.status()["generation"] - before
+    )
+    assert server.ask("GET", "/is_paused").json() == {"is_paused": False}
     server.switched(ACTIVE)
 
 
@@ -486,12 +503,14 @@ def test_a_switch_that_cannot_go_back_stays_paused_and_says_so(server):
     message = error_of(answer, 503, "SwitchFailedError")
     assert "going back failed: rollback failed on rank 0: injected: fail" in message
     assert "the engine stays paused, restart the server" in message
+    for _ in range(6):
+        server.wait_for_health(503)
+    assert server.ask("GET", "/is_paused").json() == {"is_paused": True}
     for _ in range(6):  # connections to either API server
         status = server.status()
         assert (status["state"], status["active"]) == ("failed", ACTIVE)
         assert "going back failed" in status["failure"]
         assert status["last_switch"]["outcome"] == "failed"
-        assert server.ask("GET", "/health").status_code == 503
         message = error_of(server.switch(ACTIVE), 503, "SwitchFailedError")
         assert "an earlier switch failed" in message
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 1}

@@ -70,6 +70,15 @@ def test_one_rank_that_fails_takes_all_back(server, scores, verb, what):
     assert server.scores(PROMPT) == pytest.approx(scores[ACTIVE], abs=1e-4)
 
 
+def test_ranks_with_different_profiles_do_not_switch(server, scores):
+    with server.fault("prepare", "digest@1"):
+        answer = server.switch(OTHER)
+    assert answer.status_code == 503
+    assert "the ranks hold different profiles" in answer.json()["error"]["message"]
+    assert server.status()["active"] == ACTIVE
+    assert server.scores(PROMPT) == pytest.approx(scores[ACTIVE], abs=1e-4)
+
+
 def test_ranks_that_disagree_are_a_failure(server):
     """As a lost call would leave them: one rank ends a switch that the other never began."""
     generation = server.status()["generation"]
@@ -81,15 +90,12 @@ def test_ranks_that_disagree_are_a_failure(server):
     status = server.status()
     assert status["state"] == "failed"
     assert "ranks disagree" in status["failure"]
-    assert server.ask("GET", "/health").status_code == 503
+    server.wait_for_health(503)
     assert server.switch(OTHER).json()["error"]["type"] == "SwitchFailedError"
-    body = {
-        "method": "atomic_moe_control",
-        "args": ["end", {"owner": "lost", "switched": False, "record": None}],
-    }
+    body = {"method": "atomic_moe_control", "args": ["release", {"owner": "lost"}]}
     server.ask("POST", "/collective_rpc", json=body)
     assert server.status()["state"] == "serving"
-    assert server.ask("GET", "/health").status_code == 200
+    server.wait_for_health(200)
 
 
 def test_a_rank_that_dies_ends_the_server(server):

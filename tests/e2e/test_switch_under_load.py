@@ -79,7 +79,7 @@ def test_a_long_request_outlasts_the_time_and_nothing_has_changed(server):
     server.switched(ACTIVE)
     reference = answer_of(server, **LONG)
     before = server.status()
-    with running(server) as (request,):
+    with running(server) as request:
         answer = server.switch(OTHER, timeout_s=0.2)
         assert answer.status_code == 503, answer.text
         error = answer.json()["error"]
@@ -100,7 +100,7 @@ def test_waiting_lets_begun_requests_finish_and_queued_ones_begin_anew(server):
     other = answer_of(server, max_tokens=32)
     server.switched(ACTIVE)
     reference = answer_of(server, **LONG)
-    with running(server) as (begun,), ThreadPoolExecutor() as pool:
+    with running(server) as begun, ThreadPoolExecutor() as pool:
         switch = pool.submit(server.switched, OTHER)
         while server.status()["state"] != "switching":
             assert not switch.done()
@@ -113,11 +113,15 @@ def test_waiting_lets_begun_requests_finish_and_queued_ones_begin_anew(server):
 
 
 def test_cutting_ends_all_there_is_with_vllms_reason(server):
-    """Those that run, and those that the small cache leaves queued."""
+    """Those that run, and those that the small cache leaves queued. (Of a stream that is cut before
+    its first token vLLM sends nothing but the end.)
+    """
     server.switched(ACTIVE)
-    with running(server, requests=6) as requests:
+    with running(server) as stream, ThreadPoolExecutor() as pool:
+        others = [pool.submit(answer_of, server, **LONG) for _ in range(5)]
+        time.sleep(1)
         answer = server.switched(OTHER, mode="abort")
-        reasons = [request.result()[1] for request in requests]
+        reasons = [request.result()[1] for request in (stream, *others)]
     assert reasons == ["abort"] * 6
     assert answer["active"] == OTHER
 
@@ -143,8 +147,8 @@ def test_an_engine_that_dies_is_said_and_the_server_ends(server):
 
 
 @contextmanager
-def running(server, requests=1):
-    """Requests of which the first has begun, as futures of their choice; the engine is slow."""
+def running(server):
+    """A streaming request that has begun: a future of its text and reason. The engine is slow."""
     begun = threading.Event()
 
     def ask():
@@ -161,9 +165,9 @@ def running(server, requests=1):
         return text, reason
 
     with server.fault("step", "0.02"), ThreadPoolExecutor() as pool:
-        futures = [pool.submit(ask) for _ in range(requests)]
+        future = pool.submit(ask)
         assert begun.wait(60)
-        yield futures
+        yield future
 
 
 def answer_of(server, **settings):

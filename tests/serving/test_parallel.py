@@ -197,7 +197,8 @@ def switch(llm: Any, name: str) -> None:
     assert len({rank["digest"] for rank in control(llm, "prepare", owner=owner)}) == 1
     control(llm, "commit", owner=owner)
     assert llm.reset_prefix_cache()
-    control(llm, "end", owner=owner, switched=True, record={})
+    control(llm, "settle", owner=owner, switched=True, record={})
+    control(llm, "release", owner=owner)
     states = {(rank["active"], rank["generation"]) for rank in control(llm, "status")}
     assert states == {(name, generation + 1)}
 

@@ -70,7 +70,7 @@ def control(llm):
     owner = call("status")["owner"]
     if owner:
         call("rollback", owner=owner)
-        call("end", owner=owner, switched=False, record={})
+        call("release", owner=owner)
 
 
 def begin(control, profile, owner="me", displaced=None, lease_s=60.0, **changed):
@@ -91,7 +91,8 @@ def switch(control, llm, profile):
     for verb, arguments in (
         ("prepare", {}),
         ("commit", {}),
-        ("end", {"switched": True, "record": {"profile": profile}}),
+        ("settle", {"switched": True, "record": {"profile": profile}}),
+        ("release", {}),
     ):
         if verb == "prepare":
             assert begin(control, profile) == {"ok": True}
@@ -160,6 +161,7 @@ def test_only_one_owner_at_a_time(control):
         reply = control(verb, owner="you")
         assert not reply["ok"]
         assert "displaced by another" in reply["error"]
+        assert reply["displaced"]
     assert begin(control, "whole", owner="you", displaced="me") == {"ok": True}
     assert not control("commit", owner="me")["ok"]
     assert control("status")["owner"] == "you"
@@ -193,7 +195,9 @@ def test_a_commit_is_taken_back(llm, control):
     llm.reset_prefix_cache()
     assert (prompt_logprobs(llm) - wanted).abs().max() > 0.01
     assert control("rollback", owner="me") == {"ok": True}
-    assert control("end", owner="me", switched=False, record={"error": "x"})["ok"]
+    assert control("settle", owner="me", switched=False, record={"error": "x"})["ok"]
+    assert control("status")["state"] == "switching"
+    assert control("release", owner="me")["ok"]
     llm.reset_prefix_cache()
     assert torch.equal(prompt_logprobs(llm), wanted)
     status = control("status")
@@ -208,7 +212,11 @@ def test_nothing_raises(control):
 
 
 def test_a_failure_stays(control, llm):
-    assert control("fail", failure="why", record={"outcome": "failed"}) == {"ok": True}
+    begin(control, "other")
+    assert control("fail", owner="you", failure="not yours", record={})["displaced"]
+    assert control("release", owner="me")["ok"]
+    failed = {"failure": "why", "record": {"outcome": "failed"}}
+    assert control("fail", owner="me", **failed) == {"ok": True}
     status = control("status")
     assert (status["state"], status["failure"]) == ("failed", "why")
     reply = begin(control, "other")

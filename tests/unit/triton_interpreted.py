@@ -54,6 +54,7 @@ class TestTriton(KernelSuite):
         experts.masks["a"].copy_(mask.view(3, FULL))
         runs_ER2 = torch.tensor(runs, dtype=torch.int32)
         experts.packed.layout.runs["a"] = runs_ER2
+        experts.packed.prepared_SER2 = runs_ER2[None]
         experts.packed.runs_ER2 = torch.zeros_like(runs_ER2)
         experts.check(*routed(7, 2, 3, torch.float32))
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 PREFIX = "/atomic/v1"
-HEALTH_PATIENCE_S = 2.0
 REASONS = {
     400: "Bad request.",
     401: "The admin key is missing or wrong.",
@@ -132,8 +131,7 @@ async def health(request: Request) -> Response:
     switcher = request.app.state.atomic_moe_switcher
     if answer.status_code != 200 or switcher is None:
         return answer
-    failed = await switcher.has_failed(HEALTH_PATIENCE_S)
-    return Response(status_code=503 if failed else 200)
+    return Response(status_code=503 if switcher.has_failed() else 200)
 
 
 def _document_no_422(app: FastAPI) -> None:
@@ -186,5 +184,5 @@ class AdminPlugin:
         try:
             await switcher.announce()
             switch_metrics().show(await switcher.status())
-        except SwitchError as error:
+        except (SwitchError, TimeoutError) as error:
             logger.error("atomic-moe admin: profiles cannot be switched: %s", error)

@@ -77,7 +77,8 @@ class Status(BaseModel):
     active: str = Field(description="The profile that answers requests.")
     generation: int = Field(description="Number of switches since the start.")
     state: Literal["serving", "switching", "failed"] = Field(
-        description="`failed`: a switch could neither finish nor go back; the engine is paused."
+        description="`failed`: a switch could neither finish nor go back, and the engine is "
+        "paused; or the ranks disagree on what is active."
     )
     failure: str | None = Field(description="Why, if `failed`.")
     resident: list[str] = Field(description="Profiles held in memory.")

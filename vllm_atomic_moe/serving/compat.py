@@ -41,6 +41,7 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "attach_engine_methods",
+    "call_engine_core",
     "extract_layer_index",
     "known_routers",
     "resolve_quant_method",
@@ -100,6 +101,15 @@ def attach_engine_methods() -> None:
 
     setattr(WorkerBase, worker.CONTROL, worker.control)
     setattr(EngineCore, switch.COUNT_INTERRUPTED, _count_interrupted)
+
+
+async def call_engine_core(client: Any, method: str) -> Any:
+    """What one of the engine core's methods gives.
+
+    Reason: the engine client has methods for vLLM's own utilities only, and `collective_rpc`
+    reaches the workers, which know no queue.
+    """
+    return await client.engine_core.call_utility_async(method)
 
 
 def _count_interrupted(engine_core: Any) -> int:

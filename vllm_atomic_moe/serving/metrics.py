@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -38,6 +38,8 @@ class SwitchMetrics:
         self._switches = Counter(
             "atomic_moe_switches", "Attempts to switch the profile, by outcome.", ["outcome"]
         )
+        for outcome in get_args(Outcome):  # from zero, so that the first of a kind is an increase
+            self._switches.labels(outcome)
         self._switch_s = Histogram(
             "atomic_moe_switch_seconds",
             "Seconds from taking a switch to its end, whatever its outcome.",

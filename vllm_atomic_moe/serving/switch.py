@@ -1,9 +1,10 @@
 """The switch: one engine from one profile to another, all or nothing (DESIGN §8).
 
 The order is the promise: validate; take the switch in the workers; drain; prepare on every rank;
-commit on every rank; empty the prefix cache; set vLLM's weight version; let go; resume. Whatever
-fails before the end, every rank goes back to the old profile; if going back fails, the engine stays
-paused and says so. The state lives in the workers (`serving/worker.py`), this side only acts on it.
+commit on every rank; empty the prefix cache; set vLLM's weight version; settle; resume; release.
+Whatever fails before it is settled, every rank goes back to the old profile; if going back fails,
+the engine stays paused and says so. The state lives in the workers (`serving/worker.py`), this side
+only acts on it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.logger import init_logger
 
-from vllm_atomic_moe.serving.worker import CONTROL
+from vllm_atomic_moe.serving.compat import call_engine_core
+from vllm_atomic_moe.serving.worker import CONTROL, DisplacedError
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -31,8 +33,12 @@ Outcome = Literal["switched", "unchanged", "refused", "timeout", "rolled_back", 
 COUNT_INTERRUPTED = "atomic_moe_count_interrupted"
 # Beyond draining no step of a switch takes long: one that does not answer by then has failed.
 STEP_TIMEOUT_S = 60.0
-# A switch has about eight steps. Only after all of them may another API server displace it.
-LEASE_BEYOND_TIMEOUT_S = 8 * STEP_TIMEOUT_S
+# Going back has more patience: giving up stops the service.
+BACK_TIMEOUT_S = 600.0
+# More than all steps there and back. Only then may another API server displace the switch.
+LEASE_BEYOND_TIMEOUT_S = 2 * 3600.0
+# How old an API server's knowledge of failures may be that health checks are answered with.
+VERDICT_AGE_S = 1.0
 # While waiting: how often to see whether the engine is still alive.
 ENGINE_WATCH_S = 1.0
 # Between resuming and pausing again: long enough for a step of the engine to begin.
@@ -108,6 +114,8 @@ class _Attempt:
     previous: str
     mode: Mode
     timeout_s: float
+    displaced: str | None = None
+    touched: bool = False  # whether the ranks may compute anything but `previous`
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     start: float = field(default_factory=time.monotonic)
     drain_s: float = 0.0
@@ -147,6 +155,9 @@ class ProfileSwitcher:
     def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._calls: set[asyncio.Task[Any]] = set()
+        self._verdict: asyncio.Task[None] | None = None
+        self._verdict_at = -VERDICT_AGE_S
+        self._failed_elsewhere = False
         self.failure: str | None = None
 
     async def status(self) -> dict[str, Any]:
@@ -172,19 +183,30 @@ class ProfileSwitcher:
     async def announce(self) -> None:
         """Set vLLM's weight version to what is active, once this server has started.
 
-        Raises as `status`. Another server may switch meanwhile, and then has the last word.
+        Another server's switch sets it too, and has the last word. Raises as `status`.
         """
-        active = None
-        while active != (status := await self.status())["active"]:
-            active = status["active"]
-            await self._set_weight_version(active)
+        seen = None
+        while seen != (status := await self.status())["generation"]:
+            if status["state"] == "serving":
+                seen = status["generation"]
+                await self._set_weight_version(status["active"])
+            await asyncio.sleep(STEP_GAP_S)
 
-    async def has_failed(self, patience_s: float) -> bool:
-        """Whether this one's switch has failed, or another's. A busy engine has not."""
-        if self.failure is None:
-            with suppress(SwitchError, TimeoutError):
-                return (await self._within(patience_s, self.status()))["state"] == "failed"
-        return self.failure is not None
+    def has_failed(self) -> bool:
+        """Whether this one's switch has failed, or another's, as far as is known.
+
+        Never waits for the engine: it asks in the background, and the next call knows. An engine
+        that is too busy to answer has not failed.
+        """
+        idle = self._verdict is None or self._verdict.done()
+        if idle and time.monotonic() - self._verdict_at >= VERDICT_AGE_S:
+            self._verdict = asyncio.ensure_future(self._ask_for_verdict())
+        return self.failure is not None or self._failed_elsewhere
+
+    async def _ask_for_verdict(self) -> None:
+        with suppress(SwitchError):
+            self._failed_elsewhere = (await self.status())["state"] == "failed"
+        self._verdict_at = time.monotonic()
 
     async def profiles(self) -> list[dict[str, Any]]:
         """Every valid profile, resident or not. Raises as `status`."""
@@ -220,46 +242,53 @@ class ProfileSwitcher:
         displaced = _validate(status, profile)
         if status["active"] == profile and displaced is None:
             return SwitchResult(profile, profile, status["generation"])
-        if displaced is None and await self._within(STEP_TIMEOUT_S, self._client.is_paused()):
-            raise SwitchError(
-                409, "EnginePausedError", "the engine is paused by somebody else; resume it first"
-            )
-        attempt = _Attempt(profile, status["active"], mode, timeout_s)
-        await self._begin(attempt, status["generation"], displaced)
+        attempt = _Attempt(profile, status["active"], mode, timeout_s, displaced)
+        await self._begin(attempt, status["generation"])
         try:
-            if displaced is not None:  # it may have left the ranks anywhere
-                await self._all_ranks("rollback", attempt)
             await self._drain(attempt)
             await self._change(attempt)
         except Exception as error:
             await self._go_back(attempt, error)
-        try:
-            await self._within(STEP_TIMEOUT_S, self._client.resume_generation())
+        try:  # no way back from here: some ranks may have settled
+            await self._let_go(attempt, attempt.record("switched"), STEP_TIMEOUT_S)
         except Exception as error:
-            await self._give_up(attempt, f"{profile} is active, resuming failed: {_say(error)}")
+            await self._give_up(
+                attempt, f"{profile} is committed, letting go failed: {_say(error)}"
+            )
         record = attempt.record("switched")
         return SwitchResult(profile, attempt.previous, status["generation"] + 1, record)
 
     # --- its steps, in order ----------------------------------------------------------------------
 
-    async def _begin(self, attempt: _Attempt, generation: int, displaced: str | None) -> None:
+    async def _begin(self, attempt: _Attempt, generation: int) -> None:
         """Take the switch on every rank, or on none."""
-        ranks = await self._ranks(
-            "begin",
-            owner=attempt.owner,
-            profile=attempt.profile,
-            generation=generation,
-            displaced=displaced,
-            lease_s=attempt.timeout_s + LEASE_BEYOND_TIMEOUT_S,
-        )
-        refused = [rank["error"] for rank in ranks if not rank["ok"]]
-        if refused:
-            if len(refused) < len(ranks):
-                record = asdict(attempt.record("rolled_back", refused[0]))
-                await self._ranks("end", owner=attempt.owner, switched=False, record=record)
-            raise SwitchError(409, "SwitchInProgressError", f"{refused[0]}; try again")
-        if displaced is not None:
-            logger.warning("Profile switch: taking over from one that was never finished")
+        try:
+            ranks = await self._ranks(
+                "begin",
+                owner=attempt.owner,
+                profile=attempt.profile,
+                generation=generation,
+                displaced=attempt.displaced,
+                lease_s=attempt.timeout_s + LEASE_BEYOND_TIMEOUT_S,
+            )
+            refused = [rank["error"] for rank in ranks if not rank["ok"]]
+            if refused:
+                raise SwitchError(409, "SwitchInProgressError", f"{refused[0]}; try again")
+            if attempt.displaced is None:
+                if await self._within(STEP_TIMEOUT_S, self._client.is_paused()):
+                    raise SwitchError(
+                        409,
+                        "EnginePausedError",
+                        "the engine is paused by somebody else; resume it first",
+                    )
+                return
+        except Exception:
+            # Wherever it was taken, or is still going to be: calls are heard in order.
+            with suppress(Exception):
+                await self._ranks("release", owner=attempt.owner)
+            raise
+        logger.warning("Profile switch: taking over from one that was never finished")
+        attempt.touched = True
 
     async def _drain(self, attempt: _Attempt) -> None:
         """Pause the engine with no request half way.
@@ -271,34 +300,37 @@ class ProfileSwitcher:
         try:
             while True:
                 pause = self._client.pause_generation(mode=attempt.mode, clear_cache=False)
-                await self._within(attempt.seconds_left, pause)
-                if attempt.mode == "abort" or not await self._interrupted():
+                try:
+                    await self._within(attempt.seconds_left, pause)
+                except TimeoutError:
+                    raise _DrainTimeoutError from None
+                interrupted = attempt.mode == "wait" and await self._interrupted()
+                if not interrupted:
                     return
+                logger.info("Profile switch: %d preempted requests go on first", interrupted)
                 if attempt.seconds_left <= 0:
-                    raise TimeoutError
+                    raise _DrainTimeoutError
                 await self._within(STEP_TIMEOUT_S, self._client.resume_generation())
                 await asyncio.sleep(STEP_GAP_S)
-        except TimeoutError:
-            raise _DrainTimeoutError from None
         finally:
             attempt.drain_s = time.monotonic() - start
 
     async def _interrupted(self) -> int:
-        engine_core = self._client.engine_core
-        return await self._within(STEP_TIMEOUT_S, engine_core.call_utility_async(COUNT_INTERRUPTED))
+        return await self._within(STEP_TIMEOUT_S, call_engine_core(self._client, COUNT_INTERRUPTED))
 
     async def _change(self, attempt: _Attempt) -> None:
         """From a paused engine on the old profile to a paused engine on the new one."""
+        if attempt.displaced is not None:
+            await self._all_ranks("rollback", attempt)
         prepared = await self._all_ranks("prepare", attempt)
         if len({rank["digest"] for rank in prepared}) != 1:
-            raise RuntimeError(f"ranks hold different profiles called {attempt.profile!r}")
+            raise RuntimeError(f"the ranks hold different profiles called {attempt.profile!r}")
+        attempt.touched = True
         start = time.monotonic()
         await self._all_ranks("commit", attempt)
         attempt.commit_s = time.monotonic() - start
         await self._forget_prefixes()
         await self._set_weight_version(attempt.profile)
-        record = asdict(attempt.record("switched"))
-        await self._all_ranks("end", attempt, switched=True, record=record)
 
     async def _forget_prefixes(self) -> None:
         reset = self._client.reset_prefix_cache(reset_connector=True)
@@ -308,48 +340,62 @@ class ProfileSwitcher:
     async def _set_weight_version(self, profile: str) -> None:
         await self._within(STEP_TIMEOUT_S, self._client.update_weight_version(profile))
 
+    async def _let_go(self, attempt: _Attempt, record: SwitchRecord, patience_s: float) -> None:
+        """Settle, resume, and let others switch."""
+        await self._all_ranks(
+            "settle",
+            attempt,
+            patience_s,
+            switched=record.outcome == "switched",
+            record=asdict(record),
+        )
+        await self._within(patience_s, self._client.resume_generation())
+        await self._all_ranks("release", attempt, patience_s)
+
     async def _go_back(self, attempt: _Attempt, error: Exception) -> None:
         """To the old profile on every rank, serving; raises what the caller is told."""
+        if isinstance(error, DisplacedError):
+            raise SwitchError(503, "SwitchFailedError", f"{error}; nothing more was done")
         timed_out = isinstance(error, _DrainTimeoutError)
-        reason = (
-            f"requests were still running after {attempt.timeout_s:g} s"
-            if timed_out
-            else _say(error)
-        )
+        reason = _say(error)
+        if timed_out:
+            reason = f"requests were still running after {attempt.timeout_s:g} s"
         outcome: Outcome = "timeout" if timed_out else "rolled_back"
         logger.warning("Profile switch: going back to %s: %s", attempt.previous, reason)
         try:
-            await self._all_ranks("rollback", attempt)
-            await self._set_weight_version(attempt.previous)
+            if attempt.touched:
+                await self._all_ranks("rollback", attempt, BACK_TIMEOUT_S)
+                await self._set_weight_version(attempt.previous)
+            if attempt.displaced is not None:  # who knows what ran on which profile before
+                await self._forget_prefixes()
             record = attempt.record(outcome, reason)
-            await self._all_ranks("end", attempt, switched=False, record=asdict(record))
-            await self._within(STEP_TIMEOUT_S, self._client.resume_generation())
+            await self._let_go(attempt, record, BACK_TIMEOUT_S)
         except Exception as second:
             await self._give_up(attempt, f"{reason}; going back failed: {_say(second)}")
         kind = "SwitchTimeoutError" if timed_out else "SwitchFailedError"
-        remedy = (
-            "; nothing changed, raise timeout_s or use mode abort"
-            if timed_out
-            else f"; {attempt.previous} goes on serving"
-        )
-        raise SwitchError(503, kind, reason + remedy, outcome, record)
+        remedy = f"{attempt.previous} goes on serving"
+        if timed_out:
+            remedy = "nothing changed, raise timeout_s or use mode abort"
+        raise SwitchError(503, kind, f"{reason}; {remedy}", outcome, record)
 
     async def _give_up(self, attempt: _Attempt, reason: str) -> None:
         """Leave the engine paused, and say so wherever it can be heard."""
-        self.failure = reason
-        logger.error("Profile switch: failed, the engine stays paused: %s", reason)
+        paused = "the engine stays paused"
+        try:
+            pause = self._client.pause_generation(mode="abort", clear_cache=False)
+            await self._within(STEP_TIMEOUT_S, pause)
+        except Exception as error:
+            paused = f"the engine could not be paused ({_say(error)})"
+        self.failure = f"{reason}; {paused}"
+        logger.error("Profile switch: failed: %s", self.failure)
         record = attempt.record("failed", reason)
         try:
-            await self._ranks("fail", failure=reason, record=asdict(record))
+            owner, failure = attempt.owner, self.failure
+            await self._ranks("fail", owner=owner, failure=failure, record=asdict(record))
         except Exception as error:
             logger.error("Profile switch: the workers could not be told: %s", _say(error))
-        raise SwitchError(
-            503,
-            "SwitchFailedError",
-            f"{reason}; the engine stays paused, restart the server",
-            "failed",
-            record,
-        )
+        message = f"{self.failure}, restart the server"
+        raise SwitchError(503, "SwitchFailedError", message, "failed", record)
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -365,19 +411,27 @@ class ProfileSwitcher:
         return ranks
 
     async def _all_ranks(
-        self, verb: str, attempt: _Attempt, **arguments: Any
+        self,
+        verb: str,
+        attempt: _Attempt,
+        patience_s: float = STEP_TIMEOUT_S,
+        **arguments: Any,
     ) -> list[dict[str, Any]]:
         """A step of the switch on every rank; raises if one of them reports a failure."""
-        ranks = await self._ranks(verb, owner=attempt.owner, **arguments)
+        ranks = await self._ranks(verb, patience_s, owner=attempt.owner, **arguments)
         for index, rank in enumerate(ranks):
+            if rank.get("displaced"):
+                raise DisplacedError(rank["error"])
             if not rank["ok"]:
                 raise RuntimeError(f"{verb} failed on rank {index}: {rank['error']}")
         return ranks
 
-    async def _ranks(self, verb: str, **arguments: Any) -> list[dict[str, Any]]:
+    async def _ranks(
+        self, verb: str, patience_s: float = STEP_TIMEOUT_S, **arguments: Any
+    ) -> list[dict[str, Any]]:
         """One call to every rank. No time-out of vLLM's, which would mix up later replies."""
         call = self._client.collective_rpc(CONTROL, args=(verb, arguments))
-        return await self._within(STEP_TIMEOUT_S, call)
+        return await self._within(patience_s, call)
 
     async def _within(self, seconds: float, call: Coroutine[Any, Any, Any]) -> Any:
         """Wait for a call, but not for ever; it is never cut off.

@@ -29,9 +29,16 @@ logger = init_logger(f"vllm.{__name__}")
 CONTROL = "atomic_moe_control"
 ATTRIBUTE = "atomic_moe_profiles"
 NOT_OURS = "the model was not loaded with --load-format atomic-pruned"
-VERBS = ("status", "profiles", "profile", "begin", "prepare", "commit", "rollback", "end", "fail")
+VERBS = (
+    *("status", "profiles", "profile"),
+    *("begin", "prepare", "commit", "rollback", "settle", "release", "fail"),
+)
 
 Reply = dict[str, Any]
+
+
+class DisplacedError(Exception):
+    """Another switch took the place of the one that calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +60,11 @@ class WorkerProfiles:
     """The profiles of one rank's layers, and the switch that is under way.
 
     Attributes:
-        active: name of the profile that the last finished switch, or the start, made active.
-        generation: number of finished switches.
+        active: name of the profile that the last settled switch, or the start, made active.
+        generation: number of settled switches.
         lease: the switch under way, or None.
         failure: why a switch could neither finish nor go back, or None. Then it stays so.
-        last_switch: what `end` was told about the last switch that began, or None.
+        last_switch: what `settle` was told about the last switch that began, or None.
     """
 
     def __init__(
@@ -161,8 +168,8 @@ class WorkerProfiles:
         self._activate(self.active)
         return {}
 
-    def end(self, owner: str, switched: bool, record: dict[str, Any]) -> Reply:
-        """Finish the switch: the profile is active from now on, or still the one before.
+    def settle(self, owner: str, switched: bool, record: dict[str, Any]) -> Reply:
+        """Decide the switch: the profile is active from now on, or still the one before.
 
         Args:
             owner: of the switch.
@@ -173,19 +180,26 @@ class WorkerProfiles:
         if switched:
             self.active = profile
             self.generation += 1
-        self.lease = None
         self.last_switch = record
         return {}
 
-    def fail(self, failure: str, record: dict[str, Any]) -> Reply:
+    def release(self, owner: str) -> Reply:
+        """End the switch: another may begin."""
+        self._held_by(owner)
+        self.lease = None
+        return {}
+
+    def fail(self, owner: str, failure: str, record: dict[str, Any]) -> Reply:
         """Remember that a switch could neither finish nor go back, for every API server to see."""
+        if self.lease is not None:
+            self._held_by(owner)
         self.failure = failure
         self.last_switch = record
         return {}
 
     def _held_by(self, owner: str) -> Lease:
         if self.lease is None or self.lease.owner != owner:
-            raise ValueError(f"the switch of {owner} was displaced by another")
+            raise DisplacedError(f"the switch of {owner} was displaced by another")
         return self.lease
 
     def _activate(self, profile: str) -> None:
@@ -203,6 +217,8 @@ def control(worker: Any, verb: str, arguments: Mapping[str, Any]) -> Reply:
         if profiles is None:
             return {"ok": False, "error": NOT_OURS}
         return {"ok": True, **getattr(profiles, verb)(**arguments)}
+    except DisplacedError as error:
+        return {"ok": False, "error": str(error), "displaced": True}
     except Exception as error:
         logger.exception("Profile switch: %s failed", verb)
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
