@@ -86,8 +86,8 @@ class SoakReport:
 
     @property
     def requests(self) -> int:
-        """Answered requests."""
-        return sum(self.answers.values()) + len(self.mixed) + self.aborted
+        """Requests that were answered to the end."""
+        return sum(self.answers.values()) + len(self.mixed)
 
 
 class Soak:
@@ -146,7 +146,7 @@ class Soak:
         return Answer(answer["text"], tuple(answer["logprobs"]["token_logprobs"]))
 
     def run(self, requests: int, switches: int, modes: Sequence[str]) -> SoakReport:
-        """At least so many requests and switches; `modes` are taken in turn."""
+        """At least so many requests and switches, and one cut off; `modes` are taken in turn."""
         report = SoakReport()
         before = self._vllm_metrics()
         done = threading.Event()
@@ -159,7 +159,9 @@ class Soak:
         resting = None
         try:
             for number, mode in enumerate(itertools.cycle(modes)):
-                if (number >= switches and report.requests >= requests) or report.errors:
+                enough = number >= switches and report.requests >= requests
+                cut = report.aborted > 0 or "abort" not in modes or number >= 20 * switches
+                if (enough and cut) or report.errors:
                     break
                 self._switch(self.profiles[number % len(self.profiles)], mode, report)
                 if resting is None and 3 * report.requests >= requests:

@@ -408,6 +408,10 @@ def test_the_client_stops_at_the_first_failure(server):
         assert (code, out) == (1, "")
         assert err.startswith(words)
         assert err.count("\n") == 1
+    code, out, err = atomic_moe("status", "--url", nobody, "--url", one)
+    assert code == 1
+    assert f" {ACTIVE} " in out
+    assert err.startswith(f"error: {nobody}: ")
     code, _, err = atomic_moe("status", "--url", one, key="wrong")
     assert code == 1
     assert err.startswith(f"error: {one}: 401 UnauthorizedError: ")

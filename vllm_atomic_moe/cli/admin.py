@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import print_json, print_table, status_lines
+from vllm_atomic_moe.cli.console import print_error, print_json, print_table, status_lines
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.serving.admin_client import AdminClient
@@ -43,11 +43,15 @@ class Mode(StrEnum):
 
 def show_status(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -> None:
     """Show what servers answer with now, and the memory of their experts."""
-    with _servers(urls, key_file) as servers:
-        found = {server.url: server.status() for server in servers}
+    found, errors = _ask_all(urls, key_file, lambda server: server.status())
     if as_json:
         print_json([{"url": url, **answer} for url, answer in found.items()])
-        return
+    elif found:
+        _print_statuses(found)
+    _raise_first(errors)
+
+
+def _print_statuses(found: dict[str, dict[str, Any]]) -> None:
     print_table(
         ["server", "active", "state", "switches", "active MiB", "resident", "dense", "last switch"],
         [
@@ -66,11 +70,15 @@ def show_status(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -
 
 def list_profiles(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -> None:
     """List the profiles that servers know, and which of them are resident."""
-    with _servers(urls, key_file) as servers:
-        found = {server.url: server.profiles() for server in servers}
+    found, errors = _ask_all(urls, key_file, lambda server: server.profiles())
     if as_json:
         print_json([{"url": url, "profiles": answer} for url, answer in found.items()])
-        return
+    elif found:
+        _print_profiles(found)
+    _raise_first(errors)
+
+
+def _print_profiles(found: dict[str, list[dict[str, Any]]]) -> None:
     print_table(
         ["profile", "method", "kept", "MiB", "state", *(["server"] if len(found) > 1 else [])],
         [
@@ -119,6 +127,29 @@ def activate(
         )
     if failed:
         raise ValueError(failed[0])
+
+
+def _ask_all(
+    urls: list[str], key_file: Path | None, question: Callable[[AdminClient], Any]
+) -> tuple[dict[str, Any], list[ValueError]]:
+    """URL -> answer of those that answer, and what the others' failures are."""
+    found: dict[str, Any] = {}
+    errors: list[ValueError] = []
+    with _servers(urls, key_file) as servers:
+        for server in servers:
+            try:
+                found[server.url] = question(server)
+            except ValueError as error:
+                errors.append(error)
+    return found, errors
+
+
+def _raise_first(errors: list[ValueError]) -> None:
+    """The first failure ends the command, the others are said before."""
+    for error in errors[1:]:
+        print_error(error)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager
