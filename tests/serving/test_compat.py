@@ -1,163 +1,252 @@
-"""The vLLM internals we lean on: one probe each, which names the one that moved."""
+"""The vLLM internals we lean on: a probe that fails names the one that moved.
+
+Names are written `module:attribute` and looked up by the probe itself, so that one that is gone
+fails alone. Nothing starts an engine. How to run this against another vLLM: patches/README.md.
+"""
 
 from __future__ import annotations
 
 import inspect
-from importlib.metadata import version
+import re
+from argparse import ArgumentParser
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import resolve_name
+from unittest.mock import call
 
 import pytest
 import torch
+import vllm
 
-from vllm_atomic_moe.serving import compat
+from vllm_atomic_moe.serving import admin_models, compat, layer, server_benchmark
 
-METHOD = compat.FusedMoEMethodBase
-EXPERTS = compat.RoutedExperts
+LAYERS = "vllm.model_executor.layers"
+MOE = f"{LAYERS}.fused_moe"
+EXPERTS = f"{MOE}.routed_experts:RoutedExperts"
+METHOD = f"{MOE}.fused_moe_method_base:FusedMoEMethodBase"
+ROUTER = f"{MOE}.router.fused_moe_router:FusedMoERouter"
+RUNNER = f"{MOE}.runner.moe_runner:MoERunner"
+MAP = f"{MOE}.expert_map_manager:ExpertMapManager"
+LOADERS = "vllm.model_executor.model_loader"
+LOADER = f"{LOADERS}.base_loader:BaseModelLoader"
+CLIENT = "vllm.v1.engine.async_llm:AsyncLLM"
+CORE = "vllm.v1.engine.core:EngineCore"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+PLUGIN = "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"
 
+# What vLLM calls and finds ours instead: name -> its parameters, all of them.
+OVERRIDDEN = {
+    f"{EXPERTS}._get_quant_method": "self prefix quant_config moe_config",
+    f"{EXPERTS}.load_weights": "self weights",
+    f"{EXPERTS}.weight_loader": "self param loaded_weight weight_name shard_id expert_id "
+    "return_success",
+    f"{METHOD}.create_weights": "self layer num_experts hidden_size "
+    "intermediate_size_per_partition params_dtype extra_weight_attrs",
+    f"{METHOD}.process_weights_after_loading": "self layer",
+    f"{METHOD}.get_fused_moe_quant_config": "self layer",
+    f"{METHOD}.apply": "self layer x topk_weights topk_ids shared_experts shared_experts_input",
+    f"{ROUTER}.select_experts": "self hidden_states router_logits topk_indices_dtype input_ids",
+    f"{LOADER}.__init__": "self load_config",
+    f"{LOADER}.download_model": "self model_config",
+    f"{LOADER}.load_model": "self vllm_config model_config prefix",
+    f"{LOADER}.create_model": "self vllm_config model_config prefix",
+    f"{LOADER}.load_weights": "self model model_config",
+    f"{PLUGIN}.attach_router": "self app",
+    f"{PLUGIN}.init_state": "self engine_client state args",
+}
 
-@pytest.mark.parametrize(
-    ("function", "wanted"),
-    [
-        (EXPERTS._get_quant_method, ["self", "prefix", "quant_config", "moe_config"]),
-        (
-            EXPERTS.weight_loader,
-            [
-                "self",
-                "param",
-                "loaded_weight",
-                "weight_name",
-                "shard_id",
-                "expert_id",
-                "return_success",
-            ],
-        ),
-        (
-            METHOD.create_weights,
-            [
-                "self",
-                "layer",
-                "num_experts",
-                "hidden_size",
-                "intermediate_size_per_partition",
-                "params_dtype",
-                "extra_weight_attrs",
-            ],
-        ),
-        (
-            METHOD.apply,
-            [
-                "self",
-                "layer",
-                "x",
-                "topk_weights",
-                "topk_ids",
-                "shared_experts",
-                "shared_experts_input",
-            ],
-        ),
-        (METHOD.get_fused_moe_quant_config, ["self", "layer"]),
-        (
-            compat.FusedMoERouter.select_experts,
-            ["self", "hidden_states", "router_logits", "topk_indices_dtype", "input_ids"],
-        ),
-        (compat.resolve_quant_method, ["quant_config", "layer", "prefix"]),
-        (compat.extract_layer_index, ["layer_name", "num_attn_module"]),
-    ],
-    ids=lambda value: getattr(value, "__qualname__", ""),
-)
-def test_signature(function, wanted):
-    assert list(inspect.signature(function).parameters) == wanted, function.__qualname__
+# What we call: name -> how.
+CALLED = {
+    f"{METHOD}.__init__": call("self", "moe_config"),
+    f"{MAP}.is_local_expert": call("self", 0),
+    f"{LAYERS}.quantization.base_config:resolve_quant_method": call("config", "layer", "prefix"),
+    "vllm.model_executor.models.utils:extract_layer_index": call("layer_name"),
+    f"{LOADERS}:register_model_loader": call("load_format"),
+    f"{LOADERS}:get_model_loader": call("load_config"),
+    "vllm.config:ModelConfig.get_layers_start_end_indices": call("self", "parallel_config"),
+    "vllm.config:ModelConfig.get_total_num_hidden_layers": call("self"),
+    "vllm.distributed:get_world_group": call(),
+    "vllm.distributed:cleanup_dist_env_and_memory": call(),
+    "vllm.logger:init_logger": call("name"),
+    # The switch.
+    f"{CLIENT}.collective_rpc": call("self", "method", args=("verb", {})),
+    f"{CLIENT}.is_paused": call("self"),
+    f"{CLIENT}.pause_generation": call("self", mode="wait", clear_cache=False),
+    f"{CLIENT}.resume_generation": call("self"),
+    f"{CLIENT}.reset_prefix_cache": call("self", reset_connector=True),
+    f"{CLIENT}.update_weight_version": call("self", "version"),
+    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async": call("self", "method"),
+    "vllm.v1.worker.worker_base:WorkerBase.get_model": call("self"),
+    "vllm.entrypoints.serve.instrumentator.health:health": call("request"),
+    # Measuring.
+    "vllm:LLM.generate": call("self", ["prompt"], "sampling_params", use_tqdm=False),
+    "vllm:SamplingParams": call(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
+    "vllm.v1.engine.core_client:EngineCoreClient.shutdown": call("self"),
+    "vllm._custom_ops:cpu_prepack_moe_weight": call("weight", "isa"),
+    "vllm._custom_ops:cpu_fused_moe": call(
+        *("out", "x", "w13", "w2", None, None, "topk_weights", "topk_ids", "activation", "isa")
+    ),
+    f"{MOE}.experts.cpu_moe:X86CPUUnquantizedExperts._supports_current_device": call(),
+}
 
+# What we read or write: class -> attributes.
+HELD = {
+    EXPERTS: "apply_router_weight_on_input e_score_correction_bias expert_map_manager "
+    "global_num_experts layer_name moe_config quant_method swiglu_alpha swiglu_beta swiglu_limit",
+    METHOD: "moe_quant_config",
+    RUNNER: "routed_experts router",
+    MAP: "num_fused_shared_experts",
+    f"{MOE}.config:FusedMoEConfig": "activation has_bias in_dtype intermediate_size "
+    "moe_parallel_config num_experts router_logits_dtype",
+    f"{MOE}.config:FusedMoEParallelConfig": "is_sequence_parallel tp_rank tp_size",
+    f"{MOE}.activation:MoEActivation": "SILU",
+    f"{MOE}.experts.cpu_moe:CPUUnquantizedExperts": "isa",
+    "vllm.config:VllmConfig": "additional_config compilation_config device_config "
+    "kv_transfer_config lora_config model_config offload_config parallel_config "
+    "weight_transfer_config",
+    "vllm.config:ModelConfig": "dtype enable_sleep_mode is_moe model model_weights revision "
+    "runner_type",
+    "vllm.config:LoadConfig": "device download_dir load_format model_loader_extra_config",
+    "vllm.config:DeviceConfig": "device",
+    "vllm.config:CompilationConfig": "cudagraph_mode inductor_compile_config mode",
+    "vllm.config:CompilationMode": "NONE",
+    "vllm.config:CUDAGraphMode": "NONE",
+    "vllm.config:OffloadConfig": "prefetch uva",
+    "vllm.config.offload:PrefetchOffloadConfig": "offload_group_size",
+    "vllm.config.offload:UVAOffloadConfig": "cpu_offload_gb",
+    "vllm.config:ParallelConfig": "all2all_backend data_parallel_size "
+    "decode_context_parallel_size distributed_executor_backend enable_elastic_ep enable_eplb "
+    "expert_placement_strategy nnodes pipeline_parallel_size prefill_context_parallel_size "
+    "use_ubatching",
+    "vllm.platforms.interface:Platform": "device_name is_cpu is_cuda",
+    "vllm.distributed.parallel_state:GroupCoordinator": "cpu_group is_first_rank world_size",
+    # The switch.
+    CLIENT: "dead_error engine_core errored",
+    CORE: "scheduler",
+    SCHEDULER: "requests",
+    "vllm.v1.request:Request": "num_computed_tokens num_output_tokens num_preemptions",
+    PLUGIN: "name required_tasks",
+    # Measuring.
+    "vllm:LLM": "llm_engine",
+    "vllm.v1.engine.llm_engine:LLMEngine": "engine_core vllm_config",
+    "vllm.engine.arg_utils:EngineArgs": "disable_log_stats dtype enable_prefix_caching "
+    "enforce_eager load_format max_model_len model_loader_extra_config",
+    "vllm.outputs:RequestOutput": "prompt_logprobs prompt_token_ids",
+    "vllm.logprobs:Logprob": "logprob",
+}
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "num_experts",
-        "hidden_dim",
-        "hidden_dim_unpadded",
-        "intermediate_size",
-        "moe_parallel_config",
-        "activation",
-        "has_bias",
-        "in_dtype",
-        "router_logits_dtype",
-    ],
-)
-def test_moe_config_still_has(name):
-    assert name in compat.FusedMoEConfig.__dataclass_fields__
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "swiglu_limit",
-        "swiglu_alpha",
-        "swiglu_beta",
-        "apply_router_weight_on_input",
-        "expert_map_manager",
-        "global_num_experts",
-        "layer_name",
-        "moe_config",
-        "e_score_correction_bias",
-    ],
-)
-def test_routed_experts_still_sets(name):
-    assert f"self.{name} =" in inspect.getsource(EXPERTS.__init__)
-
-
-def test_ranks_are_still_told_by_these_names():
-    from vllm.model_executor.layers.fused_moe import config, expert_map_manager
-
-    parallel = config.FusedMoEParallelConfig
-    assert {"tp_rank", "tp_size"} <= parallel.__dataclass_fields__.keys()
-    assert isinstance(parallel.is_sequence_parallel, property)
-    own_experts = expert_map_manager.ExpertMapManager.get_local_expert_ids
-    assert list(inspect.signature(own_experts).parameters) == ["self"]
-
-
-def test_eager_pipelines_still_lack_their_warm_up_on_cpu():
-    """It makes the buffers of the second stage: once it runs, serve them (`check_config`)."""
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    source = inspect.getsource(CPUModelRunner.warming_up_model)
-    assert "mode == CompilationMode.NONE:\n            return" in source
-
-
-def test_runner_still_asks_its_router_by_that_name():
-    source = inspect.getsource(compat.MoERunner)
-    assert "self.router = router" in source
-    assert "self.routed_experts = routed_experts" in source
-    assert source.count("self.router.select_experts(") == 1
-
+# What no signature shows: name, what its source says, and what we build on it.
+SAID = [
+    (f"{LOADERS}.utils:process_weights_after_loading", "quant_method.process_weights_after_loading",
+     "profiles are made active there, when all weights have arrived"),
+    ("vllm.config:VllmConfig.compute_hash", "self.additional_config",
+     "compile caches must not outlive profiles"),
+    (f"{LOADERS}.runai_streamer_loader", "model_config.model_weights",
+     "exported checkpoints empty it, so that the streamer reads their own folder"),
+    ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model",
+     "mode == CompilationMode.NONE:\n            return",
+     "why eager pipelines are refused on CPU: once it runs, serve them (`check_config`)"),
+    # The switch.
+    ("vllm.v1.serial_utils:run_method", "getattr(obj, method)", "`atomic_moe_control` by name"),
+    ("vllm.v1.engine.core:EngineCoreProc._handle_client_request", "getattr(self, method_name)",
+     "the count of interrupted requests by name"),
+    (f"{CLIENT}.pause_generation", "engine_core.pause_scheduler_async(",
+     "requests that come during a switch wait; they are not refused"),
+    (f"{SCHEDULER}.schedule", "self._pause_state == PauseState.UNPAUSED",
+     "a paused engine begins no request"),
+    (f"{SCHEDULER}.reset_prefix_cache", "return reset_successful", "a failed reset is told"),
+    (f"{SCHEDULER}.reset_connector_cache", "if self.connector is None",
+     "without a KV connector its reset succeeds"),
+    # The admin endpoint.
+    ("vllm.plugins:load_endpoint_plugins", "if envs.VLLM_PLUGINS is None",
+     "the endpoint is off unless it is named"),
+    ("vllm.entrypoints.launchers.app", "app.state.args = args", "serving keys are read there"),
+    ("vllm.entrypoints.serve.middleware.register", "args.api_key or [envs.VLLM_API_KEY]",
+     "where serving keys come from"),
+    # Log lines that the benchmark of servers reads.
+    (f"{LOADERS}.default_loader", "Loading weights took %.2f seconds", "time to load"),
+    ("vllm.v1.core.kv_cache_utils", "KV cache size: %s tokens", "room for tokens"),
+    ("vllm.v1.worker.cpu_worker", "Explicitly set ({", "room in GiB, CPU"),
+    ("vllm.v1.worker.cpu_worker", "Auto set ({", "room in GiB, CPU"),
+    ("vllm.v1.worker.gpu_worker", "Available KV cache memory: %s GiB", "room in GiB, GPU"),
+    ("vllm.v1.engine.utils", "Engine core initialization failed", "a consequence, not the cause"),
+    ("vllm.v1.executor.multiproc_executor", "WorkerProc initialization failed",
+     "a consequence, not the cause"),
+]  # fmt: skip
 
 # What a routing mask is refused for, by the attribute it is seen in: router -> attributes.
 ROUTER_ATTRIBUTES = {
-    "CPURouter": [
-        "scoring_func",
-        "e_score_correction_bias",
-        "use_grouped_topk",
-        "num_expert_group",
-        "topk_group",
-        "custom_routing_function",
-        "_hash_indices_table",
-    ],
-    "FusedTopKRouter": ["scoring_func"],
-    "FusedTopKBiasRouter": ["scoring_func", "e_score_correction_bias", "_hash_indices_table"],
-    "GroupedTopKRouter": [
-        "scoring_func",
-        "e_score_correction_bias",
-        "num_expert_group",
-        "topk_group",
-    ],
+    "CPURouter": "scoring_func e_score_correction_bias use_grouped_topk num_expert_group "
+    "topk_group custom_routing_function _hash_indices_table",
+    "FusedTopKRouter": "scoring_func",
+    "FusedTopKBiasRouter": "scoring_func e_score_correction_bias _hash_indices_table",
+    "GroupedTopKRouter": "scoring_func e_score_correction_bias num_expert_group topk_group",
 }
 
 
-@pytest.mark.parametrize("router", compat.known_routers(), ids=lambda router: router.__name__)
-def test_known_router_still_sets(router):
-    for name in ROUTER_ATTRIBUTES[router.__name__]:
-        assert f"self.{name} =" in inspect.getsource(router.__init__), name
-    assert router.select_experts is compat.FusedMoERouter.select_experts
-    assert "self.top_k =" in inspect.getsource(router.__base__.__init__)
-    assert "self.bias_vl:" in inspect.getsource(compat.FusedMoERouter.__init__)
+def source(name: str) -> str:
+    """Of a module, which is not imported (it may need a GPU), or of something in it."""
+    if ":" in name:
+        return inspect.getsource(resolve_name(name))
+    return Path(find_spec(name).origin).read_text()
+
+
+def holds(owner: type, name: str) -> bool:
+    """Whether objects of this class have the attribute: declared, or assigned by a method."""
+    classes = [cls for cls in owner.__mro__ if cls.__module__.startswith("vllm.")]
+    return hasattr(owner, name) or any(
+        name in inspect.get_annotations(cls)
+        or re.search(rf"self\.{name}(, self\.\w+)*( = |: \w)", inspect.getsource(cls))
+        for cls in classes
+    )
+
+
+def held(names: dict[str, str]) -> list[tuple[str, str]]:
+    """(owner, attribute) of a table."""
+    return [(owner, name) for owner, listed in names.items() for name in listed.split()]
+
+
+@pytest.mark.parametrize(("name", "parameters"), OVERRIDDEN.items(), ids=OVERRIDDEN)
+def test_overridden(name, parameters):
+    assert " ".join(inspect.signature(resolve_name(name)).parameters) == parameters, name
+
+
+@pytest.mark.parametrize(("name", "how"), CALLED.items(), ids=CALLED)
+def test_called(name, how):
+    try:
+        inspect.signature(resolve_name(name)).bind(*how.args, **how.kwargs)
+    except TypeError as error:
+        pytest.fail(f"{name}: {error}")
+
+
+@pytest.mark.parametrize(("owner", "name"), held(HELD))
+def test_held(owner, name):
+    assert holds(resolve_name(owner), name), f"{owner}.{name}"
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), SAID, ids=[name for name, *_ in SAID])
+def test_said(name, text, reason):
+    assert text in source(name), f"{name}: {reason}"
+
+
+@pytest.mark.parametrize("name", compat._SOURCES)
+def test_imported(name):
+    assert getattr(compat, name)
+
+
+def test_runner_asks_its_router_in_one_place():
+    """A routing mask stands ahead of that call: a second one would pass it by."""
+    assert source(RUNNER).count("self.router.select_experts(") == 1
+    assert holds(compat.FusedMoERouter, "bias_vl")
+
+
+@pytest.mark.parametrize(("router", "name"), held(ROUTER_ATTRIBUTES))
+def test_known_router_holds(router, name):
+    known = {cls.__name__: cls for cls in compat.known_routers()}
+    assert known.keys() == ROUTER_ATTRIBUTES.keys()
+    assert holds(known[router], name), f"{router}.{name}"
+    assert holds(known[router], "top_k"), router
+    assert known[router].select_experts is compat.FusedMoERouter.select_experts, router
 
 
 def test_known_routers_choose_by_logits_and_bias_only():
@@ -189,13 +278,30 @@ def test_known_routers_choose_by_logits_and_bias_only():
     }
 
 
+def test_checkpoint_tensors_arrive_under_our_names():
+    mapping = compat.RoutedExperts.build_expert_params_mapping(
+        "gate_proj", "down_proj", "up_proj", num_experts=1, routed_experts_prefix=""
+    )
+    assert {shard for *_, shard in mapping} == layer.SHARD_PROJECTIONS.keys()
+    parameters = {f"{name.removeprefix('experts.')}weight" for name, *_ in mapping}
+    assert parameters == set(layer.PLACEHOLDERS)
+
+
+def test_loading_keeps_its_order():
+    """Built, then filled, then finished: each step counts on the one before."""
+    steps = ("self.create_model(", "self.load_weights(", "process_weights_after_loading(")
+    places = [source(f"{LOADER}.load_model").find(step) for step in steps]
+    assert -1 not in places, places
+    assert places == sorted(places)
+
+
 def test_replacement_is_for_the_block_only():
-    class Mine(EXPERTS):
+    class Mine(compat.RoutedExperts):
         def __init__(self, *arguments):
             torch.nn.Module.__init__(self)
 
     with compat.routed_experts_replaced_by(Mine):
-        assert type(EXPERTS("anything")) is Mine
+        assert type(compat.RoutedExperts("anything")) is Mine
         with pytest.raises(ValueError, match=r"already replaced by .*Mine"):
             compat.routed_experts_replaced_by(Mine).__enter__()
     from vllm.model_executor.custom_op import op_registry_oot
@@ -203,5 +309,35 @@ def test_replacement_is_for_the_block_only():
     assert "RoutedExperts" not in op_registry_oot
 
 
+def test_plugin_groups_and_attached_methods():
+    from vllm import plugins
+
+    assert plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
+    assert plugins.ENDPOINT_PLUGINS_GROUP == "vllm.endpoint_plugins"
+    compat.attach_engine_methods()
+    assert resolve_name("vllm.v1.worker.worker_base:WorkerBase.atomic_moe_control")
+    assert resolve_name(f"{CORE}.atomic_moe_count_interrupted")
+
+
+def test_errors_have_the_shape_of_vllm():
+    theirs = "vllm.entrypoints.serve.engine.protocol"
+    for name in ("ErrorInfo", "ErrorResponse"):
+        fields = resolve_name(f"{theirs}:{name}").model_fields.keys()
+        assert fields == getattr(admin_models, name).model_fields.keys(), name
+
+
+def test_load_generator_takes_our_flags():
+    """`vllm bench serve`, and the figures that are read from what it saves."""
+    parser = ArgumentParser()
+    resolve_name("vllm.benchmarks.serve:add_cli_args")(parser)
+    ours = inspect.getsource(server_benchmark._Bench._load)
+    flags = set(re.findall(r'"([a-z-]+)":', ours)) | set(re.findall(r'"--([a-z-]+)"', ours))
+    assert len(flags) > 10
+    assert not {f"--{flag}" for flag in flags} - parser._option_string_actions.keys()
+    written = source("vllm.benchmarks.serve")
+    read = re.findall(r'found\["(\w+)"\]', inspect.getsource(server_benchmark))
+    assert not [figure for figure in read if f'"{figure}"' not in written]
+
+
 def test_supported_range_is_the_one_probed():
-    assert version("vllm").startswith("0.32."), "probe anew, then widen the range in pyproject.toml"
+    assert vllm.__version__.startswith("0.32."), "probe anew, then widen it in pyproject.toml"

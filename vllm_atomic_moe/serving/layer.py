@@ -102,7 +102,9 @@ class AtomicRoutedExperts(RoutedExperts):
                 f"{self.layer_name}: vLLM builds experts E, I, H = {list(built)}, the checkpoint "
                 f"holds {list(stored)}"
             )
-        self.own_experts = frozenset(self.expert_map_manager.get_local_expert_ids())
+        self.own_experts = frozenset(
+            filter(self.expert_map_manager.is_local_expert, range(self.global_num_experts))
+        )
         layout = build_layout(self._share(resident.masks(self.index)))
         self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
         self.routing = RoutingMask(resident.routing_masks(self.index))
