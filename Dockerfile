@@ -29,8 +29,8 @@ FROM cpu-environment AS cpu-kernels
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl \
+COPY --from=wheel /dist /dist
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl \
  && ATOMIC_MOE_CACHE=/opt/atomic-moe/kernels /opt/venv/bin/python -m vllm_atomic_moe.kernels.cpu \
  && rm -f /opt/atomic-moe/kernels/*.lock
 
@@ -53,8 +53,8 @@ COPY --from=cpu-environment /opt/venv /opt/venv
 COPY --from=cpu-kernels /opt/atomic-moe/kernels /opt/atomic-moe/kernels
 COPY deploy/serve.sh /opt/atomic-moe/serve
 COPY deploy/demo/model /opt/atomic-moe/demo
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl
+COPY --from=wheel /dist /opt/atomic-moe/dist
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /opt/atomic-moe/dist/*.whl
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/vllm \
     USER=vllm \
@@ -81,8 +81,8 @@ LABEL org.opencontainers.image.title="vllm-atomic-moe" \
       org.opencontainers.image.revision="${REVISION}"
 USER 0:0
 # Adds what the image lacks, and leaves its vLLM and torch as they are.
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    uv pip install --system --no-cache /dist/*.whl \
+COPY --from=wheel /dist /opt/atomic-moe/dist
+RUN uv pip install --system --no-cache /opt/atomic-moe/dist/*.whl \
  && mkdir -p /models /profiles
 COPY deploy/serve.sh /opt/atomic-moe/serve
 COPY deploy/demo/model /opt/atomic-moe/demo

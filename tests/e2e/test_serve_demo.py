@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from tests.documents import DOCUMENTS, blocks, run
 from tests.e2e.conftest import ADMIN_KEY, BIN, free_port, running
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
@@ -33,7 +34,15 @@ def answers(tmp_path_factory):
             env={**os.environ, "ATOMIC_MOE_ADMIN_KEY": ADMIN_KEY},
         )
         found["heapr-40"] = ask_everything(client, server)
+        found["documents"] = run_documents(port, tmp_path_factory.mktemp("documents"))
     return {**found, "log": log.read_text()}
+
+
+def run_documents(port: int, directory) -> str:
+    """What the documents' commands for the demo print."""
+    (directory / "admin-key").write_text(ADMIN_KEY)
+    chosen = [block for name in DOCUMENTS for block in blocks(name) if "demo" in block.needs]
+    return run(chosen, directory, port, {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
 
 
 def ask_everything(client: openai.OpenAI, server) -> dict:
@@ -91,3 +100,10 @@ def test_start_up_report_says_what_is_resident(answers):
     assert resident == pytest.approx(0.8 * dense, rel=0.02)
     assert re.search(r"Profile heapr-20: 80.0 % of atoms kept, .*, active", log)
     assert re.search(r"Profile heapr-40: 60.0 % of atoms kept, .* bytes\)\n", log)
+
+
+def test_documents_commands_for_the_demo(answers):
+    printed = answers["documents"]
+    assert printed.count('"object":"text_completion"') == 3
+    assert '"active":"heapr-40"' in printed
+    assert '"active": "heapr-20"' in printed

@@ -1,0 +1,95 @@
+"""The commands in README.md and deploy/README.md, as a reader would type them.
+
+Each block of them opens with ```sh and what it needs: `run`, a MODEL and texts; `demo`, the demo's
+server; or what keeps it from being run here (`NOT_RUN`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "deploy/README.md")
+RUN = frozenset({"run", "demo"})
+NOT_RUN = {
+    "docker": "a Docker engine",
+    "gpu": "a GPU",
+    "kubernetes": "a cluster",
+    "registry": "images or packages from a registry",
+    "long": "more time; a test of `make test-full` does it",
+}
+BLOCK = re.compile(r"^```sh(?P<needs>[^\n]*)\n(?P<commands>.*?)^```$", re.MULTILINE | re.DOTALL)
+# Every curl of a document must succeed; every server is waited for.
+PRELUDE = r"""
+set -euo pipefail
+curl() { command curl --silent --show-error --fail-with-body "$@" && echo; }
+vllm() {
+  command vllm "$@" --port "$PORT" --enforce-eager --max-model-len 512 > "server-$PORT.log" 2>&1 &
+  server=$!
+  until command curl --silent --fail --output /dev/null "localhost:$PORT/health"; do
+    kill -0 "$server" || { cat "server-$PORT.log"; exit 1; }
+    sleep 0.2
+  done
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Commands of a document, and what they need.
+
+    Attributes:
+        document: its path from the root.
+        needs: the words after ```sh.
+        commands: what stands between the fences.
+    """
+
+    document: str
+    needs: frozenset[str]
+    commands: str
+
+
+def blocks(document: str) -> list[Block]:
+    """Every block of commands of a document, in order."""
+    text = (ROOT / document).read_text()
+    return [
+        Block(document, frozenset(match["needs"].split()), match["commands"])
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def run(
+    chosen: list[Block], directory: Path, port: int, environment: Mapping[str, str] = os.environ
+) -> str:
+    """Run blocks in one shell in `directory`, with `port` for 8000; what they printed.
+
+    A server that they start ends with the shell.
+
+    Raises:
+        AssertionError: a command failed; with what all of them printed.
+    """
+    commands = "\n".join(block.commands for block in chosen)
+    script = "\n".join(
+        [
+            PRELUDE,
+            "trap 'kill ${server-} 2> /dev/null; wait' EXIT",
+            re.sub(r"localhost:8000", f"localhost:{port}", commands),
+        ]
+    )
+    ended = subprocess.run(
+        ["bash", "-c", script],
+        cwd=directory,
+        env={**environment, "PORT": str(port)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout

@@ -1,0 +1,45 @@
+"""The README's way from a text to a served profile, typed as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+
+from tests.documents import blocks, run
+from tests.e2e.conftest import BIN, DEMO, ENVIRONMENT, free_port
+
+DATA = DEMO.parent / "data"
+
+
+def make_model(directory):
+    """A MODEL whose profiles are those that the README speaks of: heapr-25 is yet to be made."""
+    model = directory / "MODEL"
+    profiles = model / "atomic_profiles"
+    profiles.mkdir(parents=True)
+    for file in DEMO.iterdir():
+        if file.is_file():
+            (model / file.name).symlink_to(file)
+    (profiles / "heapr-40.safetensors").symlink_to(DEMO / "atomic_profiles/heapr-40.safetensors")
+    (profiles / "heapr-25.safetensors").symlink_to(directory / "profiles/heapr-25.safetensors")
+
+
+def make_texts(directory):
+    english, python = ((DATA / f"{name}.heldout.txt").read_text() for name in ("english", "python"))
+    (directory / "text.jsonl").write_text(json.dumps({"text": english[:20_000]}) + "\n")
+    table = pyarrow.table({"text": [python[:20_000]]})
+    pyarrow.parquet.write_table(table, directory / "code.parquet")
+
+
+def test_from_a_text_to_a_switched_profile(tmp_path):
+    make_model(tmp_path)
+    make_texts(tmp_path)
+    environment = {**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    chosen = [block for block in blocks("README.md") if "run" in block.needs]
+    # Each server takes the place of the one before.
+    first, second = chosen[:1], chosen[1:]
+    assert "heapr-25" in run(first, tmp_path, free_port(), environment)
+    printed = run(second, tmp_path, free_port(), environment)
+    assert '"previous":"heapr-40"' in printed or '"active":"heapr-40"' in printed

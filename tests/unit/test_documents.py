@@ -1,0 +1,111 @@
+"""Documents keep to the code: every command is marked, every path, flag and error line exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from tests.documents import DOCUMENTS, NOT_RUN, ROOT, RUN, blocks
+from vllm_atomic_moe.cli import app
+
+ALL = [*DOCUMENTS, "CONTRIBUTING.md", "patches/README.md"]
+SOURCES = "\n".join(
+    path.read_text() for path in sorted((ROOT / "vllm_atomic_moe").rglob("*.py"))
+).replace('"\n', "\n")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_says_what_it_needs(document):
+    found = blocks(document)
+    assert found
+    for block in found:
+        assert block.needs
+        assert block.needs <= RUN | NOT_RUN.keys(), block
+        assert not block.needs & RUN or len(block.needs) == 1, block
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_command_stands_outside_of_a_block(document):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.M | re.S)
+    commands = r"^ {4}(?:\$ )?(?:curl|vllm|atomic-moe|make|docker|kubectl|pip|export|python)\b.*"
+    assert re.findall(commands, text, re.M) == []
+
+
+@pytest.mark.parametrize("document", ALL)
+def test_every_path_exists(document):
+    text = (ROOT / document).read_text()
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    for path in re.findall(r"\b(?:deploy|tests|patches|vllm_atomic_moe)/[\w./-]+\w", text):
+        assert any(name == path or name.startswith(f"{path}/") for name in tracked), path
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", ALL)
+def test_every_link_to_a_heading_has_one(document):
+    text = (ROOT / document).read_text()
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([\w-]+)\)", text):
+        linked = (ROOT / document).parent / target if target else ROOT / document
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in slugs, (target, anchor)
+
+
+@pytest.mark.parametrize("document", ALL)
+def test_every_command_and_flag_of_ours_exists(document):
+    commands = get_command(app).commands
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    text = re.sub(r'"[^"\n]*"', "", text)  # another command's flags
+    for line in re.findall(r"\batomic-moe ((?:[a-z]+)\b[^\n`|#]*)", text):
+        name, *arguments = line.split()
+        if name not in commands:
+            continue  # prose: the name of the project
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        for flag in re.findall(r"(?<!\S)(--[a-z][\w-]*)", " ".join(arguments)):
+            assert flag in known, (line, flag)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_make_target_and_variable_exists(document):
+    makefile = (ROOT / "Makefile").read_text()
+    for target, variables in re.findall(
+        r"\bmake ([a-z][a-z-]+)((?: [A-Z]+=\S+)*)", (ROOT / document).read_text()
+    ):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+        for variable in re.findall(r"([A-Z]+)=", variables):
+            assert f"$({variable})" in makefile, variable
+
+
+def test_error_lines_of_the_table_are_the_codes_own():
+    text = (ROOT / "deploy/README.md").read_text()
+    section = text.partition("## When something goes wrong")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1] for row in section.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 10
+    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCES)
+    plain = re.sub(r"\{[^{}]*\}", "…", joined).replace("…", " ")
+    theirs = ("Available memory", "InvalidCxxCompiler", "Expert kernel", "/", "failed", "404")
+    for row in rows:
+        line = re.search(r"`([^`]+)`", row)[1]
+        if line.startswith(theirs):
+            continue
+        for part in line.split("…"):
+            words = re.sub(r"\s+", " ", part).strip()
+            assert words in re.sub(r"\s+", " ", plain), words
+
+
+def test_version_stands_in_one_place():
+    from vllm_atomic_moe import __version__
+
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    for path in ("Dockerfile", "Makefile", "deploy/compose.yaml", "pyproject.toml"):
+        assert __version__ not in Path(ROOT / path).read_text(), path
