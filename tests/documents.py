@@ -77,7 +77,7 @@ def run(
     script = "\n".join(
         [
             PRELUDE,
-            "trap 'kill ${server-} 2> /dev/null; wait' EXIT",
+            "trap 'kill ${server-} 2> /dev/null || true; wait' EXIT",
             re.sub(r"localhost:8000", f"localhost:{port}", commands),
         ]
     )

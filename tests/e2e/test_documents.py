@@ -22,6 +22,10 @@ def make_model(directory):
     for file in DEMO.iterdir():
         if file.is_file():
             (model / file.name).symlink_to(file)
+    # Windows are 2048 tokens long, unless one says otherwise.
+    config = json.loads((DEMO / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps(config))
     (profiles / "heapr-40.safetensors").symlink_to(DEMO / "atomic_profiles/heapr-40.safetensors")
     (profiles / "heapr-25.safetensors").symlink_to(directory / "profiles/heapr-25.safetensors")
 
