@@ -80,6 +80,8 @@ LABEL org.opencontainers.image.title="vllm-atomic-moe" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 USER 0:0
+# For `--distributed-executor-backend ray`; vLLM's image has none since 0.19.1.
+RUN uv pip install --system --no-cache ray==2.60.0
 # Adds what the image lacks, and leaves its vLLM and torch as they are.
 COPY --from=wheel /dist /opt/atomic-moe/dist
 RUN uv pip install --system --no-cache /opt/atomic-moe/dist/*.whl \

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,11 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import given, settings
+from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode
 
 from tests.checkpoints import ragged_masks
+from tests.dashboard import queries, selectors
 from tests.e2e.conftest import ADMIN_KEY, BIN, DEMO, SERVING_KEY, admin_server, free_port
 from vllm_atomic_moe.checkpoint import describe_checkpoint
 from vllm_atomic_moe.profiles import ProfileStore, PruningProfile
@@ -445,6 +448,29 @@ def test_metrics_are_those_of_all_api_servers(server):
     assert metrics["atomic_moe_switch_seconds_count"] == switched + 5
     assert metrics["atomic_moe_drain_seconds_count"] == switched + 5
     assert metrics["atomic_moe_switch_seconds_sum"] >= metrics["atomic_moe_drain_seconds_sum"] > 0
+
+
+def test_dashboard_asks_for_metrics_that_are_there(server):
+    server.complete(PROMPT)
+    answer = httpx.get(f"{server.url}/metrics", timeout=60)
+    samples = [
+        (sample.name, {**sample.labels, "instance": "added by Prometheus"})
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    ]
+
+    def fits(labels, name, operator, value):
+        assert operator in ("Equal", "Re")
+        pattern = value if operator == "Re" else re.escape(value)
+        return re.fullmatch(pattern, labels[name]) is not None
+
+    for (panel, legend), query in queries().items():
+        for metric, matchers, grouped in selectors(query):
+            found = [labels for name, labels in samples if name == metric]
+            assert found, (panel, metric)
+            named = {*grouped, *re.findall(r"{{(\w+)}}", legend)}
+            assert all(named <= labels.keys() for labels in found), (panel, metric, named)
+            assert any(all(fits(labels, *it) for it in matchers) for labels in found), panel
 
 
 def test_attempts_are_in_the_log_and_keys_are_not(server):

@@ -1,0 +1,132 @@
+"""Dockerfile and Compose: by their linters, and what they name exists."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.dashboard import dashboard, queries, selectors
+from tests.documents import ROOT
+
+BIN = Path(sys.executable).parent
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+@pytest.fixture(scope="module")
+def compose():
+    """The Compose file with the defaults of its variables."""
+    text = (DEPLOY / "compose.yaml").read_text()
+    return yaml.safe_load(VARIABLE.sub(lambda match: match[2], text))
+
+
+def check(*command):
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_dockerfile_passes_its_linter():
+    check(BIN / "hadolint", ROOT / "Dockerfile")
+
+
+def test_compose_file_is_valid():
+    schema = ["--builtin-schema", "vendor.compose-spec"]
+    check(BIN / "check-jsonschema", *schema, DEPLOY / "compose.yaml")
+
+
+def test_volumes_secrets_and_files_are_there(compose):
+    for name, service in compose["services"].items():
+        for volume in service["volumes"]:
+            source, target, *mode = volume.split(":")
+            if source.startswith("."):
+                assert (DEPLOY / source).is_file(), source
+                assert mode == ["ro"], source
+            else:
+                assert source in compose["volumes"], source
+            assert (target in ("/models", "/profiles")) <= (mode == ["ro"]), name
+        assert set(service.get("secrets", ())) <= compose["secrets"].keys()
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert Path(compose["secrets"]["admin-key"]["file"]).name in ignored
+
+
+def test_nothing_is_reachable_from_outside_or_privileged(compose):
+    ports = [port for service in compose["services"].values() for port in service["ports"]]
+    assert len(ports) == len(compose["services"])
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    for service in compose["services"].values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert not {"privileged", "user", "cap_add", "network_mode", "ipc"} & service.keys()
+
+
+def test_one_server_for_each_target_of_the_dockerfile(compose):
+    servers = [it for it in compose["services"].values() if "profiles" in it]
+    scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    [[target]] = [it["targets"] for job in scraped for it in job["static_configs"]]
+    targets = re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.M)
+    assert DOCKERFILE.count("\nHEALTHCHECK") == len(servers) == 2
+    for server in servers:
+        [profile] = server["profiles"]
+        assert profile in targets
+        assert server["image"] == f"vllm-atomic-moe:{profile}"
+        assert server["networks"]["default"]["aliases"] == [target.partition(":")[0]]
+        assert server["ports"][0].endswith(f":{target.partition(':')[2]}")
+        assert server["environment"]["ATOMIC_MOE_ADMIN_KEY_FILE"] == "/run/secrets/admin-key"
+        assert ("deploy" in server) == (profile == "gpu")
+
+
+def test_images_are_pinned(compose):
+    for service in compose["services"].values():
+        assert re.search(r":(v?\d+\.\d+\.\d+|gpu|cpu)$", service["image"]), service["image"]
+
+
+def test_grafana_is_given_its_data_source_and_dashboard(compose):
+    grafana = compose["services"]["grafana"]
+    mounts = dict(volume.split(":")[:2] for volume in grafana["volumes"])
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert mounts["./grafana/dashboard.json"] == home
+    [provider] = yaml.safe_load((DEPLOY / "grafana/dashboards.yml").read_text())["providers"]
+    assert provider["options"]["path"] == str(Path(home).parent)
+    [source] = yaml.safe_load((DEPLOY / "grafana/datasource.yml").read_text())["datasources"]
+    assert source["type"] == "prometheus"
+    name, _, port = source["url"].removeprefix("http://").partition(":")
+    assert compose["services"][name]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    scrape = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["global"]
+    assert source["jsonData"]["timeInterval"] == scrape["scrape_interval"]
+
+
+def test_dashboard_asks_every_server_it_shows():
+    for panel, query in queries().items():
+        found = list(selectors(query))
+        assert found, panel
+        for metric, matchers, _ in found:
+            assert ("instance", "Re", ".*") in matchers, (panel, metric)
+
+
+def test_panels_do_not_overlap():
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for position in (panel["gridPos"] for panel in panels)
+        for x, y in itertools.product(
+            range(position["x"], position["x"] + position["w"]),
+            range(position["y"], position["y"] + position["h"]),
+        )
+    ]
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
+
+
+def test_dashboard_uses_the_chosen_data_source():
+    texts = re.findall(r'"uid": "([^"]*)"', json.dumps(dashboard()))
+    assert set(texts) == {"${datasource}", "atomic-moe"}
