@@ -107,5 +107,5 @@ def test_version_stands_in_one_place():
     from vllm_atomic_moe import __version__
 
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
-    for path in ("Dockerfile", "Makefile", "pyproject.toml"):
+    for path in ("Dockerfile", "Makefile", "pyproject.toml", "deploy/compose.yaml"):
         assert __version__ not in Path(ROOT / path).read_text(), path
