@@ -36,12 +36,6 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl \
 
 
 FROM ${PYTHON_IMAGE} AS cpu
-ARG VERSION REVISION
-LABEL org.opencontainers.image.title="vllm-atomic-moe" \
-      org.opencontainers.image.description="vLLM for pruned Mixture-of-Experts models, on CPUs" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 \
  && rm -rf /var/lib/apt/lists/*
@@ -64,27 +58,31 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 2000:0
 WORKDIR /home/vllm
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/health')"]
 # Eager, because torch would need a compiler to compile the model.
 ENTRYPOINT ["/opt/atomic-moe/serve", "--load-format atomic-pruned --enforce-eager"]
 CMD ["/opt/atomic-moe/demo", "--served-model-name", "demo", "--model-loader-extra-config", \
      "{\"active\": \"heapr-20\", \"resident\": [\"heapr-40\"]}"]
-
-
-FROM ${VLLM_IMAGE} AS gpu
 ARG VERSION REVISION
 LABEL org.opencontainers.image.title="vllm-atomic-moe" \
-      org.opencontainers.image.description="vLLM for pruned Mixture-of-Experts models, on NVIDIA GPUs" \
+      org.opencontainers.image.description="vLLM for pruned Mixture-of-Experts models, on CPUs" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+
+
+FROM ${VLLM_IMAGE} AS gpu
 USER 0:0
 # For `--distributed-executor-backend ray`; vLLM's image has none since 0.19.1.
 RUN uv pip install --system --no-cache ray==2.60.0
-# Adds what the image lacks, and leaves its vLLM and torch as they are.
+# Adds what the image lacks, and must leave these as they are.
 COPY --from=wheel /dist /opt/atomic-moe/dist
-RUN uv pip install --system --no-cache /opt/atomic-moe/dist/*.whl \
+RUN versions="import importlib.metadata as m; print(*map(m.version, ('vllm', 'torch', 'triton', \
+'transformers', 'fastapi')))" \
+ && before=$(python3 -c "$versions") \
+ && uv pip install --system --no-cache /opt/atomic-moe/dist/*.whl \
+ && after=$(python3 -c "$versions") && test "$before" = "$after" \
  && mkdir -p /models /profiles
 COPY deploy/serve.sh /opt/atomic-moe/serve
 COPY deploy/demo/model /opt/atomic-moe/demo
@@ -94,8 +92,14 @@ ENV HOME=/home/vllm \
 USER 2000:0
 WORKDIR /home/vllm
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/health')"]
 ENTRYPOINT ["/opt/atomic-moe/serve", "--load-format atomic-pruned"]
 CMD ["/opt/atomic-moe/demo", "--served-model-name", "demo", "--model-loader-extra-config", \
      "{\"active\": \"heapr-20\", \"resident\": [\"heapr-40\"]}"]
+ARG VERSION REVISION
+LABEL org.opencontainers.image.title="vllm-atomic-moe" \
+      org.opencontainers.image.description="vLLM for pruned Mixture-of-Experts models, on NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -54,10 +54,12 @@ lint: install ## ruff and mypy
 dist: install ## wheel and sdist in dist/, the same bytes for the same files
 	$(BIN)/python -m build --no-isolation
 
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init__.py)
+
 image: ## the image vllm-atomic-moe:TARGET (cpu or gpu), by BUILDER (docker, podman, buildah)
-	$(BUILDER) build --target $(TARGET) --tag vllm-atomic-moe:$(TARGET) $(IMAGE_ARGUMENTS) \
-	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init__.py) \
-	  --build-arg REVISION=$$(git rev-parse HEAD) .
+	$(BUILDER) build --target $(TARGET) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) $(IMAGE_ARGUMENTS) \
+	  --tag vllm-atomic-moe:$(TARGET) --tag vllm-atomic-moe:$(VERSION)-$(TARGET) .
 
 demo-model: install ## train the demo model anew (about 35 minutes on two cores)
 	$(BIN)/python $(DEMO)/recipe/make_demo_model.py

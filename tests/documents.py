@@ -23,6 +23,8 @@ NOT_RUN = {
     "registry": "images or packages from a registry",
     "long": "more time; a test of `make test-full` does it",
 }
+FENCE = re.compile(r"^```(.*)$", re.MULTILINE)
+YAML = re.compile(r"^```yaml\n# (?P<name>\S+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```sh(?P<needs>[^\n]*)\n(?P<commands>.*?)^```$", re.MULTILINE | re.DOTALL)
 # Every curl of a document must succeed; every server is waited for.
 PRELUDE = r"""
@@ -61,6 +63,16 @@ def blocks(document: str) -> list[Block]:
         Block(document, frozenset(match["needs"].split()), match["commands"])
         for match in BLOCK.finditer(text)
     ]
+
+
+def example(document: str, name: str) -> str:
+    """The YAML of a document that opens with its file's name."""
+    [text] = [
+        match["text"]
+        for match in YAML.finditer((ROOT / document).read_text())
+        if match["name"] == name
+    ]
+    return text
 
 
 def run(

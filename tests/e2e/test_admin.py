@@ -482,6 +482,8 @@ def test_attempts_are_in_the_log_and_keys_are_not(server):
     )
     assert any("key=none" in line and "status=401 outcome=refused" in line for line in attempts)
     assert any("status=503 outcome=rolled_back" in line for line in attempts)
+    [used] = {line.partition("key=")[2].split()[0] for line in attempts if "status=200" in line}
+    assert f"Admin endpoint: key={used}" in log
     assert ADMIN_KEY not in log
     assert "left out: " in log
     assert "broken.safetensors" in log

@@ -27,14 +27,14 @@ def answers(tmp_path_factory):
     command = ["make", "serve", f"PORT={port}", 'RESIDENT=["heapr-40"]']
     with running(command, port, log, ATOMIC_MOE_ADMIN_KEY=ADMIN_KEY) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        found = {"heapr-20": ask_everything(client, server)}
+        found = {"documents": run_documents(port, tmp_path_factory.mktemp("documents"))}
+        found["heapr-20"] = ask_everything(client, server)
         subprocess.run(
             [str(BIN / "atomic-moe"), "activate", "heapr-40", "--url", server.url],
             check=True,
             env={**os.environ, "ATOMIC_MOE_ADMIN_KEY": ADMIN_KEY},
         )
         found["heapr-40"] = ask_everything(client, server)
-        found["documents"] = run_documents(port, tmp_path_factory.mktemp("documents"))
     return {**found, "log": log.read_text()}
 
 
@@ -103,7 +103,8 @@ def test_start_up_report_says_what_is_resident(answers):
 
 
 def test_documents_commands_for_the_demo(answers):
+    """They switch to heapr-40 and back."""
     printed = answers["documents"]
     assert printed.count('"object":"text_completion"') == 3
-    assert '"active":"heapr-40"' in printed
+    assert '"active":"heapr-40","previous":"heapr-20"' in printed
     assert '"active": "heapr-20"' in printed

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from tests.dashboard import dashboard, queries, selectors
-from tests.documents import ROOT
+from tests.documents import ROOT, example
 
 BIN = Path(sys.executable).parent
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+SCHEMA = ("--builtin-schema", "vendor.compose-spec")
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
@@ -38,8 +39,38 @@ def test_dockerfile_passes_its_linter():
 
 
 def test_compose_file_is_valid():
-    schema = ["--builtin-schema", "vendor.compose-spec"]
-    check(BIN / "check-jsonschema", *schema, DEPLOY / "compose.yaml")
+    check(BIN / "check-jsonschema", *SCHEMA, DEPLOY / "compose.yaml")
+
+
+def test_file_of_ones_own_is_valid(tmp_path):
+    (tmp_path / "mine.yaml").write_text(example("deploy/README.md", "mine.yaml"))
+    check(BIN / "check-jsonschema", *SCHEMA, tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ("MODEL", "MODEL --load-format atomic-pruned --enforce-eager"),
+        (
+            "MODEL --load-format auto",
+            "MODEL --load-format atomic-pruned --enforce-eager --load-format auto",
+        ),
+        ("--port 1 --model=M", "--load-format atomic-pruned --enforce-eager --port 1 --model=M"),
+        ("", "--load-format atomic-pruned --enforce-eager"),
+    ],
+)
+def test_entry_point_leaves_the_last_word_to_flags(arguments, command, tmp_path):
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    defaults = "--load-format atomic-pruned --enforce-eager"
+    ended = subprocess.run(
+        ["/bin/sh", DEPLOY / "serve.sh", defaults, *arguments.split()],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout == f"serve {command}\n"
 
 
 def test_volumes_secrets_and_files_are_there(compose):

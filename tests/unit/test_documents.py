@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from tests.documents import DOCUMENTS, NOT_RUN, ROOT, RUN, blocks
+from tests.documents import DOCUMENTS, FENCE, NOT_RUN, ROOT, RUN, blocks
 from vllm_atomic_moe.cli import app
 
 ALL = [*DOCUMENTS, "CONTRIBUTING.md", "patches/README.md"]
@@ -29,6 +29,12 @@ def test_every_block_says_what_it_needs(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_fence_is_of_a_known_language(document):
+    opened = FENCE.findall((ROOT / document).read_text())[::2]
+    assert all(words.split()[0] in ("sh", "yaml", "python") for words in opened), opened
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_command_stands_outside_of_a_block(document):
     text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.M | re.S)
     commands = r"^ {4}(?:\$ )?(?:curl|vllm|atomic-moe|make|docker|kubectl|pip|export|python)\b.*"
@@ -45,7 +51,7 @@ def test_every_path_exists(document):
         capture_output=True,
         text=True,
     ).stdout.splitlines()
-    for path in re.findall(r"\b(?:deploy|tests|patches|vllm_atomic_moe)/[\w./-]+\w", text):
+    for path in re.findall(r"\b(?:deploy|tests|patches|vllm_atomic_moe)/\w[\w./-]*\w", text):
         assert any(name == path or name.startswith(f"{path}/") for name in tracked), path
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert ((ROOT / document).parent / target).exists(), target
@@ -109,3 +115,5 @@ def test_version_stands_in_one_place():
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
     for path in ("Dockerfile", "Makefile", "pyproject.toml", "deploy/compose.yaml"):
         assert __version__ not in Path(ROOT / path).read_text(), path
+    tags = re.findall(r"\b([\d.]+)-[cg]pu\b", (ROOT / "deploy/README.md").read_text())
+    assert set(tags) == {__version__}

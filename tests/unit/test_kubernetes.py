@@ -20,6 +20,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.documents import example
+from vllm_atomic_moe import __version__
 from vllm_atomic_moe.serving.options import OPTION_KEYS, LoaderOptions
 
 ROOT = Path(__file__).parents[2]
@@ -277,11 +279,7 @@ def test_ingress_forwards_v1_only(setups, name):
     [path] = rule["http"]["paths"]
     # A prefix in the sense of whole path elements, so that it covers neither / nor /atomic.
     assert (path["path"], path["pathType"]) == ("/v1", "Prefix")
-    assert not any(
-        word in annotation
-        for annotation in ingress["metadata"]["annotations"]
-        for word in ("rewrite", "regex", "snippet", "app-root")
-    )
+    assert "annotations" not in ingress["metadata"]  # nothing that rewrites paths
     backend = path["backend"]["service"]
     service = the(resources, "Service", backend["name"])
     assert backend["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
@@ -297,7 +295,7 @@ def test_network_policy_names_everyone_it_lets_in(setups, name):
     [entry] = policy["ingress"]
     assert entry["ports"] == [{"port": "http"}]
     assert entry["from"] == [
-        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}},
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}},
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}},
         {"podSelector": {"matchLabels": {"atomic-moe-client": "operator"}}},
     ]
@@ -393,6 +391,50 @@ def test_head_and_workers_find_each_other(setups, tmp_path):
     group = {"podSelector": policy["podSelector"]}
     assert selected(resources, policy["podSelector"]["matchLabels"]) == pods(resources)
     assert (policy["ingress"], policy["egress"]) == ([{"from": [group]}], [{"to": [group]}])
+
+
+@pytest.mark.parametrize("name", ["operator", "all-components"])
+def test_operator_fills_the_volume_and_may_switch(setups, name):
+    resources = setups[name]
+    operator = the(resources, "Pod", "atomic-moe-operator")
+    labels, container = operator["metadata"]["labels"], container_of(operator)
+    server = server_of(resources)
+    for service in of_kind(resources, "Service"):
+        assert not service["spec"]["selector"].items() <= labels.items()
+    for policy in of_kind(resources, "NetworkPolicy"):
+        assert not policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+        assert {"podSelector": {"matchLabels": labels}} in policy["spec"]["ingress"][0]["from"]
+    assert container["securityContext"] == server["securityContext"]
+    assert container["image"] == server["image"]
+    pod = the(resources, "Deployment")["spec"]["template"]["spec"]["securityContext"]
+    assert pod.items() <= operator["spec"]["securityContext"].items()
+    key = "ATOMIC_MOE_ADMIN_KEY_FILE"
+    assert environment(container)[key] == environment(server)[key]
+    [claim] = [it for it in operator["spec"]["volumes"] if "persistentVolumeClaim" in it]
+    assert claim["persistentVolumeClaim"] == {"claimName": "atomic-moe-models"}
+
+
+def test_example_of_the_guide(tmp_path_factory, tmp_path):
+    directory = tmp_path_factory.mktemp("example")
+    (directory / "deploy").symlink_to(ROOT / "deploy")
+    (directory / "mine").mkdir()
+    text = example("deploy/README.md", "mine/kustomization.yaml")
+    (directory / "mine/kustomization.yaml").write_text(text)
+    resources = render(directory / "mine")
+    for resource in resources:
+        assert resource["metadata"]["namespace"] == "moe"
+        for version in VERSIONS:
+            kubernetes_validate.validate(resource, version, strict=True)
+    server = server_of(resources)
+    operator = container_of(the(resources, "Pod", "atomic-moe-operator"))
+    image = f"registry.example.com/vllm-atomic-moe:{__version__}-gpu"
+    assert (server["image"], operator["image"]) == (image, image)
+    arguments = parsed({**server, "image": "vllm-atomic-moe:gpu"}, tmp_path)
+    assert arguments.load_format == "atomic-pruned"
+    LoaderOptions.parse(arguments.model_loader_extra_config)
+    [ingress] = of_kind(resources, "Ingress")
+    [rule] = ingress["spec"]["rules"]
+    assert ingress["spec"]["tls"][0]["hosts"] == [rule["host"]] == ["moe.example.org"]
 
 
 def test_comments_name_their_own_directory():

@@ -20,7 +20,7 @@ from vllm_atomic_moe.serving.admin_access import (
     AdminRoute,
     audit,
 )
-from vllm_atomic_moe.serving.admin_key import read_key
+from vllm_atomic_moe.serving.admin_key import fingerprint, read_key
 from vllm_atomic_moe.serving.admin_models import (
     ErrorResponse,
     Memory,
@@ -163,10 +163,12 @@ class AdminPlugin:
         """
         serving_keys = [*(app.state.args.api_key or ()), os.environ.get("VLLM_API_KEY")]
         try:
-            app.state.atomic_moe_access = Access(read_key(), serving_keys)
+            key = read_key()
+            app.state.atomic_moe_access = Access(key, serving_keys)
         except ValueError as error:
             logger.error("atomic-moe admin: %s", error)
             raise
+        logger.info("Admin endpoint: key=%s", fingerprint(key) if key else "none")
         app.state.atomic_moe_switcher = None
         app.include_router(router)
         _document_no_422(app)
