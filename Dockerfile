@@ -78,8 +78,8 @@ USER 0:0
 RUN uv pip install --system --no-cache ray==2.60.0
 # Adds what the image lacks, and must leave these as they are.
 COPY --from=wheel /dist /opt/atomic-moe/dist
-RUN versions="import importlib.metadata as m; print(*map(m.version, ('vllm', 'torch', 'triton', \
-'transformers', 'fastapi')))" \
+RUN versions="from importlib.metadata import version; \
+print(*map(version, ('vllm', 'torch', 'transformers', 'fastapi')))" \
  && before=$(python3 -c "$versions") \
  && uv pip install --system --no-cache /opt/atomic-moe/dist/*.whl \
  && after=$(python3 -c "$versions") && test "$before" = "$after" \

@@ -13,6 +13,8 @@ from vllm_atomic_moe.serving import server_process
 from vllm_atomic_moe.serving.server_benchmark import measure_servers
 from vllm_atomic_moe.serving.server_report import LoadPlan, Phase
 
+pytestmark = pytest.mark.full
+
 PLAN = LoadPlan(
     phases=(
         Phase("prefill", input_tokens=64, output_tokens=1, concurrency=2, requests=4),

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from tests.checkpoints import zero_pruned
 from tests.serving.conftest import DEMO
+from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.profiles import PruningProfile
 
 COMMAND = [str(Path(sys.executable).parent / "atomic-moe"), "eval"]
@@ -63,7 +65,11 @@ def test_rows_and_numbers(tmp_path):
     assert dense["tokens"]["all"] == sum(dense["tokens"][domain] for domain in texts)
 
 
-def test_refusals_come_before_the_engine(tmp_path):
+def test_refusals_come_before_the_engine(tmp_path, monkeypatch):
+    # The command sets them for its process.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     (tmp_path / "t.txt").write_text("word " * 600)
     # The first profile is good, the second has a good header only.
     shutil.copytree(DEMO / "atomic_profiles", tmp_path / "profiles")
@@ -76,8 +82,8 @@ def test_refusals_come_before_the_engine(tmp_path):
         (["--data", f"{tmp_path / 't.txt'}:all"], "domain 'all' stands for all text together"),
         (["--seq-len", "512"], "sequence length 512: the model's context is 512"),
     ):
-        command = [*COMMAND, str(DEMO), "--data", str(tmp_path / "t.txt"), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1
+        command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), *flags]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 1
         assert "[1/" not in done.stderr
         assert words in done.stderr.splitlines()[-1]
