@@ -76,13 +76,13 @@ FROM ${VLLM_IMAGE} AS gpu
 USER 0:0
 # For `--distributed-executor-backend ray`; vLLM's image has none since 0.19.1.
 RUN uv pip install --system --no-cache ray==2.60.0
-# Adds what the image lacks, and must leave these as they are.
+# Adds what the image lacks. Its vLLM and torch are left out of the resolution, hence as they are.
 COPY --from=wheel /dist /opt/atomic-moe/dist
-RUN versions="from importlib.metadata import version; \
-print(*map(version, ('vllm', 'torch', 'transformers', 'fastapi')))" \
- && before=$(python3 -c "$versions") \
- && uv pip install --system --no-cache /opt/atomic-moe/dist/*.whl \
- && after=$(python3 -c "$versions") && test "$before" = "$after" \
+RUN uv pip install --system --no-cache --no-deps /opt/atomic-moe/dist/*.whl \
+ && python3 -c "from importlib.metadata import requires; \
+print(*(it for it in requires('vllm-atomic-moe') \
+if 'extra ==' not in it and not it.startswith(('torch', 'vllm'))), sep='\n')" > /tmp/lacking \
+ && uv pip install --system --no-cache --requirement /tmp/lacking && rm /tmp/lacking \
  && mkdir -p /models /profiles
 COPY deploy/serve.sh /opt/atomic-moe/serve
 COPY deploy/demo/model /opt/atomic-moe/demo
