@@ -148,6 +148,8 @@ SAID = [
      "why eager pipelines are refused on CPU: once it runs, serve them (`check_config`)"),
     # The switch.
     ("vllm.v1.serial_utils:run_method", "getattr(obj, method)", "`atomic_moe_control` by name"),
+    ("vllm.v1.executor.ray_executor_v2", "class RayExecutorV2(MultiprocExecutor)",
+     "its `collective_rpc` reaches every rank over Ray, too"),
     ("vllm.v1.engine.core:EngineCoreProc._handle_client_request", "getattr(self, method_name)",
      "the count of interrupted requests by name"),
     (f"{CLIENT}.pause_generation", "engine_core.pause_scheduler_async(",
