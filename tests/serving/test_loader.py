@@ -475,7 +475,7 @@ def test_only_profile_is_the_default_and_origin_unknown_warns(model, tmp_path, l
     assert any("'lonely' does not say which model" in r.message for r in log.records)
 
 
-@pytest.mark.parametrize("inner_format", ["auto", "hf"])
+@pytest.mark.parametrize("inner_format", ["auto", pytest.param("hf", marks=pytest.mark.full)])
 def test_other_ways_to_read_give_the_same(model, inner_format):
     extra = {"active": "narrow"}
     plain = logprobs_of(model, load_format="atomic-pruned", model_loader_extra_config=extra)
