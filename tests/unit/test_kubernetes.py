@@ -200,6 +200,7 @@ def test_health_decides_about_the_server(setups, name):
     # Ray's half an hour for its workers comes on top of loading.
     minutes = 60 if name == "multi-node" else 30
     assert startup["periodSeconds"] * startup["failureThreshold"] == minutes * 60
+    assert the(setups[name], "Deployment")["spec"]["progressDeadlineSeconds"] > minutes * 60
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -414,27 +415,44 @@ def test_operator_fills_the_volume_and_may_switch(setups, name):
     assert claim["persistentVolumeClaim"] == {"claimName": "atomic-moe-models"}
 
 
-def test_example_of_the_guide(tmp_path_factory, tmp_path):
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
+def test_example_of_the_guide(setups, name, tmp_path_factory, tmp_path):
     directory = tmp_path_factory.mktemp("example")
     (directory / "deploy").symlink_to(ROOT / "deploy")
     (directory / "mine").mkdir()
     text = example("deploy/README.md", "mine/kustomization.yaml")
+    if name != "base":
+        text = text.replace("kubernetes/base ", f"kubernetes/overlays/{name} ")
+    if name == "multi-node":
+        text = re.sub(r"^.*# not with multi-node.*\n", "", text, flags=re.M)
     (directory / "mine/kustomization.yaml").write_text(text)
     resources = render(directory / "mine")
     for resource in resources:
         assert resource["metadata"]["namespace"] == "moe"
         for version in VERSIONS:
             kubernetes_validate.validate(resource, version, strict=True)
-    server = server_of(resources)
-    operator = container_of(the(resources, "Pod", "atomic-moe-operator"))
-    image = f"registry.example.com/vllm-atomic-moe:{__version__}-gpu"
-    assert (server["image"], operator["image"]) == (image, image)
-    arguments = parsed({**server, "image": "vllm-atomic-moe:gpu"}, tmp_path)
-    assert arguments.load_format == "atomic-pruned"
-    LoaderOptions.parse(arguments.model_loader_extra_config)
+    images = {container_of(it)["image"] for it in pods(resources)}
+    images.add(the(resources, "Pod", "atomic-moe-operator")["spec"]["containers"][0]["image"])
+    assert images == {f"registry.example.com/vllm-atomic-moe:{__version__}-gpu"}
+
+    def arguments_of(server, directory):
+        directory.mkdir()
+        return parsed({**server, "image": "vllm-atomic-moe:gpu"}, directory)
+
+    arguments = arguments_of(server_of(resources), tmp_path / "example")
+    plain = arguments_of(server_of(setups[name]), tmp_path / "plain")
+    assert arguments.model_tag == "/models/Qwen3-30B-A3B"
+    assert (arguments.served_model_name, arguments.max_model_len) == (["qwen3"], 32768)
+    assert LoaderOptions.parse(arguments.model_loader_extra_config).active == "heapr-25"
+    for argument in ("load_format", "tensor_parallel_size", "pipeline_parallel_size"):
+        assert getattr(arguments, argument) == getattr(plain, argument)
+    assert arguments.distributed_executor_backend == plain.distributed_executor_backend
+    assert arguments.shutdown_timeout == plain.shutdown_timeout
     [ingress] = of_kind(resources, "Ingress")
     [rule] = ingress["spec"]["rules"]
     assert ingress["spec"]["tls"][0]["hosts"] == [rule["host"]] == ["moe.example.org"]
+    [controller, *_] = the(resources, "NetworkPolicy")["spec"]["ingress"][0]["from"]
+    assert set(controller["namespaceSelector"]["matchLabels"].values()) == {"traefik"}
 
 
 def test_comments_name_their_own_directory():
