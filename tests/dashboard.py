@@ -20,21 +20,20 @@ def dashboard() -> dict[str, Any]:
     return json.loads(DASHBOARD.read_text())
 
 
-def queries() -> dict[tuple[str, str], str]:
-    """PromQL by panel and legend, without variables."""
-    found = {
-        (panel["title"], target["legendFormat"]): target["expr"]
-        for panel in dashboard()["panels"]
-        for target in panel.get("targets", [])
-    }
+def queries() -> Iterator[tuple[str, str, str]]:
+    """Every query: panel, legend, and PromQL without variables."""
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["legendFormat"], _resolved(target["expr"])
     for annotation in dashboard()["annotations"]["list"]:
-        found[annotation["name"], annotation["textFormat"]] = annotation["expr"]
-    for key, query in found.items():
-        for name, value in VARIABLES.items():
-            query = query.replace(name, value)
-        assert "$" not in query, key
-        found[key] = query
-    return found
+        yield annotation["name"], annotation["textFormat"], _resolved(annotation["expr"])
+
+
+def _resolved(query: str) -> str:
+    for name, value in VARIABLES.items():
+        query = query.replace(name, value)
+    assert "$" not in query, query
+    return query
 
 
 def selectors(query: str) -> Iterator[tuple[str, list[tuple[str, str, str]], set[str]]]:
@@ -65,8 +64,6 @@ def _selectors(node: Any, labels: frozenset[str]) -> Iterator[Any]:
         case promql_parser.Call():
             for argument in node.args:
                 yield from _selectors(argument, labels)
-        case promql_parser.ParenExpr() | promql_parser.UnaryExpr():
-            yield from _selectors(node.expr, labels)
         case promql_parser.NumberLiteral():
             pass
         case _:

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode
 
 from tests.checkpoints import ragged_masks
-from tests.dashboard import queries, selectors
+from tests.dashboard import dashboard, queries, selectors
 from tests.e2e.conftest import ADMIN_KEY, BIN, DEMO, SERVING_KEY, admin_server, free_port
 from vllm_atomic_moe.checkpoint import describe_checkpoint
 from vllm_atomic_moe.profiles import ProfileStore, PruningProfile
@@ -464,13 +464,16 @@ def test_dashboard_asks_for_metrics_that_are_there(server):
         pattern = value if operator == "Re" else re.escape(value)
         return re.fullmatch(pattern, labels[name]) is not None
 
-    for (panel, legend), query in queries().items():
+    for panel, legend, query in queries():
         for metric, matchers, grouped in selectors(query):
             found = [labels for name, labels in samples if name == metric]
             assert found, (panel, metric)
             named = {*grouped, *re.findall(r"{{(\w+)}}", legend)}
             assert all(named <= labels.keys() for labels in found), (panel, metric, named)
             assert any(all(fits(labels, *it) for it in matchers) for labels in found), panel
+    [servers] = [it for it in dashboard()["templating"]["list"] if it["type"] == "query"]
+    metric = re.fullmatch(r"label_values\((\w+), instance\)", servers["query"]["query"])[1]
+    assert metric in {name for name, _ in samples}
 
 
 def test_attempts_are_in_the_log_and_keys_are_not(server):

@@ -137,7 +137,7 @@ def test_grafana_is_given_its_data_source_and_dashboard(compose):
 
 
 def test_dashboard_asks_every_server_it_shows():
-    for panel, query in queries().items():
+    for panel, _, query in queries():
         found = list(selectors(query))
         assert found, panel
         for metric, matchers, _ in found:

@@ -20,13 +20,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.documents import example
+from tests.documents import ROOT, example
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.serving.options import OPTION_KEYS, LoaderOptions
 
-ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
-KUBECTL = shutil.which("kubectl", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+KUBECTL = Path(sys.executable).parent / "kubectl"
 # The oldest release that is still maintained, and the newest that has schemas here.
 VERSIONS = ("1.34", "1.37")
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())

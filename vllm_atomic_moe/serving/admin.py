@@ -168,7 +168,7 @@ class AdminPlugin:
         except ValueError as error:
             logger.error("atomic-moe admin: %s", error)
             raise
-        logger.info("Admin endpoint: key=%s", fingerprint(key) if key else "none")
+        logger.info("Admin endpoint: key=%s", fingerprint(key))
         app.state.atomic_moe_switcher = None
         app.include_router(router)
         _document_no_422(app)

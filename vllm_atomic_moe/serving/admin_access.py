@@ -120,10 +120,9 @@ def audit(
         record: of a switch that began, else None.
         words: what was asked for, or why it was refused.
     """
-    key = presented_key(request)
     logger.info(
         "Profile switch: key=%s client=%s status=%d outcome=%s %s%s",
-        fingerprint(key) if key else "none",
+        fingerprint(presented_key(request)),
         request.client.host if request.client else "unknown",
         status,
         outcome,

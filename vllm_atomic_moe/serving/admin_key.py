@@ -36,6 +36,6 @@ def read_key(environment: Mapping[str, str] = os.environ) -> str | None:
     return key or None
 
 
-def fingerprint(key: str) -> str:
-    """What logs say of a key: the first 8 hex digits of its SHA-256."""
-    return hashlib.sha256(key.encode()).hexdigest()[:8]
+def fingerprint(key: str | None) -> str:
+    """What logs say of a key: the first 8 hex digits of its SHA-256; `none` without one."""
+    return hashlib.sha256(key.encode()).hexdigest()[:8] if key else "none"
