@@ -32,7 +32,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /dist /dist
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl \
- && ATOMIC_MOE_CACHE=/opt/atomic-moe/kernels /opt/venv/bin/python -m vllm_atomic_moe.kernels.cpu \
+ && ATOMIC_MOE_CACHE=/opt/atomic-moe/kernels /opt/venv/bin/python -m vllm_atomic_moe.experts.backends.cpu \
  && rm -f /opt/atomic-moe/kernels/*.lock
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 COMMON = {
     "vocab_size": 256,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 
 
 @dataclass(frozen=True, slots=True)

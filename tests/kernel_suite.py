@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from vllm_atomic_moe.kernels import backend_module, fused_experts
-from vllm_atomic_moe.packing import PackedExperts, build_layout, tensor_parallel_share
+from vllm_atomic_moe.experts.backends import backend_module
+from vllm_atomic_moe.experts.op import fused_experts
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, tensor_parallel_share
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160

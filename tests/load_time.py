@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.export_format import weights_directory
-from vllm_atomic_moe.exporting.export import export
-from vllm_atomic_moe.profiles import DENSE, ProfileStore
+from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.files.export_format import weights_directory
+from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
 
 MIB = 2**20
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.e2e.conftest import DEMO, admin_server
 from vllm_atomic_moe.cli.console import print_table
-from vllm_atomic_moe.profiles import ProfileStore
+from vllm_atomic_moe.files.profiles import ProfileStore
 
 COLUMNS = ["resident MiB", "commit ms", "drain ms", "total ms"]
 

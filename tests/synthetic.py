@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 TOKENIZER = Path(__file__).parents[1] / "deploy/demo/model"
 RATIOS = {"quarter": 0.25, "half": 0.5}

@@ -27,7 +27,7 @@ from vllm_atomic_moe.calibration.accumulator import sum_of_squares
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import ExpertRows, find_experts, observe
 from vllm_atomic_moe.calibration.text import CalibrationText
-from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 
 CONFIG = {
     "vocab_size": 8192,

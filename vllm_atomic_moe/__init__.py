@@ -18,7 +18,7 @@ def register() -> None:
         return
     _registered = True
     try:
-        from vllm_atomic_moe.serving import register_load_format
+        from vllm_atomic_moe.engine import register_load_format
 
         register_load_format()
     except Exception:

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 
 from tests.e2e import faults
-from vllm_atomic_moe.serving import server_process
-from vllm_atomic_moe.serving.server_process import Server, free_port
+from vllm_atomic_moe.measure import server_process
+from vllm_atomic_moe.measure.server_process import Server, free_port
 
 __all__ = ["AdminServer", "Server", "admin_server", "free_port", "running", "serve_command"]
 

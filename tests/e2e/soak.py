@@ -31,7 +31,7 @@ import httpx
 import openai
 
 from tests.e2e.conftest import DEMO, ROOT, SERVING_KEY, AdminServer, admin_server
-from vllm_atomic_moe.serving.server_process import processes_of_group
+from vllm_atomic_moe.measure.server_process import processes_of_group
 
 PROFILES = ("heapr-20", "heapr-40", "shape-20")
 MARGIN = 1e-3

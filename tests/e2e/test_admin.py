@@ -25,8 +25,8 @@ from schemathesis import GenerationMode
 from tests.checkpoints import ragged_masks
 from tests.dashboard import dashboard, queries, selectors
 from tests.e2e.conftest import ADMIN_KEY, BIN, DEMO, SERVING_KEY, admin_server, free_port
-from vllm_atomic_moe.checkpoint import describe_checkpoint
-from vllm_atomic_moe.profiles import ProfileStore, PruningProfile
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.profiles import ProfileStore, PruningProfile
 
 ACTIVE = "heapr-20"
 RESIDENT = ["heapr-20", "heapr-40", "hollow", "shape-20"]

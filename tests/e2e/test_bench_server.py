@@ -8,10 +8,10 @@ import pytest
 
 from tests.e2e.conftest import DEMO, ENVIRONMENT
 from vllm_atomic_moe.cli.bench import _print_servers
-from vllm_atomic_moe.profiles import PruningProfile
-from vllm_atomic_moe.serving import server_process
-from vllm_atomic_moe.serving.server_benchmark import measure_servers
-from vllm_atomic_moe.serving.server_report import LoadPlan, Phase
+from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.measure import server_process
+from vllm_atomic_moe.measure.server_benchmark import measure_servers
+from vllm_atomic_moe.measure.server_report import LoadPlan, Phase
 
 pytestmark = pytest.mark.full
 

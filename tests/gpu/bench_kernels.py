@@ -3,7 +3,7 @@
 Needs a CUDA device, torch and Triton. Every call is captured in a CUDA graph and replayed with a
 cold L2 cache; medians. Pruned experts have ragged widths that are no multiple of a tile. `vs dense`
 is the time over this kernel's own dense time × the mean kept width of the routed rows: 1.00 says
-that pruning pays in full. `--tune` searches tiles for `vllm_atomic_moe/kernels/triton.py` instead.
+that pruning pays in full. `--tune` searches tiles for `experts/backends/triton.py` instead.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size, P packed rows.
 """
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from vllm_atomic_moe.kernels import triton as backend
-from vllm_atomic_moe.kernels.shapes import SHAPES
+from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.measure.shapes import SHAPES
 
 TOKENS = (1, 8, 64, 512, 2048)
 PRUNED = (0.0, 0.25, 0.5, 0.75)

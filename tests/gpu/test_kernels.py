@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_memory, ragged, routed
-from vllm_atomic_moe.kernels import choose_backend
-from vllm_atomic_moe.kernels import triton as triton_backend
-from vllm_atomic_moe.kernels.shapes import SHAPES
+from vllm_atomic_moe.experts.backends import choose_backend
+from vllm_atomic_moe.experts.backends import triton as triton_backend
+from vllm_atomic_moe.measure.shapes import SHAPES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 # Before vLLM is imported: the engine in this process, a small cache, no downloads.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -26,7 +26,7 @@ PROMPTS = [[3 + (7 * i + j * j * (i + 1)) % 250 for j in range(24)] for i in ran
 @contextmanager
 def engine(model: Any, **options: Any) -> Iterator[Any]:
     """A small eager float32 engine in this process, shut down at the end."""
-    from vllm_atomic_moe.serving import evaluation
+    from vllm_atomic_moe.measure import evaluation
 
     settings = {
         "enforce_eager": True,
@@ -42,7 +42,7 @@ def engine(model: Any, **options: Any) -> Iterator[Any]:
 
 def prompt_logprobs(llm: Any, prompts: Sequence[Sequence[int]] = PROMPTS) -> torch.Tensor:
     """Log-probabilities of the prompts' tokens after their first, one vector."""
-    from vllm_atomic_moe.serving import evaluation
+    from vllm_atomic_moe.measure import evaluation
 
     return torch.tensor(evaluation.prompt_logprobs(llm, prompts)).flatten()
 
@@ -55,7 +55,7 @@ def logprobs_of(model: Any, **options: Any) -> torch.Tensor:
 
 def packed_layers_of(llm: Any) -> list[Any]:
     """The packed layers of the served model."""
-    from vllm_atomic_moe.serving.loader import packed_layers
+    from vllm_atomic_moe.engine.loader import packed_layers
 
     return packed_layers(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
 

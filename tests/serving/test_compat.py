@@ -18,7 +18,9 @@ import pytest
 import torch
 import vllm
 
-from vllm_atomic_moe.serving import admin_models, compat, layer, server_benchmark
+from vllm_atomic_moe.control import models as admin_models
+from vllm_atomic_moe.engine import compat, layer
+from vllm_atomic_moe.measure import server_benchmark
 
 LAYERS = "vllm.model_executor.layers"
 MOE = f"{LAYERS}.fused_moe"

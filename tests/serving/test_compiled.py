@@ -18,8 +18,8 @@ from tests.serving.conftest import (
     masked_transformers_logprobs,
     prompt_logprobs,
 )
-from vllm_atomic_moe.checkpoint import describe_checkpoint
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 RESIDENT = {"heapr-20": [], "heapr-40": ["whole", "ragged"]}
 

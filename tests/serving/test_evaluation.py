@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from tests.checkpoints import zero_pruned
 from tests.serving.conftest import DEMO
 from vllm_atomic_moe.cli import app
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 COMMAND = [str(Path(sys.executable).parent / "atomic-moe"), "eval"]
 LENGTH = 100

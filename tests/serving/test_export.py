@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
 from tests.serving.conftest import check_resident, engine, logprobs_of, prompt_logprobs
-from vllm_atomic_moe.checkpoint import describe_checkpoint
-from vllm_atomic_moe.exporting.export import export
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 
 def make_model(directory, architecture, layout="per_expert"):
@@ -51,7 +51,7 @@ def served(directory, profiles=None, **extra):
 
 
 def test_export_serves_what_the_mask_on_the_original_serves(model, exported):
-    from vllm_atomic_moe.serving.loader import packed_layers
+    from vllm_atomic_moe.engine.loader import packed_layers
 
     with engine(exported, load_format="atomic-pruned") as llm:
         found = prompt_logprobs(llm)

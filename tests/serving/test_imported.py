@@ -13,7 +13,7 @@ from tests.serving.conftest import (
     prompt_logprobs,
 )
 from vllm_atomic_moe.cli import app
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 FORMATS = {"pruned-experts", "shape", "ranked", "heapr", "mask"}
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from tests.kernel_suite import TOLERANCE
 from tests.serving.conftest import DEMO
 from vllm_atomic_moe.cli import app
-from vllm_atomic_moe.kernels.shapes import SHAPES, LayerShape
-from vllm_atomic_moe.serving import layer_benchmark
-from vllm_atomic_moe.serving.compat import DenseExperts
-from vllm_atomic_moe.serving.layer_benchmark import LayerPlan, draw_mask, draw_routing
+from vllm_atomic_moe.engine.compat import DenseExperts
+from vllm_atomic_moe.measure import layer_benchmark
+from vllm_atomic_moe.measure.layer_benchmark import LayerPlan, draw_mask, draw_routing
+from vllm_atomic_moe.measure.shapes import SHAPES, LayerShape
 
 SMALL = LayerShape("small", 8, 64, 128, 2)
 

@@ -21,8 +21,8 @@ from tests.serving.conftest import (
     packed_layers_of,
     prompt_logprobs,
 )
-from vllm_atomic_moe.profiles import PruningProfile
-from vllm_atomic_moe.serving.options import LoaderOptions
+from vllm_atomic_moe.engine.options import LoaderOptions
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
 )
 def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, words):
     """vLLM's CPU platform rejects these flags earlier; a GPU machine reaches our refusal."""
-    from vllm_atomic_moe.serving.refusals import check_config
+    from vllm_atomic_moe.engine.refusals import check_config
 
     config = configure(model)
     check_config(config, config.model_config)
@@ -149,7 +149,7 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
 
 
 def test_what_was_never_tried_is_named(model):
-    from vllm_atomic_moe.serving.refusals import check_config, unverified
+    from vllm_atomic_moe.engine.refusals import check_config, unverified
 
     config = configure(model)
     assert list(unverified(config.parallel_config)) == []
@@ -165,8 +165,8 @@ def test_what_was_never_tried_is_named(model):
 def test_cuda_graphs_need_a_kernel_that_can_be_captured(model, monkeypatch):
     from vllm.config import CUDAGraphMode
 
-    from vllm_atomic_moe.kernels import Backend
-    from vllm_atomic_moe.serving import refusals
+    from vllm_atomic_moe.engine import refusals
+    from vllm_atomic_moe.experts.backends import Backend
 
     config = configure(model)
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
@@ -281,8 +281,8 @@ def test_unsupported_experts_are_refused(model, monkeypatch, no_weights_read, la
 
 def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
     """vLLM has them on ROCm, and with data parallelism, only: the rule by itself."""
-    from vllm_atomic_moe.serving.compat import MoEActivation
-    from vllm_atomic_moe.serving.refusals import check_layer
+    from vllm_atomic_moe.engine.compat import MoEActivation
+    from vllm_atomic_moe.engine.refusals import check_layer
 
     layer = SimpleNamespace(
         layer_name="model.layers.0.mlp.experts",
@@ -417,7 +417,7 @@ def test_the_kernel_option_reaches_the_layers_and_the_log(model, log):
 
 
 def test_a_slower_kernel_is_announced(model, log, monkeypatch, tmp_path):
-    from vllm_atomic_moe.kernels import cpu
+    from vllm_atomic_moe.experts.backends import cpu
 
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("ATOMIC_MOE_CACHE", str(tmp_path / "empty"))
@@ -504,7 +504,7 @@ def test_multithreaded_reading_gives_the_same(model):
 def test_other_load_formats_notice_nothing(model):
     from vllm.model_executor.custom_op import op_registry_oot
 
-    from vllm_atomic_moe.serving.layer import AtomicRoutedExperts
+    from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
 
     with engine(model) as llm:
         worker = llm.llm_engine.model_executor.driver_worker.worker
@@ -516,8 +516,8 @@ def test_other_load_formats_notice_nothing(model):
 
 
 def test_digest_depends_on_what_is_resident(model):
-    from vllm_atomic_moe.checkpoint import describe_checkpoint
-    from vllm_atomic_moe.serving.options import select_profiles
+    from vllm_atomic_moe.engine.options import select_profiles
+    from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
     info = describe_checkpoint(model)
     digests = {
@@ -545,8 +545,8 @@ class World:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_rank_reports_for_all(model, monkeypatch, log, rank):
-    from vllm_atomic_moe.checkpoint import describe_checkpoint
-    from vllm_atomic_moe.serving import loader, options
+    from vllm_atomic_moe.engine import loader, options
+    from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
     parsed = LoaderOptions.parse({"active": "narrow"})
     resident = options.select_profiles(parsed, model, describe_checkpoint(model))
@@ -563,7 +563,7 @@ def test_the_first_rank_reports_for_all(model, monkeypatch, log, rank):
 
 
 def test_ranks_that_read_different_profiles_are_refused(monkeypatch):
-    from vllm_atomic_moe.serving import loader
+    from vllm_atomic_moe.engine import loader
 
     def gather(ranks, own, group):
         ranks[:] = [own, ("theirs", 5)]
@@ -578,7 +578,7 @@ def test_ranks_that_read_different_profiles_are_refused(monkeypatch):
 @pytest.mark.parametrize(("size", "wanted"), [(1, [[0, 2, 3]]), (2, [[0], [2, 3]])])
 def test_every_layer_belongs_to_a_pipeline_rank(model, size, wanted):
     """vLLM counts three layers; a fourth that the checkpoint holds is not overlooked."""
-    from vllm_atomic_moe.serving.loader import _layers_of_rank
+    from vllm_atomic_moe.engine.loader import _layers_of_rank
 
     config = configure(model, pipeline_parallel_size=size)
     for rank, layers in enumerate(wanted):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.load_time import measure
 from tests.synthetic import Sizes, make_checkpoint
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 SIZES = Sizes(layers=6, experts=32, experts_per_token=4, hidden=1024, intermediate=1024)
 SLACK_BYTES = 64 * 2**20  # what vLLM's model and loader allocate besides the weights

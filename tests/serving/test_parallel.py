@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile, write_routing_profiles
 from tests.serving.conftest import activate, engine, prompt_logprobs
-from vllm_atomic_moe.exporting.export import export
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 TOLERANCE = 1e-4
 ATOM_BYTES = 3 * 128 * 4
@@ -184,7 +184,7 @@ def atoms_of_ranks(checkpoints: Checkpoints, ranks: str, first: int) -> list[flo
     return shares
 
 
-# --- the switch, as serving/switch.py does it on an idle engine -----------------------------------
+# --- the switch, as engine/switch.py does it on an idle engine -----------------------------------
 
 _switches = count()
 

@@ -1,4 +1,4 @@
-"""Pruned serving equals a dense model whose pruned atoms are zeroed (DESIGN §7), in float32."""
+"""Pruned serving equals a dense model whose pruned atoms are zeroed, in float32."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from tests.serving.conftest import (
     packed_layers_of,
     prompt_logprobs,
 )
-from vllm_atomic_moe.checkpoint import ExpertGroups
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.checkpoint import ExpertGroups
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 TOLERANCE = 1e-4
 ATOM_BYTES = 3 * 128 * 4
@@ -38,7 +38,7 @@ def buffer_addresses(llm):
 
 def chosen_experts(llm, monkeypatch):
     """Layer -> ids of the experts that the prompts' tokens were sent to."""
-    from vllm_atomic_moe.serving.layer import AtomicExpertsMethod
+    from vllm_atomic_moe.engine.layer import AtomicExpertsMethod
 
     apply, seen = AtomicExpertsMethod.apply, {}
 
@@ -141,8 +141,8 @@ def dumb_choice(logits, bias, mask, scoring, chosen, top_k):
 @pytest.mark.parametrize("router_class", ["CPURouter", "GroupedTopKRouter"])
 def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_class):
     """GroupedTopKRouter is the one of CUDA; here its PyTorch code runs, not its fused kernel."""
-    from vllm_atomic_moe.serving import compat
-    from vllm_atomic_moe.serving.routing import RoutingMask
+    from vllm_atomic_moe.engine import compat
+    from vllm_atomic_moe.engine.routing import RoutingMask
 
     known = {router.__name__: router for router in compat.known_routers()}
     extra = {"use_grouped_topk": True} if router_class == "CPURouter" else {}
@@ -185,8 +185,8 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
 
 
 def test_masked_rows_are_never_nan_and_survivors_keep_their_weights():
-    from vllm_atomic_moe.serving.compat import known_routers
-    from vllm_atomic_moe.serving.routing import RoutingMask
+    from vllm_atomic_moe.engine.compat import known_routers
+    from vllm_atomic_moe.engine.routing import RoutingMask
 
     mask = torch.tensor([True, False, True, False])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -214,7 +214,7 @@ def model(tmp_path_factory):
 
 
 def test_profiles_that_mask_nothing_leave_any_router_alone(model, monkeypatch):
-    from vllm_atomic_moe.serving.compat import MoERunner
+    from vllm_atomic_moe.engine.compat import MoERunner
 
     monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
     with engine(model, **options("zeroed", "dense")) as llm:
@@ -263,7 +263,7 @@ def test_custom_routing_is_refused(model, monkeypatch, no_weights_read):
     ],
 )
 def test_router_properties_no_small_model_here_has_are_refused(change, words):
-    from vllm_atomic_moe.serving.refusals import check_router
+    from vllm_atomic_moe.engine.refusals import check_router
 
     layer, runner, masks = routed_layer()
     check_router(layer, runner, masks)
@@ -273,7 +273,7 @@ def test_router_properties_no_small_model_here_has_are_refused(change, words):
 
 
 def test_runner_platform_and_float16_are_refused(monkeypatch):
-    from vllm_atomic_moe.serving import refusals
+    from vllm_atomic_moe.engine import refusals
 
     layer, runner, masks = routed_layer()
     with pytest.raises(ValueError, match="the runner NoneType"):
@@ -293,7 +293,7 @@ def test_runner_platform_and_float16_are_refused(monkeypatch):
 
 def routed_layer():
     """A layer of four experts in two groups, its runner and its masks, without a model."""
-    from vllm_atomic_moe.serving.compat import MoERunner, known_routers
+    from vllm_atomic_moe.engine.compat import MoERunner, known_routers
 
     bias = torch.zeros(4)
     runner = MoERunner.__new__(MoERunner)
@@ -318,7 +318,7 @@ def routed_layer():
 
 
 def test_groups_that_only_the_router_tells_are_checked():
-    from vllm_atomic_moe.serving.refusals import check_router
+    from vllm_atomic_moe.engine.refusals import check_router
 
     layer, runner, masks = routed_layer()
     masks["bad"] = torch.tensor([True, True, True, False])
@@ -332,7 +332,7 @@ def test_groups_that_only_the_router_tells_are_checked():
 
 def test_groups_that_the_configuration_tells_are_checked_first(tmp_path, no_weights_read):
     """By `atomic-moe check` and the loader alike."""
-    from vllm_atomic_moe.serving.options import check_profile
+    from vllm_atomic_moe.engine.options import check_profile
 
     model = tmp_path / "model"
     info = make_checkpoint("glm4_moe", model)
@@ -352,8 +352,8 @@ def test_groups_that_the_configuration_tells_are_checked_first(tmp_path, no_weig
 
 
 def test_digest_depends_on_the_routing_masks(model):
-    from vllm_atomic_moe.checkpoint import describe_checkpoint
-    from vllm_atomic_moe.serving.options import ResidentProfiles
+    from vllm_atomic_moe.engine.options import ResidentProfiles
+    from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
     info = describe_checkpoint(model)
     profile = PruningProfile.read(model / "atomic_profiles" / "whole.safetensors")

@@ -22,7 +22,7 @@ from tests.serving.conftest import (
     prompt_logprobs,
 )
 from tests.serving.test_parity import transformers_logprobs
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 RESIDENT = ["narrow", "other", "hollow", "whole", "dense"]
 TOLERANCE = 1e-4

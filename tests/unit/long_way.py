@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from vllm_atomic_moe.calibration.experts import find_experts
-from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 
 GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_atomic_moe.serving.admin_access import Access
-from vllm_atomic_moe.serving.admin_key import KEY, KEY_FILE, fingerprint, read_key
+from vllm_atomic_moe.control.access import Access
+from vllm_atomic_moe.control.key import KEY, KEY_FILE, fingerprint, read_key
 
 
 def test_from_the_environment_or_a_file(tmp_path):

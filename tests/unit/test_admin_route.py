@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, FastAPI, Request
 
-from vllm_atomic_moe.serving.admin_access import Access, AdminRoute
+from vllm_atomic_moe.control.access import Access, AdminRoute
 
 router = APIRouter(route_class=AdminRoute)
 done: list[str] = []

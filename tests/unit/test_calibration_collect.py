@@ -35,8 +35,8 @@ from vllm_atomic_moe.calibration.statistics import (
     merge,
 )
 from vllm_atomic_moe.calibration.text import CalibrationText
-from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 CPU = {"": "cpu"}
 OPTIONS = CalibrationOptions(samples=4, seq_len=32)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
-from vllm_atomic_moe.checkpoint import ExpertGroups, describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.checkpoint import ExpertGroups, describe_checkpoint, resolve_model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

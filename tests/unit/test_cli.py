@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.cli import app
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.scoring import METHODS
 
 SMALL = ("--samples", "64", "--seq-len", "32")

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint, ragged_masks, write_profile
-from vllm_atomic_moe.checkpoint import describe_checkpoint
-from vllm_atomic_moe.export_format import EXPORT_DIRECTORY, INDEX
-from vllm_atomic_moe.exporting.export import export
-from vllm_atomic_moe.exporting.place import working_directory
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.convert.exporting.place import working_directory
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY, INDEX
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 SHARD = f"{EXPORT_DIRECTORY}/model-00001-of-00001.safetensors"
 
@@ -281,7 +281,7 @@ def test_profiles_of_an_export_are_checked_against_what_it_holds(shared, tmp_pat
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from vllm_atomic_moe.exporting.export import export
+from vllm_atomic_moe.convert.exporting.export import export
 
 model, profile, output, point = sys.argv[1:]
 event, _, wanted = point.partition(" ")

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from tests.checkpoints import make_checkpoint
 from tests.import_examples import whole, write_examples
 from tests.unit.test_cli import refused, run
-from vllm_atomic_moe.checkpoint import CheckpointInfo
-from vllm_atomic_moe.importing import FORMATS, import_profile
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.convert.importing import FORMATS, import_profile
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 EXAMPLES = (
     "pruned-experts",

@@ -1,4 +1,4 @@
-"""The arrows of CONTRIBUTING: who may import whom."""
+"""The rooms of CONTRIBUTING: imports point down only."""
 
 from __future__ import annotations
 
@@ -10,37 +10,21 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
-LIGHT = (
-    "tensor_files",
-    "export_format",
-    "checkpoint",
-    "profiles",
-    "packing",
+# From the top down: a room may import those after it, and nothing above.
+ROOMS = (
+    "cli",
+    "measure",
+    "control",
+    "engine",
+    "convert",
     "scoring",
-    "importing",
-    "exporting",
-    "plots",
-    "kernels",
+    "calibration",
+    "experts",
+    "files",
+    "__init__",
 )
-BASE = {"tensor_files", "export_format", "checkpoint", "profiles"}
-# Wing -> the wings it may import. The first line of a directory's __init__ is the wing's purpose.
-ARROWS = {
-    "__init__": {"serving"},
-    "tensor_files": set(),
-    "export_format": {"packing"},
-    "checkpoint": {"export_format"},
-    "profiles": {"checkpoint", "tensor_files"},
-    "packing": set(),
-    "calibration": BASE,
-    "scoring": BASE | {"calibration"},
-    "importing": BASE | {"scoring"},
-    "plots": {"profiles", "tensor_files"},
-    "kernels": {"packing"},
-    "exporting": BASE | {"packing"},
-    "serving": BASE | {"packing", "calibration", "kernels"},
-    "cli": BASE | {"calibration", "scoring", "importing", "exporting", "plots", "serving"},
-}
-# vLLM's public names; everything else of vLLM may be imported in serving/compat.py only.
+LIGHT = ("files", "experts", "scoring", "convert")
+# vLLM's public names; everything else of vLLM may be imported in engine/compat.py only.
 PUBLIC_VLLM = (
     "vllm",
     "vllm.config",
@@ -59,22 +43,20 @@ def modules_imported_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-@pytest.mark.parametrize("wing", LIGHT)
-def test_light_modules_import_neither_vllm_nor_transformers(wing):
-    modules = [f"vllm_atomic_moe.{wing}"]
-    modules += [f"vllm_atomic_moe.{wing}.{path.stem}" for path in python_files(wing)]
-    names = [name for name in modules if not name.endswith("__init__")]
-    loaded = modules_imported_by("; ".join(f"import {name}" for name in names))
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_import_neither_vllm_nor_transformers(room):
+    loaded = modules_imported_by("; ".join(f"import {name}" for name in module_names(room)))
     assert not loaded & {"vllm", "transformers"}
 
 
 def test_imports_point_down_only():
     for path in python_files(""):
-        wing = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for name in imported_names(path):
             parts = name.split(".")
-            if parts[0] == "vllm_atomic_moe" and len(parts) > 1 and parts[1] != wing:
-                assert parts[1] in ARROWS[wing], f"{path}: {wing} may not import {parts[1]}"
+            if parts[0] == "vllm_atomic_moe" and len(parts) > 1 and room != "__init__":
+                below = ROOMS[ROOMS.index(room) :]
+                assert parts[1] in below, f"{path}: {room} must not import {parts[1]}"
 
 
 def test_register_loads_no_layer():
@@ -87,14 +69,14 @@ def test_register_loads_no_layer():
         check=True,
     )
     loaded = done.stdout.split()
-    assert "vllm_atomic_moe.serving.loader" in loaded
-    assert "vllm_atomic_moe.serving.layer" not in loaded
+    assert "vllm_atomic_moe.engine.loader" in loaded
+    assert "vllm_atomic_moe.engine.layer" not in loaded
     assert "vllm.model_executor.layers.fused_moe.routed_experts" not in loaded
 
 
 def test_calibration_never_imports_vllm():
-    modules = [f"vllm_atomic_moe.calibration.{path.stem}" for path in python_files("calibration")]
-    loaded = modules_imported_by("; ".join(f"import {name}" for name in modules))
+    names = module_names("calibration")
+    loaded = modules_imported_by("; ".join(f"import {name}" for name in names))
     assert "transformers" in loaded
     assert "vllm" not in loaded
 
@@ -105,19 +87,24 @@ def test_package_and_command_line_import_nothing_heavy():
     assert not modules_imported_by("import vllm_atomic_moe.cli") & heavy
 
 
-def test_only_serving_names_vllm_and_only_compat_its_internals():
+def test_three_rooms_name_vllm_and_only_compat_its_internals():
     for path in python_files(""):
         names = vllm_names(path)
         inside = path.relative_to(PACKAGE).parts
-        if inside[0] != "serving":
-            assert not names, f"{path}: {names} outside serving/"
-        elif inside[1] != "compat.py":
+        if inside[0] not in ("engine", "control", "measure"):
+            assert not names, f"{path}: {names} outside engine/, control/ and measure/"
+        elif inside != ("engine", "compat.py"):
             internal = names - set(PUBLIC_VLLM)
-            assert not internal, f"{path}: {internal} belongs into serving/compat.py"
+            assert not internal, f"{path}: {internal} belongs in engine/compat.py"
 
 
-def python_files(wing: str) -> list[Path]:
-    return sorted((PACKAGE / wing).rglob("*.py"))
+def python_files(room: str) -> list[Path]:
+    return sorted((PACKAGE / room).rglob("*.py"))
+
+
+def module_names(room: str) -> list[str]:
+    paths = [path.relative_to(PACKAGE.parent).with_suffix("") for path in python_files(room)]
+    return [".".join(path.parts).removesuffix(".__init__") for path in paths]
 
 
 def vllm_names(path: Path) -> set[str]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.kernel_suite import KernelSuite, make_experts, ragged, routed
-from vllm_atomic_moe import kernels
-from vllm_atomic_moe.kernels import choose_backend
-from vllm_atomic_moe.serving.options import LoaderOptions
+from vllm_atomic_moe.engine.options import LoaderOptions
+from vllm_atomic_moe.experts import backends
+from vllm_atomic_moe.experts.backends import choose_backend
 
 CPU = torch.device("cpu")
 
@@ -32,11 +32,11 @@ def test_op_is_opaque_and_has_a_faithful_fake():
 def test_the_reference_runs_where_nothing_else_does(monkeypatch):
     backend = choose_backend(torch.device("meta"), torch.float32)
     assert backend.name == "reference"
-    monkeypatch.setitem(kernels.BACKENDS, "cpu", ("broken", "reference"))
+    monkeypatch.setitem(backends.BACKENDS, "cpu", ("broken", "reference"))
     broken = type("Broken", (), {"unavailable": staticmethod(lambda device, dtype: "no compiler")})
-    real = kernels.backend_module
+    real = backends.backend_module
     monkeypatch.setattr(
-        kernels, "backend_module", lambda name: broken if name == "broken" else real(name)
+        backends, "backend_module", lambda name: broken if name == "broken" else real(name)
     )
     backend = choose_backend(CPU, torch.float32)
     assert (backend.name, backend.reason) == ("reference", "not broken: no compiler")

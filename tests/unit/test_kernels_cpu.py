@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import WIDTHS, KernelSuite
-from vllm_atomic_moe.kernels import cpu, cpu_library
-from vllm_atomic_moe.kernels.cpu_library import Library, VariantError
+from vllm_atomic_moe.experts.backends import cpu
+from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
+from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
 
 
 class TestCPU(KernelSuite):
@@ -584,7 +585,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_anew(fresh):
 
 
 @pytest.mark.parametrize(
-    "name", ["platform.libc_ver", "vllm_atomic_moe.kernels.cpu_library._openmp"]
+    "name", ["platform.libc_ver", "vllm_atomic_moe.experts.backends.cpu.library._openmp"]
 )
 def test_another_system_has_libraries_of_its_own(fresh, name, tmp_path):
     fresh.setattr(cpu_library, "_compile", lambda command: Path(command[-3]).touch())
@@ -631,7 +632,7 @@ def test_two_processes_compile_once_and_a_prebuilt_library_needs_no_compiler(fre
     compiler.chmod(0o755)
     fresh.setenv("CXX", str(compiler))
     code = (
-        "from vllm_atomic_moe.kernels import cpu_library as library; "
+        "from vllm_atomic_moe.experts.backends.cpu import library; "
         "print(library.build(library.VARIANTS[-1]))"
     )
     both = [
@@ -648,8 +649,9 @@ def test_two_processes_compile_once_and_a_prebuilt_library_needs_no_compiler(fre
 @needs_library
 def test_the_process_has_one_openmp_runtime():
     code = (
-        "import torch; from vllm_atomic_moe.kernels import cpu, cpu_library; "
-        "before = cpu_library._openmp_runtimes(); cpu._library(); "
-        "assert before == cpu_library._openmp_runtimes() and len(before) == 1, before"
+        "import torch; from vllm_atomic_moe.experts.backends import cpu; "
+        "from vllm_atomic_moe.experts.backends.cpu import library; "
+        "before = library._openmp_runtimes(); cpu._library(); "
+        "assert before == library._openmp_runtimes() and len(before) == 1, before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-from vllm_atomic_moe.kernels import triton as backend
+from vllm_atomic_moe.experts.backends import triton as backend
 
 
 def test_kernels_in_the_interpreter():
@@ -39,7 +39,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("T", [1, 40])
 def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
     """The host reads nothing from the device, so CUDA graphs capture the call; kernels left out."""
-    from vllm_atomic_moe.kernels import triton_kernels
+    from vllm_atomic_moe.experts.backends import triton_kernels
 
     launches: list = []
 

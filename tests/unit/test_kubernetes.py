@@ -22,7 +22,7 @@ import yaml
 
 from tests.documents import ROOT, example
 from vllm_atomic_moe import __version__
-from vllm_atomic_moe.serving.options import OPTION_KEYS, LoaderOptions
+from vllm_atomic_moe.engine.options import OPTION_KEYS, LoaderOptions
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 KUBECTL = Path(sys.executable).parent / "kubectl"

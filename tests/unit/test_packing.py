@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_atomic_moe.packing import (
+from vllm_atomic_moe.experts.packing import (
     PackedExperts,
     PackedLayout,
     RowStorage,

@@ -9,7 +9,8 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from vllm_atomic_moe.plots import (
+from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.measure.plots import (
     LINES,
     NOT_ROUTABLE,
     LayerPoint,
@@ -22,7 +23,6 @@ from vllm_atomic_moe.plots import (
     plot_servers,
     plot_widths,
 )
-from vllm_atomic_moe.profiles import PruningProfile
 
 
 def profile(name="p", layers=4, experts=16, size=32, seed=0, first=0, excluded=0):
@@ -183,8 +183,8 @@ def test_no_pyplot_and_no_display(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
-from vllm_atomic_moe.plots import PerplexityPoint, plot_perplexity, plot_widths
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.measure.plots import PerplexityPoint, plot_perplexity, plot_widths
+from vllm_atomic_moe.files.profiles import PruningProfile
 assert "matplotlib" not in sys.modules
 plot_widths([PruningProfile("p", {0: torch.ones(2, 2, dtype=torch.bool)})], Path("w.png"))
 plot_perplexity([PerplexityPoint("dense", 1, 2.0)], Path("p.png"))

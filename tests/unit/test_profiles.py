@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from vllm_atomic_moe.checkpoint import CheckpointInfo
-from vllm_atomic_moe.profiles import ProfileStore, PruningProfile
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.profiles import ProfileStore, PruningProfile
 
 MODEL = CheckpointInfo(
     architecture="Qwen3MoeForCausalLM",
@@ -93,7 +93,7 @@ def test_file_is_readable_by_others_and_complete_or_absent(tmp_path, monkeypatch
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vllm_atomic_moe.tensor_files.save_file", interrupted)
+    monkeypatch.setattr("vllm_atomic_moe.files.tensors.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         profile().write(path)
     assert path.read_bytes() == before

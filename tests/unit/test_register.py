@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import vllm_atomic_moe
-from vllm_atomic_moe import serving
+from vllm_atomic_moe import engine
 
 
 def test_is_idempotent(monkeypatch):
     calls = []
     monkeypatch.setattr(vllm_atomic_moe, "_registered", False)
-    monkeypatch.setattr(serving, "register_load_format", lambda: calls.append(1))
+    monkeypatch.setattr(engine, "register_load_format", lambda: calls.append(1))
     vllm_atomic_moe.register()
     vllm_atomic_moe.register()
     assert calls == [1]
@@ -24,7 +24,7 @@ def test_never_raises_but_says_so(monkeypatch, caplog):
         raise ImportError("no such internal")
 
     monkeypatch.setattr(vllm_atomic_moe, "_registered", False)
-    monkeypatch.setattr(serving, "register_load_format", broken)
+    monkeypatch.setattr(engine, "register_load_format", broken)
     with caplog.at_level(logging.ERROR):
         vllm_atomic_moe.register()
     assert "could not register its load format" in caplog.text

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums, rewrite
 from vllm_atomic_moe.calibration.statistics import Statistics
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.scoring import METHODS, method_options, score_layers, selection_options
 from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, score_statistics
 from vllm_atomic_moe.scoring.random import score_random

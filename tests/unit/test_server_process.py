@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from vllm_atomic_moe.serving import server_process
-from vllm_atomic_moe.serving.server_benchmark import measure_servers
-from vllm_atomic_moe.serving.server_process import (
+from vllm_atomic_moe.measure import server_process
+from vllm_atomic_moe.measure.server_benchmark import measure_servers
+from vllm_atomic_moe.measure.server_process import (
     failure_in,
     free_port,
     processes_of_group,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.unit.test_cli import refused, run
-from vllm_atomic_moe.checkpoint import CheckpointInfo
 from vllm_atomic_moe.cli import eval as evaluation
 from vllm_atomic_moe.cli.console import print_table
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 MODEL = CheckpointInfo("PaperForCausalLM", 4, 2, 8, 1024, (1, 2), "0" * 64)
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from vllm_atomic_moe.kernels import triton as backend
+from vllm_atomic_moe.experts.backends import triton as backend
 
 # What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
 SHARED_MEMORY = 99 * 1024

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests import checkpoints
-from vllm_atomic_moe.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 
 CONTEXT = checkpoints.COMMON["max_position_embeddings"]
 EOS_ID = checkpoints.COMMON["eos_token_id"]

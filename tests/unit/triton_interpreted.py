@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.kernel_suite import FULL, WIDTHS, KernelSuite, make_experts, ragged, routed
-from vllm_atomic_moe.kernels import triton as triton_backend
+from vllm_atomic_moe.experts.backends import triton as triton_backend
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 

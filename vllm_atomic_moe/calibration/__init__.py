@@ -1,4 +1,4 @@
-"""Calibration: a model and text become statistics (DESIGN §3, the offline wing).
+"""Calibration: a model and text become statistics.
 
 `text` cuts text into windows, `experts` watches the experts while the model runs, `collect` is the
 run from beginning to end, `statistics` is what it leaves behind. Only `experts` and `collect`

@@ -27,13 +27,13 @@ from vllm_atomic_moe.calibration.text import (
     parse_shard,
     take_shard,
 )
-from vllm_atomic_moe.checkpoint import (
+from vllm_atomic_moe.files.checkpoint import (
     CheckpointInfo,
     describe_checkpoint,
     read_config,
     resolve_model,
 )
-from vllm_atomic_moe.tensor_files import one_line
+from vllm_atomic_moe.files.tensors import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IGNORED = -100  # the target that cross_entropy leaves out

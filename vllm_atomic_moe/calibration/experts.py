@@ -22,7 +22,7 @@ import transformers
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from vllm_atomic_moe.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 
 IMPLEMENTATION = "atomic_moe_calibration"
 LAYER = re.compile(r"\blayers\.(\d+)\.")

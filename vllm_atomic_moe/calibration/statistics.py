@@ -20,7 +20,7 @@ import torch
 
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.calibration.topk_sets import TopKSets
-from vllm_atomic_moe.tensor_files import (
+from vllm_atomic_moe.files.tensors import (
     check_layers,
     check_tensor,
     json_object,

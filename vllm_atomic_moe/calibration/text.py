@@ -1,4 +1,4 @@
-"""Text for calibration: files become windows of exactly `seq_len` tokens (DESIGN §6).
+"""Text for calibration: files become windows of exactly `seq_len` tokens.
 
 Documents are joined by EOS, per domain and in the order given, and cut into windows; the remainder
 is dropped, so that nothing is ever padded.

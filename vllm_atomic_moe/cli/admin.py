@@ -15,7 +15,7 @@ import typer
 from vllm_atomic_moe.cli.console import print_error, print_json, print_table, status_lines
 
 if TYPE_CHECKING:
-    from vllm_atomic_moe.serving.admin_client import AdminClient
+    from vllm_atomic_moe.control.client import AdminClient
 
 Urls = Annotated[
     list[str], typer.Option("--url", metavar="URL", help="http://host:port; repeat for a fleet.")
@@ -112,7 +112,7 @@ def activate(
 
     All are checked first. At the first failure it stops and says which servers switched.
     """
-    from vllm_atomic_moe.serving.admin_client import activate_fleet
+    from vllm_atomic_moe.control.client import activate_fleet
 
     with _servers(urls, key_file) as servers:
         show = status_lines() if len(servers) > 1 else lambda done, total, url: None
@@ -154,8 +154,8 @@ def _raise_first(errors: list[ValueError]) -> None:
 
 @contextmanager
 def _servers(urls: list[str], key_file: Path | None) -> Iterator[list[AdminClient]]:
-    from vllm_atomic_moe.serving.admin_client import fleet
-    from vllm_atomic_moe.serving.admin_key import KEY_FILE, read_key
+    from vllm_atomic_moe.control.client import fleet
+    from vllm_atomic_moe.control.key import KEY_FILE, read_key
 
     key = read_key({KEY_FILE: str(key_file)} if key_file else os.environ)
     with fleet(urls, key) as servers:

@@ -116,7 +116,7 @@ def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json
     """Options: those of `LayerPlan` that were given, shapes and dtype by name."""
     import torch
 
-    from vllm_atomic_moe.serving.layer_benchmark import SHAPES, LayerPlan, measure_layers
+    from vllm_atomic_moe.measure.layer_benchmark import SHAPES, LayerPlan, measure_layers
 
     if "shapes" in options:
         options["shapes"] = [_named(name, SHAPES, "shape") for name in options["shapes"]]
@@ -130,7 +130,7 @@ def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json
     else:
         _print(report)
     if plot is not None:
-        from vllm_atomic_moe.plots import LayerPoint, plot_layers
+        from vllm_atomic_moe.measure.plots import LayerPoint, plot_layers
 
         points = [
             LayerPoint(c.shape, c.tokens, c.pruned, c.ratio, c.ratio_low, c.ratio_high)
@@ -155,9 +155,9 @@ def _bench_servers(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    from vllm_atomic_moe.checkpoint import resolve_model
-    from vllm_atomic_moe.serving.server_benchmark import measure_servers
-    from vllm_atomic_moe.serving.server_report import LoadPlan
+    from vllm_atomic_moe.files.checkpoint import resolve_model
+    from vllm_atomic_moe.measure.server_benchmark import measure_servers
+    from vllm_atomic_moe.measure.server_report import LoadPlan
 
     directory = resolve_model(model)
     report = measure_servers(
@@ -174,7 +174,7 @@ def _bench_servers(
     else:
         _print_servers(report)
     if plot is not None:
-        from vllm_atomic_moe.plots import ServerPoint, plot_servers
+        from vllm_atomic_moe.measure.plots import ServerPoint, plot_servers
 
         points = [
             ServerPoint(row.profile, row.kept, phase.phase, phase.ratio)

@@ -25,7 +25,7 @@ def check(
 
     Exit code 1 if any profile is refused; each refusal is one line on stderr.
     """
-    from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
+    from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 
     files = profile_files(profiles)
     checkpoint = describe_checkpoint(resolve_model(model))
@@ -56,8 +56,8 @@ def check(
 
 
 def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
-    from vllm_atomic_moe.profiles import PruningProfile
-    from vllm_atomic_moe.serving.options import check_profile
+    from vllm_atomic_moe.engine.options import check_profile
+    from vllm_atomic_moe.files.profiles import PruningProfile
 
     result: dict[str, Any] = {
         "file": str(file),

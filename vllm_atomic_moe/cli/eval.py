@@ -57,7 +57,7 @@ def evaluate(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_atomic_moe.serving.evaluation import evaluate as run
+    from vllm_atomic_moe.measure.evaluation import evaluate as run
 
     rows = run(
         model,
@@ -74,7 +74,7 @@ def evaluate(
     else:
         _print(rows)
     if plot is not None:
-        from vllm_atomic_moe.plots import PerplexityPoint, plot_perplexity
+        from vllm_atomic_moe.measure.plots import PerplexityPoint, plot_perplexity
 
         plot_perplexity(
             [

@@ -31,8 +31,8 @@ def export(
     It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
     answers, and is smaller on disk by what was pruned.
     """
-    from vllm_atomic_moe.exporting.export import export as run
-    from vllm_atomic_moe.serving.options import check_profile
+    from vllm_atomic_moe.convert.exporting.export import export as run
+    from vllm_atomic_moe.engine.options import check_profile
 
     with progress_bar("reading headers", "exporting", in_bytes=True) as show:
         result = run(model, profile, output, check=check_profile, on_progress=show)

@@ -46,8 +46,8 @@ def import_profile(
     selection. ranked: vllm-ascend's ordered expert lists, JSON lines. heapr: HEAPr's scores, saved
     by torch. mask: bool safetensors, True where something stays.
     """
-    from vllm_atomic_moe.checkpoint import describe_checkpoint, resolve_model
-    from vllm_atomic_moe.importing import import_profile as run
+    from vllm_atomic_moe.convert.importing import import_profile as run
+    from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 
     checkpoint = describe_checkpoint(resolve_model(model))
     profile, warnings = run(format_name, file, checkpoint, ratio=ratio, name=name)

@@ -21,7 +21,7 @@ def profile_files(profiles: list[Path]) -> list[Path]:
         ValueError: a path does not exist, a directory holds no profile, or two files of one
             directory carry one name.
     """
-    from vllm_atomic_moe.profiles import ProfileStore
+    from vllm_atomic_moe.files.profiles import ProfileStore
 
     files: list[Path] = []
     for path in profiles:

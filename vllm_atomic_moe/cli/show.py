@@ -33,12 +33,12 @@ def show(
     """Show what profiles keep: widths per layer, and the bytes that saves at 16 bits a weight."""
     if plot is not None:
         check_plot(plot)
-    from vllm_atomic_moe.profiles import PruningProfile
+    from vllm_atomic_moe.files.profiles import PruningProfile
 
     read = [(file, PruningProfile.read(file)) for file in profile_files(profiles)]
     described = [_describe(file, profile) for file, profile in read]
     if plot is not None:
-        from vllm_atomic_moe.plots import plot_widths
+        from vllm_atomic_moe.measure.plots import plot_widths
 
         # Before anything is printed: a reader such as `head` may end the command early.
         plot_widths([profile for _, profile in read], plot)

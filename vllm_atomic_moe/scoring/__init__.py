@@ -1,4 +1,4 @@
-"""Scoring: statistics become scores, scores become masks (DESIGN §6).
+"""Scoring: statistics become scores, scores become masks.
 
 Pure functions, one method a file; this file is the list of methods. A method has two halves:
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm_atomic_moe.calibration.statistics import FORMAT as STATISTICS_FORMAT
 from vllm_atomic_moe.calibration.statistics import Statistics
-from vllm_atomic_moe.profiles import PruningProfile
+from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.tensors import open_safetensors, shorten
 from vllm_atomic_moe.scoring import (
     FOREIGN,
     METHODS,
@@ -20,7 +21,6 @@ from vllm_atomic_moe.scoring import (
 )
 from vllm_atomic_moe.scoring.score_file import FORMAT as SCORES_FORMAT
 from vllm_atomic_moe.scoring.score_file import Scores
-from vllm_atomic_moe.tensor_files import open_safetensors, shorten
 
 
 def score_statistics(

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe import __version__
-from vllm_atomic_moe.scoring.masks import LayerScores
-from vllm_atomic_moe.tensor_files import (
+from vllm_atomic_moe.files.tensors import (
     check_layers,
     check_tensor,
     json_object,
@@ -26,6 +25,7 @@ from vllm_atomic_moe.tensor_files import (
     read_layers,
     write_safetensors,
 )
+from vllm_atomic_moe.scoring.masks import LayerScores
 
 FORMAT = "atomic-moe-scores"
 FORMAT_VERSION = "1"

@@ -1,0 +1,173 @@
+"""Who may use the admin endpoint: one key, checked before a request's body is read."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from vllm.logger import init_logger
+
+from vllm_atomic_moe.control.key import KEY, fingerprint
+from vllm_atomic_moe.control.metrics import switch_metrics
+from vllm_atomic_moe.control.models import ErrorInfo, ErrorResponse
+from vllm_atomic_moe.engine.switch import (
+    Outcome,
+    SwitchError,
+    SwitchRecord,
+    engine_unavailable,
+)
+
+logger = init_logger(f"vllm.{__name__}")
+
+LONGEST_BODY = 4096
+
+
+class Access:
+    """The one key that opens the endpoint.
+
+    Args:
+        key: the admin key, or None: then nothing is open.
+        serving_keys: keys of vLLM's `--api-key`; serving clients have no business here.
+
+    Raises:
+        ValueError: the admin key is one of them.
+    """
+
+    def __init__(self, key: str | None, serving_keys: Sequence[str | None]) -> None:
+        if key is not None and key in serving_keys:
+            raise ValueError(
+                f"{KEY} equals a serving key (--api-key, VLLM_API_KEY); choose another admin key"
+            )
+        self._key = key
+
+    def check(self, request: Request) -> None:
+        """Refuse a request without the key.
+
+        Raises:
+            SwitchError: 403 no key is configured, 401 it is missing or wrong.
+        """
+        if self._key is None:
+            raise SwitchError(
+                403, "AdminKeyNotConfiguredError", f"no admin key is configured; start with {KEY}"
+            )
+        if not hmac.compare_digest(presented_key(request).encode(), self._key.encode()):
+            raise SwitchError(
+                401, "UnauthorizedError", "wanted the admin key as `Authorization: Bearer KEY`"
+            )
+
+
+def presented_key(request: Request) -> str:
+    """The bearer token of a request, or an empty string."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+class AdminRoute(APIRoute):
+    """A route that authenticates first, bounds the body, and says errors as vLLM does.
+
+    What is begun is finished, also where the client goes away. The body is JSON whatever the
+    content type says, so that a plain `curl -d` works.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See FastAPI."""
+        handle = super().get_route_handler()
+        unfinished: set[asyncio.Task[Response]] = set()
+
+        async def answer(request: Request) -> Response:
+            task = asyncio.create_task(_answer(handle, request))
+            unfinished.add(task)
+            task.add_done_callback(unfinished.discard)
+            return await asyncio.shield(task)
+
+        return answer
+
+
+async def _answer(handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    try:
+        request.app.state.atomic_moe_access.check(request)
+        return await handle(await _with_bounded_body(request))
+    except SwitchError as refusal:
+        error = refusal
+    except RequestValidationError as invalid:
+        error = _bad_request(invalid)
+    except HTTPException as unreadable:  # FastAPI's word for a body that is no text
+        error = SwitchError(400, "BadRequestError", f"body: {unreadable.detail}")
+    except Exception as unexpected:
+        logger.exception("Admin endpoint: %s %s failed", request.method, request.url.path)
+        error = engine_unavailable(f"{type(unexpected).__name__}: {unexpected}")
+    if request.method == "PUT":
+        audit(request, error.outcome, error.status, error.record, error.message)
+    return error_response(error)
+
+
+def audit(
+    request: Request, outcome: Outcome, status: int, record: SwitchRecord | None, words: str
+) -> None:
+    """Log and count one attempt to switch: who, what, what became of it, and how long it took.
+
+    Args:
+        request: the attempt.
+        outcome: of the switch.
+        status: HTTP status of the answer.
+        record: of a switch that began, else None.
+        words: what was asked for, or why it was refused.
+    """
+    logger.info(
+        "Profile switch: key=%s client=%s status=%d outcome=%s %s%s",
+        fingerprint(presented_key(request)),
+        request.client.host if request.client else "unknown",
+        status,
+        outcome,
+        f"{record.previous}->{record.profile} mode={record.mode} drain_ms={record.drain_ms:.1f} "
+        f"commit_ms={record.commit_ms:.1f} total_ms={record.total_ms:.1f} "
+        if record
+        else "",
+        ascii(words)[1:-1],
+    )
+    switch_metrics().count(outcome, record)
+
+
+async def _with_bounded_body(request: Request) -> Request:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LONGEST_BODY:
+            raise SwitchError(
+                400, "BadRequestError", f"the body is longer than {LONGEST_BODY} bytes"
+            )
+    sent = False
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal sent
+        if sent:
+            return await request.receive()
+        sent = True
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+    headers.append((b"content-type", b"application/json"))
+    return Request({**request.scope, "headers": headers}, receive)
+
+
+def _bad_request(error: RequestValidationError) -> SwitchError:
+    """The first of what is wrong with a request, without repeating what was sent."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or "body"
+    return SwitchError(400, "BadRequestError", f"{where[:80]}: {first['msg'][:200]}")
+
+
+def error_response(error: SwitchError) -> JSONResponse:
+    """`error` in the shape of vLLM's ErrorResponse."""
+    content = ErrorResponse(
+        error=ErrorInfo(message=error.message, type=error.kind, code=error.status)
+    )
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(content.model_dump(), status_code=error.status, headers=headers)

@@ -1,0 +1,172 @@
+"""The directory an export goes to: what may be replaced, and how it appears there at once.
+
+An export is built in a hidden directory beside its place and renamed when it is complete. A lock on
+the hidden directory keeps two exports to one place apart and ends with the process, so that what a
+killed export leaves is known for what it is, and cleared away by the next.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY, INDEX
+from vllm_atomic_moe.files.profiles import PruningProfile
+
+SHARD = re.compile(rf"{EXPORT_DIRECTORY}/model-\d+-of-\d+\.safetensors")
+
+
+def check_place(model: Path, output: Path) -> None:
+    """Refuse a place that cannot be written to, or that is in the model itself.
+
+    Raises:
+        ValueError: one line.
+    """
+    if model.resolve() in (output, *output.parents):
+        raise ValueError(f"output {output} is inside the model {model}; name another directory")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; name a directory")
+    if output.is_mount():
+        raise ValueError(
+            f"output {output} is a mount point, which cannot appear at once; name a directory in it"
+        )
+    parent = next(parent for parent in output.parents if parent.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"output {output}: {parent} is not writable; choose another directory")
+
+
+def check_replaced(
+    output: Path, info: CheckpointInfo, profile: PruningProfile, made: set[str]
+) -> None:
+    """Refuse to replace anything but an export of the same model and profile.
+
+    Args:
+        output: the place.
+        info: the model to be exported.
+        profile: the profile to be exported.
+        made: files of the new export, relative to `output`.
+
+    Raises:
+        ValueError: one line that says what is there.
+    """
+    if not output.exists() or not any(output.iterdir()):
+        return
+    remedy = "remove it or name another directory"
+    try:
+        found = describe_checkpoint(output)
+    except ValueError:
+        found = None
+    if found is None or found.stored is None:
+        raise ValueError(f"output {output} holds something that is no finished export; {remedy}")
+    index = json.loads((output / EXPORT_DIRECTORY / INDEX).read_text())
+    name = index["metadata"].get("profile")
+    if found != info or name != profile.name or not _equal(found.stored, profile.keep):
+        raise ValueError(
+            f"output {output} holds an export of another model or profile, {name!r:.80}; wanted "
+            f"{profile.name!r} of this model; {remedy}"
+        )
+    there = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    if more := sorted(file for file in there - made if not SHARD.fullmatch(file)):
+        raise ValueError(
+            f"output {output} holds {more[0]}, which would be lost: the export does not make it; "
+            "move it away or name another directory"
+        )
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse a disk that is too small for `needed` bytes.
+
+    Raises:
+        ValueError: one line with both numbers.
+    """
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise ValueError(
+            f"output {output}: {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB "
+            "are free; make room or name a directory on another disk"
+        )
+
+
+@contextmanager
+def working_directory(output: Path) -> Iterator[Path]:
+    """The empty hidden directory that is to become `output`; gone again if anything fails.
+
+    What a killed export left there is removed, and what it had moved aside is moved back.
+
+    Raises:
+        ValueError: another export to `output` is running.
+    """
+    made = [parent for parent in output.parents if not parent.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.parent / f".{output.name}.exporting"
+    handle = _lock(work, output)
+    try:
+        for entry in work.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _move_back(output)
+        yield work
+    except BaseException:
+        _move_back(output)
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+def publish(work: Path, output: Path) -> None:
+    """Rename `work` to `output`; an earlier export there goes when the new one is in its place."""
+    work.chmod(0o755)
+    if output.exists():
+        shutil.rmtree(_aside(output), ignore_errors=True)
+        output.rename(_aside(output))
+    work.rename(output)
+    shutil.rmtree(_aside(output), ignore_errors=True)
+
+
+def _lock(work: Path, output: Path) -> int:
+    """Make the directory and lock it: a file descriptor that holds the lock until it is closed."""
+    while True:
+        work.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its owner may just have finished: then the directory is `output` by now.
+                if os.path.samestat(os.fstat(handle), os.stat(work)):
+                    return handle
+            except BlockingIOError:
+                os.close(handle)
+                raise ValueError(
+                    f"output {output}: another export to it is running; wait for it or name "
+                    "another directory"
+                ) from None
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+
+
+def _move_back(output: Path) -> None:
+    """Undo the first half of `publish`, if the second has not happened."""
+    if _aside(output).exists() and not output.exists():
+        _aside(output).rename(output)
+
+
+def _aside(output: Path) -> Path:
+    return output.parent / f".{output.name}.replaced"
+
+
+def _equal(one: Mapping[int, torch.Tensor], two: Mapping[int, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

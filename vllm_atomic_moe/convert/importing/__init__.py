@@ -1,0 +1,142 @@
+"""Other tools' pruning files become profiles: one format a file.
+
+This file is the list of formats and the frame around them: the name, the metadata, and the check
+that every profile passes before a server sees it. A reader turns a file into masks for one
+checkpoint and refuses what does not fit by its position in the file: a line, a key, an index.
+
+Legend: E experts, I full intermediate size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+
+from vllm_atomic_moe import __version__
+from vllm_atomic_moe.convert.importing.heapr import read_heapr
+from vllm_atomic_moe.convert.importing.mask import read_mask
+from vllm_atomic_moe.convert.importing.pruned_experts import read_pruned_experts
+from vllm_atomic_moe.convert.importing.ranked import read_ranked
+from vllm_atomic_moe.convert.importing.selection import Selection
+from vllm_atomic_moe.convert.importing.shape import read_shape
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.profiles import DENSE, PruningProfile
+from vllm_atomic_moe.files.tensors import shorten
+from vllm_atomic_moe.scoring.budget import check_ratio
+
+IMPORTED = "imported"
+NAME_LENGTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format that can be imported.
+
+    Attributes:
+        read: (file, model) -> masks; with `needs_ratio`, (file, model, ratio) -> masks.
+        needs_ratio: the file ranks, and --ratio says how much of it goes; other formats carry
+            their own selection.
+    """
+
+    read: Callable[..., Selection]
+    needs_ratio: bool = False
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "pruned-experts": Format(read_pruned_experts),
+        "shape": Format(read_shape),
+        "ranked": Format(read_ranked, needs_ratio=True),
+        "heapr": Format(read_heapr, needs_ratio=True),
+        "mask": Format(read_mask),
+    }
+)
+
+
+def import_profile(
+    format_name: str,
+    path: Path,
+    model: CheckpointInfo,
+    *,
+    ratio: float | None = None,
+    name: str | None = None,
+) -> tuple[PruningProfile, list[str]]:
+    """Read another tool's file as a profile for `model`; nothing is written.
+
+    Args:
+        format_name: a key of FORMATS.
+        path: the file.
+        model: the checkpoint the profile is for.
+        ratio: fraction to remove, 0 <= ratio < 1, for formats that rank; None for the others.
+        name: of the profile; made from the file's name (and the ratio) if None.
+
+    Returns:
+        The profile, which fits the checkpoint, and warnings, one line each.
+
+    Raises:
+        ValueError: the format is not known, the ratio does not go with it, no name can be made, or
+            the file is refused.
+    """
+    if format_name not in FORMATS:
+        raise ValueError(f"format {format_name!r} is not known; wanted one of {', '.join(FORMATS)}")
+    kind = FORMATS[format_name]
+    _check_ratio(format_name, kind, ratio)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the path")
+    name = name or _default_name(path, ratio)
+    selection = kind.read(path, model, ratio) if kind.needs_ratio else kind.read(path, model)
+    profile = PruningProfile(name, selection.keep, selection.routable)
+    metadata = {
+        "method": IMPORTED,
+        **selection.metadata,
+        "kept": str(profile.kept),
+        "model": json.dumps(model.identity()),
+        "source": json.dumps({"format": format_name, "file": path.name, "sha256": _sha256(path)}),
+        "created_by": f"vllm-atomic-moe {__version__}",
+    }
+    if ratio is not None:
+        metadata["ratio"] = str(ratio)
+    profile = replace(profile, metadata=metadata)
+    try:
+        warnings = profile.check(model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return profile, [*selection.warnings, *warnings]
+
+
+def _check_ratio(format_name: str, kind: Format, ratio: float | None) -> None:
+    if kind.needs_ratio and ratio is None:
+        raise ValueError(
+            f"format {format_name!r} ranks and does not say how much goes; "
+            "give --ratio, the fraction to remove"
+        )
+    if not kind.needs_ratio and ratio is not None:
+        raise ValueError(
+            f"format {format_name!r} carries its own selection, --ratio {ratio} changes nothing; "
+            "leave it out"
+        )
+    if ratio is not None:
+        check_ratio(ratio)
+
+
+def _default_name(path: Path, ratio: float | None) -> str:
+    """The file's stem as a lawful profile name; with the percentage, if a ratio was given."""
+    percent = "" if ratio is None else f"-{float(Fraction(str(ratio)) * 100):g}"
+    stem = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).lstrip("._-")
+    stem = stem[: NAME_LENGTH - len(percent)].rstrip("-")
+    if not stem or stem + percent == DENSE:
+        raise ValueError(
+            f"{path.name}: no profile name can be made of {shorten(path.stem)}; give --name NAME"
+        )
+    return stem + percent
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,276 @@
+"""The layer: vLLM's routed experts with packed rows instead of w13 and w2.
+
+Routing, shared experts, reductions and scaling stay vLLM's own; only the weights, the sum over
+experts and the routing mask are ours. While weights load, each checkpoint tensor is sliced into the
+packed rows, so that the dense experts never stand in memory.
+
+With several ranks a layer knows all experts, by their ids in the checkpoint: what other ranks hold
+is merely not resident here, contributes zero, and vLLM's all-reduce behind the experts adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.engine.compat import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    RoutedExperts,
+    extract_layer_index,
+    resolve_quant_method,
+    routed_experts_replaced_by,
+)
+from vllm_atomic_moe.engine.options import ResidentProfiles
+from vllm_atomic_moe.engine.refusals import check_layer
+from vllm_atomic_moe.engine.routing import RoutingMask
+from vllm_atomic_moe.experts.backends import Backend
+from vllm_atomic_moe.experts.op import fused_experts
+from vllm_atomic_moe.experts.packing import (
+    PROJECTIONS,
+    PackedExperts,
+    Projection,
+    build_layout,
+    tensor_parallel_share,
+)
+
+SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
+PLACEHOLDERS = ("w13_weight", "w2_weight")
+
+_loading: ContextVar[tuple[ResidentProfiles, Backend]] = ContextVar("atomic_moe_loading")
+
+
+@contextmanager
+def packed_experts_for(resident: ResidentProfiles, backend: Backend) -> Iterator[None]:
+    """While open, MoE layers that vLLM builds hold `resident`'s atoms only, for `backend`."""
+    token = _loading.set((resident, backend))
+    try:
+        with routed_experts_replaced_by(AtomicRoutedExperts):
+            yield
+    finally:
+        _loading.reset(token)
+
+
+class AtomicRoutedExperts(RoutedExperts):
+    """Routed experts of any width.
+
+    Attributes:
+        packed: the resident atoms and the active profile's runs.
+        backend: the kernel that computes them.
+        routing: the experts that the active profile lets the router choose.
+        active: name of the active profile.
+        index: decoder layer index in the checkpoint.
+        own_experts: ids of the experts that this rank holds, or holds a part of.
+        loaded: (expert, projection) of every matrix of theirs that has arrived.
+    """
+
+    packed: PackedExperts
+    backend: Backend
+    routing: RoutingMask
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        quant_method = resolve_quant_method(quant_config, self, prefix) if quant_config else None
+        check_layer(self, quant_method)
+        return AtomicExpertsMethod(moe_config)
+
+    def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Allocate this rank's share of the packed rows that the profiles being loaded ask for."""
+        loading = _loading.get(None)
+        if loading is None:
+            raise RuntimeError(
+                f"{self.layer_name}: another thread loads with atomic-pruned; build models one "
+                "after another"
+            )
+        resident, self.backend = loading
+        model, config = resident.model, self.moe_config
+        self.index = extract_layer_index(self.layer_name)
+        if self.index not in model.layers:
+            raise ValueError(
+                f"{self.layer_name}: vLLM builds routed experts here, the checkpoint's MoE layers "
+                f"are {list(model.layers)}"
+            )
+        built = (config.num_experts, config.intermediate_size, hidden_size)
+        stored = (model.num_experts, model.intermediate_size, model.hidden_size)
+        if built != stored:
+            raise ValueError(
+                f"{self.layer_name}: vLLM builds experts E, I, H = {list(built)}, the checkpoint "
+                f"holds {list(stored)}"
+            )
+        self.own_experts = frozenset(
+            filter(self.expert_map_manager.is_local_expert, range(self.global_num_experts))
+        )
+        layout = build_layout(self._share(resident.masks(self.index)))
+        self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
+        self.routing = RoutingMask(resident.routing_masks(self.index))
+        self.active = resident.active
+        self.loaded: set[tuple[int, Projection]] = set()
+
+    def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What of every profile's mask [E, I] this rank holds."""
+        own_E = torch.zeros(self.global_num_experts, dtype=torch.bool, device="cpu")
+        own_E[list(self.own_experts)] = True
+        own = {name: mask & own_E[:, None] for name, mask in masks.items()}
+        parallel = self.moe_config.moe_parallel_config
+        share_EI = tensor_parallel_share(own, parallel.tp_rank, parallel.tp_size)
+        return {name: mask & share_EI for name, mask in own.items()}
+
+    def activate(self, name: str) -> None:
+        """Make `name`, one of the resident profiles, the one that this layer computes.
+
+        Runs, routing mask and correction bias are rewritten in place, from what was prepared when
+        the weights had been loaded; no weight moves.
+        """
+        self.packed.activate(name)
+        self.routing.activate(name)
+        self.active = name
+
+    def check_prepared(self, name: str) -> None:
+        """See that `activate(name)` can succeed.
+
+        Raises:
+            ValueError: the profile is not resident.
+        """
+        for prepared in (self.packed.layout.runs, self.routing.masks):
+            if name not in prepared:
+                raise ValueError(
+                    f"{self.layer_name}: profile {name!r} is not resident, "
+                    f"{', '.join(prepared)} are"
+                )
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index structures of all resident profiles."""
+        return self.packed.index_bytes + self.routing.index_bytes
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        """As vLLM's, once: packed rows are not loaded again."""
+        if PLACEHOLDERS[0] not in self._parameters:
+            raise ValueError(
+                f"{self.layer_name}: atomic-pruned does not reload or update weights; restart the "
+                "server with the new checkpoint and a profile made for it"
+            )
+        return super().load_weights(weights)
+
+    def weight_loader(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Slice one checkpoint tensor into the packed rows.
+
+        Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
+        `[H, I]` of one expert, or all experts' at once with a leading E. Experts of other ranks
+        are left alone, and need not arrive.
+
+        Raises:
+            ValueError: the tensor arrives for the second time, or has the wrong shape.
+        """
+        if shard_id not in SHARD_PROJECTIONS or expert_id >= self.global_num_experts:
+            raise ValueError(
+                f"{self.layer_name}: {weight_name} arrives as {shard_id!r} of expert {expert_id}; "
+                f"wanted w1, w2 or w3 of expert 0 to {self.global_num_experts - 1}"
+            )
+        projection = SHARD_PROJECTIONS[shard_id]
+        first = 0 if loaded_weight.dim() == 3 else expert_id
+        matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
+        taken = False
+        for expert, matrix in enumerate(matrices, start=first):
+            if expert in self.own_experts:
+                self._mark_loaded(expert, projection, weight_name)
+                self.packed.load_expert(expert, projection, matrix)
+                taken = True
+        return taken if return_success else None
+
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+    def load_packed(
+        self, weight_name: str, projection: Projection, rows: torch.Tensor, stored: torch.Tensor
+    ) -> None:
+        """Take one projection of all experts from an exported checkpoint.
+
+        Args are those of `PackedExperts.load_rows`, and the tensor's name.
+
+        Raises:
+            ValueError: the tensor arrives for the second time, or has the wrong shape.
+        """
+        for expert in self.own_experts:
+            self._mark_loaded(expert, projection, weight_name)
+        self.packed.load_rows(projection, rows, stored)
+
+    def _mark_loaded(self, expert: int, projection: Projection, weight_name: str) -> None:
+        if (expert, projection) in self.loaded:
+            raise ValueError(
+                f"{self.layer_name}: {projection}_proj of expert {expert} arrives twice "
+                f"({weight_name}); the checkpoint holds it in two tensors"
+            )
+        self.loaded.add((expert, projection))
+
+    def missing(self) -> list[str]:
+        """Expert matrices that have not arrived, by name."""
+        return [
+            f"layers.{self.index}.experts.{expert}.{projection}_proj"
+            for expert in sorted(self.own_experts)
+            for projection in PROJECTIONS
+            if (expert, projection) not in self.loaded
+        ]
+
+
+class AtomicExpertsMethod(FusedMoEMethodBase):
+    """Computes packed experts with `torch.ops.atomic_moe.fused_experts`."""
+
+    def create_weights(
+        self,
+        layer: AtomicRoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.pack(hidden_size, params_dtype)
+        # vLLM finds experts to load by these names; they hold nothing and go after loading.
+        for name in PLACEHOLDERS:
+            placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            placeholder.weight_loader = layer.weight_loader  # type: ignore[attr-defined]
+            layer.register_parameter(name, placeholder)
+
+    def process_weights_after_loading(self, layer: AtomicRoutedExperts) -> None:
+        for name in PLACEHOLDERS:
+            delattr(layer, name)
+        layer.routing.prepare(layer.e_score_correction_bias)
+        layer.activate(layer.active)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+
+    def get_fused_moe_quant_config(self, layer: AtomicRoutedExperts) -> Any:
+        return FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def apply(
+        self,
+        layer: AtomicRoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        packed = layer.packed
+        return fused_experts(
+            x,
+            packed.weights,
+            packed.runs_ER2,
+            topk_weights,
+            topk_ids,
+            packed.widest,
+            layer.backend.name,
+        )

@@ -1,0 +1,257 @@
+"""`--load-format atomic-pruned`: serve the original checkpoint with the pruned atoms left out.
+
+The order is the promise: options, profiles and configuration are checked before any weight is read;
+the model is built with packed experts; vLLM's own loader streams the checkpoint through them; then
+every expert tensor must have arrived exactly once. With several ranks each does so for its own
+layers and experts; at the end they compare the profiles they read, and the first one reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.distributed import get_world_group
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm_atomic_moe.engine.exported import packed_rows_taken_by, reading_from
+from vllm_atomic_moe.engine.options import (
+    OPTION_KEYS,
+    LoaderOptions,
+    ResidentProfiles,
+    select_profiles,
+)
+from vllm_atomic_moe.experts.backends import Backend, choose_backend
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.export_format import weights_directory
+
+if TYPE_CHECKING:
+    from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
+
+# Under vLLM's logger, so that its handlers and level apply.
+logger = init_logger(f"vllm.{__name__}")
+
+DIGEST_KEY = "atomic_moe"
+
+
+class AtomicPrunedModelLoader(BaseModelLoader):
+    """Loads a MoE checkpoint with packed experts; everything else is vLLM's loader of
+    `inner_format`. Options: `serving.options.LoaderOptions`.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        with _refusals_said_plainly():
+            self.options = LoaderOptions.parse(load_config.model_loader_extra_config)
+            self.inner = self._make_inner_loader()
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Fetch the checkpoint, its configuration and its `atomic_profiles/`."""
+        self._checkpoint(model_config)
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """Load the model with the profiles of the options resident and one active.
+
+        Raises:
+            ValueError: an option, a profile or a feature is refused (before any weight is read),
+                or the checkpoint's experts are incomplete.
+        """
+        # Here, not above: every vLLM process imports this module, few load a pruned model.
+        from vllm_atomic_moe.engine import worker
+        from vllm_atomic_moe.engine.refusals import check_config, check_draft, unverified
+
+        with _refusals_said_plainly():
+            if model_config.runner_type == "draft":
+                check_draft(model_config)
+                return self.inner.load_model(vllm_config, model_config, prefix)
+            check_config(vllm_config, model_config)
+            for feature in unverified(vllm_config.parallel_config):
+                logger.warning("Never tried with packed experts: %s", feature)
+            self.backend = self._choose_backend(vllm_config, model_config.dtype)
+            self.directory = self._checkpoint(model_config)
+            checkpoint = describe_checkpoint(self.directory)
+            self.resident = select_profiles(self.options, self.directory, checkpoint)
+            self.own_layers = _layers_of_rank(vllm_config, model_config, checkpoint.layers)
+            digest = self.resident.digest()
+            _add_to_cache_keys(vllm_config, f"{self.backend.name} {digest}")
+            model = super().load_model(vllm_config, model_config, prefix)
+            layers = packed_layers(model)
+            atom_bytes = 3 * self.resident.model.hidden_size * model_config.dtype.itemsize
+            profiles = worker.WorkerProfiles(self.resident, layers, atom_bytes)
+            setattr(model, worker.ATTRIBUTE, profiles)
+            held = sum(layer.packed.weight_bytes for layer in layers)
+            _report(self.resident, atom_bytes, _bytes_of_ranks(digest, held))
+            return model
+
+    def create_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """Build the model; vLLM's routed experts become packed ones."""
+        from vllm_atomic_moe.engine.layer import packed_experts_for
+
+        with packed_experts_for(self.resident, self.backend):
+            return super().create_model(vllm_config, model_config, prefix)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Stream the checkpoint through the packed experts and see that all of it arrived."""
+        from vllm_atomic_moe.engine.routing import mask_routers
+
+        layers = packed_layers(model)
+        built = sorted(layer.index for layer in layers)
+        if built != self.own_layers:
+            raise ValueError(
+                f"vLLM builds packed experts in layers {built}, the checkpoint's MoE layers are "
+                f"{self.own_layers}; this architecture builds its experts in a way that is not "
+                "supported"
+            )
+        mask_routers(model, layers, self.resident)
+        if self.resident.model.stored is None:
+            self.inner.load_weights(model, model_config)
+        else:
+            folder = weights_directory(self.directory)
+            with packed_rows_taken_by(layers, model, self.resident.model.stored):
+                self.inner.load_weights(model, reading_from(folder, model_config))
+        missing = [name for layer in layers for name in layer.missing()]
+        if missing:
+            raise ValueError(
+                f"{model_config.model}: {len(missing)} expert tensors are missing: "
+                f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; "
+                "fetch the checkpoint again"
+            )
+
+    def _choose_backend(self, vllm_config: VllmConfig, dtype: torch.dtype) -> Backend:
+        from vllm_atomic_moe.engine.refusals import check_graphs
+
+        device = torch.device(vllm_config.device_config.device)
+        load_device = self.load_config.device
+        if load_device and torch.device(load_device).type != device.type:
+            raise ValueError(
+                f"the load config's device is {load_device}, the model runs on {device}; "
+                "atomic-pruned packs the experts where they run: leave it out"
+            )
+        backend = choose_backend(device, dtype, self.options.kernel)
+        check_graphs(vllm_config, backend)
+        say = logger.warning if backend.fallback else logger.info
+        say("Expert kernel: %s, %s", backend.name, backend.reason)
+        return backend
+
+    def _make_inner_loader(self) -> BaseModelLoader:
+        config = replace(
+            self.load_config,
+            load_format=self.options.inner_format,
+            model_loader_extra_config=dict(self.options.inner),
+        )
+        try:
+            return get_model_loader(config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; keys of atomic-pruned are {', '.join(OPTION_KEYS)}, others go to vLLM's "
+                f"loader for inner_format {self.options.inner_format!r}"
+            ) from error
+
+    def _checkpoint(self, model_config: ModelConfig) -> Path:
+        return resolve_model(
+            model_config.model, model_config.revision, self.load_config.download_dir
+        )
+
+
+@contextmanager
+def _refusals_said_plainly() -> Iterator[None]:
+    """vLLM wraps what a loader raises into the tracebacks of two processes: log one line too."""
+    try:
+        yield
+    except ValueError as error:
+        logger.error("atomic-pruned: %s", error)
+        raise
+
+
+def packed_layers(model: nn.Module) -> list[AtomicRoutedExperts]:
+    """The model's packed MoE layers, in order."""
+    from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
+
+    return [module for module in model.modules() if isinstance(module, AtomicRoutedExperts)]
+
+
+def _add_to_cache_keys(vllm_config: VllmConfig, digest: str) -> None:
+    """vLLM's compile caches key on neither load format nor profiles, only on this."""
+    if not isinstance(vllm_config.additional_config, dict):
+        raise ValueError(
+            f"additional_config is {type(vllm_config.additional_config).__name__}, "
+            "atomic-pruned needs a dict to key vLLM's compile caches; pass a JSON object"
+        )
+    vllm_config.additional_config[DIGEST_KEY] = digest
+
+
+def _layers_of_rank(
+    vllm_config: VllmConfig, model_config: ModelConfig, stored: Sequence[int]
+) -> list[int]:
+    """Those of the checkpoint's MoE layers that this pipeline rank builds.
+
+    The last rank answers for whatever lies behind the layers that vLLM counts.
+    """
+    start, end = model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    if end == model_config.get_total_num_hidden_layers():
+        end = max(end, *stored) + 1
+    return [layer for layer in stored if start <= layer < end]
+
+
+def _bytes_of_ranks(digest: str, held: int) -> list[int]:
+    """`held` of every rank of this replica.
+
+    Raises:
+        ValueError: `digest` is not the same everywhere.
+    """
+    world = get_world_group()
+    ranks = [(digest, held)] * world.world_size
+    if world.world_size > 1:
+        torch.distributed.all_gather_object(ranks, (digest, held), group=world.cpu_group)
+    if len({digest for digest, _ in ranks}) > 1:
+        raise ValueError(
+            "the ranks read different profiles; give all of them the same files, and leave those "
+            "alone while the server starts"
+        )
+    return [held for _, held in ranks]
+
+
+def _report(resident: ResidentProfiles, atom_bytes: int, rank_bytes: Sequence[int]) -> None:
+    """Say once what memory the pruning saves.
+
+    Args:
+        resident: the profiles held in memory.
+        atom_bytes: of one atom in the serving dtype.
+        rank_bytes: what every rank of this replica holds, padding included.
+    """
+    if not get_world_group().is_first_rank:
+        return
+    dense, held = resident.model.atoms * atom_bytes, sum(rank_bytes)
+    logger.info(
+        "Expert weights: %s dense, %s resident (%.1f %%), %s saved",
+        _mib(dense),
+        _mib(held),
+        100 * held / dense,
+        _mib(dense - held),
+    )
+    if len(rank_bytes) > 1:
+        logger.info("Resident on each rank: %s", ", ".join(map(_mib, rank_bytes)))
+    for name, profile in resident.profiles.items():
+        logger.info(
+            "Profile %s: %.1f %% of atoms kept, %s%s",
+            name,
+            100 * profile.kept,
+            _mib(profile.kept_atoms * atom_bytes),
+            ", active" if name == resident.active else "",
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB ({size} bytes)"

@@ -1,0 +1,247 @@
+"""From `--model-loader-extra-config` to the profiles that are held in memory.
+
+Everything here runs before any weight is read, and without vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.experts.backends import BACKENDS
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+ALL = "all"
+OPTION_KEYS = ("profiles", "active", "resident", "inner_format", "kernel")
+KERNELS = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
+# Formats whose weights reach the layers' weight loaders, one checkpoint tensor at a time.
+INNER_FORMATS = (
+    "safetensors",
+    "auto",
+    "hf",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderOptions:
+    """The options of the load format `atomic-pruned`, checked.
+
+    Attributes:
+        profiles: directory of profile files; None stands for MODEL/atomic_profiles.
+        active: the profile served first; None stands for the only one.
+        resident: names held in memory besides `active`, or "all".
+        inner_format: how vLLM reads the checkpoint.
+        kernel: the backend that computes the experts; None stands for the fastest that runs.
+        inner: what is left of the extra config; it goes to vLLM's loader for `inner_format`.
+    """
+
+    profiles: str | None = None
+    active: str | None = None
+    resident: tuple[str, ...] | str = ()
+    inner_format: str = "safetensors"
+    kernel: str | None = None
+    inner: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, extra_config: Any) -> LoaderOptions:
+        """Check the extra config's types and values.
+
+        Raises:
+            ValueError: an option has the wrong type or an unknown value.
+        """
+        if not isinstance(extra_config, Mapping):
+            raise ValueError(
+                f"model_loader_extra_config is {type(extra_config).__name__}, wanted a JSON object "
+                'such as {"active": "heapr-25"}'
+            )
+        inner = dict(extra_config)
+        options = {name: inner.pop(name) for name in OPTION_KEYS if name in inner}
+        for name in ("profiles", "active", "inner_format"):
+            if name in options and not (isinstance(options[name], str) and options[name]):
+                raise ValueError(
+                    f"model_loader_extra_config: `{name}` is {options[name]!r}, wanted a string"
+                )
+        resident = options.get("resident", ())
+        if resident != ALL:
+            named = isinstance(resident, list | tuple)
+            if not named or not all(isinstance(name, str) for name in resident):
+                raise ValueError(
+                    f"model_loader_extra_config: `resident` is {resident!r}, "
+                    f'wanted a list of profile names or "{ALL}"'
+                )
+            options["resident"] = tuple(resident)
+        inner_format = options.get("inner_format", cls.__dataclass_fields__["inner_format"].default)
+        if inner_format not in INNER_FORMATS:
+            raise ValueError(
+                f"model_loader_extra_config: `inner_format` is {inner_format!r}, "
+                f"wanted one of {', '.join(INNER_FORMATS)}"
+            )
+        if options.get("kernel", KERNELS[0]) not in KERNELS:
+            raise ValueError(
+                f"model_loader_extra_config: `kernel` is {options['kernel']!r}, "
+                f"wanted one of {', '.join(KERNELS)}"
+            )
+        return cls(**options, inner=inner)
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSummary:
+    """What a profile says, without its masks.
+
+    Attributes:
+        method: how it was made; "" if it does not say.
+        kept: fraction of atoms kept.
+        kept_atoms: their number, over all layers.
+        widths: layer index -> kept width of every expert.
+    """
+
+    method: str
+    kept: float
+    kept_atoms: int
+    widths: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def of(cls, profile: PruningProfile) -> ProfileSummary:
+        """The summary of `profile`."""
+        method = DENSE if profile.name == DENSE else profile.metadata.get("method", "")
+        widths = {layer: profile.widths(layer).tolist() for layer in profile.keep}
+        return cls(method, profile.kept, profile.kept_atoms, widths)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentProfiles:
+    """The profiles held in memory, checked against the checkpoint.
+
+    Attributes:
+        model: the checkpoint they apply to.
+        active: name of the profile served first.
+        profiles: name -> profile, `active` among them.
+        catalogue: name -> summary of every valid profile of the directory, and of `dense`.
+    """
+
+    model: CheckpointInfo
+    active: str
+    profiles: Mapping[str, PruningProfile]
+    catalogue: Mapping[str, ProfileSummary] = field(default_factory=dict)
+
+    def masks(self, layer: int) -> dict[str, torch.Tensor]:
+        """Profile name -> bool mask [E, I] of one layer."""
+        return {name: profile.keep[layer] for name, profile in self.profiles.items()}
+
+    def routing_masks(self, layer: int) -> dict[str, torch.Tensor]:
+        """Profile name -> bool mask [E] of one layer, experts the router may choose."""
+        return {name: profile.routable_experts(layer) for name, profile in self.profiles.items()}
+
+    @property
+    def masking(self) -> list[str]:
+        """Names of the profiles that exclude experts from routing."""
+        return [name for name, profile in self.profiles.items() if profile.masks_routing]
+
+    def digest(self, *names: str) -> str:
+        """SHA-256 (hex) over the profiles called `names`, or over all that are resident.
+
+        Over all, it is the key that vLLM's compile caches lack; over one, what ranks compare.
+        """
+        digest = hashlib.sha256(b"packed rows 2")
+        for name in names or sorted(self.profiles):
+            profile = self.profiles[name]
+            digest.update(name.encode())
+            for layer, mask in profile.keep.items():
+                digest.update(f"{layer} {list(mask.shape)}".encode())
+                digest.update(mask.numpy().tobytes())
+                digest.update(profile.routable_experts(layer).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def select_profiles(
+    options: LoaderOptions, model_directory: Path, model: CheckpointInfo
+) -> ResidentProfiles:
+    """Find, read and check the profiles that `options` ask for, and look at the others.
+
+    Raises:
+        ValueError: a name is unknown, a file that is asked for is invalid, or `active` is needed
+            and missing.
+    """
+    directory = Path(options.profiles or model_directory / "atomic_profiles")
+    store = ProfileStore(directory)
+    active = options.active or _only_profile(store)
+    resident = store.names() if options.resident == ALL else list(options.resident)
+    asked_for = {active, *(() if options.resident == ALL else resident)}
+    profiles: dict[str, PruningProfile] = {}
+    catalogue: dict[str, ProfileSummary] = {}
+    for name in dict.fromkeys([active, *resident, *store.names(), DENSE]):
+        try:
+            profile = PruningProfile.dense(model) if name == DENSE else store.load(name)
+            warnings = check_profile(profile, model)
+        except ValueError as error:
+            if name in asked_for:
+                raise
+            if name != DENSE:
+                logger.warning("left out: %s", error)
+            continue
+        catalogue[name] = ProfileSummary.of(profile)
+        if name == active or name in resident:
+            profiles[name] = profile
+            for warning in warnings:
+                logger.warning("%s", warning)
+    for reason in store.invalid.values():
+        logger.warning("left out: %s", reason)
+    return ResidentProfiles(model, active, profiles, dict(sorted(catalogue.items())))
+
+
+def _only_profile(store: ProfileStore) -> str:
+    names = store.names()
+    if len(names) != 1:
+        there = ", ".join(names) or "none"
+        raise ValueError(
+            f"{store.directory} holds {len(names)} profiles ({there}); name the one to serve: "
+            """--model-loader-extra-config '{"active": "NAME"}'"""
+        )
+    return names[0]
+
+
+def profiles_to_measure(
+    store: ProfileStore, model: CheckpointInfo, names: Sequence[str] = ()
+) -> list[PruningProfile]:
+    """The dense model, then the profiles named, or all; checked, with what is doubtful logged.
+
+    Raises:
+        ValueError: a profile is unknown, invalid or does not fit.
+    """
+    wanted = dict.fromkeys(names or store.names())
+    chosen = [store.load(name) for name in wanted if name != DENSE]
+    for profile in chosen:
+        for warning in check_profile(profile, model):
+            logger.warning("%s", warning)
+    for reason in store.invalid.values():
+        logger.warning("left out: %s", reason)
+    return [PruningProfile.dense(model), *chosen]
+
+
+def check_profile(profile: PruningProfile, model: CheckpointInfo) -> list[str]:
+    """Everything the server checks about a profile: does it fit, can the router follow it?
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        ValueError: it does not fit, or its routing mask leaves the model's expert groups too few.
+    """
+    warnings = profile.check(model)
+    for layer, routable in profile.routable.items():
+        fault = model.groups and model.groups.fault(routable, model.experts_per_token)
+        if fault:
+            raise ValueError(f"profile {profile.name!r}: layers.{layer}.routable {fault}")
+    return warnings

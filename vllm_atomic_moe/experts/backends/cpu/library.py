@@ -1,0 +1,315 @@
+"""The compiled half of the CPU backend: cpu_experts.cpp as a shared library, built once and cached.
+
+Built at first use with $CXX (or g++) into $ATOMIC_MOE_CACHE, or the user's cache directory, under a
+name that follows from the source, the flags, and the versions of torch and libc. Images build ahead
+with `python -m vllm_atomic_moe.experts.backends.cpu`; with the libraries in the cache no compiler
+is needed, and nothing is written. What is loaded from the cache runs: nobody else may write there.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, R runs per expert, S stored rows,
+F atoms of an expert.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shlex
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_atomic_moe.experts.packing import PROJECTIONS, Projection
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.cpp", "panels.h"))
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma")
+BUILD_SECONDS = 300
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+class VariantError(Exception):
+    """Why a variant cannot be used, as one clause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile the source.
+
+    Attributes:
+        name: part of the library's file name.
+        cpu_flags: what /proc/cpuinfo must list for the library to run.
+        compiler_flags: beside COMMON_FLAGS.
+    """
+
+    name: str
+    cpu_flags: frozenset[str]
+    compiler_flags: tuple[str, ...]
+
+
+_AVX512 = frozenset({"fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+# Fastest first.
+VARIANTS = (
+    Variant(
+        "amx",
+        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    ),
+    Variant("avx512_bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
+    Variant("avx512", _AVX512, _AVX512_FLAGS),
+)
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this machine's processor can do; empty where the kernel does not say."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return frozenset(found[1].split() if found else ())
+
+
+def load(variant: Variant) -> Library:
+    """The library of one variant; one that cannot be loaded is compiled anew, once.
+
+    Raises:
+        VariantError: it can be neither loaded nor compiled.
+    """
+    try:
+        return Library(build(variant))
+    except OSError:  # damaged, or made on another system
+        path = build(variant, again=True)
+    try:
+        return Library(path)
+    except OSError as error:
+        raise VariantError(f"{path.name} cannot be loaded: {error}") from error
+
+
+def build(variant: Variant, again: bool = False) -> Path:
+    """The library of one variant, compiled unless the cache has it (or `again`).
+
+    Raises:
+        VariantError: there is no compiler, it fails, or the cache cannot be written or trusted.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    flags = [*COMMON_FLAGS, *variant.compiler_flags]
+    contents = [source.read_bytes() for source in SOURCES]
+    openmp = _openmp()
+    runtimes = [Path(argument).name for argument in openmp]
+    key = repr((contents, compiler, flags, torch.__version__, platform.libc_ver(), runtimes))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    library = _cache_directory() / f"cpu_experts-{variant.name}-{digest}.so"
+    try:
+        # Others may read: an image's libraries are built by root and used by anyone.
+        library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _check_owner(library.parent)
+        if library.exists() and not again:
+            return library
+        # Many workers start at once: one compiles, the others wait for it.
+        with open(library.with_suffix(".lock"), "a", opener=_open_no_link) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if again or not library.exists():
+                with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                    built = Path(directory) / library.name
+                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *openmp])
+                    built.chmod(0o755)
+                    built.replace(library)
+    except OSError as error:
+        raise VariantError(
+            f"cannot use {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
+        ) from error
+    return library
+
+
+def _cache_directory() -> Path:
+    if chosen := os.environ.get("ATOMIC_MOE_CACHE"):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):
+        raise VariantError("this user has no home directory to compile into; set ATOMIC_MOE_CACHE")
+    return Path(caches) / "vllm-atomic-moe"
+
+
+def _check_owner(directory: Path) -> None:
+    found = directory.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise VariantError(
+            f"{directory} belongs to another user (uid {found.st_uid}) or may be written by others "
+            f"(mode {stat.S_IMODE(found.st_mode):o}); `chmod go-w` it or set ATOMIC_MOE_CACHE"
+        )
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except FileNotFoundError:
+        raise VariantError(
+            f"no C++ compiler: {command[0]} not found; install g++ or set CXX"
+        ) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VariantError(f"the C++ compiler {command[0]} failed: {error}") from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise VariantError(f"the C++ compiler {command[0]} failed: {said[0].strip()[:300]}")
+
+
+def _openmp() -> list[str]:
+    """Linker arguments for torch's own OpenMP runtime.
+
+    A process must have one: its threads are those that vLLM has bound to cores. Torch's may have a
+    name of its own, so it is linked by path; the compiler's then is needed no more.
+    """
+    package = Path(torch.__file__).parent
+    found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
+    return [*map(str, found[:1]), "-Wl,--as-needed"]
+
+
+class Library:
+    """The two functions of a built library, over tensors on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            OSError: it cannot be loaded.
+            VariantError: it brings a second OpenMP runtime.
+        """
+        self.checked: set[tuple[int, ...]] = set()
+        before = _openmp_runtimes()
+        self.functions = ctypes.CDLL(str(path))
+        if before and (second := _openmp_runtimes() - before):
+            raise VariantError(
+                f"{path.name} brings an OpenMP runtime of its own, {min(second)}, beside torch's; "
+                "compile with g++ (set CXX)"
+            )
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        pack = self.functions.atomic_moe_pack
+        pack.argtypes = [pointer, number, pointer, size, size, pointer, size, size, number, number]
+        pack.restype = None
+        fused_experts = self.functions.atomic_moe_fused_experts
+        fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, number, number]
+        fused_experts.restype = number
+
+    def pack(
+        self,
+        packed: torch.Tensor,
+        first_atom: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+        threads: int,
+    ) -> None:
+        """Put rows_SH[atoms_F] where the projection of the expert at `first_atom` lies.
+
+        Args:
+            packed: the flat tensor of all experts.
+            first_atom: atoms before the expert, padding included.
+            rows_SH: of packed's dtype, any strides.
+            atoms_F: int64, indices into rows_SH.
+        """
+        atoms = first_atom + len(atoms_F)
+        for tensor in (packed, rows_SH, atoms_F):
+            assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert rows_SH.dtype == packed.dtype in DTYPES, f"{rows_SH.dtype} into {packed.dtype}"
+        assert atoms_F.dtype == torch.int64, f"atoms are {atoms_F.dtype}, wanted int64"
+        assert 3 * atoms * rows_SH.shape[1] <= packed.numel(), "the atoms lie beyond the tensor"
+        if projection != "down" and rows_SH.stride(1) != 1:
+            rows_SH = rows_SH.contiguous()
+        atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
+        self.functions.atomic_moe_pack(
+            packed.data_ptr() + 3 * first_atom * hidden_size * packed.element_size(),
+            PROJECTIONS.index(projection),
+            rows_SH.data_ptr(),
+            *rows_SH.stride(),
+            atoms_F.data_ptr(),
+            len(atoms_F),
+            hidden_size,
+            packed.dtype == torch.bfloat16,
+            threads,
+        )
+
+    def fused_experts(
+        self,
+        x_TH: torch.Tensor,
+        packed: torch.Tensor,
+        offsets_E1: torch.Tensor,
+        runs_ER2: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        threads: int,
+    ) -> torch.Tensor:
+        """Arguments as of `kernels.fused_experts`; x has packed's dtype.
+
+        Raises:
+            MemoryError: there is none for the intermediate activations.
+        """
+        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
+            assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert not topk_ids_TK.is_floating_point(), f"expert ids are {topk_ids_TK.dtype}"
+        (tokens, hidden_size), (ids, top_k) = x_TH.shape, topk_ids_TK.shape
+        assert ids == tokens, f"{ids} rows of expert ids for {tokens} tokens"
+        assert topk_weights_TK.shape == topk_ids_TK.shape, (
+            f"router weights are {topk_weights_TK.shape}, ids {topk_ids_TK.shape}"
+        )
+        pointers = packed.data_ptr(), offsets_E1.data_ptr(), runs_ER2.data_ptr()
+        if (*pointers, hidden_size) not in self.checked:
+            _check_layer(packed, offsets_E1, runs_ER2, hidden_size)
+            self.checked.add((*pointers, hidden_size))
+        # Named, so that what had to be copied lives until the call returns.
+        x_TH = x_TH.contiguous()
+        topk_weights_TK = topk_weights_TK.float().contiguous()
+        topk_ids_TK = topk_ids_TK.long().contiguous()
+        out_TH = torch.empty_like(x_TH)
+        failed = self.functions.atomic_moe_fused_experts(
+            x_TH.data_ptr(),
+            *pointers,
+            topk_weights_TK.data_ptr(),
+            topk_ids_TK.data_ptr(),
+            out_TH.data_ptr(),
+            tokens,
+            top_k,
+            *runs_ER2.shape[:2],
+            hidden_size,
+            x_TH.dtype == torch.bfloat16,
+            threads,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the experts of {x_TH.shape[0]} tokens")
+        return out_TH
+
+
+def _check_layer(
+    packed: torch.Tensor, offsets_E1: torch.Tensor, runs_ER2: torch.Tensor, hidden_size: int
+) -> None:
+    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
+    for tensor in (packed, offsets_E1, runs_ER2):
+        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
+    assert packed.dtype in DTYPES, f"weights are {packed.dtype}, wanted one of {DTYPES}"
+    assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
+    assert runs_ER2.dtype == torch.int32, f"runs are {runs_ER2.dtype}, wanted int32"
+    experts, runs, _ = runs_ER2.shape
+    two_atoms = 2 * 3 * hidden_size
+    assert packed.numel() % two_atoms == 0, (
+        f"{packed.numel()} numbers for hidden size {hidden_size}"
+    )
+    wanted = {"offsets": (experts + 1,), "runs": (experts, runs, 2)}
+    found = {"offsets": offsets_E1.shape, "runs": runs_ER2.shape}
+    assert found == wanted, f"shapes are {found}, wanted {wanted}"
+
+
+def _openmp_runtimes() -> set[str]:
+    maps = Path("/proc/self/maps").read_text()
+    return set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b\S*", maps))

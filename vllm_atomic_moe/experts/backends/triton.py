@@ -1,0 +1,245 @@
+"""The GPU backend: Triton kernels over plain packed rows, for CUDA devices.
+
+Two forms of the same result. *Two kernels* (gate and up with the activation, then down) write one
+row per token and expert, which a third sums in a fixed order: deterministic. *One kernel* does both
+GEMMs for a tile of atoms and adds into the output atomically: fewer waits when an expert has a row
+or two, as in decoding. What is launched and allocated depends on shapes alone, so that CUDA graphs
+capture it; the active profile is read from `runs_ER2` on the device, so replays follow a switch.
+
+Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, P packed rows,
+R runs per expert.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_atomic_moe.experts.packing import RowStorage
+
+STORAGE = RowStorage()
+# Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
+# atomic additions for a row take about a tenth of the time of reading its expert's weights.
+ONE_KERNEL_ROWS = 1
+
+
+class Tiles(NamedTuple):
+    """Block sizes of one launch. Shared memory stays below 99 KiB, what the smallest devices have.
+
+    Attributes:
+        rows: routed rows of a block, at least 16.
+        atoms, hidden: tile of gate and up written, and step over H.
+        out_hidden, out_atoms: tile of down written, and step over atoms.
+        warps, stages: per program; steps loaded ahead.
+    """
+
+    rows: int
+    atoms: int
+    hidden: int
+    out_hidden: int
+    out_atoms: int
+    warps: int
+    stages: int
+
+
+# Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger
+# than the mean because routing is uneven. Not yet measured on a device: CONTRIBUTING, "Kernels",
+# says how to tune them.
+TILES = (
+    (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
+    (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),
+    (24, Tiles(32, 64, 64, 64, 64, warps=4, stages=3)),
+    (160, Tiles(64, 64, 64, 128, 64, warps=4, stages=3)),
+    (None, Tiles(128, 64, 64, 128, 64, warps=8, stages=3)),
+)
+ROW_BLOCKS_PER_GROUP = 8
+# With this many experts to a routed row, rows are not sorted: each is a block of its own, as in
+# vLLM's fused_moe.
+UNSORTED_EXPERTS_PER_ROW = 4
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot run there, as one clause, or None.
+
+    Triton's interpreter (`TRITON_INTERPRET=1`) stands in for a GPU in tests, on the CPU.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{dtype} weights, not bfloat16, float16 or float32"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "bfloat16 in Triton's interpreter" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"no CUDA device but {device.type}"
+    if torch.version.hip:
+        return "ROCm, on which it was never tested"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor}, below 8.0"
+
+
+class _Routing(NamedTuple):
+    """Routed rows in blocks of one expert each; the arguments all GEMM kernels share.
+
+    Attributes:
+        rows: int32 [blocks · rows of a block]; not read when blocks are single rows.
+        experts: [blocks], -1 or a foreign id where there is nothing to do.
+        constants: of the kernels, among them SORTED, false when block n is routed row n.
+    """
+
+    rows: torch.Tensor
+    experts: torch.Tensor
+    constants: dict[str, int | bool]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.experts.numel()
+
+
+def fused_experts(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    widest: int,
+) -> torch.Tensor:
+    """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H].
+
+    Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; in a server
+    `triton_deterministic` is the way to that.
+    """
+    one_kernel = rows_per_expert(topk_ids_TK, runs_ER2) <= ONE_KERNEL_ROWS
+    one_kernel &= not torch.are_deterministic_algorithms_enabled()
+    return launch(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, None, one_kernel)
+
+
+def rows_per_expert(topk_ids_TK: torch.Tensor, runs_ER2: torch.Tensor) -> int:
+    """Mean routed rows per expert, rounded up."""
+    return -(-topk_ids_TK.numel() // runs_ER2.shape[0])
+
+
+def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
+    """The table's entry for so many rows per expert.
+
+    For float32 with half the steps, which take the same shared memory.
+    """
+    tiles = next(tiles for most, tiles in TILES if most is None or rows <= most)
+    if dtype.itemsize == 4:
+        tiles = tiles._replace(hidden=tiles.hidden // 2, out_atoms=tiles.out_atoms // 2)
+    return tiles
+
+
+def launch(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    widest: int,
+    tiles: Tiles | None,
+    one_kernel: bool,
+) -> torch.Tensor:
+    """`fused_experts` in a given form, with given tiles or the table's."""
+    if not topk_ids_TK.numel() or not widest:
+        return x_TH.new_zeros(x_TH.shape)
+    tiles = tiles or choose_tiles(rows_per_expert(topk_ids_TK, runs_ER2), x_TH.dtype)
+    x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+    ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
+    form = _one_kernel if one_kernel else _two_kernels
+    with torch.cuda.device_of(x_TH):
+        routing = _sort_rows(ids_TK, runs_ER2, tiles)
+        return form(x_TH, weights, runs_ER2, weights_TK, ids_TK, widest, tiles, routing)
+
+
+def _sort_rows(ids_TK: torch.Tensor, runs_ER2: torch.Tensor, tiles: Tiles) -> _Routing:
+    from vllm_atomic_moe.experts.backends import triton_kernels
+
+    N, (E, R, _) = ids_TK.numel(), runs_ER2.shape
+    shared = {
+        "E": E,
+        "R": R,
+        "GROUP": ROW_BLOCKS_PER_GROUP,
+        "BLOCK_N": tiles.rows,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+    if N * UNSORTED_EXPERTS_PER_ROW <= E:
+        return _Routing(ids_TK, ids_TK.view(N), {**shared, "SORTED": False})
+    # ⌈n/B⌉ summed over the min(N, E) experts that can have rows, whatever the ids are.
+    num_blocks = (N + min(N, E) * (tiles.rows - 1)) // tiles.rows
+    rows = ids_TK.new_empty(num_blocks * tiles.rows, dtype=torch.int32)
+    experts = ids_TK.new_empty(num_blocks, dtype=torch.int32)
+    triton_kernels.sort_rows_kernel[(E + 1,)](
+        ids_TK, rows, experts, N, num_blocks,
+        E=E, BINS=max(16, 1 << (E - 1).bit_length()), BLOCK_N=tiles.rows,
+        CHUNK=1024 if N <= 1024 else 4096,
+    )  # fmt: skip
+    return _Routing(rows, experts, {**shared, "SORTED": True})
+
+
+def _positions(runs_ER2: torch.Tensor, widest: int) -> int:
+    """The most positions an expert can have: every run begins at a multiple of 16."""
+    return -(-widest // 16) * 16 + 16 * (runs_ER2.shape[1] - 1)
+
+
+def _two_kernels(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    widest: int,
+    tiles: Tiles,
+    routing: _Routing,
+) -> torch.Tensor:
+    from vllm_atomic_moe.experts.backends import triton_kernels
+
+    (gate_PH, up_PH, down_t_PH), (T, H), K = weights, x_TH.shape, ids_TK.shape[1]
+    positions = _positions(runs_ER2, widest)
+    h_NF = x_TH.new_empty(T * K, positions)
+    y_NH = x_TH.new_empty(T * K, H)
+    out_TH = x_TH.new_empty(T, H)
+    num_tiles = -(-positions // tiles.atoms)
+    triton_kernels.gate_up_kernel[(routing.num_blocks * num_tiles,)](
+        x_TH, gate_PH, up_PH, h_NF, runs_ER2, routing.rows, routing.experts,
+        T * K, routing.num_blocks, num_tiles, x_TH.stride(0), h_NF.stride(0), H,
+        K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden, **routing.constants,
+    )  # fmt: skip
+    num_tiles = -(-H // tiles.out_hidden)
+    triton_kernels.down_kernel[(routing.num_blocks * num_tiles,)](
+        h_NF, down_t_PH, y_NH, runs_ER2, weights_TK, routing.rows, routing.experts,
+        T * K, routing.num_blocks, num_tiles, h_NF.stride(0), H,
+        BLOCK_F=tiles.out_atoms, BLOCK_D=tiles.out_hidden, **routing.constants,
+    )  # fmt: skip
+    triton_kernels.sum_rows_kernel[(T, -(-H // 1024))](
+        y_NH, ids_TK, out_TH, H, E=runs_ER2.shape[0], K=K, BLOCK_D=1024
+    )
+    return out_TH
+
+
+def _one_kernel(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    widest: int,
+    tiles: Tiles,
+    routing: _Routing,
+) -> torch.Tensor:
+    from vllm_atomic_moe.experts.backends import triton_kernels
+
+    (T, H), K = x_TH.shape, ids_TK.shape[1]
+    out_TH = x_TH.new_zeros(T, H, dtype=torch.float32)
+    num_tiles = -(-_positions(runs_ER2, widest) // tiles.atoms)
+    triton_kernels.fused_kernel[(routing.num_blocks * num_tiles,)](
+        x_TH, *weights, out_TH, runs_ER2, weights_TK, routing.rows, routing.experts,
+        T * K, routing.num_blocks, num_tiles, x_TH.stride(0), H,
+        K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden, BLOCK_D=tiles.out_hidden,
+        **routing.constants,
+    )  # fmt: skip
+    return out_TH.to(x_TH.dtype)

@@ -1,0 +1,25 @@
+"""The Triton backend, always in two kernels: the same bits from call to call. Taken when named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_atomic_moe.experts.backends.triton import STORAGE, launch, unavailable
+
+__all__ = ["STORAGE", "fused_experts", "unavailable"]
+
+
+def fused_experts(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    widest: int,
+) -> torch.Tensor:
+    """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H]."""
+    return launch(
+        x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, None, one_kernel=False
+    )

@@ -1,0 +1,59 @@
+"""Fused experts over packed rows: one opaque custom op, `torch.ops.atomic_moe.fused_experts`.
+
+The op is what the engine's layer calls and what compilers see. Its fake implementation lets graphs
+trace through it without looking inside. The backend that computes it is chosen once, at load.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, P packed rows, R runs per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_atomic_moe.experts.backends import backend_module
+
+
+def _fused_experts(
+    x_TH: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    runs_ER2: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    widest: int,
+    backend: str,
+) -> torch.Tensor:
+    """Sum over a token's experts of weight · down(SiLU(gate x) ⊙ (up x)), experts of any width.
+
+    Args:
+        x_TH: activations, [T, H].
+        weights: packed rows of x's dtype, as the backend's storage keeps them
+            (`PackedExperts.weights`).
+        runs_ER2: int32 [E, R, 2], (first row, number of rows) of the rows each expert uses.
+        topk_weights_TK: router weights, [T, K], any float dtype.
+        topk_ids_TK: expert ids, integer [T, K]; a negative id, or one beyond E, is skipped.
+        widest: rows of the widest expert: an upper bound on what `runs_ER2` ever says.
+        backend: name of the chosen `Backend`.
+
+    Returns:
+        [T, H] in x's dtype, accumulated in float32. Experts without rows contribute zero.
+    """
+    return backend_module(backend).fused_experts(
+        x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest
+    )
+
+
+# Not `torch.library.custom_op`: its wrappers take longer than a small layer's routing.
+torch.library.define(
+    "atomic_moe::fused_experts", torch.library.infer_schema(_fused_experts, mutates_args=())
+)
+torch.library.impl("atomic_moe::fused_experts", "CompositeExplicitAutograd", _fused_experts)
+
+
+@torch.library.register_fake("atomic_moe::fused_experts")
+def _(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+
+
+fused_experts = torch.ops.atomic_moe.fused_experts.default

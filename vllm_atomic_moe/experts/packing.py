@@ -1,0 +1,395 @@
+"""Packed rows: the atoms that stay, of every expert, one after another.
+
+An atom is three vectors of length H: its rows of `gate_proj` and `up_proj` and its column of
+`down_proj`. Resident atoms are stored expert by expert, row-major in three matrices [P, H] or in
+the order that a kernel reads best (`Storage`). With several resident profiles P counts their
+union, and a profile is a small index structure over it: for every expert, the runs of consecutive
+rows that it keeps. Switching profiles rewrites that structure in place; no weight moves.
+
+Legend: E experts, H hidden size, I full intermediate size, P packed rows, R runs per expert,
+S resident profiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import nn
+
+from vllm_atomic_moe.files.export_format import packed_offsets
+
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLayout:
+    """Which atoms of one layer are resident, in which order, and which of them a profile uses.
+
+    Attributes:
+        intermediate_size: I.
+        offsets_E1: int64 [E+1], first packed row of every expert; the last entry is P.
+        atoms_P: int64 [P], index within its expert (0..I-1) of the atom in every packed row.
+        runs: profile name -> int32 [E, R, 2], (first row, number of rows) of the runs of
+            consecutive packed rows each expert keeps; unused runs have no rows. R is the same for
+            all profiles.
+    """
+
+    intermediate_size: int
+    offsets_E1: torch.Tensor
+    atoms_P: torch.Tensor
+    runs: Mapping[str, torch.Tensor]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.offsets_E1.numel() - 1
+
+    @property
+    def num_rows(self) -> int:
+        """P."""
+        return self.atoms_P.numel()
+
+    def expert_atoms(self, expert: int) -> torch.Tensor:
+        """Resident atoms of one expert in packed order: int64 [F_e]."""
+        return self.atoms_P[self.offsets_E1[expert] : self.offsets_E1[expert + 1]]
+
+    def rows_among(self, stored_EI: torch.Tensor) -> torch.Tensor:
+        """Where every resident atom is among the atoms of `stored_EI`, counted in order: int64 [P].
+
+        Args:
+            stored_EI: bool [E, I]; all resident atoms are among them.
+        """
+        row_EI = (stored_EI.flatten().cumsum(dim=0) - 1).view(stored_EI.shape)
+        experts_P = torch.repeat_interleave(self.offsets_E1.diff())
+        assert bool(stored_EI[experts_P, self.atoms_P].all()), "profiles are checked before"
+        return row_EI[experts_P, self.atoms_P]
+
+
+def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
+    """Lay out the union of several profiles' masks of one layer.
+
+    Args:
+        keep: profile name -> bool mask [E, I]; at least one profile, all of one shape.
+
+    Returns:
+        The layout, in which nested profiles are prefixes and two profiles one run each; on the
+        CPU, whatever the default device is.
+    """
+    with torch.device("cpu"):
+        return _build_layout(keep)
+
+
+def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
+    resident_EI = torch.stack(list(keep.values())).any(dim=0)
+    num_experts, intermediate_size = resident_EI.shape
+    experts_P, atoms_P, rank_P = _resident_atoms(keep)
+
+    # Stable sort by (expert, rank): atoms of one signature stay in checkpoint order.
+    order_P = torch.argsort(experts_P * (1 << len(keep)) + rank_P, stable=True)
+    experts_P, atoms_P = experts_P[order_P], atoms_P[order_P]
+    starts = {
+        name: _find_runs(experts_P, mask[experts_P, atoms_P], num_experts)
+        for name, mask in keep.items()
+    }
+    most = max(1, *(max(map(len, runs)) for runs in starts.values()))
+    return PackedLayout(
+        intermediate_size=intermediate_size,
+        offsets_E1=packed_offsets(resident_EI),
+        atoms_P=atoms_P,
+        runs={name: _pad_runs(runs, most) for name, runs in starts.items()},
+    )
+
+
+def tensor_parallel_share(keep: Mapping[str, torch.Tensor], rank: int, size: int) -> torch.Tensor:
+    """The resident atoms that one of `size` tensor parallel ranks holds: bool [E, I].
+
+    Every resident atom is on exactly one rank. The atoms of one expert and one membership signature
+    are split into contiguous pieces, sized as if all atoms of the layer had been dealt out one by
+    one, signature by signature in packed order, each expert by expert. Ranks therefore differ by
+    one atom at most: in every signature, in the union, in each of two profiles or of nested ones.
+
+    Args:
+        keep: as for `build_layout`.
+        rank: 0..size-1.
+    """
+    with torch.device("cpu"):
+        experts_P, atoms_P, rank_P = _resident_atoms(keep)
+        share_EI = torch.zeros_like(next(iter(keep.values())), device="cpu")
+        groups_P, order_P = torch.sort(rank_P * share_EI.shape[0] + experts_P, stable=True)
+        # G groups of atoms to be split, N ranks. Of n atoms dealt, rank r has ⌈(n - r) / N⌉.
+        ends_G1 = groups_P.unique_consecutive(return_counts=True)[1].cumsum(dim=0)[:, None]
+        ranks_N = torch.arange(size)
+        dealt_GN = (ends_G1 + size - 1 - ranks_N) // size
+        lengths_GN = dealt_GN.diff(dim=0, prepend=torch.zeros(1, size, dtype=torch.int64))
+        owner_P = ranks_N.repeat(len(ends_G1)).repeat_interleave(lengths_GN.flatten())
+        mine = order_P[owner_P == rank]
+        share_EI[experts_P[mine], atoms_P[mine]] = True
+        return share_EI
+
+
+def _resident_atoms(
+    keep: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Expert, index within it and signature rank of every resident atom, in checkpoint order.
+
+    Three int64 [P].
+    """
+    # Largest profile first: it becomes the most significant bit of an atom's membership signature.
+    names = sorted(keep, key=lambda name: (-int(keep[name].sum()), name))
+    masks_SEI = torch.stack([keep[name] for name in names])
+    experts_P, atoms_P = masks_SEI.any(dim=0).nonzero(as_tuple=True)
+    return experts_P, atoms_P, _signature_rank(masks_SEI)[experts_P, atoms_P]
+
+
+def _signature_rank(masks_SEI: torch.Tensor) -> torch.Tensor:
+    """Position of every atom's membership signature in the packed order: int64 [E, I].
+
+    Signatures follow the reflected Gray code, counted from "in every profile" and rotated to begin
+    behind "in none" (such atoms are not resident): neighbours differ in one profile, so that
+    profiles break into few runs, and nested profiles become prefixes.
+    """
+    num_profiles = masks_SEI.shape[0]
+    if num_profiles > 32:
+        raise ValueError(
+            f"{num_profiles} resident profiles, at most 32 are supported; list fewer in `resident`"
+        )
+    bits_S = 1 << torch.arange(num_profiles - 1, -1, -1, dtype=torch.int64)
+    code_EI = (~masks_SEI * bits_S[:, None, None]).sum(dim=0)
+    rank_EI, last = _gray_rank(code_EI, num_profiles), _gray_rank(bits_S.sum(), num_profiles)
+    return (rank_EI - last - 1) % (1 << num_profiles)
+
+
+def _gray_rank(code: torch.Tensor, bits: int) -> torch.Tensor:
+    """Position of `code` in the reflected Gray code of that many bits."""
+    rank, shift = code.clone(), 1
+    while shift < bits:
+        rank = rank ^ (rank >> shift)
+        shift *= 2
+    return rank
+
+
+def _find_runs(
+    experts_P: torch.Tensor, kept_P: torch.Tensor, num_experts: int
+) -> list[list[tuple[int, int]]]:
+    """Per expert, the (first row, number of rows) of its runs of kept rows."""
+    rows = kept_P.nonzero().flatten()
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
+    if not len(rows):
+        return runs
+    starts_anew = torch.ones_like(rows, dtype=torch.bool)
+    starts_anew[1:] = (rows.diff() > 1) | (experts_P[rows].diff() != 0)
+    firsts = starts_anew.nonzero().flatten()
+    lengths = torch.diff(firsts, append=torch.tensor([len(rows)]))
+    first_rows = rows[firsts]
+    for expert, row, length in zip(
+        experts_P[first_rows].tolist(), first_rows.tolist(), lengths.tolist(), strict=True
+    ):
+        runs[expert].append((row, length))
+    return runs
+
+
+def _pad_runs(runs: list[list[tuple[int, int]]], most: int) -> torch.Tensor:
+    padded = [expert + [(0, 0)] * (most - len(expert)) for expert in runs]
+    return torch.tensor(padded, dtype=torch.int32).reshape(len(runs), most, 2)
+
+
+class Storage(Protocol):
+    """How a kernel keeps the packed rows: one copy of the weights, in an order of its own."""
+
+    def allocate(
+        self,
+        offsets_E1: torch.Tensor,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> dict[str, torch.Tensor]:
+        """Room for the rows of all experts, by name, in the order in which the kernel takes them.
+
+        Args:
+            offsets_E1: as in `PackedLayout`.
+            dtype: of the weights, and of the first tensor.
+            device: where; None stands for the default device.
+        """
+
+    def write(
+        self,
+        weights: Sequence[torch.Tensor],
+        offsets_E1: torch.Tensor,
+        expert: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+    ) -> None:
+        """Put `rows_SH[atoms_F]` where the rows of one expert's projection are.
+
+        Args:
+            weights: what `allocate` made.
+            rows_SH: any float dtype, strides and device; of down_proj the columns. Not modified.
+            atoms_F: int64 [F_e], on the CPU.
+        """
+
+
+class RowStorage:
+    """Plain rows: gate, up and down_t, [P, H] each; down_t is down_proj transposed."""
+
+    def allocate(
+        self,
+        offsets_E1: torch.Tensor,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> dict[str, torch.Tensor]:
+        """See `Storage`."""
+        shape = (int(offsets_E1[-1]), hidden_size)
+        return {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name in ("gate", "up", "down_t")
+        }
+
+    def write(
+        self,
+        weights: Sequence[torch.Tensor],
+        offsets_E1: torch.Tensor,
+        expert: int,
+        projection: Projection,
+        rows_SH: torch.Tensor,
+        atoms_F: torch.Tensor,
+    ) -> None:
+        """See `Storage`."""
+        start, end = offsets_E1[expert : expert + 2].tolist()
+        target_FH = weights[PROJECTIONS.index(projection)][start:end]
+        atoms_F = atoms_F.to(rows_SH.device)
+        if rows_SH.is_contiguous():
+            target_FH.copy_(rows_SH.index_select(0, atoms_F))
+        else:
+            target_FH.copy_(rows_SH.t().index_select(1, atoms_F).t())
+
+
+class PackedExperts(nn.Module):
+    """The resident atoms of one MoE layer and the active profile's runs over them.
+
+    The weights are Parameters, a storage's index tensors buffers, named and ordered by `storage`.
+    Buffers: prepared_SER2, int32 [S, E, R, 2], the runs of all S profiles; runs_ER2, int32
+    [E, R, 2], those of the active one, rewritten in place by `activate`. Widths may be 0, 1 or
+    anything up to I. The dtype cannot be changed: storages order the rows by it.
+
+    Attributes:
+        layout: which atoms are resident, and where.
+        widest: number of resident atoms of the widest expert.
+    """
+
+    def __init__(
+        self,
+        layout: PackedLayout,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        storage: Storage | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.hidden_size = hidden_size
+        self.widest = int(layout.offsets_E1.diff().max())
+        self._storage: Storage = storage or RowStorage()
+        allocated = self._storage.allocate(layout.offsets_E1, hidden_size, dtype, device)
+        self._names = tuple(allocated)
+        for name, tensor in allocated.items():
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+        # Of every profile, on the device: a switch copies one of them, from there to there.
+        device = device or torch.get_default_device()
+        prepared_SER2 = torch.stack(list(layout.runs.values())).to(device)
+        self.register_buffer("prepared_SER2", prepared_SER2, persistent=False)
+        self.register_buffer("runs_ER2", torch.zeros_like(prepared_SER2[0]), persistent=False)
+
+    prepared_SER2: torch.Tensor
+    runs_ER2: torch.Tensor
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        dtype = self.weights[0].dtype
+        changed = fn(self.weights[0].new_empty(0)).dtype
+        if changed != dtype:
+            raise ValueError(
+                f"packed experts are {dtype} and cannot become {changed}; pack them anew"
+            )
+        return super()._apply(fn, recurse)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What the kernel takes, in the storage's order."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, padding included, indices not: what is resident."""
+        return sum(weight.nbytes for weight in self.weights if weight.is_floating_point())
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what is not weights: runs of all profiles, and what the storage indexes by."""
+        indices = [tensor for tensor in self.weights if not tensor.is_floating_point()]
+        return sum(index.nbytes for index in (*indices, self.prepared_SER2, self.runs_ER2))
+
+    def activate(self, name: str) -> None:
+        """Make `name`, one of the layout's profiles, the one that `runs_ER2` describes."""
+        self.runs_ER2.copy_(self.prepared_SER2[list(self.layout.runs).index(name)])
+
+    @torch.no_grad()
+    def load_expert(self, expert: int, projection: Projection, matrix: torch.Tensor) -> None:
+        """Slice one expert's projection into its packed rows; `matrix` is not modified.
+
+        Args:
+            expert: 0..E-1.
+            projection: gate or up, [I, H], or down, [H, I], as checkpoints store them.
+            matrix: any float dtype and device; the resident rows alone are copied.
+
+        Raises:
+            ValueError: the matrix does not have the model's shape.
+        """
+        wanted = (self.layout.intermediate_size, self.hidden_size)
+        rows_IH = matrix.t() if projection == "down" else matrix
+        if tuple(rows_IH.shape) != wanted:
+            raise ValueError(
+                f"expert {expert}: checkpoint {projection}_proj is {list(matrix.shape)}, the model "
+                f"has intermediate size {wanted[0]} and hidden size {wanted[1]}"
+            )
+        atoms_F = self.layout.expert_atoms(expert)
+        self._write(expert, projection, rows_IH, atoms_F)
+
+    @torch.no_grad()
+    def load_rows(
+        self, projection: Projection, rows_SH: torch.Tensor, stored_EI: torch.Tensor
+    ) -> None:
+        """Copy the resident rows out of an exported checkpoint's packed rows of all experts.
+
+        Args:
+            projection: of down the rows are down_proj's columns.
+            rows_SH: the stored atoms, experts ascending, in checkpoint order within an expert; any
+                float dtype and device.
+            stored_EI: bool [E, I], which atoms these are; all resident ones among them.
+
+        Raises:
+            ValueError: there are more or fewer rows, or of another length.
+        """
+        wanted = (int(stored_EI.sum()), self.hidden_size)
+        if tuple(rows_SH.shape) != wanted:
+            raise ValueError(
+                f"exported {projection} rows are {list(rows_SH.shape)}, wanted {list(wanted)}; "
+                "export the model again"
+            )
+        rows_P = self.layout.rows_among(stored_EI)
+        for expert, (start, end) in enumerate(pairwise(self.layout.offsets_E1.tolist())):
+            self._write(expert, projection, rows_SH, rows_P[start:end])
+
+    def _write(
+        self, expert: int, projection: Projection, rows_SH: torch.Tensor, atoms_F: torch.Tensor
+    ) -> None:
+        offsets_E1 = self.layout.offsets_E1
+        self._storage.write(self.weights, offsets_E1, expert, projection, rows_SH, atoms_F)

@@ -1,0 +1,1 @@
+"""What is on disk: checkpoints, profiles, exported weights. Needs torch alone."""

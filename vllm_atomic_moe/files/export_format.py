@@ -1,0 +1,118 @@
+"""What an exported checkpoint looks like on disk, and whether one is whole.
+
+The shards of what `atomic-moe export` writes are in the folder `atomic_weights/`, where other
+readers do not look: they find no weights, instead of experts that they cannot place. Of every MoE
+block it holds `{block}.experts.packed.gate`, `.up` and `.down_t` [P, H], the stored atoms in
+checkpoint order (down_proj transposed), `.offsets` int64 [E+1], the first row of every expert, and
+`.keep` bool [E, I], the atoms that are stored. The index of the shards names format, version and
+profile.
+
+Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+PACKED = re.compile(
+    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.packed\."
+    r"(?P<part>gate|up|down_t|offsets|keep)$"
+)
+PACKED_ROWS = ("gate", "up", "down_t")
+EXPORT_DIRECTORY = "atomic_weights"
+EXPORT_FORMAT = "atomic-moe-export"
+EXPORT_VERSION = "1"
+INDEX = "model.safetensors.index.json"
+
+
+def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
+    """First packed row of every expert, and the number of rows: int64 [E+1]."""
+    offsets_E1 = torch.zeros(keep_EI.shape[0] + 1, dtype=torch.int64)
+    offsets_E1[1:] = keep_EI.sum(dim=1).cumsum(dim=0)
+    return offsets_E1
+
+
+def weights_directory(directory: Path) -> Path:
+    """Where a checkpoint's shards are: in the directory, or in the folder of an exported one.
+
+    Raises:
+        ValueError: the folder is there, but is no finished export of a version known here, or there
+            are shards in both places.
+    """
+    folder = directory / EXPORT_DIRECTORY
+    if not folder.exists():
+        return directory
+    try:
+        metadata = json.loads((folder / INDEX).read_text())["metadata"]
+        found = (metadata["format"], metadata["format_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: holds no readable {INDEX} of an export ({type(error).__name__}); "
+            "export the model again"
+        ) from None
+    if found != (EXPORT_FORMAT, EXPORT_VERSION):
+        raise ValueError(
+            f"{folder}: is of format {found[0]!r:.80} version {found[1]!r:.20}, wanted "
+            f"{EXPORT_FORMAT!r} version {EXPORT_VERSION!r}; was it made by this version of "
+            "atomic-moe?"
+        )
+    if any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{directory}: holds *.safetensors files beside the exported ones in {folder.name}/; "
+            "remove either"
+        )
+    return folder
+
+
+def stored_masks(
+    where: Mapping[str, Path], blocks: Mapping[int, str], hidden_size: int
+) -> dict[int, torch.Tensor]:
+    """The atoms an exported checkpoint holds: layer index -> bool [E, I].
+
+    Args:
+        where: tensor name -> shard.
+        blocks: layer index -> name of its MoE block.
+        hidden_size: H.
+
+    Raises:
+        ValueError: packed rows, offsets and mask of a layer do not fit together.
+    """
+    masks: dict[int, torch.Tensor] = {}
+    for index, block in blocks.items():
+        prefix = f"{block}.experts.packed"
+        missing = [
+            part for part in (*PACKED_ROWS, "offsets", "keep") if f"{prefix}.{part}" not in where
+        ]
+        if missing:
+            raise ValueError(
+                f"layer {index}: {prefix}.{missing[0]} is missing; export the model again"
+            )
+        keep = read_tensor(where, f"{prefix}.keep")
+        offsets = read_tensor(where, f"{prefix}.offsets")
+        if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
+            raise ValueError(
+                f"layer {index}: {prefix}.offsets does not count the atoms of {prefix}.keep; "
+                "export the model again"
+            )
+        for part in PACKED_ROWS:
+            with safe_open(where[f"{prefix}.{part}"], framework="pt") as shard:
+                shape = shard.get_slice(f"{prefix}.{part}").get_shape()
+            if shape != [int(offsets[-1]), hidden_size]:
+                raise ValueError(
+                    f"layer {index}: {prefix}.{part} is {shape}, wanted "
+                    f"{[int(offsets[-1]), hidden_size]}; export the model again"
+                )
+        masks[index] = keep
+    return masks
+
+
+def read_tensor(where: Mapping[str, Path], name: str) -> torch.Tensor:
+    """The tensor called `name`, memory-mapped."""
+    with safe_open(where[name], framework="pt") as shard:
+        return shard.get_tensor(name)

@@ -1,0 +1,1 @@
+"""What is measured: layers, servers, perplexity as served; and plots."""

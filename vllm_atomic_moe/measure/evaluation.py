@@ -1,0 +1,208 @@
+"""Perplexity as served: vLLM's prompt log-probabilities, dense and through the loader.
+
+One engine after another in this process, each over the same windows of text. It needs
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (the command line sees to it).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_data
+from vllm_atomic_moe.engine import LOAD_FORMAT
+from vllm_atomic_moe.engine.options import profiles_to_measure
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint, read_config, resolve_model
+from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
+
+ALL_DOMAINS = "all"
+MAX_SEQ_LEN = 2048
+
+Progress = Callable[[int, int, str], None]
+"""Called with (rows done, rows in all, profile that runs next)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one profile gives.
+
+    Attributes:
+        profile: its name; `dense` is vLLM's own loader.
+        method: how the profile says it was made; "" if it does not, `dense` for the dense model.
+        settings: what the method was told, but ratio and seed (JSON).
+        kept: fraction of atoms kept.
+        kept_bytes: bytes of those atoms in the dtype served.
+        perplexity: domain -> perplexity; `all` is over the tokens of all domains.
+        tokens: domain -> tokens scored (the first of a window is not).
+    """
+
+    profile: str
+    method: str
+    settings: str
+    kept: float
+    kept_bytes: int
+    perplexity: Mapping[str, float]
+    tokens: Mapping[str, int]
+
+
+@contextmanager
+def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
+    """A vLLM engine in this process, gone with its memory at the end."""
+    llm = None
+    try:
+        llm = LLM(str(model), **options)
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        torch._dynamo.reset()
+        gc.collect()
+
+
+def prompt_logprobs(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probability of every token of every prompt but its first."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
+        use_tqdm=False,
+    )
+    return [
+        [
+            scores[token].logprob
+            for scores, token in zip(
+                output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True
+            )
+        ]
+        for output in outputs
+    ]
+
+
+def evaluate(
+    model: str,
+    profiles: str | None,
+    data: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    seq_len: int | None = None,
+    samples: int = 128,
+    dtype: str = "auto",
+    on_progress: Progress = lambda done, total, name: None,
+) -> list[Row]:
+    """Measure the dense model and every profile on the same text.
+
+    Args:
+        model: a local directory or a Hugging Face id.
+        profiles: directory of profile files; None stands for MODEL/atomic_profiles.
+        data: `FILE[:DOMAIN]` arguments.
+        names: profiles to measure; all, if there are none.
+        seq_len: tokens per window; None stands for the model's context, 2048 at most.
+        samples: windows per domain at most, drawn with seed 0.
+        dtype: as vLLM's --dtype.
+        on_progress: called before every row and at the end.
+
+    Raises:
+        ValueError: text, model, profile or sequence length is refused, before any engine starts.
+    """
+    from transformers import AutoTokenizer
+
+    files = [parse_data(argument) for argument in data]
+    if any(file.domain == ALL_DOMAINS for file in files):
+        raise ValueError(
+            f"domain {ALL_DOMAINS!r} stands for all text together; give the file's domain another "
+            "name (FILE:DOMAIN)"
+        )
+    directory = resolve_model(model)
+    checkpoint = describe_checkpoint(directory)
+    store = ProfileStore(Path(profiles or directory / "atomic_profiles"))
+    chosen = profiles_to_measure(store, checkpoint, names)
+    length = _window_length(read_config(directory), seq_len)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = draw_windows(files, tokenizer, length, samples, seed=0)
+
+    rows: list[Row] = []
+    for profile in chosen:
+        on_progress(len(rows), len(chosen), profile.name)
+        options: dict[str, Any] = {} if profile.name == DENSE else _load_options(store, profile)
+        scores, itemsize = _score(directory, text, dtype=dtype, max_model_len=length + 1, **options)
+        kept_bytes = profile.kept_atoms * 3 * checkpoint.hidden_size * itemsize
+        rows.append(_summarise(profile, kept_bytes, scores))
+    on_progress(len(rows), len(chosen), "")
+    return rows
+
+
+def _score(
+    directory: Path, text: CalibrationText, **options: Any
+) -> tuple[dict[str, list[float]], int]:
+    """Log-probabilities per domain under an engine with these options; bytes of its dtype."""
+    with engine(
+        directory,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    ) as llm:
+        scores = {
+            domain: [x for row in prompt_logprobs(llm, ids.tolist()) for x in row]
+            for domain, ids in text.windows.items()
+        }
+        return scores, llm.llm_engine.vllm_config.model_config.dtype.itemsize
+
+
+def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any]:
+    extra = {"profiles": str(store.directory), "active": profile.name}
+    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
+
+
+def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
+    """Tokens per window; vLLM wants room for one generated token behind a prompt."""
+    context = int(config.get("max_position_embeddings", MAX_SEQ_LEN + 1))
+    if seq_len is None:
+        return min(MAX_SEQ_LEN, context - 1)
+    if seq_len >= context:
+        raise ValueError(
+            f"sequence length {seq_len}: the model's context is {context} tokens and vLLM keeps "
+            f"one free; use --seq-len {context - 1} or less"
+        )
+    return seq_len
+
+
+def _settings(profile: PruningProfile) -> str:
+    """What its metadata say about options and calibrated domains, without the seed."""
+    told: dict[str, Any] = {}
+    for key in ("method_options", "selection", "calibration"):
+        with suppress(ValueError):
+            told[key] = json.loads(profile.metadata.get(key, "{}"))
+    calibration = told.pop("calibration", None)
+    if isinstance(calibration, dict):
+        told["domains"] = calibration.get("domains")
+    if isinstance(told.get("method_options"), dict):
+        told["method_options"].pop("seed", None)
+    return json.dumps(told, sort_keys=True)
+
+
+def _summarise(
+    profile: PruningProfile, kept_bytes: int, scores: Mapping[str, Sequence[float]]
+) -> Row:
+    sums = {domain: (math.fsum(values), len(values)) for domain, values in scores.items()}
+    sums[ALL_DOMAINS] = tuple(map(sum, zip(*sums.values(), strict=True)))  # type: ignore[assignment]
+    return Row(
+        profile=profile.name,
+        method=DENSE if profile.name == DENSE else profile.metadata.get("method", ""),
+        settings=_settings(profile),
+        kept=profile.kept,
+        kept_bytes=kept_bytes,
+        perplexity={domain: math.exp(-total / count) for domain, (total, count) in sums.items()},
+        tokens={domain: count for domain, (_, count) in sums.items()},
+    )

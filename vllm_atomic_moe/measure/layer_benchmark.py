@@ -1,0 +1,395 @@
+"""Time of one MoE layer, pruned, beside vLLM's own dense op.
+
+For every shape, pruned fraction and number of tokens three contestants answer the same routing in
+turn: vLLM's dense op at full width, ours at the widths that pruning leaves, and vLLM's dense op at
+the one width that holds as many bytes. The figure is a ratio within a round,
+
+    ours ÷ (dense × mean kept width over the routed rows ÷ I),
+
+1 for a kernel whose time follows the atoms that are left. Every round draws another routing, so
+that weights come from memory as they do in a model of many layers, unless a layer's used experts
+fit into the last-level cache three times over.
+
+Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median, quantiles
+from typing import Literal
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_atomic_moe.engine.compat import DenseExperts
+from vllm_atomic_moe.experts.backends import Backend, choose_backend
+from vllm_atomic_moe.experts.op import fused_experts
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
+from vllm_atomic_moe.measure.shapes import SHAPES, LayerShape
+
+Routing = Literal["random", "skewed"]
+Spread = Literal["spread", "half-empty"]
+PROFILE = "bench"
+# vLLM's CPU op takes widths in multiples of this.
+UNIFORM_STEP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What is measured.
+
+    Attributes:
+        shapes: layers.
+        tokens: numbers of tokens T.
+        pruned: fractions of atoms removed, 0 ≤ r < 1.
+        dtype: of weights and activations.
+        rounds: timed rounds per cell at most; at least 3 are made.
+        seconds: time after which a cell has enough rounds.
+        kernel: our backend; None stands for the fastest that runs.
+        seed: of weights, widths and routings.
+    """
+
+    shapes: Sequence[LayerShape] = tuple(SHAPES.values())
+    tokens: Sequence[int] = (1, 8, 64, 512, 2048)
+    pruned: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
+    dtype: torch.dtype = torch.bfloat16
+    rounds: int = 30
+    seconds: float = 3.0
+    kernel: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCell:
+    """One measured cell; times are medians in milliseconds.
+
+    Attributes:
+        shape: name of the layer.
+        tokens: T.
+        pruned: fraction of atoms removed.
+        routing: experts drawn alike, or by Zipf's law.
+        spread: how the kept atoms are spread over experts: around their mean (standard deviation
+            about 0.15 I), or one half of the experts empty and the other whole.
+        kept: mean kept width over the routed rows ÷ I.
+        dense_ms: vLLM's op at full width.
+        ours_ms: ours.
+        uniform_ms: vLLM's op at the width that holds as many bytes; None where that is I.
+        ratio: median over rounds of ours ÷ (dense × kept); None if no routed expert kept an atom.
+        ratio_low, ratio_high: its quartiles.
+        uniform_ratio: the same for `uniform_ms` and that width.
+        bytes_per_s: weights that ours must read at least once, over its time.
+        flop_per_s: multiply-adds of the kept atoms counted twice, over its time.
+        rounds: how many were timed.
+    """
+
+    shape: str
+    tokens: int
+    pruned: float
+    routing: Routing
+    spread: Spread
+    kept: float
+    dense_ms: float
+    ours_ms: float
+    uniform_ms: float | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    uniform_ratio: float | None
+    bytes_per_s: float
+    flop_per_s: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """All cells of one run.
+
+    Attributes:
+        device: the processor's name.
+        threads: CPU threads.
+        dense: which of vLLM's ops.
+        kernel: which of ours, and why.
+        copy_bytes_per_s: of a large copy, bytes read and written.
+        matmul_flop_per_s: of a large square product in the same dtype.
+        cells: one per measurement.
+    """
+
+    device: str
+    threads: int
+    dense: str
+    kernel: str
+    copy_bytes_per_s: float
+    matmul_flop_per_s: float
+    cells: list[LayerCell] = field(default_factory=list)
+
+
+def measure_layers(
+    plan: LayerPlan, on_progress: Callable[[int, int, str], None] | None = None
+) -> LayerReport:
+    """Measure every shape at every pruned fraction and number of tokens.
+
+    Routing is drawn at random and widths are spread realistically; where half of the atoms go,
+    skewed routing and half-empty layers are measured too.
+
+    Args:
+        on_progress: called with (layers done, layers in all, what comes next).
+
+    Raises:
+        ValueError: `plan.kernel` cannot run here, or vLLM is not one for CPUs.
+    """
+    if not current_platform.is_cpu():
+        raise ValueError(
+            "layers are measured beside vLLM's CPU op, this vLLM is built for "
+            f"{current_platform.device_name}; run `python -m tests.gpu.bench_kernels` there"
+        )
+    backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
+    report = LayerReport(
+        device=processor_name(),
+        threads=torch.get_num_threads(),
+        dense=f"cpu_fused_moe ({DenseExperts.isa_for(plan.dtype)})",
+        kernel=f"{backend.name}, {backend.reason}",
+        copy_bytes_per_s=_copy_ceiling(),
+        matmul_flop_per_s=_matmul_ceiling(plan.dtype),
+    )
+    layers = list(_layers(plan))
+    for done, (shape, pruned, spread) in enumerate(layers):
+        if on_progress:
+            on_progress(done, len(layers), f"{shape.name}, {pruned:.0%} pruned, {spread}")
+        trio = _Trio(plan, shape, pruned, spread, backend)
+        routings: list[Routing] = ["random"]
+        if pruned == 0.5 and spread == "spread":
+            routings.append("skewed")
+        for routing, tokens in itertools.product(routings, plan.tokens):
+            report.cells.append(trio.measure(tokens, routing))
+        del trio
+    if on_progress:
+        on_progress(len(layers), len(layers), "")
+    return report
+
+
+def _layers(plan: LayerPlan) -> Iterator[tuple[LayerShape, float, Spread]]:
+    for shape, pruned in itertools.product(plan.shapes, plan.pruned):
+        yield shape, pruned, "spread"
+        if pruned == 0.5:
+            yield shape, pruned, "half-empty"
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One routing, answered by all.
+
+    Attributes:
+        dense, ours, uniform: seconds.
+        kept: mean kept width over the routed rows ÷ I.
+        used_bytes: weights of the experts that were chosen.
+        flop: of the kept atoms.
+    """
+
+    dense: float
+    ours: float
+    uniform: float | None
+    kept: float
+    used_bytes: int
+    flop: int
+
+
+class _Trio:
+    """The three contestants of one layer."""
+
+    def __init__(
+        self, plan: LayerPlan, shape: LayerShape, pruned: float, spread: Spread, backend: Backend
+    ) -> None:
+        self.plan, self.shape, self.pruned, self.spread = plan, shape, pruned, spread
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        keep_EI = draw_mask(shape, pruned, spread, self.generator)
+        self.widths_E = keep_EI.sum(dim=1)
+        weights = _random_experts(shape, shape.intermediate, plan, self.generator)
+        self.packed = _pack(weights, keep_EI, shape, plan, backend)
+        self.backend = backend
+        self.dense = DenseExperts(*weights)
+        del weights
+        same = round(shape.intermediate * (1 - pruned) / UNIFORM_STEP) * UNIFORM_STEP
+        self.uniform_width = max(UNIFORM_STEP, same)
+        self.uniform = None
+        if self.uniform_width != shape.intermediate:
+            self.uniform = DenseExperts(
+                *_random_experts(shape, self.uniform_width, plan, self.generator)
+            )
+
+    def measure(self, tokens: int, routing: Routing) -> LayerCell:
+        """Time the three in turn until there are enough rounds."""
+        x_TH = torch.randn(tokens, self.shape.hidden, generator=self.generator)
+        x_TH = x_TH.to(self.plan.dtype)
+        rounds: list[_Round] = []
+        began = time.perf_counter()
+        self._round(x_TH, routing, 0)
+        while len(rounds) < self.plan.rounds and (
+            len(rounds) < 3 or time.perf_counter() - began < self.plan.seconds
+        ):
+            rounds.append(self._round(x_TH, routing, len(rounds)))
+        return self._cell(tokens, routing, rounds)
+
+    def _round(self, x_TH: torch.Tensor, routing: Routing, turn: int) -> _Round:
+        """One routing for all three; who begins changes with `turn`."""
+        ids_TK = draw_routing(self.shape, len(x_TH), routing, self.generator)
+        arguments = (x_TH, torch.full(ids_TK.shape, 1 / self.shape.top_k), ids_TK)
+        contestants: list[Callable[..., object]] = [self.dense, self._ours]
+        if self.uniform is not None:
+            contestants.append(self.uniform)
+        seconds = [0.0] * len(contestants)
+        for index in range(len(contestants)):
+            which = (index + turn) % len(contestants)
+            seconds[which] = _timed(contestants[which], arguments)
+        widths = self.widths_E[ids_TK.long()]
+        used = int(self.widths_E[ids_TK.unique().long()].sum())
+        return _Round(
+            dense=seconds[0],
+            ours=seconds[1],
+            uniform=seconds[2] if self.uniform is not None else None,
+            kept=float(widths.double().mean()) / self.shape.intermediate,
+            used_bytes=used * 3 * self.shape.hidden * self.plan.dtype.itemsize,
+            flop=6 * self.shape.hidden * int(widths.sum()),
+        )
+
+    def _ours(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
+    ) -> torch.Tensor:
+        packed = self.packed
+        return fused_experts(
+            x_TH,
+            packed.weights,
+            packed.runs_ER2,
+            weights_TK,
+            ids_TK,
+            packed.widest,
+            self.backend.name,
+        )
+
+    def _cell(self, tokens: int, routing: Routing, rounds: Sequence[_Round]) -> LayerCell:
+        ratios = [r.ours / (r.dense * r.kept) for r in rounds if r.kept > 0]
+        low, middle, high = _quartiles(ratios)
+        part = self.uniform_width / self.shape.intermediate
+        uniform = [(r.uniform, r.uniform / (r.dense * part)) for r in rounds if r.uniform]
+        return LayerCell(
+            shape=self.shape.name,
+            tokens=tokens,
+            pruned=self.pruned,
+            routing=routing,
+            spread=self.spread,
+            kept=mean(r.kept for r in rounds),
+            dense_ms=1e3 * median(r.dense for r in rounds),
+            ours_ms=1e3 * median(r.ours for r in rounds),
+            uniform_ms=1e3 * median(time for time, _ in uniform) if uniform else None,
+            ratio=middle,
+            ratio_low=low,
+            ratio_high=high,
+            uniform_ratio=median(ratio for _, ratio in uniform) if uniform else None,
+            bytes_per_s=median(r.used_bytes / r.ours for r in rounds),
+            flop_per_s=median(r.flop / r.ours for r in rounds),
+            rounds=len(rounds),
+        )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    if len(values) < 2:
+        return (values[0],) * 3 if values else (None, None, None)
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def draw_mask(
+    shape: LayerShape, pruned: float, spread: Spread, generator: torch.Generator
+) -> torch.Tensor:
+    """bool [E, I]: atoms that stay, a fraction 1 − pruned of all.
+
+    spread: the best of normal scores that share a normal part within an expert, as a global budget
+    leaves them. half-empty: every other expert is empty; `pruned` is 0.5.
+    """
+    size = (shape.experts, shape.intermediate)
+    if spread == "half-empty":
+        return (torch.arange(shape.experts) % 2 == 0)[:, None].expand(size)
+    score_EI = torch.randn(size, generator=generator)
+    score_EI += 0.4 * torch.randn(shape.experts, 1, generator=generator)
+    keep = torch.zeros(score_EI.numel(), dtype=torch.bool)
+    keep[score_EI.flatten().topk(round(score_EI.numel() * (1 - pruned))).indices] = True
+    return keep.view(size)
+
+
+def draw_routing(
+    shape: LayerShape, tokens: int, routing: Routing, generator: torch.Generator
+) -> torch.Tensor:
+    """int32 [T, K]: different experts for a token, alike or by Zipf's law (1, 1/2, 1/3, …)."""
+    chances_E = torch.ones(shape.experts)
+    if routing == "skewed":
+        order = torch.randperm(shape.experts, generator=generator)
+        chances_E[order] = 1 / torch.arange(1, shape.experts + 1)
+    rows = chances_E.expand(tokens, -1)
+    return torch.multinomial(rows, shape.top_k, generator=generator).int()
+
+
+def _random_experts(
+    shape: LayerShape, width: int, plan: LayerPlan, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 [E, 2·width, H] and w2 [E, H, width]; a few million random numbers, repeated."""
+    w13 = torch.empty(shape.experts, 2 * width, shape.hidden, dtype=plan.dtype)
+    w2 = torch.empty(shape.experts, shape.hidden, width, dtype=plan.dtype)
+    drawn = torch.randn(1 << 22, generator=generator) * shape.hidden**-0.5
+    for tensor in (w13, w2):
+        for part in tensor.view(-1).split(len(drawn)):
+            part.copy_(drawn[: len(part)])
+    return w13, w2
+
+
+def _pack(
+    weights: tuple[torch.Tensor, torch.Tensor],
+    keep_EI: torch.Tensor,
+    shape: LayerShape,
+    plan: LayerPlan,
+    backend: Backend,
+) -> PackedExperts:
+    layout = build_layout({PROFILE: keep_EI})
+    packed = PackedExperts(layout, shape.hidden, plan.dtype, storage=backend.storage)
+    for expert, (w13, w2) in enumerate(zip(*weights, strict=True)):
+        packed.load_expert(expert, "gate", w13[: shape.intermediate])
+        packed.load_expert(expert, "up", w13[shape.intermediate :])
+        packed.load_expert(expert, "down", w2)
+    packed.activate(PROFILE)
+    return packed
+
+
+def _timed(function: Callable[..., object], arguments: tuple[torch.Tensor, ...]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - began
+
+
+def processor_name() -> str:
+    """What the processor calls itself, and the widest instructions for experts it has."""
+    with open("/proc/cpuinfo") as lines:
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    extensions = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "no AVX-512": True,
+    }
+    return (
+        f"{names[0] if names else 'CPU'}, {next(name for name, has in extensions.items() if has)}"
+    )
+
+
+def _copy_ceiling() -> float:
+    source = torch.ones(1 << 28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_timed(target.copy_, (source,)) for _ in range(7))
+
+
+def _matmul_ceiling(dtype: torch.dtype) -> float:
+    size = 2048
+    matrix = torch.randn(size, size).to(dtype)
+    return float(2 * size**3 / min(_timed(torch.matmul, (matrix, matrix)) for _ in range(7)))

@@ -1,0 +1,233 @@
+"""Throughput, load time and memory of real servers: vLLM's own loader beside every profile.
+
+One server after another with the same flags, each driven by vLLM's load generator (`vllm bench
+serve`) over the same random prompts, so that its definitions of throughput, TTFT (time to first
+token) and TPOT (time per output token) hold. Ratios are against the dense server of the same run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_atomic_moe.engine import LOAD_FORMAT
+from vllm_atomic_moe.engine.options import profiles_to_measure
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
+from vllm_atomic_moe.measure.server_process import HOST, Server, failure_in, free_port, running
+from vllm_atomic_moe.measure.server_report import (
+    Latency,
+    LoadPlan,
+    Phase,
+    PhaseRun,
+    ServerReport,
+    ServerRun,
+    summarise,
+)
+
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+# What the benchmark itself says to the server; anything else may be in `serve_arguments`.
+OWN_FLAGS = ("--load-format", "--model-loader-extra-config", "--host", "--port", "--api-key")
+LOAD_SECONDS = re.compile(r"Loading weights took ([\d.]+) seconds")
+EXPERT_BYTES = re.compile(r"Expert weights: .*\((\d+) bytes\) dense, .*\((\d+) bytes\) resident")
+KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+# Of the CPU worker, fixed or found; and of the GPU worker.
+KV_GIB = re.compile(
+    r"(?:Explicitly set|Auto set) \(([\d.]+)/|Available KV cache memory: ([\d.]+) GiB"
+)
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what comes next)."""
+
+
+def measure_servers(
+    model: Path,
+    profiles: Path,
+    *,
+    names: Sequence[str] = (),
+    rounds: int = 1,
+    load: LoadPlan | None = None,
+    serve_arguments: Sequence[str] = (),
+    progress: Progress = lambda done, total, what: None,
+) -> ServerReport:
+    """Serve `model` dense and with each profile, one server after another, and load each alike.
+
+    Args:
+        model: checkpoint directory.
+        profiles: directory of profile files.
+        names: profiles to measure; all, if there are none.
+        rounds: how often all servers are started in turn.
+        load: what every server is asked.
+        serve_arguments: more flags for every `vllm serve`.
+        progress: called before every step and at the end.
+
+    Raises:
+        ValueError: a profile or flag is refused before any server starts, or a server or the load
+            generator failed; one line.
+    """
+    plan = load or LoadPlan()
+    _check_arguments(serve_arguments)
+    info = describe_checkpoint(model)
+    chosen = profiles_to_measure(ProfileStore(profiles), info, names)
+    steps = rounds * len(chosen) * (1 + plan.repeats * len(plan.phases))
+    runs: list[ServerRun] = []
+    # Kept if a server fails: the error names its log.
+    directory = Path(tempfile.mkdtemp(prefix="atomic-moe-bench-"))
+    bench = _Bench(model, profiles, plan, tuple(serve_arguments), directory)
+    steps_done = itertools.count()
+
+    def report(what: str) -> None:
+        progress(next(steps_done), steps, what)
+
+    for number in range(rounds):
+        for profile in chosen:
+            runs.append(bench.run(profile.name, number, report))
+    progress(steps, steps, "")
+    shutil.rmtree(directory)
+    return ServerReport(
+        model=str(model),
+        serve_arguments=tuple(serve_arguments),
+        plan=plan,
+        profiles=summarise(chosen, runs, plan),
+        runs=tuple(runs),
+    )
+
+
+def _check_arguments(serve_arguments: Sequence[str]) -> None:
+    for argument in serve_arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in OWN_FLAGS:
+            raise ValueError(f"{flag} is set by the benchmark itself; leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What the servers of one report have in common."""
+
+    model: Path
+    profiles: Path
+    plan: LoadPlan
+    serve_arguments: tuple[str, ...]
+    directory: Path
+
+    def run(self, profile: str, number: int, report: Callable[[str], None]) -> ServerRun:
+        """Start a server for `profile`, ask everything, end it."""
+        port = free_port()
+        log = self.directory / f"{number}-{profile}.log"
+        report(f"{profile}: starting the server")
+        with running(
+            self._serve_command(profile, port),
+            port,
+            log,
+            _environment(),
+            timeout_s=self.plan.start_timeout_s,
+        ) as server:
+            rest = server.anonymous_bytes()
+            phases = []
+            for phase in self.plan.phases:
+                for _ in range(self.plan.repeats):
+                    report(f"{profile}: {phase.name}")
+                    phases.append(self._load(server, phase))
+            said = log.read_text(errors="replace")
+        expert_bytes = EXPERT_BYTES.search(said)
+        if profile != DENSE and not expert_bytes:
+            raise ValueError(f"the server for {profile} did not log its expert weights: {log}")
+        return ServerRun(
+            profile=profile,
+            round=number,
+            load_s=sum(map(float, LOAD_SECONDS.findall(said)[:1])),
+            start_s=server.start_s,
+            dense_bytes=int(expert_bytes[1]) if expert_bytes else None,
+            resident_bytes=int(expert_bytes[2]) if expert_bytes else None,
+            peak_bytes=server.peak_bytes,
+            rest_bytes=rest,
+            kv_tokens=_kv_tokens(said),
+            kv_gib=_kv_gib(said),
+            phases=tuple(phases),
+        )
+
+    def _serve_command(self, profile: str, port: int) -> list[str]:
+        command = [*VLLM, "serve", str(self.model), f"--host={HOST}", f"--port={port}"]
+        # The prompts of a phase come again in its next repeat.
+        command += ["--no-enable-prefix-caching", *self.serve_arguments]
+        if profile != DENSE:
+            extra = json.dumps({"profiles": str(self.profiles), "active": profile})
+            command += [f"--load-format={LOAD_FORMAT}", f"--model-loader-extra-config={extra}"]
+        return command
+
+    def _load(self, server: Server, phase: Phase) -> PhaseRun:
+        """Drive the server through one phase."""
+        result = self.directory / "result.json"
+        result.unlink(missing_ok=True)
+        options: dict[str, Any] = {
+            "backend": "openai",
+            "base-url": server.url,
+            "tokenizer": self.model,
+            "dataset-name": "random",
+            "random-input-len": phase.input_tokens,
+            "random-output-len": phase.output_tokens,
+            "num-prompts": phase.requests,
+            "max-concurrency": phase.concurrency,
+            "num-warmups": self.plan.warmups,
+            "seed": self.plan.seed,
+            "temperature": 0,
+            "result-dir": self.directory,
+            "result-filename": result.name,
+        }
+        flags = [f"--{name}={value}" for name, value in options.items()]
+        done = subprocess.run(
+            [*VLLM, "bench", "serve", *flags, "--ignore-eos", "--save-result", "--disable-tqdm"],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=_environment(),
+        )
+        if done.returncode or not result.is_file():
+            raise ValueError(f"vllm bench serve failed: {failure_in(done.stdout + done.stderr)}")
+        found = json.loads(result.read_text())
+        if found["failed"] or found["completed"] != phase.requests:
+            raise ValueError(
+                f"{phase.name}: {found['completed']} of {phase.requests} requests were answered; "
+                f"is the context long enough? (log: {server.log})"
+            )
+        return _phase_run(phase, found)
+
+
+def _environment() -> dict[str, str]:
+    # The figures stand in vLLM's INFO lines, whatever this process itself logs.
+    return {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1"}
+
+
+def _kv_tokens(said: str) -> int | None:
+    found = KV_TOKENS.search(said)
+    return int(found[1].replace(",", "")) if found else None
+
+
+def _kv_gib(said: str) -> float | None:
+    found = KV_GIB.search(said)
+    return float(found[1] or found[2]) if found else None
+
+
+def _phase_run(phase: Phase, found: Mapping[str, Any]) -> PhaseRun:
+    def latency(name: str) -> Latency:
+        keys = (f"{kind}_{name}_ms" for kind in ("mean", "median", "p99"))
+        return Latency(*(float(found[key]) for key in keys))
+
+    return PhaseRun(
+        phase=phase.name,
+        requests_per_s=float(found["request_throughput"]),
+        output_tokens_per_s=float(found["output_throughput"]),
+        total_tokens_per_s=float(found["total_token_throughput"]),
+        ttft_ms=latency("ttft"),
+        tpot_ms=latency("tpot") if phase.output_tokens > 1 else None,
+    )
