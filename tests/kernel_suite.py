@@ -7,7 +7,7 @@ Legend: T tokens, K experts per token, E experts, H hidden size, I full intermed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,13 @@ from torch.nn import functional
 
 from vllm_atomic_moe.experts.backends import backend_module
 from vllm_atomic_moe.experts.op import fused_experts
-from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, tensor_parallel_share
+from vllm_atomic_moe.experts.packing import (
+    SLOTS,
+    PackedExperts,
+    build_layout,
+    tensor_parallel_share,
+    with_slots,
+)
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
@@ -45,16 +51,27 @@ class Experts:
     backend: str
 
     def __call__(
-        self, x_TH: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        profiles: str | Sequence[str] = "a",
     ) -> torch.Tensor:
-        """The op, with arguments moved to the experts' device; the result on the CPU."""
-        device = self.packed.runs_ER2.device
+        """The op, with arguments moved to the experts' device; the result on the CPU.
+
+        Args:
+            profiles: of all tokens, or of each.
+        """
+        names = [profiles] if isinstance(profiles, str) else profiles
+        slots_T1 = torch.tensor([[self.packed.slot(name)] for name in names], dtype=torch.int32)
+        slots_T1 = slots_T1.view(-1, 1)
+        device = self.packed.bits_SW.device
         out_TH = fused_experts(
             x_TH.to(device),
             self.packed.weights,
-            self.packed.runs_ER2,
+            *self.packed.index,
             topk_weights_TK.to(device),
-            topk_ids_TK.to(device),
+            with_slots(topk_ids_TK, slots_T1).to(device),
             self.packed.widest,
             self.backend,
         )
@@ -66,7 +83,7 @@ class Experts:
         x_TH: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         topk_ids_TK: torch.Tensor,
-        profile: str,
+        profiles: str | Sequence[str],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every expert for every token in float64, pruned atoms zeroed, then weighted.
 
@@ -75,16 +92,25 @@ class Experts:
             rounding errors are in proportion to, also where the terms happen to cancel.
         """
         gate, up, down_t = (matrix.double() for matrix in self.dense)
-        h = functional.silu(torch.einsum("th,eih->tei", x_TH.double(), gate))
-        h = h * torch.einsum("th,eih->tei", x_TH.double(), up) * self.masks[profile]
+        names = [profiles] * len(x_TH) if isinstance(profiles, str) else profiles
+        kept_TEI = torch.stack(
+            [*(self.masks[name] for name in names), next(iter(self.masks.values()))]
+        )
+        x = x_TH.double()
+        h = functional.silu(torch.einsum("th,eih->tei", x, gate))
+        h = h * torch.einsum("th,eih->tei", x, up) * kept_TEI[: len(x_TH)]
         y = torch.einsum("tei,eih->teh", h, down_t)
-        squares = torch.einsum("tei,eih->te", h**2, down_t**2)
+        # Sums over H may cancel too: their norms, with SiLU's slope of one half at zero.
+        h_squares = torch.einsum("th,eih->tei", x**2, gate**2) / 4
+        h_squares = h_squares * torch.einsum("th,eih->tei", x**2, up**2)
+        h_squares = torch.maximum(h**2, h_squares * kept_TEI[: len(x_TH)])
+        squares = torch.einsum("tei,eih->te", h_squares, down_t**2)
         out = torch.zeros(x_TH.shape, dtype=torch.float64)
         square = torch.zeros((), dtype=torch.float64)
         for token, ids in enumerate(topk_ids_TK.tolist()):
-            for slot, expert in enumerate(ids):
+            for k, expert in enumerate(ids):
                 if 0 <= expert < len(gate):
-                    weight = topk_weights_TK[token, slot].double()
+                    weight = topk_weights_TK[token, k].double()
                     out[token] += weight * y[token, expert]
                     square += weight**2 * squares[token, expert]
         return out, square.sqrt()
@@ -94,12 +120,11 @@ class Experts:
         x_TH: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         topk_ids_TK: torch.Tensor,
-        profile: str = "a",
+        profiles: str | Sequence[str] = "a",
     ) -> torch.Tensor:
-        """Activate a profile, compute and compare in norms; returns what was computed."""
-        self.packed.activate(profile)
-        found = self(x_TH, topk_weights_TK, topk_ids_TK)
-        wanted, size = self.wanted(x_TH, topk_weights_TK, topk_ids_TK, profile)
+        """Compute and compare in norms; returns what was computed."""
+        found = self(x_TH, topk_weights_TK, topk_ids_TK, profiles)
+        wanted, size = self.wanted(x_TH, topk_weights_TK, topk_ids_TK, profiles)
         assert found.shape == wanted.shape
         assert found.isfinite().all()
         error = (found.double() - wanted).norm()
@@ -115,7 +140,7 @@ def make_experts(
     device: str = "cpu",
     hidden_size: int = 24,
 ) -> Experts:
-    """Experts of random weights, of which `masks` keep some; the first profile is active."""
+    """Experts of random weights, of which `masks` keep some."""
     generator = torch.Generator().manual_seed(0)
     num_experts, full = next(iter(masks.values())).shape
     shape = (num_experts, full, hidden_size)
@@ -131,7 +156,6 @@ def make_experts(
         packed.load_expert(expert, "gate", gate[expert])
         packed.load_expert(expert, "up", up[expert])
         packed.load_expert(expert, "down", down_t[expert].t().contiguous())
-    packed.activate(next(iter(masks)))
     return Experts(packed, (gate, up, down_t), masks, backend)
 
 
@@ -217,8 +241,7 @@ class KernelSuite:
     def test_all_experts_pruned(self) -> None:
         """No atom is resident: exactly zero."""
         dtype = self.dtypes[0]
-        experts = self.make({"none": torch.zeros(3, FULL).bool()}, dtype)
-        assert experts.packed.weight_bytes == 0
+        experts = self.make({"a": torch.zeros(3, FULL).bool()}, dtype)
         x, weights, ids = routed(4, 2, 3, dtype)
         assert torch.equal(experts(x, weights, ids), torch.zeros(4, 24, dtype=dtype))
 
@@ -227,21 +250,76 @@ class KernelSuite:
         dtype = self.dtypes[0]
         x, weights, _ = routed(4, 2, 3, dtype)
         ids = torch.tensor([[-1, 9], [-7, -1], [2**20, 9], [9, 9]])
-        experts = self.make({"a": ragged()}, dtype)
+        experts = self.make({"b": ragged(1), "a": ragged()}, dtype)
         assert torch.equal(experts(x, weights, ids), torch.zeros(4, 24, dtype=dtype))
 
-    def test_several_runs_and_switching(self) -> None:
-        """Profiles that are not nested take several runs, and follow a switch in place."""
+    def test_profiles_that_are_not_nested(self) -> None:
+        """Bits anywhere in a tile; a slot's bits may be rewritten in place."""
         generator = torch.Generator().manual_seed(2)
         masks = {name: torch.rand(4, FULL, generator=generator) < 0.5 for name in "abc"}
         for dtype in self.dtypes:
             experts = self.make(masks, dtype)
-            assert experts.packed.runs_ER2.shape[1] > 1
-            address = experts.packed.runs_ER2.data_ptr()
             for name in "abcab":
                 for tokens in (1, 30):
-                    experts.check(*routed(tokens, 2, 4, dtype), profile=name)
-            assert experts.packed.runs_ER2.data_ptr() == address
+                    experts.check(*routed(tokens, 2, 4, dtype), profiles=name)
+            swapped = Experts(
+                experts.packed, experts.dense, {**masks, "a": masks["c"]}, experts.backend
+            )
+            experts.packed.bits_SW[0].copy_(experts.packed.bits_SW[2])
+            swapped.check(*routed(5, 2, 4, dtype), profiles="a")
+
+    @pytest.mark.parametrize("tokens", [1, 6, 50])
+    def test_mixed_slots(self, tokens: int) -> None:
+        """All slots in one batch, of arbitrary masks, foreign and negative ids among them."""
+        generator = torch.Generator().manual_seed(4)
+        masks = {
+            f"p{s}": ragged(10 * s) & (torch.rand(9, FULL, generator=generator) < 0.7)
+            for s in range(SLOTS)
+        }
+        for dtype in self.dtypes:
+            experts = self.make(masks, dtype)
+            names = [f"p{(5 * token + 3) % SLOTS}" for token in range(tokens)]
+            x, weights, ids = routed(tokens, 5, len(WIDTHS), dtype)
+            together = experts.check(x, weights, ids, names)
+            # Who else is in the batch changes rounding at most.
+            some = range(0, tokens, 7)
+            alone = torch.cat(
+                [experts(x[t, None], weights[t, None], ids[t, None], [names[t]]) for t in some]
+            )
+            difference = (together[some].double() - alone.double()).norm()
+            assert difference <= TOLERANCE[dtype] * experts.wanted(x, weights, ids, names)[1]
+
+    def test_a_slot_without_atoms(self) -> None:
+        """Its tokens get exactly zero, those beside them what they get alone; so do slots that no
+        profile has."""
+        masks = {"all": torch.ones(3, FULL).bool(), "none": torch.zeros(3, FULL).bool()}
+        for dtype in self.dtypes:
+            experts = self.make(masks, dtype)
+            x, weights, ids = routed(9, 2, 3, dtype, foreign=False)
+            names = ["none" if token % 3 else "all" for token in range(9)]
+            found = experts.check(x, weights, ids, names)
+            empty = torch.arange(9) % 3 > 0
+            assert not found[empty].any()
+            assert found[~empty].any(dim=1).all()
+            device = experts.packed.bits_SW.device
+            unused = with_slots(ids, torch.tensor([[SLOTS - 1]], dtype=torch.int32)).to(device)
+            arguments = (experts.packed.weights, *experts.packed.index)
+            nothing = fused_experts(
+                x.to(device), *arguments, weights.to(device), unused, FULL, experts.backend
+            )
+            assert not nothing.any()
+
+    def test_last_words_are_partial(self) -> None:
+        """A profile keeps the last atom alone, or all but it, whatever the width is."""
+        for dtype in self.dtypes:
+            last = ragged()
+            columns = last.int().cumsum(dim=1)
+            last &= columns == columns[:, -1:]
+            experts = self.make({"a": ragged(), "last": last, "most": ragged() & ~last}, dtype)
+            x, weights, ids = routed(12, 9, len(WIDTHS), dtype)
+            experts.check(x, weights, ids, ["a", "last", "most"] * 4)
+            for name in ("last", "most"):
+                experts.check(x, weights, ids, name)
 
     def test_nested_profiles(self) -> None:
         """Prefixes of one run, down to nothing."""
@@ -249,7 +327,7 @@ class KernelSuite:
         masks = {f"p{index}": score < index / 3 for index in range(4)}
         experts = self.make(masks, self.dtypes[0])
         for name in masks:
-            experts.check(*routed(5, 2, 3, self.dtypes[0]), profile=name)
+            experts.check(*routed(5, 2, 3, self.dtypes[0]), profiles=name)
 
     def test_ranks_add_up(self) -> None:
         """Tensor and expert parallel: what other ranks hold has no rows here and adds nothing."""
@@ -267,8 +345,8 @@ class KernelSuite:
                 for share in shares
             ]
             for name in masks:
-                parts = torch.stack([rank.check(*arguments, profile=name) for rank in ranks])
-                found, wanted = parts.double().sum(dim=0), whole.check(*arguments, profile=name)
+                parts = torch.stack([rank.check(*arguments, profiles=name) for rank in ranks])
+                found, wanted = parts.double().sum(dim=0), whole.check(*arguments, profiles=name)
                 assert (found - wanted).norm() <= 4 * TOLERANCE[dtype] * wanted.double().norm()
 
     def test_arguments_that_are_not_contiguous(self) -> None:
@@ -287,9 +365,13 @@ class KernelSuite:
         """Nothing that was not written is ever read: weights, scratch and output begin as NaN."""
         with poisoned_memory():
             for dtype in self.dtypes:
-                experts = self.make({"a": ragged()}, dtype)
+                first = ragged()
+                first &= first.int().cumsum(dim=1) <= 40
+                experts = self.make({"a": ragged(), "first": first}, dtype)
                 for tokens in (1, 9):
-                    experts.check(*routed(tokens, 3, len(WIDTHS), dtype))
+                    arguments = routed(tokens, 3, len(WIDTHS), dtype)
+                    for profiles in ("a", "first", [("a", "first")[t % 2] for t in range(tokens)]):
+                        experts.check(*arguments, profiles)
 
     def test_arguments_are_not_modified(self) -> None:
         """The result is new memory."""
@@ -327,4 +409,4 @@ class KernelSuite:
         dtype = self.dtypes[seed % len(self.dtypes)]
         made = self.make(masks, dtype, hidden_size=2 * half)
         for name in "ab":
-            made.check(*routed(tokens, top_k, experts, dtype, 2 * half, seed=seed), profile=name)
+            made.check(*routed(tokens, top_k, experts, dtype, 2 * half, seed=seed), profiles=name)

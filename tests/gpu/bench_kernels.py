@@ -3,7 +3,8 @@
 Needs a CUDA device, torch and Triton. Every call is captured in a CUDA graph and replayed with a
 cold L2 cache; medians. Pruned experts have ragged widths that are no multiple of a tile. `vs dense`
 is the time over this kernel's own dense time × the mean kept width of the routed rows: 1.00 says
-that pruning pays in full. `--tune` searches tiles for `experts/backends/triton.py` instead.
+that pruning pays in full. `mix` is the time of four profiles in one batch over that of the union of
+their atoms under one profile. `--tune` searches tiles for `experts/backends/triton.py` instead.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size, P packed rows.
 """
@@ -20,10 +21,12 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.packing import SLOTS, build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 TOKENS = (1, 8, 64, 512, 2048)
 PRUNED = (0.0, 0.25, 0.5, 0.75)
+MIXED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Call:
 
     x_TH: torch.Tensor
     weights: list[torch.Tensor]
-    runs_ER2: torch.Tensor
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     topk_weights_TK: torch.Tensor
     ids_TK: torch.Tensor
     widest: int
@@ -49,14 +52,14 @@ class Call:
     def run(self, tiles: backend.Tiles, one_kernel: bool) -> torch.Tensor:
         """The kernels, with these tiles."""
         return backend.launch(
-            self.x_TH, self.weights, self.runs_ER2, self.topk_weights_TK, self.ids_TK,
+            self.x_TH, self.weights, *self.index, self.topk_weights_TK, self.ids_TK,
             self.widest, tiles, one_kernel,
         )  # fmt: skip
 
     @property
     def rows_per_expert(self) -> int:
         """As `fused_experts` counts them: what chooses tiles and form."""
-        return -(-self.ids_TK.numel() // len(self.runs_ER2))
+        return -(-self.ids_TK.numel() // (len(self.index[2]) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Row:
     one_kernel_us: float | None
     chosen_us: float
     vs_dense: float
+    mix: float | None
     gb_per_s: float
     tflop_per_s: float
 
@@ -81,22 +85,37 @@ def make_weights(E: int, H: int, full: int, dtype: torch.dtype) -> list[torch.Te
     return [torch.randn(rows, H, device="cuda", dtype=dtype).mul_(H**-0.5) for _ in range(3)]
 
 
+def draw_mask(E: int, full: int, pruned: float, generator: torch.Generator) -> torch.Tensor:
+    """bool [E, I]: atoms at random, experts of ragged widths."""
+    spread_E1 = 0.75 + 0.5 * torch.rand(E, 1, generator=generator)
+    return (
+        torch.rand(E, full, generator=generator) < (1 - pruned) * spread_E1
+        if pruned
+        else (torch.ones(E, full, dtype=torch.bool))
+    )
+
+
 def make_call(
-    shape: tuple[int, int, int, int], weights: list[torch.Tensor], T: int, pruned: float
+    shape: tuple[int, int, int, int],
+    weights: list[torch.Tensor],
+    T: int,
+    masks: list[torch.Tensor],
+    slots: list[int],
 ) -> Call:
-    """Tokens routed evenly at random, experts pruned to ragged widths."""
+    """Tokens routed evenly at random, which take `slots` in turn; one mask a slot."""
     E, H, full, K = shape
     generator = torch.Generator().manual_seed(0)
     topk_weights_TK, ids_TK = torch.rand(T, E, generator=generator).topk(K)
     x_TH = torch.randn(T, H, generator=generator).to(weights[0])
-    widths_E = torch.full((E,), full)
-    if pruned:
-        spread_E = 0.75 + 0.5 * torch.rand(E, generator=generator)
-        widths_E = (full * (1 - pruned) * spread_E).long().clamp(max=full)
-    runs_ER2 = torch.stack([widths_E.cumsum(0) - widths_E, widths_E], dim=1)[:, None].int()
+    layout = build_layout({str(slot): mask for slot, mask in enumerate(masks)})
+    bits_SW = torch.zeros(SLOTS, int(layout.words_E1[-1]), dtype=torch.int32)
+    bits_SW[: len(masks)] = torch.stack(list(layout.bits.values()))
+    slots_T1 = torch.tensor(slots, dtype=torch.int32).repeat(T)[:T, None]
+    widths_E = layout.offsets_E1.diff()
     routed_atoms, read_atoms = int(widths_E[ids_TK].sum()), int(widths_E[ids_TK.unique()].sum())
+    index = bits_SW.cuda(), layout.words_E1.cuda(), layout.offsets_E1.cuda()
     return Call(
-        x_TH, weights, runs_ER2.cuda(), topk_weights_TK.cuda(), ids_TK.int().cuda(),
+        x_TH, weights, index, topk_weights_TK.cuda(), with_slots(ids_TK.int(), slots_T1).cuda(),
         int(widths_E.max()), routed_atoms / (full * T * K),
         (3 * read_atoms * H + 2 * T * H) * x_TH.itemsize, 6 * routed_atoms * H,
     )  # fmt: skip
@@ -118,11 +137,14 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
     """All rows of one model."""
-    weights = make_weights(*SHAPES[model][1:4], dtype)
+    shape = SHAPES[model][1:]
+    weights = make_weights(*shape[:3], dtype)
     for T in tokens:
         dense = 0.0
         for pruned in PRUNED:
-            call = make_call(SHAPES[model][1:], weights, T, pruned)
+            generator = torch.Generator().manual_seed(1)
+            masks = [draw_mask(shape[0], shape[2], pruned, generator) for _ in range(MIXED)]
+            call = make_call(shape, weights, T, masks[:1], [0])
             tiles = backend.choose_tiles(call.rows_per_expert, dtype)
             two = microseconds(lambda: call.run(tiles, False))  # noqa: B023
             # Larger blocks of rows would not fit into registers beside the second GEMM.
@@ -130,9 +152,18 @@ def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
             takes_one = one is not None and call.rows_per_expert <= backend.ONE_KERNEL_ROWS
             chosen = one if one is not None and takes_one else two
             dense = dense or chosen
+            mix = None
+            if pruned and T >= MIXED:
+                together = [*masks, torch.stack(masks).any(dim=0)]
+                calls = (
+                    make_call(shape, weights, T, together, slots)
+                    for slots in ([MIXED], list(range(MIXED)))
+                )
+                union, mixed = (microseconds(lambda: call.run(tiles, takes_one)) for call in calls)  # noqa: B023
+                mix = mixed / union
             yield Row(
                 model, T, pruned, call.kept, two, one, chosen, chosen / (dense * call.kept),
-                call.bytes / chosen / 1e3, call.flops / chosen / 1e6,
+                mix, call.bytes / chosen / 1e3, call.flops / chosen / 1e6,
             )  # fmt: skip
 
 
@@ -140,9 +171,10 @@ def tune(model: str, dtype: torch.dtype, tokens: list[int]) -> None:
     """Print the three fastest tiles per number of tokens, dense experts; minutes per line."""
     from triton.runtime.errors import OutOfResources
 
-    weights = make_weights(*SHAPES[model][1:4], dtype)
+    shape = SHAPES[model][1:]
+    weights = make_weights(*shape[:3], dtype)
     for T in tokens:
-        call = make_call(SHAPES[model][1:], weights, T, 0.0)
+        call = make_call(shape, weights, T, [torch.ones(shape[0], shape[2]).bool()], [0])
         one_kernel = call.rows_per_expert <= backend.ONE_KERNEL_ROWS
         timed = []
         sizes = itertools.product((16, 32, 64, 128), (32, 64), (64, 128), (64, 128), (64,), (4, 8))
@@ -187,15 +219,16 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     if not options.json:
         print(f"{device}, {options.dtype}: copy {copy:.0f} GB/s, matmul {matmul:.0f} TFLOP/s")
-        print(f"{'model':18}    T pruned   kept  two us  one us  vs dense   GB/s TFLOP/s")
+        print(f"{'model':18}    T pruned   kept  two us  one us  vs dense   mix   GB/s TFLOP/s")
     rows = []
     for row in itertools.chain(*(measure(model, dtype, options.tokens) for model in options.model)):
         rows.append(asdict(row))
         if not options.json:
             one = "" if row.one_kernel_us is None else f"{row.one_kernel_us:.1f}"
+            mix = "" if row.mix is None else f"{row.mix:.2f}"
             print(
                 f"{row.model:18} {row.tokens:4} {row.pruned:6.0%} {row.kept:6.3f} "
-                f"{row.two_kernels_us:7.1f} {one:>7} {row.vs_dense:9.2f} "
+                f"{row.two_kernels_us:7.1f} {one:>7} {row.vs_dense:9.2f} {mix:>5} "
                 f"{row.gb_per_s:6.0f} {row.tflop_per_s:7.1f}",
                 flush=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_memory, ragged, routed
 from vllm_atomic_moe.experts.backends import choose_backend
 from vllm_atomic_moe.experts.backends import triton as triton_backend
+from vllm_atomic_moe.experts.packing import SLOTS, build_layout, unpack_bits, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 pytestmark = [
@@ -56,22 +58,29 @@ def test_triton_is_chosen():
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 2048])
 @pytest.mark.parametrize("model", SHAPES)
 def test_real_shapes(model, tokens, dtype):
-    """Ragged experts of real models, memory poisoned."""
+    """Ragged experts of real models under four profiles in a batch, memory poisoned."""
     E, H, full, K = SHAPES[model][1:]
-    generator = torch.Generator("cuda").manual_seed(0)
-    random = {"generator": generator, "device": "cuda"}
-    widths_E = torch.randint(0, full + 1, (E,), **random)
+    generator = torch.Generator().manual_seed(0)
+    random = {"generator": torch.Generator("cuda").manual_seed(0), "device": "cuda"}
+    widths_E = torch.randint(0, full + 1, (E,), generator=generator)
     widths_E[:2] = torch.tensor([0, full])
-    firsts_E = widths_E.cumsum(0) - widths_E
-    runs_ER2 = torch.stack([firsts_E, widths_E], dim=1)[:, None].int()
-    rows = int(widths_E.sum())
-    weights = [(torch.randn(rows, H, **random) * H**-0.5).to(dtype) for _ in range(3)]
+    whole_EI = torch.arange(full) < widths_E[:, None]
+    masks = {"whole": whole_EI, "none": torch.zeros_like(whole_EI)}
+    for name, part in (("half", 0.5), ("tenth", 0.1)):
+        masks[name] = whole_EI & (torch.rand(E, full, generator=generator) < part)
+    layout = build_layout(masks)
+    weights = [(torch.randn(layout.num_rows, H, **random) * H**-0.5).to(dtype) for _ in range(3)]
+    bits_SW = torch.zeros(SLOTS, int(layout.words_E1[-1]), dtype=torch.int32)
+    bits_SW[: len(masks)] = torch.stack(list(layout.bits.values()))
+    index = [tensor.cuda() for tensor in (bits_SW, layout.words_E1, layout.offsets_E1)]
     x_TH = torch.randn(tokens, H, **random).to(dtype)
     topk_weights_TK, ids_TK = torch.rand(tokens, E, **random).topk(K)
+    slots_T1 = (torch.arange(tokens, dtype=torch.int32, device="cuda") % len(masks))[:, None]
+    arguments = (x_TH, weights, *index, topk_weights_TK, with_slots(ids_TK, slots_T1))
     with poisoned_memory():
-        two = triton_backend.fused_experts(x_TH, weights, runs_ER2, topk_weights_TK, ids_TK, full)
-    chosen = triton_backend.fused_experts(x_TH, weights, runs_ER2, topk_weights_TK, ids_TK, full)
-    wanted = exact(x_TH, weights, runs_ER2, topk_weights_TK, ids_TK)
+        two = triton_backend.fused_experts(*arguments, full)
+    chosen = triton_backend.fused_experts(*arguments, full)
+    wanted = exact(*arguments)
     for found in (two, chosen):
         assert (found.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
@@ -79,36 +88,42 @@ def test_real_shapes(model, tokens, dtype):
 def exact(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
 ) -> torch.Tensor:
     """One expert after another in float64."""
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
-    for expert, ((first, length),) in enumerate(runs_ER2.tolist()):
-        tokens, slots = torch.where(ids_TK == expert)
-        gate, up, down_t = (weight[first : first + length].double() for weight in weights)
+    for expert in range(len(offsets_E1) - 1):
+        tokens, ks = torch.where(ids_TK // SLOTS == expert)
+        first, end = offsets_E1[expert : expert + 2].tolist()
+        gate, up, down_t = (weight[first:end].double() for weight in weights)
         x = x_TH[tokens].double()
         h = functional.silu(x @ gate.t()) * (x @ up.t())
-        out_TH.index_add_(0, tokens, (h @ down_t) * topk_weights_TK[tokens, slots, None].double())
+        words = bits_SW[:, words_E1[expert] : words_E1[expert + 1]]
+        h *= unpack_bits(words, end - first)[ids_TK[tokens, ks] % SLOTS]
+        out_TH.index_add_(0, tokens, (h @ down_t) * topk_weights_TK[tokens, ks, None].double())
     return out_TH
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 300])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
-    """Captured once; activations, routing and the active profile are rewritten in place."""
+    """Captured once; activations, routing, slots and their bits are rewritten in place."""
     dtype = torch.float16
     masks = {"a": ragged(), "b": ragged(seed=50).flip(0), "none": torch.zeros_like(ragged())}
     experts = make_experts(masks, dtype, "triton", "cuda", hidden_size=64)
     packed = experts.packed
     still = [argument.cuda() for argument in routed(tokens, 4, 9, dtype, 64)]
+    still[2] = with_slots(still[2], torch.zeros(1, dtype=torch.int32, device="cuda"))
     torch.use_deterministic_algorithms(deterministic)
     try:
 
         def call() -> torch.Tensor:
             return torch.ops.atomic_moe.fused_experts(
-                still[0], packed.weights, packed.runs_ER2, *still[1:], packed.widest, "triton"
+                still[0], packed.weights, *packed.index, *still[1:], packed.widest, "triton"
             )
 
         side = torch.cuda.Stream()
@@ -120,14 +135,20 @@ def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
             out_TH = call()
     finally:
         torch.use_deterministic_algorithms(False)
-    for seed, profile in enumerate(("a", "b", "none", "a")):
-        packed.activate(profile)
+    mixes = (["a"], ["b"], ["none"], ["a", "none", "b"], ["b", "a"])
+    for seed, mix in enumerate((*mixes, ["a", "b"])):
+        if seed == len(mixes):  # as when a profile takes the slot of another
+            packed.bits_SW[0].copy_(packed.bits_SW[1])
+            experts = replace(experts, masks={**masks, "a": masks["b"]})
+        names = [mix[token % len(mix)] for token in range(tokens)]
         fresh = routed(tokens, 4, 9, dtype, 64, seed=seed)
-        for argument, value in zip(still, fresh, strict=True):
+        slots_T1 = torch.tensor([[packed.slot(name)] for name in names], dtype=torch.int32)
+        carried = (*fresh[:2], with_slots(fresh[2], slots_T1))
+        for argument, value in zip(still, carried, strict=True):
             argument.copy_(value)
         out_TH.fill_(float("nan"))
         graph.replay()
-        wanted, _ = experts.wanted(*fresh, profile)
+        wanted, _ = experts.wanted(*fresh, names)
         assert (out_TH.cpu().double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
 

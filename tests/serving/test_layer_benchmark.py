@@ -67,6 +67,23 @@ def trio(pruned, backend="cpu"):
     return layer_benchmark._Trio(plan, SMALL, pruned, "spread", backend)
 
 
+def test_a_mix_computes_every_token_under_its_own_profile(monkeypatch):
+    plan = LayerPlan(shapes=[SMALL], rounds=3, seconds=60)
+    backend = layer_benchmark.choose_backend(torch.device("cpu"), plan.dtype)
+    mix, calls = layer_benchmark._Mix(plan, SMALL, 0.5, backend), []
+    assert mix.union > 0.7
+    timed = layer_benchmark._timed
+    monkeypatch.setattr(
+        layer_benchmark,
+        "_timed",
+        lambda function, arguments: calls.append(arguments[3]) or timed(function, arguments),
+    )
+    assert mix.measure(8).rounds == 3
+    slots = [sorted((ids & 15)[:, 0].tolist()) for ids in calls]
+    assert slots[:4] == [[4] * 8, [0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2, 2, 3, 3], [4] * 8]
+    assert torch.equal(calls[0] >> 4, calls[1] >> 4)
+
+
 def test_the_ratio_is_within_a_round_and_over_the_kept_fraction():
     def one(dense, ours, uniform, kept):
         return layer_benchmark._Round(dense, ours, uniform, kept, used_bytes=100, flop=200)
@@ -116,8 +133,8 @@ def test_layers_are_refused_where_vllm_is_not_for_cpus(monkeypatch):
 
 def test_command(monkeypatch, tmp_path):
     monkeypatch.setitem(SHAPES, "small", SMALL)
-    monkeypatch.setattr(layer_benchmark, "_copy_ceiling", lambda *_: 1e9)
-    monkeypatch.setattr(layer_benchmark, "_matmul_ceiling", lambda *_: 1e9)
+    monkeypatch.setattr(layer_benchmark, "_read_ceiling", lambda *_: 1e9)
+    monkeypatch.setattr(layer_benchmark, "_sgemm_ceiling", lambda *_: 1e9)
     options = "bench --shape small --tokens 1 --tokens 9 --pruned 0.25 --pruned 0.5 --rounds 3"
     plot = tmp_path / "layers.png"
     result = CliRunner().invoke(app, [*options.split(), "--json", "--plot", str(plot)])
@@ -137,10 +154,13 @@ def test_command(monkeypatch, tmp_path):
         (0.5, "half-empty", "random", 9, 3),
     ]
     assert all(cell["dense_ms"] > 0 and cell["ours_ms"] > 0 for cell in report["cells"])
+    mixes = [(mix["pruned"], mix["tokens"], mix["rounds"]) for mix in report["mixes"]]
+    assert mixes == [(0.25, 9, 3), (0.5, 9, 3)]
+    assert all(mix["ratio"] > 0 and mix["union"] > 1 - mix["pruned"] for mix in report["mixes"])
     assert plot.stat().st_size > 1000
     table = CliRunner().invoke(app, options.split())
     assert "small" in table.stdout
-    assert "ceilings: copy 1.0 GB/s" in table.stdout
+    assert "ceilings: reading 1.0 GB/s, sgemm 1 GFLOP/s" in table.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from tests.kernel_suite import KernelSuite, make_experts, ragged, routed
 from vllm_atomic_moe.engine.options import LoaderOptions
 from vllm_atomic_moe.experts import backends
 from vllm_atomic_moe.experts.backends import choose_backend
+from vllm_atomic_moe.experts.packing import with_slots
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,15 @@ def test_op_is_opaque_and_has_a_faithful_fake():
     packed = experts.packed
     x, weights, ids = routed(3, 2, 9, torch.float32)
     rows = [weight.detach() for weight in packed.weights]
-    arguments = (x, rows, packed.runs_ER2, weights, ids, packed.widest, "reference")
+    arguments = (
+        x,
+        rows,
+        *packed.index,
+        weights,
+        with_slots(ids, torch.zeros(1).int()),
+        packed.widest,
+        "reference",
+    )
     torch.library.opcheck(torch.ops.atomic_moe.fused_experts.default, arguments)
 
 
@@ -39,7 +48,8 @@ def test_the_reference_runs_where_nothing_else_does(monkeypatch):
         backends, "backend_module", lambda name: broken if name == "broken" else real(name)
     )
     backend = choose_backend(CPU, torch.float32)
-    assert (backend.name, backend.reason) == ("reference", "not broken: no compiler")
+    assert (backend.name, backend.fallback) == ("reference", True)
+    assert backend.reason == "not broken: no compiler (decoding takes 10 to 30 times as long)"
     with pytest.raises(ValueError, match=r"kernel 'broken' cannot be used: no compiler; leave"):
         choose_backend(CPU, torch.float32, "broken")
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.packing import SLOTS
 
 
 def test_kernels_in_the_interpreter():
@@ -58,15 +59,17 @@ def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
         if name.endswith("_kernel"):
             monkeypatch.setattr(triton_kernels, name, Recorder(name))
     x_TH, weight_PH = torch.randn(T, 32), torch.randn(100, 32)
-    runs_ER2 = torch.tensor([[[0, 50]], [[50, 1]], [[60, 40]]], dtype=torch.int32)
-    ids_TK = torch.arange(2 * T, dtype=torch.int32).view(T, 2) % 3
+    offsets_E1, words_E1 = torch.tensor([0, 50, 60, 100]), torch.tensor([0, 2, 3, 5])
+    bits_SW = torch.full((SLOTS, 5), -1, dtype=torch.int32)
+    ids_TK = torch.arange(2 * T, dtype=torch.int32).view(T, 2) % (3 * SLOTS)
     tiles = backend.choose_tiles(1, torch.float32)
     found = []
-    for profile, ids in ((runs_ER2, ids_TK), (runs_ER2 * 0, ids_TK * 0 - 1)):
+    for bits, ids in ((bits_SW, ids_TK), (bits_SW * 0, ids_TK * 0 - 1)):
         with NoHostReads():
             backend.launch(
-                x_TH, [weight_PH] * 3, profile, torch.rand(T, 2), ids, 50, tiles, one_kernel
-            )
+                x_TH, [weight_PH] * 3, bits, words_E1, offsets_E1, torch.rand(T, 2), ids, 50, tiles,
+                one_kernel,
+            )  # fmt: skip
         found.append(list(launches))
         launches.clear()
     assert found[0] == found[1]

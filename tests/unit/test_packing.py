@@ -1,4 +1,4 @@
-"""Packed rows hold the right atoms, in few runs, and switch in place."""
+"""Packed rows hold the right atoms, and bits say which of them a profile uses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from vllm_atomic_moe.experts.packing import (
     PackedExperts,
     PackedLayout,
-    RowStorage,
     build_layout,
     tensor_parallel_share,
+    unpack_bits,
+    with_slots,
 )
 
 masks = st.builds(
@@ -30,18 +31,29 @@ masks = st.builds(
 )
 
 
-def kept_atoms(layout: PackedLayout, name: str) -> list[set[int]]:
-    """Atoms of every expert that a profile's runs cover; a row covered twice fails."""
-    atoms = []
-    for runs in layout.runs[name].tolist():
-        rows = [row for first, length in runs for row in range(first, first + length)]
-        assert len(rows) == len(set(rows))
-        atoms.append({int(layout.atoms_P[row]) for row in rows})
-    return atoms
+def used_rows(layout: PackedLayout, name: str) -> list[list[int]]:
+    """Rows of every expert, counted from its first, that a profile's bits name."""
+    rows = []
+    for expert in range(layout.num_experts):
+        first, end = layout.words_E1[expert : expert + 2].tolist()
+        width = len(layout.expert_atoms(expert))
+        assert end - first == -(-width // 32)
+        words = [word % 2**32 for word in layout.bits[name][first:end].tolist()]
+        found = [
+            32 * index + bit
+            for index, word in enumerate(words)
+            for bit in range(32)
+            if word >> bit & 1
+        ]
+        assert all(row < width for row in found), "bits beyond the expert's rows are zero"
+        unpacked = unpack_bits(layout.bits[name][None, first:end], width)
+        assert unpacked[0].nonzero().flatten().tolist() == found
+        rows.append(found)
+    return rows
 
 
 @given(masks)
-def test_runs_cover_exactly_the_mask(keep):
+def test_bits_name_exactly_the_mask(keep):
     layout = build_layout(keep)
     union = torch.stack(list(keep.values())).any(dim=0)
     assert layout.num_rows == int(union.sum())
@@ -50,29 +62,29 @@ def test_runs_cover_exactly_the_mask(keep):
             union[expert].nonzero().flatten().tolist()
         )
     for name, mask in keep.items():
-        assert kept_atoms(layout, name) == [set(row.nonzero().flatten().tolist()) for row in mask]
+        for expert, rows in enumerate(used_rows(layout, name)):
+            atoms = layout.expert_atoms(expert)[rows].tolist()
+            assert set(atoms) == set(mask[expert].nonzero().flatten().tolist())
 
 
 @given(st.integers(0, 1 << 20), st.integers(1, 5))
-def test_nested_profiles_are_prefixes_of_one_run(seed, count):
-    score = torch.rand(3, 50, generator=torch.Generator().manual_seed(seed))
+def test_nested_profiles_are_prefixes(seed, count):
+    score = torch.rand(3, 150, generator=torch.Generator().manual_seed(seed))
     layout = build_layout({f"p{index}": score < index / count for index in range(count + 1)})
-    for runs in layout.runs.values():
-        assert runs.shape[1] == 1
-        assert all(
-            first == start
-            for (first, length), start in zip(
-                runs[:, 0].tolist(), layout.offsets_E1[:-1].tolist(), strict=True
-            )
-            if length
-        )
+    for name in layout.bits:
+        assert all(rows == list(range(len(rows))) for rows in used_rows(layout, name))
 
 
 @given(st.integers(0, 1 << 20))
-def test_two_profiles_of_any_kind_are_one_run_each(seed):
+def test_two_profiles_of_any_kind_are_contiguous(seed):
     generator = torch.Generator().manual_seed(seed)
-    keep = {name: torch.rand(4, 60, generator=generator) < 0.5 for name in "ab"}
-    assert all(runs.shape[1] == 1 for runs in build_layout(keep).runs.values())
+    layout = build_layout({name: torch.rand(4, 60, generator=generator) < 0.5 for name in "ab"})
+    for name in "ab":
+        assert all(
+            rows == list(range(rows[0], rows[0] + len(rows)))
+            for rows in used_rows(layout, name)
+            if rows
+        )
 
 
 def test_one_profile_keeps_checkpoint_order():
@@ -80,7 +92,18 @@ def test_one_profile_keeps_checkpoint_order():
     layout = build_layout({"only": keep})
     assert layout.atoms_P.tolist() == [0, 2, 3, 0, 1, 2, 3]
     assert layout.offsets_E1.tolist() == [0, 3, 3, 7]
-    assert layout.runs["only"].tolist() == [[[0, 3]], [[0, 0]], [[3, 4]]]
+    assert layout.words_E1.tolist() == [0, 1, 1, 2]
+    assert layout.bits["only"].tolist() == [0b111, 0b1111]
+
+
+def test_ids_carry_slots():
+    ids = torch.tensor([[0, 5, -1], [7, -3, 127]], dtype=torch.int32)
+    slots = torch.tensor([[15], [3]], dtype=torch.int32)
+    carried = with_slots(ids, slots)
+    assert carried.dtype == torch.int32
+    assert torch.equal(carried >> 4, ids)
+    assert torch.equal(carried & 15, slots.expand(2, 3))
+    assert with_slots(ids.long(), slots[0]).dtype == torch.int64
 
 
 def test_layout_does_not_follow_the_default_device():
@@ -89,8 +112,8 @@ def test_layout_does_not_follow_the_default_device():
     with torch.device("meta"):
         layout = build_layout(keep)
         packed = PackedExperts(layout, 8, torch.float32)
-    assert layout.atoms_P.device == layout.runs["a"].device == torch.device("cpu")
-    assert packed.gate.device == packed.runs_ER2.device == torch.device("meta")
+    assert layout.atoms_P.device == layout.bits["a"].device == torch.device("cpu")
+    assert {tensor.device for tensor in (packed.gate, *packed.index)} == {torch.device("meta")}
 
 
 # --- tensor parallel ranks ------------------------------------------------------------------------
@@ -202,38 +225,21 @@ def test_wrong_shape_is_refused():
         packed.load_expert(0, "down", torch.zeros(3, 5))
 
 
-def test_activate_rewrites_in_place():
-    keep = {"a": torch.ones(2, 4).bool(), "b": torch.zeros(2, 4).bool()}
-    packed = PackedExperts(build_layout(keep), 8, torch.float32)
-    address = packed.runs_ER2.data_ptr()
-    packed.activate("a")
-    assert packed.runs_ER2[:, :, 1].sum() == 8
-    packed.activate("b")
-    assert packed.runs_ER2[:, :, 1].sum() == 0
-    assert packed.runs_ER2.data_ptr() == address
-
-
 def test_too_many_resident_profiles_are_refused():
-    keep = {f"p{index}": torch.ones(1, 2).bool() for index in range(33)}
-    with pytest.raises(ValueError, match="33 resident profiles, at most 32"):
+    keep = {f"p{index}": torch.ones(1, 2).bool() for index in range(17)}
+    with pytest.raises(ValueError, match="17 resident profiles, at most 16"):
         build_layout(keep)
 
 
-class IndexedStorage(RowStorage):
-    """Plain rows, and an index tensor beside them."""
-
-    def allocate(self, offsets_E1, hidden_size, dtype, device):
-        rows = super().allocate(offsets_E1, hidden_size, dtype, device)
-        return {**rows, "offsets": offsets_E1.clone()}
-
-
-def test_rows_are_parameters_and_indices_are_buffers():
-    layout = build_layout({"only": torch.ones(2, 4).bool()})
-    packed = PackedExperts(layout, 8, torch.float32, storage=IndexedStorage())
+def test_rows_are_parameters_and_bits_are_buffers():
+    keep = {"a": torch.ones(2, 40).bool(), "b": torch.zeros(2, 40).bool()}
+    packed = PackedExperts(build_layout(keep), 8, torch.float32)
     assert list(dict(packed.named_parameters())) == ["gate", "up", "down_t"]
-    assert list(dict(packed.named_buffers())) == ["offsets", "prepared_SER2", "runs_ER2"]
-    assert "offsets" not in packed.state_dict()
-    assert packed.weights[3] is packed.offsets
+    assert list(dict(packed.named_buffers())) == ["bits_SW", "words_E1", "offsets_E1"]
+    assert list(packed.state_dict()) == ["gate", "up", "down_t"]
+    assert packed.bits_SW.tolist() == [[-1, 255, -1, 255], *[[0] * 4] * 15]
+    assert (packed.slot("a"), packed.slot("b")) == (0, 1)
+    assert packed.index_bytes == 16 * 4 * 4 + 2 * 3 * 8
 
 
 def test_another_dtype_is_refused():

@@ -21,8 +21,8 @@ from vllm_atomic_moe.experts.backends import triton as backend
 
 # What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
 SHARED_MEMORY = 99 * 1024
-# Qwen3-30B-A3B: experts, hidden and intermediate size, experts per token; several runs.
-E, H, WIDEST, K, R = 128, 2048, 768, 8, 2
+# Qwen3-30B-A3B: experts, hidden and intermediate size, experts per token.
+E, H, WIDEST, K = 128, 2048, 768, 8
 # Tokens that between them take both forms, unsorted rows and all tiles.
 TOKENS = (1, 16, 64, 256, 1000, 4000)
 
@@ -55,11 +55,13 @@ def compile_all(capability: int, dtype: torch.dtype, tokens: tuple[int, ...]) ->
         patch.setattr(jit.JITFunction, "run", compile_only)
         patch.setattr(driver, "_active", Target(capability))
         weights = [torch.empty(E * WIDEST, H, dtype=dtype) for _ in range(3)]
-        runs_ER2 = torch.empty(E, R, 2, dtype=torch.int32)
+        bits_SW = torch.empty(16, E * WIDEST // 32, dtype=torch.int32)
+        words_E1, offsets_E1 = torch.empty(2, E + 1, dtype=torch.int64)
+        index = bits_SW, words_E1, offsets_E1
         for T in tokens:
             routing = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
             x_TH = torch.empty(T, H, dtype=dtype)
-            backend.fused_experts(x_TH, weights, runs_ER2, *routing, WIDEST)
+            backend.fused_experts(x_TH, weights, *index, *routing, WIDEST)
     return kernels
 
 

@@ -6,15 +6,15 @@ For a process of its own, since the interpreter must be chosen before Triton is 
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.kernel_suite import FULL, WIDTHS, KernelSuite, make_experts, ragged, routed
+from tests.kernel_suite import WIDTHS, KernelSuite, make_experts, ragged, routed
 from vllm_atomic_moe.experts.backends import triton as triton_backend
+from vllm_atomic_moe.experts.packing import SLOTS, with_slots
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 
@@ -40,24 +40,6 @@ class TestTriton(KernelSuite):
             *routed(5, 4, len(WIDTHS), torch.float16)
         )
 
-    def test_runs_apart_with_empty_ones_between(self):
-        """Runs need not be in order, nor end at multiples of a vector; all rows of one expert."""
-        experts = make_experts({"a": torch.ones(3, FULL).bool()}, torch.float32, "triton")
-        runs = [
-            [(3, 33), (0, 0), (40, 7)],
-            [(300, 1), (200, 50), (165, 0)],
-            [(320, 1), (321, 1), (322, 158)],
-        ]
-        mask = torch.zeros(3 * FULL, dtype=torch.bool)
-        for first, length in itertools.chain(*runs):
-            mask[first : first + length] = True
-        experts.masks["a"].copy_(mask.view(3, FULL))
-        runs_ER2 = torch.tensor(runs, dtype=torch.int32)
-        experts.packed.layout.runs["a"] = runs_ER2
-        experts.packed.prepared_SER2 = runs_ER2[None]
-        experts.packed.runs_ER2 = torch.zeros_like(runs_ER2)
-        experts.check(*routed(7, 2, 3, torch.float32))
-
 
 @pytest.mark.parametrize("one_kernel", [False, True])
 def test_weights_of_more_than_2_31_elements(one_kernel):
@@ -65,11 +47,23 @@ def test_weights_of_more_than_2_31_elements(one_kernel):
     H, rows = 512, (1 << 22) + 40
     weight_PH = torch.empty(rows, H, dtype=torch.float16)
     weight_PH[-40:] = torch.randn(40, H) * H**-0.5
-    runs_ER2 = torch.tensor([[[rows - 40, 0]], [[rows - 33, 33]]], dtype=torch.int32)
-    x_TH, ids_TK = torch.randn(1, H).half(), torch.tensor([[1]])
+    offsets_E1 = torch.tensor([rows - 40, rows - 33, rows])
+    words_E1 = torch.tensor([0, 1, 3])
+    bits_SW = torch.zeros(SLOTS, 3, dtype=torch.int32)
+    bits_SW[2] = -1
+    x_TH, ids_TK = torch.randn(1, H).half(), torch.tensor([[1 * SLOTS + 2]])
     tiles = triton_backend.choose_tiles(1, torch.float16)
     found = triton_backend.launch(
-        x_TH, [weight_PH] * 3, runs_ER2, torch.ones(1, 1), ids_TK, 33, tiles, one_kernel
+        x_TH,
+        [weight_PH] * 3,
+        bits_SW,
+        words_E1,
+        offsets_E1,
+        torch.ones(1, 1),
+        ids_TK,
+        33,
+        tiles,
+        one_kernel,
     )
     used = weight_PH[-33:].double()
     product = x_TH.double() @ used.t()
@@ -119,8 +113,9 @@ def test_sorted_rows(block, ids_dtype):
     ids_N = torch.randint(-1, E + 1, (N,), generator=torch.Generator().manual_seed(3))
     ids_N[ids_N == 3] = 2
     tiles = triton_backend.TILES[0][1]._replace(rows=block)
-    runs_ER2 = torch.zeros(E, 1, 2, dtype=torch.int32)
-    routing = triton_backend._sort_rows(ids_N.view(-1, 2).to(ids_dtype), runs_ER2, tiles)
+    slots_N = torch.randint(0, SLOTS, (N,), generator=torch.Generator().manual_seed(4))
+    ids_TK = with_slots(ids_N, slots_N).view(-1, 2).to(ids_dtype)
+    routing = triton_backend._sort_rows(ids_TK, E, tiles)
     wanted = []
     for expert in range(E):
         rows = (ids_N == expert).nonzero().flatten().tolist()

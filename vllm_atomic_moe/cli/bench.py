@@ -116,6 +116,9 @@ def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json
     """Options: those of `LayerPlan` that were given, shapes and dtype by name."""
     import torch
 
+    from vllm_atomic_moe.measure.instruction_set import hide_wider_instructions
+
+    hide_wider_instructions()
     from vllm_atomic_moe.measure.layer_benchmark import SHAPES, LayerPlan, measure_layers
 
     if "shapes" in options:
@@ -240,8 +243,8 @@ def _print(report: Any) -> None:
     typer.echo(f"{report.device}, {report.threads} threads")
     typer.echo(f"dense: vLLM's {report.dense}; ours: {report.kernel}")
     typer.echo(
-        f"ceilings: copy {report.copy_bytes_per_s / 1e9:.1f} GB/s (read and write), "
-        f"matmul {report.matmul_flop_per_s / 1e9:.0f} GFLOP/s\n"
+        f"ceilings: reading {report.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"sgemm {report.sgemm_flop_per_s / 1e9:.0f} GFLOP/s\n"
     )
     columns = "layer T pruned routing widths kept dense ours uniform ratio quartiles uniform GB/s"
     print_table(
@@ -264,5 +267,24 @@ def _print(report: Any) -> None:
                 f"{cell.flop_per_s / 1e9:.0f}",
             ]
             for cell in report.cells
+        ],
+    )
+    if not report.mixes:
+        return
+    typer.echo("\nfour profiles in one batch, beside the union of their atoms under one:\n")
+    print_table(
+        ["layer", "T", "pruned", "union", "one", "four", "ratio", "quartiles"],
+        [
+            [
+                mix.shape,
+                str(mix.tokens),
+                f"{mix.pruned:.0%}",
+                f"{mix.union:.2f}",
+                f"{mix.union_ms:.2f} ms",
+                f"{mix.mixed_ms:.2f} ms",
+                _number(mix.ratio),
+                f"{_number(mix.ratio_low)}–{_number(mix.ratio_high)}",
+            ]
+            for mix in report.mixes
         ],
     )

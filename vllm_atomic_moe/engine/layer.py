@@ -37,6 +37,7 @@ from vllm_atomic_moe.experts.packing import (
     Projection,
     build_layout,
     tensor_parallel_share,
+    with_slots,
 )
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
@@ -60,7 +61,9 @@ class AtomicRoutedExperts(RoutedExperts):
     """Routed experts of any width.
 
     Attributes:
-        packed: the resident atoms and the active profile's runs.
+        packed: the resident atoms, and which of them every profile uses.
+        slot_1: int32 [1], the slot of the active profile, rewritten in place by `activate`.
+        bound: what every call passes to the kernel, bound when the weights are there.
         backend: the kernel that computes them.
         routing: the experts that the active profile lets the router choose.
         active: name of the active profile.
@@ -70,6 +73,8 @@ class AtomicRoutedExperts(RoutedExperts):
     """
 
     packed: PackedExperts
+    slot_1: torch.Tensor
+    bound: tuple[Any, ...]
     backend: Backend
     routing: RoutingMask
 
@@ -108,6 +113,7 @@ class AtomicRoutedExperts(RoutedExperts):
         )
         layout = build_layout(self._share(resident.masks(self.index)))
         self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
+        self.register_buffer("slot_1", torch.zeros(1, dtype=torch.int32), persistent=False)
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.active = resident.active
         self.loaded: set[tuple[int, Projection]] = set()
@@ -124,10 +130,10 @@ class AtomicRoutedExperts(RoutedExperts):
     def activate(self, name: str) -> None:
         """Make `name`, one of the resident profiles, the one that this layer computes.
 
-        Runs, routing mask and correction bias are rewritten in place, from what was prepared when
+        Slot, routing mask and correction bias are rewritten in place, from what was prepared when
         the weights had been loaded; no weight moves.
         """
-        self.packed.activate(name)
+        self.slot_1.fill_(self.packed.slot(name))
         self.routing.activate(name)
         self.active = name
 
@@ -137,7 +143,7 @@ class AtomicRoutedExperts(RoutedExperts):
         Raises:
             ValueError: the profile is not resident.
         """
-        for prepared in (self.packed.layout.runs, self.routing.masks):
+        for prepared in (self.packed.layout.bits, self.routing.masks):
             if name not in prepared:
                 raise ValueError(
                     f"{self.layer_name}: profile {name!r} is not resident, "
@@ -250,6 +256,9 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
             delattr(layer, name)
         layer.routing.prepare(layer.e_score_correction_bias)
         layer.activate(layer.active)
+        # Looked up once: module attributes cost more than a small layer's routing.
+        packed = layer.packed
+        layer.bound = (packed.weights, *packed.index, packed.widest, layer.slot_1)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 
     def get_fused_moe_quant_config(self, layer: AtomicRoutedExperts) -> Any:
@@ -264,13 +273,9 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        packed = layer.packed
+        weights, bits_SW, words_E1, offsets_E1, widest, slot_1 = layer.bound
+        ids = with_slots(topk_ids, slot_1)
+        name = layer.backend.name
         return fused_experts(
-            x,
-            packed.weights,
-            packed.runs_ER2,
-            topk_weights,
-            topk_ids,
-            packed.widest,
-            layer.backend.name,
+            x, weights, bits_SW, words_E1, offsets_E1, topk_weights, ids, widest, name
         )

@@ -3,7 +3,7 @@
 The op is what the engine's layer calls and what compilers see. Its fake implementation lets graphs
 trace through it without looking inside. The backend that computes it is chosen once, at load.
 
-Legend: T tokens, K experts per token, E experts, H hidden size, P packed rows, R runs per expert.
+Legend: T tokens, K experts per token, E experts, H hidden size, S slots, W words.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from vllm_atomic_moe.experts.backends import backend_module
 def _fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
@@ -30,17 +32,20 @@ def _fused_experts(
         x_TH: activations, [T, H].
         weights: packed rows of x's dtype, as the backend's storage keeps them
             (`PackedExperts.weights`).
-        runs_ER2: int32 [E, R, 2], (first row, number of rows) of the rows each expert uses.
+        bits_SW: int32 [16, W], which packed rows every slot uses (`PackedExperts`).
+        words_E1: int64 [E+1], where every expert's words begin.
+        offsets_E1: int64 [E+1], where every expert's packed rows begin.
         topk_weights_TK: router weights, [T, K], any float dtype.
-        topk_ids_TK: expert ids, integer [T, K]; a negative id, or one beyond E, is skipped.
-        widest: rows of the widest expert: an upper bound on what `runs_ER2` ever says.
+        topk_ids_TK: expert ids that carry slots (`packing.with_slots`), int32 or int64 [T, K]; a
+            negative id, or one beyond E, is skipped.
+        widest: packed rows of the widest expert.
         backend: name of the chosen `Backend`.
 
     Returns:
-        [T, H] in x's dtype, accumulated in float32. Experts without rows contribute zero.
+        [T, H] in x's dtype, accumulated in float32. Experts without atoms contribute zero.
     """
     return backend_module(backend).fused_experts(
-        x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest
+        x_TH, weights, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest
     )
 
 
@@ -52,7 +57,7 @@ torch.library.impl("atomic_moe::fused_experts", "CompositeExplicitAutograd", _fu
 
 
 @torch.library.register_fake("atomic_moe::fused_experts")
-def _(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, backend):  # type: ignore[no-untyped-def]
+def _(x_TH, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TH, memory_format=torch.contiguous_format)
 
 

@@ -3,11 +3,12 @@
 An atom is three vectors of length H: its rows of `gate_proj` and `up_proj` and its column of
 `down_proj`. Resident atoms are stored expert by expert, row-major in three matrices [P, H] or in
 the order that a kernel reads best (`Storage`). With several resident profiles P counts their
-union, and a profile is a small index structure over it: for every expert, the runs of consecutive
-rows that it keeps. Switching profiles rewrites that structure in place; no weight moves.
+union. Which of the rows a profile uses is one bit a row: a *slot* is one profile's bits, in 32-bit
+words that begin at every expert's own first row. Expert ids carry the slot of their token
+(`with_slots`), so that one batch may mix profiles; no weight moves, and shapes never change.
 
-Legend: E experts, H hidden size, I full intermediate size, P packed rows, R runs per expert,
-S resident profiles.
+Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size, P packed
+rows, F_e resident atoms of an expert, S slots, W words.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from vllm_atomic_moe.files.export_format import packed_offsets
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
+SLOTS = 16
+WORD_BITS = 32
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
@@ -34,15 +38,16 @@ class PackedLayout:
         intermediate_size: I.
         offsets_E1: int64 [E+1], first packed row of every expert; the last entry is P.
         atoms_P: int64 [P], index within its expert (0..I-1) of the atom in every packed row.
-        runs: profile name -> int32 [E, R, 2], (first row, number of rows) of the runs of
-            consecutive packed rows each expert keeps; unused runs have no rows. R is the same for
-            all profiles.
+        words_E1: int64 [E+1], first word of every expert's bits; the last entry is W.
+        bits: profile name -> int32 [W]. Bit b of an expert's word w stands for its packed row
+            32 w + b: set where the profile keeps the atom. Profiles take slots in this order.
     """
 
     intermediate_size: int
     offsets_E1: torch.Tensor
     atoms_P: torch.Tensor
-    runs: Mapping[str, torch.Tensor]
+    words_E1: torch.Tensor
+    bits: Mapping[str, torch.Tensor]
 
     @property
     def num_experts(self) -> int:
@@ -77,8 +82,11 @@ def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
         keep: profile name -> bool mask [E, I]; at least one profile, all of one shape.
 
     Returns:
-        The layout, in which nested profiles are prefixes and two profiles one run each; on the
-        CPU, whatever the default device is.
+        The layout, in which nested profiles are prefixes and two profiles contiguous; on the CPU,
+        whatever the default device is.
+
+    Raises:
+        ValueError: there are more profiles than slots.
     """
     with torch.device("cpu"):
         return _build_layout(keep)
@@ -86,23 +94,56 @@ def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
 
 def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
     resident_EI = torch.stack(list(keep.values())).any(dim=0)
-    num_experts, intermediate_size = resident_EI.shape
+    intermediate_size = resident_EI.shape[1]
     experts_P, atoms_P, rank_P = _resident_atoms(keep)
 
     # Stable sort by (expert, rank): atoms of one signature stay in checkpoint order.
     order_P = torch.argsort(experts_P * (1 << len(keep)) + rank_P, stable=True)
     experts_P, atoms_P = experts_P[order_P], atoms_P[order_P]
-    starts = {
-        name: _find_runs(experts_P, mask[experts_P, atoms_P], num_experts)
-        for name, mask in keep.items()
-    }
-    most = max(1, *(max(map(len, runs)) for runs in starts.values()))
+    offsets_E1 = packed_offsets(resident_EI)
+    words_E1 = _first_words(offsets_E1)
+    row_P = torch.arange(len(atoms_P)) - offsets_E1[experts_P]
+    word_P, bit_P = words_E1[experts_P] + row_P // WORD_BITS, row_P % WORD_BITS
+
+    def bits(mask_EI: torch.Tensor) -> torch.Tensor:
+        words_W = torch.zeros(int(words_E1[-1]), dtype=torch.int64)
+        words_W.index_add_(0, word_P, mask_EI[experts_P, atoms_P].long() << bit_P)
+        return words_W.to(torch.int32)
+
     return PackedLayout(
         intermediate_size=intermediate_size,
-        offsets_E1=packed_offsets(resident_EI),
+        offsets_E1=offsets_E1,
         atoms_P=atoms_P,
-        runs={name: _pad_runs(runs, most) for name, runs in starts.items()},
+        words_E1=words_E1,
+        bits={name: bits(mask_EI) for name, mask_EI in keep.items()},
     )
+
+
+def _first_words(offsets_E1: torch.Tensor) -> torch.Tensor:
+    words_E = (offsets_E1.diff() + WORD_BITS - 1) // WORD_BITS
+    return torch.cat([words_E.new_zeros(1), words_E.cumsum(dim=0)])
+
+
+def with_slots(ids_TK: torch.Tensor, slots_T1: torch.Tensor) -> torch.Tensor:
+    """Expert ids that carry the slot of their token: id · SLOTS + slot, of the ids' dtype.
+
+    Negative ids stay negative. `>> 4` and `& 15` give both back.
+
+    Args:
+        ids_TK: integer [T, K].
+        slots_T1: int32 [T, 1] or [1], 0..SLOTS-1.
+    """
+    return torch.add(slots_T1, ids_TK, alpha=SLOTS)
+
+
+def unpack_bits(bits_SW: torch.Tensor, rows: int) -> torch.Tensor:
+    """The bits of one expert as bool [S, rows].
+
+    Args:
+        bits_SW: int32 [S, ⌈rows/32⌉], that expert's words.
+    """
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=bits_SW.device)
+    return ((bits_SW[:, :, None] >> shifts) & 1).flatten(1)[:, :rows].bool()
 
 
 def tensor_parallel_share(keep: Mapping[str, torch.Tensor], rank: int, size: int) -> torch.Tensor:
@@ -150,13 +191,14 @@ def _signature_rank(masks_SEI: torch.Tensor) -> torch.Tensor:
     """Position of every atom's membership signature in the packed order: int64 [E, I].
 
     Signatures follow the reflected Gray code, counted from "in every profile" and rotated to begin
-    behind "in none" (such atoms are not resident): neighbours differ in one profile, so that
-    profiles break into few runs, and nested profiles become prefixes.
+    behind "in none" (such atoms are not resident): neighbors differ in one profile, so that what a
+    profile leaves out comes in long stretches, and nested profiles become prefixes.
     """
     num_profiles = masks_SEI.shape[0]
-    if num_profiles > 32:
+    if num_profiles > SLOTS:
         raise ValueError(
-            f"{num_profiles} resident profiles, at most 32 are supported; list fewer in `resident`"
+            f"{num_profiles} resident profiles, at most {SLOTS} are supported; list fewer in "
+            "`resident`"
         )
     bits_S = 1 << torch.arange(num_profiles - 1, -1, -1, dtype=torch.int64)
     code_EI = (~masks_SEI * bits_S[:, None, None]).sum(dim=0)
@@ -173,31 +215,6 @@ def _gray_rank(code: torch.Tensor, bits: int) -> torch.Tensor:
     return rank
 
 
-def _find_runs(
-    experts_P: torch.Tensor, kept_P: torch.Tensor, num_experts: int
-) -> list[list[tuple[int, int]]]:
-    """Per expert, the (first row, number of rows) of its runs of kept rows."""
-    rows = kept_P.nonzero().flatten()
-    runs: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
-    if not len(rows):
-        return runs
-    starts_anew = torch.ones_like(rows, dtype=torch.bool)
-    starts_anew[1:] = (rows.diff() > 1) | (experts_P[rows].diff() != 0)
-    firsts = starts_anew.nonzero().flatten()
-    lengths = torch.diff(firsts, append=torch.tensor([len(rows)]))
-    first_rows = rows[firsts]
-    for expert, row, length in zip(
-        experts_P[first_rows].tolist(), first_rows.tolist(), lengths.tolist(), strict=True
-    ):
-        runs[expert].append((row, length))
-    return runs
-
-
-def _pad_runs(runs: list[list[tuple[int, int]]], most: int) -> torch.Tensor:
-    padded = [expert + [(0, 0)] * (most - len(expert)) for expert in runs]
-    return torch.tensor(padded, dtype=torch.int32).reshape(len(runs), most, 2)
-
-
 class Storage(Protocol):
     """How a kernel keeps the packed rows: one copy of the weights, in an order of its own."""
 
@@ -212,7 +229,7 @@ class Storage(Protocol):
 
         Args:
             offsets_E1: as in `PackedLayout`.
-            dtype: of the weights, and of the first tensor.
+            dtype: of the weights.
             device: where; None stands for the default device.
         """
 
@@ -271,17 +288,20 @@ class RowStorage:
 
 
 class PackedExperts(nn.Module):
-    """The resident atoms of one MoE layer and the active profile's runs over them.
+    """The resident atoms of one MoE layer, and which of them every slot uses.
 
-    The weights are Parameters, a storage's index tensors buffers, named and ordered by `storage`.
-    Buffers: prepared_SER2, int32 [S, E, R, 2], the runs of all S profiles; runs_ER2, int32
-    [E, R, 2], those of the active one, rewritten in place by `activate`. Widths may be 0, 1 or
-    anything up to I. The dtype cannot be changed: storages order the rows by it.
+    The weights are Parameters, named and ordered by `storage`. Buffers: bits_SW, int32 [16, W],
+    zero for slots without a profile; words_E1 and offsets_E1, int64, as in `PackedLayout`. Widths
+    may be 0, 1 or anything up to I. The dtype cannot be changed: storages order the rows by it.
 
     Attributes:
         layout: which atoms are resident, and where.
         widest: number of resident atoms of the widest expert.
     """
+
+    bits_SW: torch.Tensor
+    words_E1: torch.Tensor
+    offsets_E1: torch.Tensor
 
     def __init__(
         self,
@@ -296,21 +316,20 @@ class PackedExperts(nn.Module):
         self.hidden_size = hidden_size
         self.widest = int(layout.offsets_E1.diff().max())
         self._storage: Storage = storage or RowStorage()
+        device = device or torch.get_default_device()
         allocated = self._storage.allocate(layout.offsets_E1, hidden_size, dtype, device)
         self._names = tuple(allocated)
         for name, tensor in allocated.items():
-            if tensor.is_floating_point():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:
-                self.register_buffer(name, tensor, persistent=False)
-        # Of every profile, on the device: a switch copies one of them, from there to there.
-        device = device or torch.get_default_device()
-        prepared_SER2 = torch.stack(list(layout.runs.values())).to(device)
-        self.register_buffer("prepared_SER2", prepared_SER2, persistent=False)
-        self.register_buffer("runs_ER2", torch.zeros_like(prepared_SER2[0]), persistent=False)
-
-    prepared_SER2: torch.Tensor
-    runs_ER2: torch.Tensor
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        used_SW = torch.stack(list(layout.bits.values()))
+        bits_SW = used_SW.new_zeros(SLOTS, used_SW.shape[1])
+        bits_SW[: len(used_SW)] = used_SW
+        for name, tensor in (
+            ("bits_SW", bits_SW),
+            ("words_E1", layout.words_E1),
+            ("offsets_E1", layout.offsets_E1),
+        ):
+            self.register_buffer(name, tensor.to(device), persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         dtype = self.weights[0].dtype
@@ -327,19 +346,23 @@ class PackedExperts(nn.Module):
         return [getattr(self, name) for name in self._names]
 
     @property
+    def index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the kernel takes beside the weights: bits_SW, words_E1, offsets_E1."""
+        return self.bits_SW, self.words_E1, self.offsets_E1
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, padding included, indices not: what is resident."""
-        return sum(weight.nbytes for weight in self.weights if weight.is_floating_point())
+        return sum(weight.nbytes for weight in self.weights)
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of what is not weights: runs of all profiles, and what the storage indexes by."""
-        indices = [tensor for tensor in self.weights if not tensor.is_floating_point()]
-        return sum(index.nbytes for index in (*indices, self.prepared_SER2, self.runs_ER2))
+        """Bytes of what is not weights."""
+        return sum(index.nbytes for index in self.index)
 
-    def activate(self, name: str) -> None:
-        """Make `name`, one of the layout's profiles, the one that `runs_ER2` describes."""
-        self.runs_ER2.copy_(self.prepared_SER2[list(self.layout.runs).index(name)])
+    def slot(self, name: str) -> int:
+        """The slot of one of the layout's profiles."""
+        return list(self.layout.bits).index(name)
 
     @torch.no_grad()
     def load_expert(self, expert: int, projection: Projection, matrix: torch.Tensor) -> None:

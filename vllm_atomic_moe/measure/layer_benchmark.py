@@ -6,7 +6,9 @@ the one width that holds as many bytes. The figure is a ratio within a round,
 
     ours ÷ (dense × mean kept width over the routed rows ÷ I),
 
-1 for a kernel whose time follows the atoms that are left. Every round draws another routing, so
+1 for a kernel whose time follows the atoms that are left. Then four profiles share one batch in
+equal parts, beside the union of their atoms under one profile: 1 for a kernel that reads what two
+profiles share once. Every round draws another routing, so
 that weights come from memory as they do in a model of many layers, unless a layer's used experts
 fit into the last-level cache three times over.
 
@@ -17,10 +19,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median, quantiles
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from vllm.platforms import current_platform
@@ -28,12 +30,13 @@ from vllm.platforms import current_platform
 from vllm_atomic_moe.engine.compat import DenseExperts
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
 from vllm_atomic_moe.experts.op import fused_experts
-from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES, LayerShape
 
 Routing = Literal["random", "skewed"]
 Spread = Literal["spread", "half-empty"]
 PROFILE = "bench"
+MIXED_PROFILES = 4
 # vLLM's CPU op takes widths in multiples of this.
 UNIFORM_STEP = 32
 
@@ -105,6 +108,31 @@ class LayerCell:
 
 
 @dataclass(frozen=True, slots=True)
+class MixCell:
+    """A batch of four profiles in equal parts, each pruned alike and unlike the others.
+
+    Attributes:
+        shape, tokens, pruned: as in `LayerCell`.
+        union: fraction of atoms that at least one profile keeps.
+        union_ms: median milliseconds with all tokens under one profile that keeps the union.
+        mixed_ms: median milliseconds with a quarter of the tokens under each profile.
+        ratio, ratio_low, ratio_high: median over rounds of mixed ÷ union, and its quartiles.
+        rounds: how many were timed.
+    """
+
+    shape: str
+    tokens: int
+    pruned: float
+    union: float
+    union_ms: float
+    mixed_ms: float
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerReport:
     """All cells of one run.
 
@@ -113,18 +141,21 @@ class LayerReport:
         threads: CPU threads.
         dense: which of vLLM's ops.
         kernel: which of ours, and why.
-        copy_bytes_per_s: of a large copy, bytes read and written.
-        matmul_flop_per_s: of a large square product in the same dtype.
-        cells: one per measurement.
+        read_bytes_per_s: of summing a large tensor, the ceiling where few tokens are computed.
+        sgemm_flop_per_s: of torch's large square product in float32, the ceiling of many tokens on
+            processors without instructions for the dtype.
+        cells: one per measurement of one profile.
+        mixes: one per measurement of four profiles in a batch.
     """
 
     device: str
     threads: int
     dense: str
     kernel: str
-    copy_bytes_per_s: float
-    matmul_flop_per_s: float
+    read_bytes_per_s: float
+    sgemm_flop_per_s: float
     cells: list[LayerCell] = field(default_factory=list)
+    mixes: list[MixCell] = field(default_factory=list)
 
 
 def measure_layers(
@@ -152,8 +183,8 @@ def measure_layers(
         threads=torch.get_num_threads(),
         dense=f"cpu_fused_moe ({DenseExperts.isa_for(plan.dtype)})",
         kernel=f"{backend.name}, {backend.reason}",
-        copy_bytes_per_s=_copy_ceiling(),
-        matmul_flop_per_s=_matmul_ceiling(plan.dtype),
+        read_bytes_per_s=_read_ceiling(),
+        sgemm_flop_per_s=_sgemm_ceiling(),
     )
     layers = list(_layers(plan))
     for done, (shape, pruned, spread) in enumerate(layers):
@@ -166,6 +197,11 @@ def measure_layers(
         for routing, tokens in itertools.product(routings, plan.tokens):
             report.cells.append(trio.measure(tokens, routing))
         del trio
+        if pruned > 0 and spread == "spread":
+            mix = _Mix(plan, shape, pruned, backend)
+            counts = [tokens for tokens in plan.tokens if tokens >= MIXED_PROFILES]
+            report.mixes.extend(map(mix.measure, counts))
+            del mix
     if on_progress:
         on_progress(len(layers), len(layers), "")
     return report
@@ -208,7 +244,8 @@ class _Trio:
         keep_EI = draw_mask(shape, pruned, spread, self.generator)
         self.widths_E = keep_EI.sum(dim=1)
         weights = _random_experts(shape, shape.intermediate, plan, self.generator)
-        self.packed = _pack(weights, keep_EI, shape, plan, backend)
+        self.packed = _pack(weights, {PROFILE: keep_EI}, shape, plan, backend)
+        self.slot_1 = torch.zeros(1, dtype=torch.int32)
         self.backend = backend
         self.dense = DenseExperts(*weights)
         del weights
@@ -258,15 +295,8 @@ class _Trio:
     def _ours(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> torch.Tensor:
-        packed = self.packed
-        return fused_experts(
-            x_TH,
-            packed.weights,
-            packed.runs_ER2,
-            weights_TK,
-            ids_TK,
-            packed.widest,
-            self.backend.name,
+        return _compute(
+            self.packed, x_TH, weights_TK, with_slots(ids_TK, self.slot_1), self.backend
         )
 
     def _cell(self, tokens: int, routing: Routing, rounds: Sequence[_Round]) -> LayerCell:
@@ -292,6 +322,69 @@ class _Trio:
             flop_per_s=median(r.flop / r.ours for r in rounds),
             rounds=len(rounds),
         )
+
+
+class _Mix:
+    """Four profiles of one layer, and their union."""
+
+    def __init__(self, plan: LayerPlan, shape: LayerShape, pruned: float, backend: Backend) -> None:
+        self.plan, self.shape, self.pruned, self.backend = plan, shape, pruned, backend
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        keep = {
+            f"{PROFILE}{index}": draw_mask(shape, pruned, "spread", self.generator)
+            for index in range(MIXED_PROFILES)
+        }
+        union_EI = torch.stack(list(keep.values())).any(dim=0)
+        self.union = float(union_EI.double().mean())
+        weights = _random_experts(shape, shape.intermediate, plan, self.generator)
+        self.packed = _pack(weights, {**keep, "union": union_EI}, shape, plan, backend)
+
+    def measure(self, tokens: int) -> MixCell:
+        """Time both in turn until there are enough rounds."""
+        x_TH = torch.randn(tokens, self.shape.hidden, generator=self.generator)
+        x_TH = x_TH.to(self.plan.dtype)
+        slots_T1 = (torch.arange(tokens, dtype=torch.int32) % MIXED_PROFILES)[:, None]
+        contestants = [torch.full_like(slots_T1, MIXED_PROFILES), slots_T1]
+        rounds: list[list[float]] = []
+        began = time.perf_counter()
+        while len(rounds) <= self.plan.rounds and (
+            len(rounds) <= 3 or time.perf_counter() - began < self.plan.seconds
+        ):
+            ids_TK = draw_routing(self.shape, tokens, "random", self.generator)
+            weights_TK = torch.full(ids_TK.shape, 1 / self.shape.top_k)
+            seconds = [0.0, 0.0]
+            for index in range(2):
+                which = (index + len(rounds)) % 2
+                ids = with_slots(ids_TK, contestants[which])
+                call = (self.packed, x_TH, weights_TK, ids, self.backend)
+                seconds[which] = _timed(_compute, call)
+            rounds.append(seconds)
+        union, mixed = zip(*rounds[1:], strict=True)  # the first warms up
+        low, middle, high = _quartiles([two / one for one, two in rounds[1:]])
+        return MixCell(
+            shape=self.shape.name,
+            tokens=tokens,
+            pruned=self.pruned,
+            union=self.union,
+            union_ms=1e3 * median(union),
+            mixed_ms=1e3 * median(mixed),
+            ratio=middle,
+            ratio_low=low,
+            ratio_high=high,
+            rounds=len(rounds) - 1,
+        )
+
+
+def _compute(
+    packed: PackedExperts,
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    backend: Backend,
+) -> torch.Tensor:
+    return fused_experts(
+        x_TH, packed.weights, *packed.index, weights_TK, ids_TK, packed.widest, backend.name
+    )
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
@@ -346,22 +439,21 @@ def _random_experts(
 
 def _pack(
     weights: tuple[torch.Tensor, torch.Tensor],
-    keep_EI: torch.Tensor,
+    keep: Mapping[str, torch.Tensor],
     shape: LayerShape,
     plan: LayerPlan,
     backend: Backend,
 ) -> PackedExperts:
-    layout = build_layout({PROFILE: keep_EI})
+    layout = build_layout(keep)
     packed = PackedExperts(layout, shape.hidden, plan.dtype, storage=backend.storage)
     for expert, (w13, w2) in enumerate(zip(*weights, strict=True)):
         packed.load_expert(expert, "gate", w13[: shape.intermediate])
         packed.load_expert(expert, "up", w13[shape.intermediate :])
         packed.load_expert(expert, "down", w2)
-    packed.activate(PROFILE)
     return packed
 
 
-def _timed(function: Callable[..., object], arguments: tuple[torch.Tensor, ...]) -> float:
+def _timed(function: Callable[..., object], arguments: tuple[Any, ...]) -> float:
     """Seconds of one call."""
     began = time.perf_counter()
     function(*arguments)
@@ -376,20 +468,19 @@ def processor_name() -> str:
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported(),
         "AVX-512": torch.cpu._is_avx512_supported(),
-        "no AVX-512": True,
+        "AVX2": True,
     }
     return (
         f"{names[0] if names else 'CPU'}, {next(name for name, has in extensions.items() if has)}"
     )
 
 
-def _copy_ceiling() -> float:
-    source = torch.ones(1 << 28, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / min(_timed(target.copy_, (source,)) for _ in range(7))
+def _read_ceiling() -> float:
+    numbers = torch.ones(1 << 27)
+    return numbers.nbytes / min(_timed(numbers.sum, ()) for _ in range(7))
 
 
-def _matmul_ceiling(dtype: torch.dtype) -> float:
+def _sgemm_ceiling() -> float:
     size = 2048
-    matrix = torch.randn(size, size).to(dtype)
+    matrix = torch.randn(size, size)
     return float(2 * size**3 / min(_timed(torch.matmul, (matrix, matrix)) for _ in range(7)))

@@ -1,9 +1,10 @@
 """The slow oracle: one expert after another in plain PyTorch, on any device and dtype.
 
-Faster backends are compared with this one; keep it obvious.
+Faster backends are compared with this one; keep it obvious. It computes in float32, expert by
+expert: matmuls of 16-bit numbers take ages on CPUs without instructions for them.
 
-Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, P packed rows,
-R runs per expert, F_e width of an expert.
+Legend: T tokens, K experts per token, E experts, H hidden size, S slots, W words, P packed rows,
+n rows routed to an expert, F its atoms that any of them uses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from vllm_atomic_moe.experts.packing import RowStorage
+from vllm_atomic_moe.experts.packing import SLOTS, RowStorage, unpack_bits
 
 STORAGE = RowStorage()
 
@@ -26,25 +27,29 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
 ) -> torch.Tensor:
-    """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H]."""
-    gate_PH, up_PH, down_t_PH = weights
+    """Arguments and result as those of the op; weights are gate, up, down_t [P, H]."""
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-    for expert, runs in enumerate(runs_ER2.tolist()):
-        tokens_n, slots_n = torch.where(topk_ids_TK == expert)
+    experts_TK, slots_TK = topk_ids_TK // SLOTS, topk_ids_TK % SLOTS  # both rounded down
+    offsets, words = offsets_E1.tolist(), words_E1.tolist()
+    for expert in range(len(offsets) - 1):
+        tokens_n, ks_n = torch.where(experts_TK == expert)
         if not len(tokens_n):
             continue
-        x_nH = x_TH[tokens_n]
-        weights_n1 = topk_weights_TK[tokens_n, slots_n, None].float()
-        for first, length in runs:
-            if length:
-                rows = slice(first, first + length)
-                gate_nF = functional.linear(x_nH, gate_PH[rows]).float()
-                up_nF = functional.linear(x_nH, up_PH[rows]).float()
-                h_nF = (functional.silu(gate_nF) * up_nF).to(x_TH.dtype)
-                out_TH.index_add_(0, tokens_n, (h_nF @ down_t_PH[rows]).float() * weights_n1)
+        first, end = offsets[expert : expert + 2]
+        bits_SW_e = bits_SW[:, words[expert] : words[expert + 1]]
+        used_nF = unpack_bits(bits_SW_e, end - first)[slots_TK[tokens_n, ks_n].long()]
+        atoms_F = used_nF.any(dim=0).nonzero().flatten()
+        gate_FH, up_FH, down_t_FH = (rows_PH[first:end][atoms_F].float() for rows_PH in weights)
+        x_nH = x_TH[tokens_n].float()
+        h_nF = functional.silu(x_nH @ gate_FH.t()) * (x_nH @ up_FH.t())
+        h_nF = torch.where(used_nF[:, atoms_F], h_nF, 0)
+        weights_n1 = topk_weights_TK[tokens_n, ks_n, None].float()
+        out_TH.index_add_(0, tokens_n, (h_nF @ down_t_FH) * weights_n1)
     return out_TH.to(x_TH.dtype)

@@ -4,10 +4,10 @@ Two forms of the same result. *Two kernels* (gate and up with the activation, th
 row per token and expert, which a third sums in a fixed order: deterministic. *One kernel* does both
 GEMMs for a tile of atoms and adds into the output atomically: fewer waits when an expert has a row
 or two, as in decoding. What is launched and allocated depends on shapes alone, so that CUDA graphs
-capture it; the active profile is read from `runs_ER2` on the device, so replays follow a switch.
+capture it; slots and their bits are read on the device, so replays follow both.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, P packed rows,
-R runs per expert.
+S slots, W words of all experts, B row blocks, U words of the widest expert.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_atomic_moe.experts.packing import RowStorage
+from vllm_atomic_moe.experts.packing import WORD_BITS, RowStorage
 
 STORAGE = RowStorage()
 # Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: routed rows of a block, at least 16.
-        atoms, hidden: tile of gate and up written, and step over H.
-        out_hidden, out_atoms: tile of down written, and step over atoms.
+        atoms, hidden: tile of gate and up written, in whole words, and step over H.
+        out_hidden, out_atoms: tile of down written, and step over atoms, in whole words.
         warps, stages: per program; steps loaded ahead.
     """
 
@@ -86,7 +86,8 @@ class _Routing(NamedTuple):
 
     Attributes:
         rows: int32 [blocks · rows of a block]; not read when blocks are single rows.
-        experts: [blocks], -1 or a foreign id where there is nothing to do.
+        experts: [blocks], negative or foreign where there is nothing to do; with slots when blocks
+            are single rows.
         constants: of the kernels, among them SORTED, false when block n is routed row n.
     """
 
@@ -102,24 +103,29 @@ class _Routing(NamedTuple):
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
 ) -> torch.Tensor:
-    """Arguments and result as in `kernels.fused_experts`; weights are gate, up, down_t [P, H].
+    """Arguments and result as those of the op; weights are gate, up, down_t [P, H].
 
     Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; in a server
     `triton_deterministic` is the way to that.
     """
-    one_kernel = rows_per_expert(topk_ids_TK, runs_ER2) <= ONE_KERNEL_ROWS
+    one_kernel = rows_per_expert(topk_ids_TK, offsets_E1) <= ONE_KERNEL_ROWS
     one_kernel &= not torch.are_deterministic_algorithms_enabled()
-    return launch(x_TH, weights, runs_ER2, topk_weights_TK, topk_ids_TK, widest, None, one_kernel)
+    return launch(
+        x_TH, weights, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest,
+        None, one_kernel,
+    )  # fmt: skip
 
 
-def rows_per_expert(topk_ids_TK: torch.Tensor, runs_ER2: torch.Tensor) -> int:
+def rows_per_expert(topk_ids_TK: torch.Tensor, offsets_E1: torch.Tensor) -> int:
     """Mean routed rows per expert, rounded up."""
-    return -(-topk_ids_TK.numel() // runs_ER2.shape[0])
+    return -(-topk_ids_TK.numel() // (offsets_E1.numel() - 1))
 
 
 def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
@@ -136,7 +142,9 @@ def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
 def launch(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
@@ -146,22 +154,23 @@ def launch(
     """`fused_experts` in a given form, with given tiles or the table's."""
     if not topk_ids_TK.numel() or not widest:
         return x_TH.new_zeros(x_TH.shape)
-    tiles = tiles or choose_tiles(rows_per_expert(topk_ids_TK, runs_ER2), x_TH.dtype)
+    tiles = tiles or choose_tiles(rows_per_expert(topk_ids_TK, offsets_E1), x_TH.dtype)
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
     ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
     form = _one_kernel if one_kernel else _two_kernels
     with torch.cuda.device_of(x_TH):
-        routing = _sort_rows(ids_TK, runs_ER2, tiles)
-        return form(x_TH, weights, runs_ER2, weights_TK, ids_TK, widest, tiles, routing)
+        routing = _sort_rows(ids_TK, offsets_E1.numel() - 1, tiles)
+        return form(
+            x_TH, weights, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK, widest, tiles, routing
+        )
 
 
-def _sort_rows(ids_TK: torch.Tensor, runs_ER2: torch.Tensor, tiles: Tiles) -> _Routing:
+def _sort_rows(ids_TK: torch.Tensor, E: int, tiles: Tiles) -> _Routing:
     from vllm_atomic_moe.experts.backends import triton_kernels
 
-    N, (E, R, _) = ids_TK.numel(), runs_ER2.shape
+    N = ids_TK.numel()
     shared = {
         "E": E,
-        "R": R,
         "GROUP": ROW_BLOCKS_PER_GROUP,
         "BLOCK_N": tiles.rows,
         "num_warps": tiles.warps,
@@ -181,15 +190,12 @@ def _sort_rows(ids_TK: torch.Tensor, runs_ER2: torch.Tensor, tiles: Tiles) -> _R
     return _Routing(rows, experts, {**shared, "SORTED": True})
 
 
-def _positions(runs_ER2: torch.Tensor, widest: int) -> int:
-    """The most positions an expert can have: every run begins at a multiple of 16."""
-    return -(-widest // 16) * 16 + 16 * (runs_ER2.shape[1] - 1)
-
-
 def _two_kernels(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
     widest: int,
@@ -199,24 +205,27 @@ def _two_kernels(
     from vllm_atomic_moe.experts.backends import triton_kernels
 
     (gate_PH, up_PH, down_t_PH), (T, H), K = weights, x_TH.shape, ids_TK.shape[1]
-    positions = _positions(runs_ER2, widest)
-    h_NF = x_TH.new_empty(T * K, positions)
+    num_tiles = -(-widest // tiles.atoms)
+    h_NF = x_TH.new_empty(T * K, -(-widest // WORD_BITS) * WORD_BITS)
+    unions_BU = ids_TK.new_empty(
+        routing.num_blocks, num_tiles * (tiles.atoms // WORD_BITS), dtype=torch.int32
+    )
     y_NH = x_TH.new_empty(T * K, H)
     out_TH = x_TH.new_empty(T, H)
-    num_tiles = -(-positions // tiles.atoms)
     triton_kernels.gate_up_kernel[(routing.num_blocks * num_tiles,)](
-        x_TH, gate_PH, up_PH, h_NF, runs_ER2, routing.rows, routing.experts,
-        T * K, routing.num_blocks, num_tiles, x_TH.stride(0), h_NF.stride(0), H,
+        x_TH, gate_PH, up_PH, h_NF, unions_BU, bits_SW, words_E1, offsets_E1, ids_TK,
+        routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles,
+        bits_SW.shape[1], unions_BU.shape[1], x_TH.stride(0), h_NF.stride(0), H,
         K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden, **routing.constants,
     )  # fmt: skip
     num_tiles = -(-H // tiles.out_hidden)
     triton_kernels.down_kernel[(routing.num_blocks * num_tiles,)](
-        h_NF, down_t_PH, y_NH, runs_ER2, weights_TK, routing.rows, routing.experts,
-        T * K, routing.num_blocks, num_tiles, h_NF.stride(0), H,
+        h_NF, down_t_PH, y_NH, unions_BU, offsets_E1, weights_TK, routing.rows, routing.experts,
+        T * K, routing.num_blocks, num_tiles, unions_BU.shape[1], h_NF.stride(0), H,
         BLOCK_F=tiles.out_atoms, BLOCK_D=tiles.out_hidden, **routing.constants,
     )  # fmt: skip
     triton_kernels.sum_rows_kernel[(T, -(-H // 1024))](
-        y_NH, ids_TK, out_TH, H, E=runs_ER2.shape[0], K=K, BLOCK_D=1024
+        y_NH, ids_TK, out_TH, H, E=offsets_E1.numel() - 1, K=K, BLOCK_D=1024
     )
     return out_TH
 
@@ -224,7 +233,9 @@ def _two_kernels(
 def _one_kernel(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
     widest: int,
@@ -235,10 +246,11 @@ def _one_kernel(
 
     (T, H), K = x_TH.shape, ids_TK.shape[1]
     out_TH = x_TH.new_zeros(T, H, dtype=torch.float32)
-    num_tiles = -(-_positions(runs_ER2, widest) // tiles.atoms)
+    num_tiles = -(-widest // tiles.atoms)
     triton_kernels.fused_kernel[(routing.num_blocks * num_tiles,)](
-        x_TH, *weights, out_TH, runs_ER2, weights_TK, routing.rows, routing.experts,
-        T * K, routing.num_blocks, num_tiles, x_TH.stride(0), H,
+        x_TH, *weights, out_TH, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK,
+        routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles, bits_SW.shape[1],
+        x_TH.stride(0), H,
         K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden, BLOCK_D=tiles.out_hidden,
         **routing.constants,
     )  # fmt: skip

@@ -1,29 +1,32 @@
 # mypy: disallow-untyped-defs=False
 """The GPU kernels of `kernels.triton`: plain Triton over plain row-major packed rows.
 
-Routed rows are the N = T·K pairs (token, slot), numbered token·K + slot. A program of the GEMMs
+Routed rows are the N = T·K pairs (token, expert), numbered token·K + k. A program of the GEMMs
 works on one block of routed rows that share an expert. Grids are upper bounds known on the host;
-what an expert really has (its tokens, its active runs) is read from device tensors, and a program
+what an expert really has (its tokens, its atoms) is read from device tensors, and a program
 without work returns after reading a few integers.
 
-Positions number an expert's active atoms across its runs, every run beginning at a multiple of 16;
-a position is turned into a packed row by walking the runs.
+Atoms number an expert's packed rows from its first one. A tile of atoms is whole 32-bit words of
+the slots' bits. The *union* of a row block is the OR of its rows' words: atoms outside it are not
+read, and its zero words are skipped. Rows may be of different slots, so that every row masks the
+activations of its tile by its own words.
 
 Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows,
-R runs per expert. Lower case for what a program holds of them: n routed rows, f atoms or positions,
-h and d hidden columns (read and written).
+S slots, W words of all experts, B row blocks, U words of the widest expert. Lower case for what a
+program holds of them: n routed rows, f atoms, u words, h and d hidden columns (read and written).
 """
 
 import triton
 from triton import language as tl
 
-# They change from call to call; their divisibility must not compile a kernel anew.
-_VARYING = ["num_rows", "num_blocks"]
+# They change from call to call or layer to layer; their divisibility must not compile a kernel
+# anew.
+_VARYING = ["num_rows", "num_blocks", "num_words", "num_unions"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def sort_rows_kernel(
-    ids_ptr,  # [N]
+    ids_ptr,  # [N], with slots
     rows_ptr,  # out [num_blocks · BLOCK_N]: routed rows by expert; num_rows where there is none
     experts_ptr,  # out [num_blocks]: the expert of each block; -1 where there is none
     num_rows,
@@ -33,7 +36,7 @@ def sort_rows_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Stable sort of routed rows by expert, every expert padded to whole blocks.
+    """Stable sort of routed rows by expert, whatever their slots; experts padded to whole blocks.
 
     One program an expert and a last one for the blocks that stay empty. Each counts all rows by
     itself, so that one launch does it, without atomics: the order is always the same.
@@ -43,8 +46,9 @@ def sort_rows_kernel(
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, num_rows, CHUNK):
         n = start + tl.arange(0, CHUNK)
-        ids = tl.load(ids_ptr + n, mask=n < num_rows, other=-1)
-        counts += tl.histogram(ids.to(tl.int32), BINS, mask=(ids >= 0) & (ids < E))
+        experts = tl.load(ids_ptr + n, mask=n < num_rows, other=-1) >> 4
+        ours = (experts >= 0) & (experts < E)
+        counts += tl.histogram(experts.to(tl.int32), BINS, mask=ours)
     blocks = (counts + BLOCK_N - 1) // BLOCK_N
     first_block = tl.sum(tl.where(bins < expert, blocks, 0))
 
@@ -64,8 +68,8 @@ def sort_rows_kernel(
     tl.store(rows_ptr + padding, num_rows, mask=padding < end_block * BLOCK_N)
     for start in range(0, tl.where(count > 0, num_rows, 0), CHUNK):
         n = start + tl.arange(0, CHUNK)
-        ids = tl.load(ids_ptr + n, mask=n < num_rows, other=-1)
-        mine = (ids == expert).to(tl.int32)
+        experts = tl.load(ids_ptr + n, mask=n < num_rows, other=-1) >> 4
+        mine = (experts == expert).to(tl.int32)
         tl.store(rows_ptr + place + tl.cumsum(mine, 0) - 1, n, mask=mine != 0)
         place += tl.sum(mine)
 
@@ -92,26 +96,57 @@ def _routed_rows(rows_ptr, block, num_rows, BLOCK_N: tl.constexpr, SORTED: tl.co
 
 
 @triton.jit
-def _next_run(position):
-    """Where a run may begin: at a multiple of 16, so that activations are read as vectors."""
-    return (position + 15) // 16 * 16
+def _block_expert(experts_ptr, block, SORTED: tl.constexpr):
+    """The expert of a block; unsorted, of the one row's id, which carries a slot."""
+    expert = tl.load(experts_ptr + block)
+    if not SORTED:
+        expert = expert >> 4
+    return expert
 
 
 @triton.jit
-def _packed_rows(runs_ptr, expert, positions_f, R: tl.constexpr):
-    """Packed rows, int64, of positions; which positions hold an atom; the end of the positions."""
-    packed_f = positions_f.to(tl.int64)
-    kept_f = positions_f < 0
-    end = 0
-    for run in range(R):
-        first = tl.load(runs_ptr + (expert * R + run) * 2)
-        length = tl.load(runs_ptr + (expert * R + run) * 2 + 1)
-        begin = _next_run(end)
-        end = begin + length
-        inside_f = (positions_f >= begin) & (positions_f < end)
-        packed_f = tl.where(inside_f, (first + positions_f - begin).to(tl.int64), packed_f)
-        kept_f |= inside_f
-    return packed_f, kept_f, end
+def _first_row_and_width(offsets_ptr, expert):
+    """The expert's first packed row, int64, and how many it has, int32."""
+    first = tl.load(offsets_ptr + expert)
+    return first, (tl.load(offsets_ptr + expert + 1) - first).to(tl.int32)
+
+
+@triton.jit
+def _row_words(bits_ptr, words_ptr, ids_ptr, expert, rows_n, live_n, num_words):
+    """Where the expert's words begin in the slot of every row."""
+    slots_n = tl.load(ids_ptr + rows_n, mask=live_n, other=0) & 15
+    return bits_ptr + slots_n * num_words + tl.load(words_ptr + expert)
+
+
+@triton.jit
+def _tile_words(words_ptrs_n, live_n, u: tl.constexpr, atoms_left):
+    """Word u of a tile of every row; zero where the expert has none, but another begins."""
+    return tl.load(words_ptrs_n + u, mask=tl.where(live_n, atoms_left, 0) > u * 32, other=0)
+
+
+@triton.jit
+def _union(words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
+    """The union of a tile: the word that holds the bit of every atom [BLOCK_F]; is any set?"""
+    lanes_f = tl.arange(0, BLOCK_F)
+    union_f = tl.zeros([BLOCK_F], tl.int32)
+    any_bits = 0
+    for u in tl.static_range(BLOCK_F // 32):
+        word = tl.reduce_or(_tile_words(words_ptrs_n, live_n, u, atoms_left), 0)
+        union_f = tl.where(lanes_f // 32 == u, word, union_f)
+        any_bits |= word
+    return union_f, any_bits != 0
+
+
+@triton.jit
+def _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
+    """Zero where the row's slot does not use the atom, whatever stood there."""
+    lanes_f = tl.arange(0, BLOCK_F)
+    words_nf = tl.zeros(h_nf.shape, tl.int32)
+    for u in tl.static_range(BLOCK_F // 32):
+        words_n = _tile_words(words_ptrs_n, live_n, u, atoms_left)
+        words_nf = tl.where((lanes_f // 32 == u)[None, :], words_n[:, None], words_nf)
+    used_nf = (words_nf >> (lanes_f % 32)[None, :]) & 1
+    return tl.where(used_nf != 0, h_nf, 0.0)
 
 
 @triton.jit
@@ -129,7 +164,7 @@ def _activations(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile, computed in float32: [BLOCK_N, BLOCK_F] of x's dtype."""
+    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile in float32, not masked: [BLOCK_N, BLOCK_F] of x's dtype."""
     columns_h = tl.arange(0, BLOCK_H)
     x_ptrs_nh = x_ptr + tokens_n.to(tl.int64)[:, None] * stride_x + columns_h[None, :]
     weights_hf = packed_f[None, :] * H + columns_h[:, None]
@@ -151,100 +186,128 @@ def gate_up_kernel(
     x_ptr,  # [T, H], rows stride_x apart
     gate_ptr,  # [P, H]
     up_ptr,  # [P, H]
-    h_ptr,  # out [N, positions], rows stride_h apart
-    runs_ptr,  # [E, R, 2]
+    h_ptr,  # out [N, 32 U], rows stride_h apart; words outside the union stay as they are
+    unions_ptr,  # out [B, num_unions], of whole tiles
+    bits_ptr,  # [S, num_words]
+    words_ptr,  # [E+1]
+    offsets_ptr,  # [E+1]
+    ids_ptr,  # [N], with slots
     rows_ptr,
     experts_ptr,
     num_rows,
     num_blocks,
     num_tiles,
+    num_words,
+    num_unions,
     stride_x,
     stride_h,
     H,
     E: tl.constexpr,
     K: tl.constexpr,
-    R: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """First kernel of two. A program: a row block and a tile of its expert's positions."""
+    """First kernel of two. A program: a row block and a tile of its expert's atoms."""
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
-    expert = tl.load(experts_ptr + block)
+    expert = _block_expert(experts_ptr, block, SORTED)
     if (expert < 0) | (expert >= E):
         return
-    positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    packed_f, kept_f, end = _packed_rows(runs_ptr, expert, positions_f, R)
-    if tile * BLOCK_F >= end:
+    first, width = _first_row_and_width(offsets_ptr, expert)
+    if tile * BLOCK_F >= width:
         return
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
+    words_ptrs_n = _row_words(bits_ptr, words_ptr, ids_ptr, expert, rows_n, live_n, num_words)
+    words_ptrs_n += tile * (BLOCK_F // 32)
+    atoms_left = width - tile * BLOCK_F
+    union_f, used = _union(words_ptrs_n, live_n, atoms_left, BLOCK_F)
+    atoms_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    unions_ptrs_f = unions_ptr + block * num_unions + atoms_f // 32
+    tl.store(unions_ptrs_f, union_f, mask=atoms_f % 32 == 0)
+    if not used:
+        return
+    kept_f = (((union_f >> (atoms_f % 32)) & 1) != 0) & (atoms_f < width)
     h_nf = _activations(
-        x_ptr, gate_ptr, up_ptr, rows_n // K, live_n, packed_f, kept_f, stride_x, H,
+        x_ptr, gate_ptr, up_ptr, rows_n // K, live_n, first + atoms_f, kept_f, stride_x, H,
         BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
-    h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_h + positions_f[None, :]
-    # Positions without an atom, up to the next multiple of 16, hold zeros.
-    written_f = positions_f < _next_run(end)
-    tl.store(h_ptrs_nf, h_nf, mask=live_n[:, None] & written_f[None, :])
+    h_nf = _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F)
+    h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_h + atoms_f[None, :]
+    # Whole words, so that they are read as vectors.
+    inside_f = atoms_f < (width + 31) // 32 * 32
+    tl.store(h_ptrs_nf, h_nf, mask=live_n[:, None] & inside_f[None, :])
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def down_kernel(
-    h_ptr,  # [N, positions], rows stride_h apart
+    h_ptr,  # [N, 32 U], rows stride_h apart
     down_t_ptr,  # [P, H]
     y_ptr,  # out [N, H]: what each routed row adds to its token
-    runs_ptr,  # [E, R, 2]
+    unions_ptr,  # [B, num_unions]
+    offsets_ptr,  # [E+1]
     weights_ptr,  # [N]
     rows_ptr,
     experts_ptr,
     num_rows,
     num_blocks,
     num_tiles,
+    num_unions,
     stride_h,
     H,
     E: tl.constexpr,
-    R: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Second kernel of two. A program: a row block and a tile of H, over all runs of the expert."""
+    """Second kernel of two. A program: a row block and a tile of H, over its union.
+
+    Steps without atoms are jumped over rather than branched around: loads behind a branch are not
+    pipelined. 64 words at a time, one bit each says whether any atom of the word is used.
+    """
+    STEP_WORDS: tl.constexpr = BLOCK_F // 32
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
-    expert = tl.load(experts_ptr + block)
+    expert = _block_expert(experts_ptr, block, SORTED)
     if (expert < 0) | (expert >= E):
         return
+    first, width = _first_row_and_width(offsets_ptr, expert)
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
     columns_d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_d = columns_d < H
     h_ptrs_n = h_ptr + rows_n.to(tl.int64) * stride_h
     y_nd = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    end = 0
-    for run in range(R):
-        first = tl.load(runs_ptr + (expert * R + run) * 2)
-        length = tl.load(runs_ptr + (expert * R + run) * 2 + 1)
-        begin = _next_run(end)
-        for start in range(0, length, BLOCK_F):
-            atoms_f = start + tl.arange(0, BLOCK_F)
-            kept_f = atoms_f < length
+    lanes_f, lanes_u = tl.arange(0, BLOCK_F), tl.arange(0, 64)
+    for first_word in range(0, (width + 31) // 32, 64):
+        words_u = first_word + lanes_u
+        unions_ptrs_u = unions_ptr + block * num_unions + words_u
+        union_u = tl.load(unions_ptrs_u, mask=words_u * 32 < width, other=0)
+        used_u = (union_u != 0).to(tl.int64)
+        words = tl.sum(used_u << lanes_u)
+        steps = tl.sum(tl.max(tl.reshape(used_u, [64 // STEP_WORDS, STEP_WORDS]), 1))
+        for _ in range(steps.to(tl.int32)):
+            # A float's exponent tells which bit is the lowest; the step is what it stands in.
+            lowest = (words & -words).to(tl.float32).to(tl.int32, bitcast=True)
+            word = (((lowest >> 23) & 255) - 127) // STEP_WORDS * STEP_WORDS
+            step_words = (words >> word).to(tl.int32)
+            words = (words >> word >> STEP_WORDS) << word << STEP_WORDS
+            atoms_f = (first_word + word) * 32 + lanes_f
+            used_f = ((step_words >> (lanes_f // 32)) & 1) != 0
             h_nf = tl.load(
-                h_ptrs_n[:, None] + (begin + atoms_f)[None, :],
-                mask=live_n[:, None] & (atoms_f < _next_run(length))[None, :],
+                h_ptrs_n[:, None] + atoms_f[None, :],
+                mask=live_n[:, None] & used_f[None, :],
                 other=0.0,
             )
-            packed_f = (first + atoms_f).to(tl.int64)
             down_fd = tl.load(
-                down_t_ptr + packed_f[:, None] * H + columns_d[None, :],
-                mask=kept_f[:, None] & inside_d[None, :],
+                down_t_ptr + (first + atoms_f)[:, None] * H + columns_d[None, :],
+                mask=(used_f & (atoms_f < width))[:, None] & inside_d[None, :],
                 other=0.0,
             )
             y_nd = tl.dot(h_nf, down_fd, y_nd, input_precision="ieee")
-        end = begin + length
     y_nd *= tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)[:, None]
     y_ptrs_nd = y_ptr + rows_n.to(tl.int64)[:, None] * H + columns_d[None, :]
     tl.store(y_ptrs_nd, y_nd.to(y_ptr.dtype.element_ty), mask=live_n[:, None] & inside_d[None, :])
@@ -253,7 +316,7 @@ def down_kernel(
 @triton.jit
 def sum_rows_kernel(
     y_ptr,  # [N, H]
-    ids_ptr,  # [N]
+    ids_ptr,  # [N], with slots
     out_ptr,  # out [T, H]
     H,
     E: tl.constexpr,
@@ -264,10 +327,10 @@ def sum_rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     columns_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_d = tl.zeros([BLOCK_D], tl.float32)
-    for slot in range(K):
-        expert = tl.load(ids_ptr + token * K + slot)
+    for k in range(K):
+        expert = tl.load(ids_ptr + token * K + k) >> 4
         length = tl.where((expert >= 0) & (expert < E), H, 0)
-        y_ptrs_d = y_ptr + (token * K + slot) * H + columns_d
+        y_ptrs_d = y_ptr + (token * K + k) * H + columns_d
         sum_d += tl.load(y_ptrs_d, mask=columns_d < length, other=0.0).to(tl.float32)
     out_d = sum_d.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * H + columns_d, out_d, mask=columns_d < H)
@@ -280,18 +343,21 @@ def fused_kernel(
     up_ptr,  # [P, H]
     down_t_ptr,  # [P, H]
     out_ptr,  # in and out [T, H], float32
-    runs_ptr,  # [E, R, 2]
+    bits_ptr,  # [S, num_words]
+    words_ptr,  # [E+1]
+    offsets_ptr,  # [E+1]
     weights_ptr,  # [N]
+    ids_ptr,  # [N], with slots
     rows_ptr,
     experts_ptr,
     num_rows,
     num_blocks,
     num_tiles,
+    num_words,
     stride_x,
     H,
     E: tl.constexpr,
     K: tl.constexpr,
-    R: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -299,25 +365,34 @@ def fused_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Both GEMMs for a row block and a tile of atoms, added into the output.
+    """Both GEMMs for a row block and a tile of its expert's atoms, added into the output.
 
     Atomic additions: the order, and with it the last bit, changes from run to run.
     """
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
-    expert = tl.load(experts_ptr + block)
+    expert = _block_expert(experts_ptr, block, SORTED)
     if (expert < 0) | (expert >= E):
         return
-    positions_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    packed_f, kept_f, end = _packed_rows(runs_ptr, expert, positions_f, R)
-    if tile * BLOCK_F >= end:
+    first, width = _first_row_and_width(offsets_ptr, expert)
+    if tile * BLOCK_F >= width:
         return
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
+    words_ptrs_n = _row_words(bits_ptr, words_ptr, ids_ptr, expert, rows_n, live_n, num_words)
+    words_ptrs_n += tile * (BLOCK_F // 32)
+    atoms_left = width - tile * BLOCK_F
+    union_f, used = _union(words_ptrs_n, live_n, atoms_left, BLOCK_F)
+    if not used:
+        return
+    atoms_f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    kept_f = (((union_f >> (atoms_f % 32)) & 1) != 0) & (atoms_f < width)
+    packed_f = first + atoms_f
     tokens_n = rows_n // K
     h_nf = _activations(
         x_ptr, gate_ptr, up_ptr, tokens_n, live_n, packed_f, kept_f, stride_x, H,
         BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
+    h_nf = _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F)
     weights_n = tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)
     out_ptrs_n = out_ptr + tokens_n.to(tl.int64) * H
     for start in range(0, H, BLOCK_D):

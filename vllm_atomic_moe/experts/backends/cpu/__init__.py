@@ -1,11 +1,12 @@
-"""The CPU backend: weights in tiles, prepacked once, and a C++ library (cpu_experts.cpp).
+"""The CPU backend: weights in tiles, prepacked once, and a C++ library (experts.cpp).
 
 One flat tensor holds the experts one after another, each padded to an even number of atoms with
-zeros, which is all the padding there is. The C++ file describes the layout of an expert; AVX-512
-and AMX share it. `python -m vllm_atomic_moe.experts.backends.cpu` builds the libraries ahead.
+zeros; behind the last one stand 64 bytes that vectors may read. That is all the padding there is.
+experts.cpp describes the layout of an expert; every instruction set shares it. `python -m
+vllm_atomic_moe.experts.backends.cpu` builds the libraries ahead.
 
-Legend: T tokens, K experts per token, E experts, H hidden size, P packed rows, R runs per expert,
-S stored rows, F atoms of an expert.
+Legend: T tokens, K experts per token, E experts, H hidden size, S stored rows, F atoms of an
+expert, W words.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from torch.nn import functional
 
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
-from vllm_atomic_moe.experts.packing import PROJECTIONS, Projection
+from vllm_atomic_moe.experts.packing import (
+    PROJECTIONS,
+    SLOTS,
+    PackedLayout,
+    Projection,
+    build_layout,
+    with_slots,
+)
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -32,7 +40,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the device is {device.type}"
     if dtype not in cpu_library.DTYPES:
-        return f"it computes in bfloat16 and float32, not in {str(dtype).removeprefix('torch.')}"
+        return f"{dtype} weights, not bfloat16, float16 or float32"
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
@@ -40,9 +48,11 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _load() -> Library | str:
     """The fastest library that works here, or why none does."""
-    flags = cpu_library.cpu_flags()
-    variants = [variant for variant in cpu_library.VARIANTS if variant.cpu_flags <= flags]
     reasons = []
+    try:
+        variants = cpu_library.usable_variants()
+    except VariantError as reason:
+        return str(reason)
     for variant in variants:
         try:
             if variant.name == "amx" and not torch.cpu._init_amx():
@@ -55,11 +65,11 @@ def _load() -> Library | str:
             continue
         logger.info("Expert kernels: %s", variant.name)
         return library
-    return reasons[-1] if reasons else "the processor has no AVX-512"
+    return reasons[-1] if reasons else "the processor has neither AVX2 with FMA and F16C nor NEON"
 
 
 class TiledStorage:
-    """Packed rows in tiles: the weights "packed" [3 · padded P · H] and "offsets" [E+1]."""
+    """Packed rows in tiles: one tensor "packed" of 3 · H · padded P numbers and 64 bytes."""
 
     def allocate(
         self,
@@ -68,7 +78,7 @@ class TiledStorage:
         dtype: torch.dtype,
         device: torch.device | None,
     ) -> dict[str, torch.Tensor]:
-        """Uninitialised weights; `write` fills an expert's padding too.
+        """Uninitialized weights; `write` fills an expert's padding too.
 
         Raises:
             ValueError: the hidden size is odd.
@@ -79,10 +89,12 @@ class TiledStorage:
                 "choose the kernel `reference`"
             )
         numel = 3 * hidden_size * _first_atom(offsets_E1, len(offsets_E1) - 1)
-        packed = torch.empty(numel, dtype=dtype, device=device)
+        slack = cpu_library.SLACK_BYTES // dtype.itemsize
+        packed = torch.empty(numel + slack, dtype=dtype, device=device)
         if packed.device.type == "cpu":
             _advise_huge_pages(packed)
-        return {"packed": packed, "offsets": offsets_E1.to(packed.device, copy=True)}
+        packed[numel:] = 0
+        return {"packed": packed}
 
     def write(
         self,
@@ -99,7 +111,7 @@ class TiledStorage:
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
-        threads = torch.get_num_threads()
+        threads = cpu_library.thread_count()
         _library().pack(packed, first_atom, projection, rows_SH, atoms_F, threads)
 
 
@@ -109,21 +121,23 @@ STORAGE = TiledStorage()
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    runs_ER2: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
 ) -> torch.Tensor:
-    """Arguments and result as in `kernels.fused_experts`; the same for any number of threads."""
-    packed, offsets_E1 = weights
+    """Arguments and result as those of the op; the same bits for any number of threads."""
     return _library().fused_experts(
         x_TH,
-        packed,
+        weights[0],
+        bits_SW,
+        words_E1,
         offsets_E1,
-        runs_ER2,
         topk_weights_TK,
         topk_ids_TK,
-        torch.get_num_threads(),
+        cpu_library.thread_count(),
     )
 
 
@@ -144,32 +158,55 @@ def _check(library: Library) -> None:
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         rows_3PH = torch.randn(3, 109, 88, generator=generator, dtype=torch.float32) / 9
-        offsets_E1 = torch.tensor([0, 75, 75, 109])  # an odd width, none, a narrow tile
-        runs_ER2 = torch.tensor([[[3, 40], [50, 20]], [[75, 0], [0, 0]], [[75, 34], [0, 0]]]).int()
+        widths = (75, 0, 34)  # an odd width, none, a narrow tile
+        keep_EI = torch.arange(75) < torch.tensor(widths)[:, None]
+        layout = build_layout({"all": keep_EI, "some": keep_EI & (torch.arange(75) % 37 > 20)})
         topk_ids_TK = torch.arange(80).view(40, 2) % 4 - 1  # enough rows for AMX
+        slots_T1 = torch.arange(40, dtype=torch.int32)[:, None] % 2
         x_TH, topk_weights_TK = 9 * rows_3PH[0, :40], rows_3PH[1, :40, :2].abs()
-        for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+        for dtype, tolerance in (
+            (torch.bfloat16, 2e-2),
+            (torch.float16, 2e-3),
+            (torch.float32, 1e-5),
+        ):
             rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
-            packed = TiledStorage().allocate(offsets_E1, 88, dtype, None)["packed"]
+            packed = TiledStorage().allocate(layout.offsets_E1, 88, dtype, None)["packed"]
+            bits_SW = torch.zeros(SLOTS, int(layout.words_E1[-1]), dtype=torch.int32)
+            bits_SW[:2] = torch.stack(list(layout.bits.values()))
             for expert in range(3):
-                first_atom = _first_atom(offsets_E1, expert)
-                atoms_F = torch.arange(*offsets_E1[expert : expert + 2].tolist())
+                first_atom = _first_atom(layout.offsets_E1, expert)
+                atoms_F = torch.arange(*layout.offsets_E1[expert : expert + 2].tolist())
                 for projection, rows_PH in zip(PROJECTIONS, rounded_3PH, strict=True):
                     library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
             found_TH = library.fused_experts(
-                x, packed, offsets_E1, runs_ER2, topk_weights_TK, topk_ids_TK, 1
+                x,
+                packed,
+                bits_SW,
+                layout.words_E1,
+                layout.offsets_E1,
+                topk_weights_TK,
+                with_slots(topk_ids_TK, slots_T1),
+                1,
             )
             gate_PH, up_PH, down_PH = rounded_3PH.float()
             h_TP = functional.silu(x.float() @ gate_PH.t()) * (x.float() @ up_PH.t())
-            wanted_TH = torch.zeros_like(x_TH)
-            for expert, runs in enumerate(runs_ER2.tolist()):
-                weights_T1 = (topk_weights_TK * (topk_ids_TK == expert)).sum(1, keepdim=True)
-                for first, length in runs:
-                    run = slice(first, first + length)
-                    wanted_TH += weights_T1 * (h_TP[:, run] @ down_PH[run])
-            error = float((found_TH - wanted_TH).norm() / wanted_TH.norm())
+            experts_P = torch.repeat_interleave(layout.offsets_E1.diff())
+            words_P = layout.words_E1[experts_P] + _row_in_expert(layout) // 32
+            used_SP = (bits_SW[:, words_P] >> (_row_in_expert(layout) % 32).int()) & 1
+            weights_TE = torch.zeros(40, 3 + 2, dtype=torch.float32)
+            weights_TE.scatter_add_(1, topk_ids_TK + 1, topk_weights_TK)
+            h_TP = h_TP * weights_TE[:, 1 + experts_P] * used_SP[slots_T1[:, 0].long()]
+            wanted_TH = h_TP @ down_PH
+            error = float((found_TH.float() - wanted_TH).norm() / wanted_TH.norm())
             if not error <= tolerance:
                 raise VariantError(f"its self-check failed: relative error {error:.1e} in {dtype}")
+
+
+def _row_in_expert(layout: PackedLayout) -> torch.Tensor:
+    """int64 [P]."""
+    return torch.arange(layout.num_rows) - torch.repeat_interleave(
+        layout.offsets_E1[:-1], layout.offsets_E1.diff()
+    )
 
 
 def _first_atom(offsets_E1: torch.Tensor, expert: int) -> int:
@@ -189,13 +226,13 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
 
 
 def main() -> int:
-    """Build the library of every variant, so that no compiler is needed later.
+    """Build every variant for this architecture, so that no compiler is needed later.
 
     Returns:
         0, or 1 where none was built; an old compiler may not know the newest variant.
     """
     built = 0
-    for variant in cpu_library.VARIANTS:
+    for variant in cpu_library.variants_of_machine():
         try:
             print(cpu_library.build(variant))
             built += 1

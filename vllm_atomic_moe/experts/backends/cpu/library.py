@@ -1,18 +1,20 @@
-"""The compiled half of the CPU backend: cpu_experts.cpp as a shared library, built once and cached.
+"""The compiled half of the CPU backend: experts.cpp as a shared library, built once and cached.
 
-Built at first use with $CXX (or g++) into $ATOMIC_MOE_CACHE, or the user's cache directory, under a
-name that follows from the source, the flags, and the versions of torch and libc. Images build ahead
-with `python -m vllm_atomic_moe.experts.backends.cpu`; with the libraries in the cache no compiler
-is needed, and nothing is written. What is loaded from the cache runs: nobody else may write there.
+Built at first use with $CXX (or g++) and torch's own vector headers into $ATOMIC_MOE_CACHE, or the
+user's cache directory, under a name that follows from the source, the flags, and the versions of
+torch and libc. Images build ahead with `python -m vllm_atomic_moe.experts.backends.cpu`; with the
+libraries in the cache no compiler is needed, and nothing is written. What is loaded from the cache
+runs: nobody else may write there.
 
-Legend: T tokens, K experts per token, E experts, H hidden size, R runs per expert, S stored rows,
-F atoms of an expert.
+Legend: T tokens, K experts per token, E experts, H hidden size, S stored rows, F atoms of an
+expert, W words.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -26,12 +28,19 @@ from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.experts.packing import PROJECTIONS, Projection
+from vllm_atomic_moe.experts.packing import PROJECTIONS, SLOTS, Projection
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.cpp", "panels.h"))
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma")
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("experts.cpp", "panels.h", "vectors.h", "avx512_bf16.h", "amx.h")
+)
+COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
 BUILD_SECONDS = 300
-DTYPES = (torch.bfloat16, torch.float32)
+CGROUP = Path("/sys/fs/cgroup")
+# By the number that C++ knows them by.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Bytes behind the last weight that vectors may read.
+SLACK_BYTES = 64
 
 
 class VariantError(Exception):
@@ -43,7 +52,7 @@ class Variant:
     """One way to compile the source.
 
     Attributes:
-        name: part of the library's file name.
+        name: of the instruction set; part of the library's file name.
         cpu_flags: what /proc/cpuinfo must list for the library to run.
         compiler_flags: beside COMMON_FLAGS.
     """
@@ -53,8 +62,19 @@ class Variant:
     compiler_flags: tuple[str, ...]
 
 
-_AVX512 = frozenset({"fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
-_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+def _capability(name: str) -> tuple[str, str]:
+    """What tells torch's headers which vectors to use."""
+    return f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_AVX512_FLAGS = (
+    *_AVX2_FLAGS,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    *_capability("AVX512"),
+)
 # Fastest first.
 VARIANTS = (
     Variant(
@@ -64,13 +84,44 @@ VARIANTS = (
     ),
     Variant("avx512_bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
     Variant("avx512", _AVX512, _AVX512_FLAGS),
+    Variant("avx2", _AVX2, (*_AVX2_FLAGS, *_capability("AVX2"))),
+    Variant("neon", frozenset({"asimd"}), ("-DCPU_CAPABILITY=DEFAULT",)),
 )
+
+
+def variants_of_machine() -> list[Variant]:
+    """What some processor of this machine's architecture can run, the fastest first."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    return [variant for variant in VARIANTS if (variant.name == "neon") == arm]
+
+
+def usable_variants() -> list[Variant]:
+    """What this processor can run, the fastest first.
+
+    $ATOMIC_MOE_CPU_ISA names the widest instruction set to use, for tests on wider machines.
+
+    Raises:
+        VariantError: there is none of that name here.
+    """
+    flags = cpu_flags()
+    usable = [variant for variant in VARIANTS if variant.cpu_flags <= flags]
+    widest = os.environ.get("ATOMIC_MOE_CPU_ISA")
+    if not widest:
+        return usable
+    names = [variant.name for variant in usable]
+    if widest not in names:
+        raise VariantError(
+            f"ATOMIC_MOE_CPU_ISA is {widest!r}, this processor has {', '.join(names) or 'none'}"
+        )
+    return usable[names.index(widest) :]
 
 
 def cpu_flags() -> frozenset[str]:
     """What this machine's processor can do; empty where the kernel does not say."""
     try:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         found = None
     return frozenset(found[1].split() if found else ())
@@ -99,7 +150,8 @@ def build(variant: Variant, again: bool = False) -> Path:
         VariantError: there is no compiler, it fails, or the cache cannot be written or trusted.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    flags = [*COMMON_FLAGS, *variant.compiler_flags]
+    include = Path(torch.__file__).parent / "include"
+    flags = [*COMMON_FLAGS, *variant.compiler_flags, "-isystem", str(include)]
     contents = [source.read_bytes() for source in SOURCES]
     openmp = _openmp()
     runtimes = [Path(argument).name for argument in openmp]
@@ -165,14 +217,18 @@ def _compile(command: list[str]) -> None:
 
 
 def _openmp() -> list[str]:
-    """Linker arguments for torch's own OpenMP runtime.
+    """Linker arguments for torch's own OpenMP runtime, whose threads vLLM has bound to cores.
 
-    A process must have one: its threads are those that vLLM has bound to cores. Torch's may have a
-    name of its own, so it is linked by path; the compiler's then is needed no more.
+    A process must have one. Torch's may have a name of its own, so it is linked by path; GNU's
+    entry points, which experts.cpp calls, other runtimes have too.
     """
     package = Path(torch.__file__).parent
-    found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
-    return [*map(str, found[:1]), "-Wl,--as-needed"]
+    patterns = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
+    directories = (package / "lib", package.parent / "torch.libs")
+    found = [
+        path for name in patterns for directory in directories for path in directory.glob(name)
+    ]
+    return [*map(str, found[:1]), "-Wl,--as-needed"] if found else ["-lgomp"]
 
 
 class Library:
@@ -185,7 +241,8 @@ class Library:
             OSError: it cannot be loaded.
             VariantError: it brings a second OpenMP runtime.
         """
-        self.checked: set[tuple[int, ...]] = set()
+        # Layers that were checked, by their addresses and sizes: the number of their dtype.
+        self._bound: dict[tuple[int, ...], int] = {}
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
@@ -196,9 +253,17 @@ class Library:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         pack = self.functions.atomic_moe_pack
         pack.argtypes = [pointer, number, pointer, size, size, pointer, size, size, number, number]
-        pack.restype = None
+        pack.restype = number
         fused_experts = self.functions.atomic_moe_fused_experts
-        fused_experts.argtypes = [*[pointer] * 7, *[size] * 5, number, number]
+        fused_experts.argtypes = [
+            *[pointer] * 4,
+            *[size] * 3,
+            number,
+            *[pointer] * 4,
+            *[size] * 2,
+            number,
+            number,
+        ]
         fused_experts.restype = number
 
     def pack(
@@ -217,6 +282,9 @@ class Library:
             first_atom: atoms before the expert, padding included.
             rows_SH: of packed's dtype, any strides.
             atoms_F: int64, indices into rows_SH.
+
+        Raises:
+            MemoryError: there is none for what is gathered.
         """
         atoms = first_atom + len(atoms_F)
         for tensor in (packed, rows_SH, atoms_F):
@@ -227,7 +295,7 @@ class Library:
         if projection != "down" and rows_SH.stride(1) != 1:
             rows_SH = rows_SH.contiguous()
         atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
-        self.functions.atomic_moe_pack(
+        failed = self.functions.atomic_moe_pack(
             packed.data_ptr() + 3 * first_atom * hidden_size * packed.element_size(),
             PROJECTIONS.index(projection),
             rows_SH.data_ptr(),
@@ -235,79 +303,120 @@ class Library:
             atoms_F.data_ptr(),
             len(atoms_F),
             hidden_size,
-            packed.dtype == torch.bfloat16,
+            DTYPES.index(packed.dtype),
             threads,
         )
+        if failed:
+            raise MemoryError(f"no memory to pack {len(atoms_F)} rows")
 
     def fused_experts(
         self,
         x_TH: torch.Tensor,
         packed: torch.Tensor,
+        bits_SW: torch.Tensor,
+        words_E1: torch.Tensor,
         offsets_E1: torch.Tensor,
-        runs_ER2: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         topk_ids_TK: torch.Tensor,
         threads: int,
     ) -> torch.Tensor:
-        """Arguments as of `kernels.fused_experts`; x has packed's dtype.
+        """Arguments as those of the op; x has packed's dtype.
 
         Raises:
             MemoryError: there is none for the intermediate activations.
         """
+        tokens, hidden_size = x_TH.shape
+        ids, top_k = topk_ids_TK.shape
+        key = packed.data_ptr(), bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
+        sizes = offsets_E1.numel() - 1, bits_SW.shape[1], hidden_size
+        dtype = self._bound.get((*key, *sizes))
+        if dtype is None:
+            dtype = _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size)
+            self._bound[*key, *sizes] = dtype
         assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
-        assert not topk_ids_TK.is_floating_point(), f"expert ids are {topk_ids_TK.dtype}"
-        (tokens, hidden_size), (ids, top_k) = x_TH.shape, topk_ids_TK.shape
         assert ids == tokens, f"{ids} rows of expert ids for {tokens} tokens"
         assert topk_weights_TK.shape == topk_ids_TK.shape, (
             f"router weights are {topk_weights_TK.shape}, ids {topk_ids_TK.shape}"
         )
-        pointers = packed.data_ptr(), offsets_E1.data_ptr(), runs_ER2.data_ptr()
-        if (*pointers, hidden_size) not in self.checked:
-            _check_layer(packed, offsets_E1, runs_ER2, hidden_size)
-            self.checked.add((*pointers, hidden_size))
+        wide = topk_ids_TK.dtype == torch.int64
+        assert wide or topk_ids_TK.dtype == torch.int32, f"expert ids are {topk_ids_TK.dtype}"
         # Named, so that what had to be copied lives until the call returns.
         x_TH = x_TH.contiguous()
         topk_weights_TK = topk_weights_TK.float().contiguous()
-        topk_ids_TK = topk_ids_TK.long().contiguous()
+        topk_ids_TK = topk_ids_TK.contiguous()
         out_TH = torch.empty_like(x_TH)
         failed = self.functions.atomic_moe_fused_experts(
+            *key,
+            *sizes,
+            dtype,
             x_TH.data_ptr(),
-            *pointers,
             topk_weights_TK.data_ptr(),
             topk_ids_TK.data_ptr(),
             out_TH.data_ptr(),
             tokens,
             top_k,
-            *runs_ER2.shape[:2],
-            hidden_size,
-            x_TH.dtype == torch.bfloat16,
+            wide,
             threads,
         )
         if failed:
-            raise MemoryError(f"no memory for the experts of {x_TH.shape[0]} tokens")
+            raise MemoryError(f"no memory for the experts of {tokens} tokens")
         return out_TH
 
 
 def _check_layer(
-    packed: torch.Tensor, offsets_E1: torch.Tensor, runs_ER2: torch.Tensor, hidden_size: int
-) -> None:
-    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
-    for tensor in (packed, offsets_E1, runs_ER2):
+    packed: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    hidden_size: int,
+) -> int:
+    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time.
+
+    Returns:
+        The number of the weights' dtype.
+    """
+    for tensor in (packed, bits_SW, words_E1, offsets_E1):
         assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
     assert packed.dtype in DTYPES, f"weights are {packed.dtype}, wanted one of {DTYPES}"
+    assert bits_SW.dtype == torch.int32, f"bits are {bits_SW.dtype}, wanted int32"
+    assert words_E1.dtype == torch.int64, f"words are {words_E1.dtype}, wanted int64"
     assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
-    assert runs_ER2.dtype == torch.int32, f"runs are {runs_ER2.dtype}, wanted int32"
-    experts, runs, _ = runs_ER2.shape
-    two_atoms = 2 * 3 * hidden_size
-    assert packed.numel() % two_atoms == 0, (
-        f"{packed.numel()} numbers for hidden size {hidden_size}"
+    widths_E = offsets_E1.diff()
+    numbers = 3 * hidden_size * int((widths_E + widths_E % 2).sum())
+    wanted = numbers + SLACK_BYTES // packed.element_size()
+    assert packed.numel() == wanted, (
+        f"{packed.numel()} numbers for hidden size {hidden_size}, wanted {wanted}"
     )
-    wanted = {"offsets": (experts + 1,), "runs": (experts, runs, 2)}
-    found = {"offsets": offsets_E1.shape, "runs": runs_ER2.shape}
-    assert found == wanted, f"shapes are {found}, wanted {wanted}"
+    words_E = (widths_E + 31) // 32
+    assert torch.equal(words_E1.diff(), words_E), f"words are {words_E1.diff()}, wanted {words_E}"
+    shape = (SLOTS, int(words_E.sum()))
+    assert bits_SW.shape == shape, f"bits are {tuple(bits_SW.shape)}, wanted {shape}"
+    return DTYPES.index(packed.dtype)
+
+
+def thread_count() -> int:
+    """Threads of one call: torch's, which vLLM has bound to cores, within the container's quota."""
+    return min(torch.get_num_threads(), _quota())
+
+
+@functools.cache
+def _quota() -> int:
+    """Processors that the container may use, rounded up; very many where nothing limits it."""
+    try:
+        if (CGROUP / "cpu.max").exists():
+            quota, period = (CGROUP / "cpu.max").read_text().split()
+        else:
+            quota, period = (
+                (CGROUP / "cpu" / name).read_text().strip()
+                for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            )
+    except (OSError, ValueError):
+        return 1 << 16
+    limited = quota != "max" and int(quota) > 0
+    return -(-int(quota) // int(period)) if limited else 1 << 16
 
 
 def _openmp_runtimes() -> set[str]:

@@ -1,238 +1,207 @@
-// Rows times panels of weights, for x86 with AVX-512 (and AMX where it is compiled in): the inner
-// loops of cpu_experts.cpp. The compiler's macros (__AVX512BF16__, __AMX_BF16__) say which variant
-// this is.
+// Rows times panels of weights: the inner loops of experts.cpp.
 //
-// A *unit* is 32 bits: two bfloat16 that follow each other along the summed dimension, or one
-// float32. A *panel* multiplies a row by up to 64 columns, which are two halves of up to 32. Its
-// layout is [units of the summed dimension][columns], so that one step is one broadcast unit of the
-// row times 256 consecutive bytes.
+// A *unit* is what one lane loads: two bfloat16 that follow each other along the summed dimension,
+// one float16, or one float32. A *panel* multiplies a row by up to 64 columns. Its layout is [units
+// of the summed dimension][columns], so that one step is one broadcast unit of the row times
+// consecutive memory. Vectors may read beyond a panel's columns, up to 64 bytes behind the last one
+// of all; such lanes are computed and never used.
 //
-// Everything has internal linkage: the variants may be loaded into one process.
+// Every sum is made in one order, whatever the number of rows: along the summed dimension.
 
 #pragma once
 
-#include <immintrin.h>
+#include "vectors.h"
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#ifdef __AVX512BF16__
+#include "avx512_bf16.h"
+#endif
 
 namespace {
 
-using Unit = uint32_t;
-
 constexpr int kPanelColumns = 64;
-constexpr int kAmxRows = 16;
-constexpr int kAmxUnits = 16;  // of the summed dimension in one AMX tile
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-__mmask16 lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
-}
+// Of a panel that is passed over several times, which then come out of the L1 cache.
+constexpr int64_t kChunkBytes = 8 << 10;
 
 // ---- element types ------------------------------------------------------------------------------
 
+// What a type says: Element, of the weights; Unit, and how many elements it holds; Row, of the rows;
+// and add_step, which adds one step of R rows times J vectors of units to their sums.
+
+template <class Load, int R, int J>
+[[gnu::always_inline]] inline void add_products(Native (&sum)[R][J], const float* const* rows,
+                                                int64_t at, const Load& weights) {
+  if constexpr (R > J) {  // the weights stay in registers, the rows pass by
+    Native held[J];
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) held[j] = weights(j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x(rows[r][at]);
+#pragma GCC unroll 16
+      for (int j = 0; j < J; ++j) sum[r][j] = fmadd(x, Vec(held[j]), Vec(sum[r][j]));
+    }
+  } else {
+    Native x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) x[r] = Vec(rows[r][at]);
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) {
+      const Vec held = weights(j);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][j] = fmadd(Vec(x[r]), held, Vec(sum[r][j]));
+    }
+  }
+}
+
 struct Float32 {
   using Element = float;
+  using Unit = float;
+  using Row = float;
   static constexpr int kPerUnit = 1;
-  static constexpr int kRows = 6;  // 24 sums, 4 registers of weights, 1 of activations
 
-  static __m512 multiply_add(__m512 sum, Unit x, __m512i weights) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(x)), _mm512_castsi512_ps(weights),
-                           sum);
-  }
-  static void store(Element* to, __m512 value, __mmask16 mask) {
-    _mm512_mask_storeu_ps(to, mask, value);
+  template <int R, int J>
+  [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
+                                              const Unit* units) {
+    add_products(sum, rows, at, [&](int j) { return Vec::loadu(units + j * kWidth); });
   }
 };
 
-struct BFloat16 {
-  using Element = uint16_t;
-  static constexpr int kPerUnit = 2;
+struct Float16 {
+  using Element = c10::Half;
+  using Unit = uint16_t;
+  using Row = float;
+  static constexpr int kPerUnit = 1;
+
+  template <int R, int J>
+  [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
+                                              const Unit* units) {
+    add_products(sum, rows, at, [&](int j) {
+      Vec weights;
+      at::vec::load_fp32_from_fp16(reinterpret_cast<const Element*>(units + j * kWidth), weights);
+      return weights;
+    });
+  }
+};
+
 #ifdef __AVX512BF16__
-  static constexpr int kRows = 6;
-
-  static __m512 multiply_add(__m512 sum, Unit x, __m512i weights) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)weights);
-  }
+using BFloat16 = PairedBFloat16;
 #else
-  static constexpr int kRows = 4;  // both halves of every unit need registers
+struct BFloat16 {
+  using Element = c10::BFloat16;
+  using Unit = uint32_t;
+  using Row = float;
+  static constexpr int kPerUnit = 2;
 
-  static __m512 multiply_add(__m512 sum, Unit x, __m512i weights) {
-    const __m512i xs = _mm512_set1_epi32(x), top = _mm512_set1_epi32(0xffff0000);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(xs, 16)),
-                          _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(xs, top)),
-                           _mm512_castsi512_ps(_mm512_and_si512(weights, top)), sum);
-  }
-#endif
-  // Round to nearest even; a NaN stays one.
-  static void store(Element* to, __m512 value, __mmask16 mask) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(
-        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-    _mm512_mask_cvtepi32_storeu_epi16(to, mask, rounded);
+  template <int R, int J>
+  [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
+                                              const Unit* units) {
+    const auto pairs = [&](int j) { return Ints::loadu(units + j * kWidth); };
+    add_products(sum, rows, at, [&](int j) { return as_floats(pairs(j) << Ints(16)); });
+    add_products(sum, rows, at + 1,
+                 [&](int j) { return as_floats(pairs(j) & Ints(int32_t(0xffff0000))); });
   }
 };
+#endif
+
+// Rows in the type that the panels are multiplied with.
+inline void store_row(float* to, const Vec& value) { value.store(to); }
 
 // ---- rows times a panel -------------------------------------------------------------------------
 
-// One panel, or a stretch of its summed dimension.
+template <class D>
 struct Panel {
-  const Unit* units;
+  const typename D::Unit* units;
   int64_t steps;
-  int half;  // columns in each half
+  int64_t columns;
 };
 
-// Products of R rows, [R][64] floats, the second half from column 32.
+// Adds steps at..at+steps of R rows times J vectors of columns to the sums, [R][64] floats. Brings in
+// as many bytes as it reads from `next` on, if any: memory in its own order, which streams best.
+template <class D, int R, int J>
+void multiply_vectors(const typename D::Row* const* rows, int64_t at, int64_t steps,
+                      const typename D::Unit* units, int64_t stride, float* sums, bool fresh,
+                      const char* next) {
+  constexpr int kStepBytes = J * kWidth * sizeof *units;
+  Native sum[R][J];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j)
+      sum[r][j] = fresh ? Vec(0.f) : Vec::loadu(sums + r * kPanelColumns + j * kWidth);
+  const int64_t end = (at + steps) * D::kPerUnit;
+  for (at *= D::kPerUnit; at < end; at += D::kPerUnit, units += stride) {
+    if (next) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(next + line);
+      next += kStepBytes;
+    }
+    D::add_step(sum, rows, at, units);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) Vec(sum[r][j]).store(sums + r * kPanelColumns + j * kWidth);
+}
+
+// Vectors `vector` to the last, J at a time while there are as many, then fewer.
+template <class D, int R, int J>
+void multiply_all_vectors(const typename D::Row* const* rows, int64_t at, int64_t steps,
+                          const Panel<D>& panel, float* product, bool fresh, int vector,
+                          int vectors, const char* next) {
+  const auto* units = panel.units + at * panel.columns;
+  for (; vectors - vector >= J; vector += J) {
+    multiply_vectors<D, R, J>(rows, at, steps, units + vector * kWidth, panel.columns,
+                              product + vector * kWidth, fresh, next);
+    if (next) next += steps * J * kWidth * sizeof *units;
+  }
+  if constexpr (J > 1)
+    multiply_all_vectors<D, R, J / 2>(rows, at, steps, panel, product, fresh, vector, vectors, next);
+}
+
+// How many vectors of columns R rows take at once: their sums fill three quarters of the registers.
+constexpr int vectors_at_once(int rows) {
+  int vectors = kPanelColumns / kWidth;
+  while (vectors * rows > kRegisters * 3 / 4) vectors /= 2;
+  return vectors;
+}
+
+// Products of R rows, [R][64] floats; added to what is there unless `fresh`.
 template <class D, int R>
-void multiply_rows(const Unit* const* rows, const Panel& panel, float* product) {
-  const __mmask16 first = lanes(panel.half), second = lanes(panel.half - 16);
-  const int64_t stride = 2 * panel.half;
-  const Unit* units = panel.units;
-  __m512 sum[R][4];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_ps();
-  for (int64_t step = 0; step < panel.steps; ++step, units += stride) {
-    const __m512i weights[4] = {_mm512_maskz_loadu_epi32(first, units),
-                                _mm512_maskz_loadu_epi32(second, units + 16),
-                                _mm512_maskz_loadu_epi32(first, units + panel.half),
-                                _mm512_maskz_loadu_epi32(second, units + panel.half + 16)};
-    // Unrolled here, early, or the sums would go through the stack.
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[r][j] = D::multiply_add(sum[r][j], rows[r][step], weights[j]);
+void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, float* product,
+                   bool fresh) {
+  constexpr int J = vectors_at_once(R);
+  const int vectors = ceil_div(panel.columns, kWidth);
+  int64_t chunk = panel.steps;
+  if (vectors > J)
+    chunk = std::max<int64_t>(1, kChunkBytes / int64_t(panel.columns * sizeof *panel.units));
+  for (int64_t at = 0; at < panel.steps; at += chunk) {
+    const auto* next = panel.units + (at + chunk) * panel.columns;
+    multiply_all_vectors<D, R, J>(rows, at, std::min(chunk, panel.steps - at), panel, product,
+                                  fresh && at == 0, 0, vectors,
+                                  vectors > J ? reinterpret_cast<const char*>(next) : nullptr);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(product + r * kPanelColumns + 16 * j, sum[r][j]);
 }
 
-#ifdef __AMX_BF16__
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// GCC's AMX intrinsics do not say what memory they read: what was written there must be, by now.
-inline void finish_writing(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
-
-// The same for up to 16 bfloat16 rows at equal distances. Tiles: 0-3 products, 4 rows, 5-7 weights.
-void multiply_rows_amx(const Unit* const* rows, int count, const Panel& panel, float* product) {
-  const int columns[2] = {std::min(panel.half, 16), panel.half - std::min(panel.half, 16)};
-  const bool wide = columns[1] > 0;
-  TileConfig config;
-  const auto shape = [&](int tile, int tile_rows, int units) {
-    config.rows[tile] = units ? tile_rows : 0;
-    config.row_bytes[tile] = 4 * units;
-  };
-  for (int tile : {0, 1, 2, 3}) shape(tile, count, columns[tile % 2]);
-  shape(4, count, kAmxUnits);
-  for (int tile : {5, 6, 7}) shape(tile, kAmxUnits, columns[tile == 6]);
-  finish_writing(&config);
-  _tile_loadconfig(&config);
-  _tile_zero(0);
-  _tile_zero(2);
-  if (wide) {
-    _tile_zero(1);
-    _tile_zero(3);
-  }
-  const auto step = [&](const Unit* row, int64_t row_stride, const Unit* weights) {
-    const int64_t stride = 4 * 2 * panel.half;
-    _tile_loadd(4, row, row_stride);
-    _tile_loadd(5, weights, stride);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(7, weights + panel.half, stride);
-    _tile_dpbf16ps(2, 4, 7);
-    if (!wide) return;
-    _tile_loadd(6, weights + 16, stride);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(6, weights + panel.half + 16, stride);
-    _tile_dpbf16ps(3, 4, 6);
-  };
-  const int64_t row_stride = count > 1 ? 4 * (rows[1] - rows[0]) : 4 * kAmxUnits;
-  const int64_t whole = panel.steps / kAmxUnits * kAmxUnits, rest = panel.steps - whole;
-  for (int64_t at = 0; at < whole; at += kAmxUnits)
-    step(rows[0] + at, row_stride, panel.units + at * 2 * panel.half);
-  if (rest) {  // padded with zeros: beyond the rows and the panel lies other data
-    alignas(64) Unit padded_rows[kAmxRows * kAmxUnits] = {}, padded[kAmxUnits * kPanelColumns] = {};
-    for (int r = 0; r < count; ++r)
-      std::memcpy(padded_rows + r * kAmxUnits, rows[r] + whole, 4 * rest);
-    std::memcpy(padded, panel.units + whole * 2 * panel.half, 4 * rest * 2 * panel.half);
-    finish_writing(padded_rows);
-    finish_writing(padded);
-    step(padded_rows, 4 * kAmxUnits, padded);
-  }
-  const int64_t stride = sizeof(float) * kPanelColumns;
-  _tile_stored(0, product, stride);
-  _tile_stored(2, product + 32, stride);
-  if (wide) {
-    _tile_stored(1, product + 16, stride);
-    _tile_stored(3, product + 48, stride);
-  }
-  _tile_release();
-}
-
-#endif
-
-#ifdef __AMX_BF16__
-template <class D>
-constexpr bool kUsesAmx = std::is_same_v<D, BFloat16>;
-#else
-template <class D>
-constexpr bool kUsesAmx = false;
-#endif
-
-// How many rows one product takes at most: AMX needs some to be worth its set-up. It sums in
-// another order, so this must depend on nothing but the routing.
-template <class D>
-int rows_at_once(int64_t rows_of_expert) {
-  return kUsesAmx<D> && rows_of_expert > 4 ? kAmxRows : D::kRows;
-}
+constexpr int kRows = 6;
 
 template <class D>
-void multiply(const Unit* const* rows, int count, [[maybe_unused]] int at_once, const Panel& panel,
-              float* product) {
-#ifdef __AMX_BF16__
-  if (at_once == kAmxRows) return multiply_rows_amx(rows, count, panel, product);
-#endif
-  static_assert(D::kRows <= 6);
+void multiply(const typename D::Row* const* rows, int count, const Panel<D>& panel, float* product,
+              bool fresh) {
   switch (count) {
     case 1:
-      return multiply_rows<D, 1>(rows, panel, product);
+      return multiply_rows<D, 1>(rows, panel, product, fresh);
     case 2:
-      return multiply_rows<D, 2>(rows, panel, product);
+      return multiply_rows<D, 2>(rows, panel, product, fresh);
     case 3:
-      return multiply_rows<D, 3>(rows, panel, product);
+      return multiply_rows<D, 3>(rows, panel, product, fresh);
     case 4:
-      return multiply_rows<D, 4>(rows, panel, product);
+      return multiply_rows<D, 4>(rows, panel, product, fresh);
     case 5:
-      return multiply_rows<D, 5>(rows, panel, product);
+      return multiply_rows<D, 5>(rows, panel, product, fresh);
     case 6:
-      return multiply_rows<D, 6>(rows, panel, product);
+      return multiply_rows<D, 6>(rows, panel, product, fresh);
   }
-}
-
-// Calls body(first, count) for rows begin..end in blocks of nearly equal size.
-template <class Body>
-void for_row_blocks(int64_t begin, int64_t end, int at_once, const Body& body) {
-  const int64_t blocks = ceil_div(end - begin, at_once);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = begin + (end - begin) * block / blocks;
-    body(first, static_cast<int>(begin + (end - begin) * (block + 1) / blocks - first));
-  }
+  static_assert(kRows == 6);
 }
 
 }  // namespace

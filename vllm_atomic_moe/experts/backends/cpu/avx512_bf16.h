@@ -1,0 +1,39 @@
+// bfloat16 by AVX-512's own dot product of pairs: rows stay bfloat16.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "vectors.h"
+
+namespace {
+
+struct PairedBFloat16 {
+  using Element = c10::BFloat16;
+  using Unit = uint32_t;
+  using Row = c10::BFloat16;
+  static constexpr int kPerUnit = 2;
+
+  template <int R, int J>
+  [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
+                                              const Unit* units) {
+    __m512i weights[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) weights[j] = _mm512_loadu_si512(units + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, rows[r] + at, sizeof pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j)
+        sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(pair),
+                                     (__m512bh)weights[j]);
+    }
+  }
+};
+
+inline void store_row(c10::BFloat16* to, const Vec& value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+}  // namespace
