@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_atomic_moe.files.export_format import (
     INDEX,
     PACKED,
-    read_tensor,
     stored_masks,
     weights_directory,
 )
+from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
 PER_EXPERT = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$"
@@ -308,11 +307,8 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     """
     where: dict[str, Path] = {}
     for path in checkpoint_files(directory):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                where.update(dict.fromkeys(shard.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        with open_safetensors(path) as (_, shard):
+            where.update(dict.fromkeys(shard.keys(), path))
     return where
 
 
@@ -327,7 +323,7 @@ def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) ->
         if match and int(match["layer"]) < num_layers and "mtp" not in name.split("."):
             by_file[path].append((name, match))
     for path, entries in by_file.items():
-        with safe_open(path, framework="pt") as shard:
+        with open_safetensors(path) as (_, shard):
             for name, match in entries:
                 layer = layers.setdefault(int(match["layer"]), _Layer(match["block"]))
                 if layer.block != match["block"]:
@@ -359,6 +355,6 @@ def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
                 "this architecture's router is not known"
             )
         for name in names:
-            stored = read_tensor(where, name).contiguous().view(-1).view(torch.uint8)
+            stored = read_tensor(where[name], name).contiguous().view(-1).view(torch.uint8)
             digest.update(stored.numpy().tobytes())
     return digest.hexdigest()

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+
+from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
 PACKED = re.compile(
     r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.packed\."
@@ -93,15 +94,16 @@ def stored_masks(
             raise ValueError(
                 f"layer {index}: {prefix}.{missing[0]} is missing; export the model again"
             )
-        keep = read_tensor(where, f"{prefix}.keep")
-        offsets = read_tensor(where, f"{prefix}.offsets")
+        keep, offsets = (
+            read_tensor(where[name], name) for name in (f"{prefix}.keep", f"{prefix}.offsets")
+        )
         if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
             raise ValueError(
                 f"layer {index}: {prefix}.offsets does not count the atoms of {prefix}.keep; "
                 "export the model again"
             )
         for part in PACKED_ROWS:
-            with safe_open(where[f"{prefix}.{part}"], framework="pt") as shard:
+            with open_safetensors(where[f"{prefix}.{part}"]) as (_, shard):
                 shape = shard.get_slice(f"{prefix}.{part}").get_shape()
             if shape != [int(offsets[-1]), hidden_size]:
                 raise ValueError(
@@ -110,9 +112,3 @@ def stored_masks(
                 )
         masks[index] = keep
     return masks
-
-
-def read_tensor(where: Mapping[str, Path], name: str) -> torch.Tensor:
-    """The tensor called `name`, memory-mapped."""
-    with safe_open(where[name], framework="pt") as shard:
-        return shard.get_tensor(name)

@@ -1,7 +1,8 @@
-"""Safetensors files of ours, written whole and read with suspicion: profiles, statistics, scores.
+"""Safetensors files, read with suspicion and written whole; no other module opens one.
 
-Every way such a file can be broken becomes one ValueError line. All carry the metadata strings
-`format` and `format_version`. Files are memory-mapped; headers alone are read where that suffices.
+A broken file becomes one ValueError line. Files are memory-mapped; headers alone are read where
+that suffices. Our own (profiles, statistics, scores) carry the metadata strings `format` and
+`format_version`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ def open_safetensors(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
         raise ValueError(
             f"{path}: not a complete safetensors file ({one_line(error)}); copy or make it again"
         ) from None
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """The tensor called `name`, memory-mapped."""
+    with open_safetensors(path) as (_, file):
+        return file.get_tensor(name)
 
 
 def write_safetensors(

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, locate_tensors
 from vllm_atomic_moe.files.export_format import packed_offsets
+from vllm_atomic_moe.files.tensors import open_safetensors
 
 # Part of the packed rows -> spelling of an expert's projection.
 PER_EXPERT_NAMES = (
@@ -76,7 +77,7 @@ class Shards:
     def _file(self, name: str) -> Any:
         path = self.where[name]
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            _, self._files[path] = self._stack.enter_context(open_safetensors(path))
         return self._files[path]
 
 
