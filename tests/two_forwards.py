@@ -132,7 +132,7 @@ def run_here(directory: Path, way: str, windows: torch.Tensor, dtype: str) -> di
         sums = collect(
             model, find_experts(model, info), info, text, 1, gradients=way != "forward only"
         )
-        held = [tensor for named in sums.values() for tensor in named.values()]
+        held = [tensor for of_layer in sums.values() for tensor in of_layer.tensors().values()]
     return {
         "seconds": time.perf_counter() - start,
         "state": sum(tensor.nbytes for tensor in held),

@@ -28,15 +28,10 @@ from vllm_atomic_moe.calibration.collect import (
     resolve_device,
 )
 from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
-from vllm_atomic_moe.calibration.statistics import (
-    ATOM_SUMS,
-    EXPERT_SUMS,
-    Statistics,
-    merge,
-)
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.statistics import SUMS, Statistics, merge
 
 CPU = {"": "cpu"}
 OPTIONS = CalibrationOptions(samples=4, seq_len=32)
@@ -122,8 +117,8 @@ def test_batch_size_does_not_change_the_sums(tiny):
     windows = random_windows(3, 32)
     one, two = (run(directory, info, windows, batch_size) for batch_size in (1, 2))
     for layer in info.layers:
-        for name in one[layer]:
-            torch.testing.assert_close(one[layer][name], two[layer][name], rtol=1e-6, atol=0)
+        for name, tensor in one[layer].tensors().items():
+            torch.testing.assert_close(tensor, getattr(two[layer], name), rtol=1e-6, atol=0)
 
 
 def test_domains_are_summed_apart(tiny):
@@ -132,12 +127,12 @@ def test_domains_are_summed_apart(tiny):
     both = run(directory, info, CalibrationText({"a": windows[:1], "b": windows[1:]}, ()), 2)
     apart = [run(directory, info, part) for part in (windows[:1], windows[1:])]
     for layer in info.layers:
-        for name in (*EXPERT_SUMS, *ATOM_SUMS, "g2"):
-            wanted = torch.cat([part[layer][name] for part in apart])
-            torch.testing.assert_close(both[layer][name], wanted, rtol=1e-6, atol=0)
-        tables = [part[layer]["sets"] for part in apart]
+        for name in SUMS:
+            wanted = torch.cat([getattr(part[layer], name) for part in apart])
+            torch.testing.assert_close(getattr(both[layer], name), wanted, rtol=1e-6, atol=0)
+        tables = [part[layer].sets for part in apart]
         tables[1][:, 0] = 1
-        assert torch.equal(both[layer]["sets"], torch.cat(tables))
+        assert torch.equal(both[layer].sets, torch.cat(tables))
 
 
 def test_selecting_a_domain_is_calibrating_on_it_alone(tiny, text_file, tmp_path):
@@ -153,13 +148,14 @@ def test_selecting_a_domain_is_calibrating_on_it_alone(tiny, text_file, tmp_path
 def assert_equal_sums(found, wanted, rtol):
     """Sums are added in another order; everything that is counted is exact."""
     assert found.keys() == wanted.keys()
-    for layer, named in wanted.items():
-        assert found[layer].keys() == named.keys()
-        for name, tensor in named.items():
+    for layer, sums in wanted.items():
+        named = found[layer].tensors()
+        assert named.keys() == sums.tensors().keys()
+        for name, tensor in sums.tensors().items():
             exact = name in ("count", "sets", "set_counts")
             scale = tensor.abs().max().item() if name == "contribution" else 0
             torch.testing.assert_close(
-                found[layer][name], tensor, rtol=0 if exact else rtol, atol=scale * rtol
+                named[name], tensor, rtol=0 if exact else rtol, atol=scale * rtol
             )
 
 
@@ -203,13 +199,13 @@ def test_padding_never_counts(side, tiny):
     padded = torch.cat([full, torch.nn.functional.pad(short, side, value=-1)])
     found = run(directory, info, padded, batch_size=2)
     parts = [run(directory, info, ids) for ids in (full, short)]
-    for layer, named in found.items():
-        assert named["count"].sum() == (32 + 20) * info.experts_per_token
-        assert named["set_counts"].sum() == 32 + 20
-        for name in (*EXPERT_SUMS, *ATOM_SUMS, "g2"):
-            wanted = parts[0][layer][name] + parts[1][layer][name]
+    for layer, sums in found.items():
+        assert sums.count.sum() == (32 + 20) * info.experts_per_token
+        assert sums.set_counts.sum() == 32 + 20
+        for name in SUMS:
+            wanted = sum(getattr(part[layer], name) for part in parts)
             # Rotary embeddings are float32, and on the left other positions are used.
-            torch.testing.assert_close(named[name], wanted, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(getattr(sums, name), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_without_gradients_everything_else_is_the_same(tiny, text_file):
@@ -218,10 +214,11 @@ def test_without_gradients_everything_else_is_the_same(tiny, text_file):
     options = dataclasses.replace(OPTIONS, gradients=False)
     without, _ = calibrate(str(directory), [str(text_file)], options)
     assert without.calibration == {**with_them.calibration, "gradients": False}
-    for layer, named in without.sums.items():
-        assert set(with_them.sums[layer]) - set(named) == {"g2"}
-        for name, tensor in named.items():
-            torch.testing.assert_close(tensor, with_them.sums[layer][name], rtol=1e-5, atol=1e-6)
+    for layer, sums in without.sums.items():
+        named = with_them.sums[layer].tensors()
+        assert named.keys() - sums.tensors().keys() == {"g2"}
+        for name, tensor in sums.tensors().items():
+            torch.testing.assert_close(tensor, named[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_spread_by_accelerate_gives_the_same_sums(tiny, tmp_path):
@@ -242,9 +239,10 @@ def test_a_model_spread_by_accelerate_gives_the_same_sums(tiny, tmp_path):
     assert experts[1].down_proj.device.type == "meta"
     text = CalibrationText({"a": windows}, ())
     found = collect(model, experts, info, text, 1, gradients=False)
-    wanted = run(directory, info, windows)
-    for named in wanted.values():
-        del named["g2"]
+    wanted = {
+        layer: dataclasses.replace(sums, g2=None)
+        for layer, sums in run(directory, info, windows).items()
+    }
     assert_equal_sums(found, wanted, rtol=1e-9)
     check_offload(model, gradients=False)
     with pytest.raises(ValueError, match=r"weights do not fit the devices .* --no-gradients"):
@@ -261,7 +259,7 @@ def test_norms_are_those_of_the_stored_weights(tiny):
             ("gate_norm", "gate_proj", 1), ("up_norm", "up_proj", 1), ("down_norm", "down_proj", 0)
         ):  # fmt: skip
             wanted = stored[f"{block}.{projection}.weight"].double().norm(dim=along)
-            torch.testing.assert_close(sums[layer][name][expert], wanted)
+            torch.testing.assert_close(getattr(sums[layer], name)[expert], wanted)
 
 
 def test_only_the_embedding_output_requires_a_gradient(tiny):
@@ -398,7 +396,7 @@ def test_other_activations_are_calibrated_with_a_note(tmp_path):
     (note,) = serving_notes(experts)
     assert "MixtralExperts does not compute plain SiLU(gate)·up" in note
     text = CalibrationText({"a": random_windows(1, 8)}, ())
-    assert collect(model, experts, info, text, 1)[0]["g2"].sum() > 0
+    assert collect(model, experts, info, text, 1)[0].g2.sum() > 0
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny):

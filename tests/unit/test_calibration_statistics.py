@@ -1,5 +1,6 @@
 """Statistics: small state, files that come back equal, broken files that are refused."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -11,8 +12,14 @@ from safetensors.torch import load_file, save_file
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
 from vllm_atomic_moe.calibration.experts import ExpertRows
 from vllm_atomic_moe.calibration.findings import FewTokens, experts_with_few_tokens, inspect_sums
-from vllm_atomic_moe.calibration.statistics import Statistics, merge
-from vllm_atomic_moe.calibration.topk_sets import TopKSets, TopKSetsAccumulator
+from vllm_atomic_moe.calibration.topk_sets import TopKSetsAccumulator
+from vllm_atomic_moe.files.statistics import (
+    SUMS,
+    LayerSums,
+    Statistics,
+    add_sets,
+    merge,
+)
 
 MODEL = {
     "architecture": "Qwen3MoeForCausalLM",
@@ -27,26 +34,26 @@ CALIBRATION = {"domains": ["a", "b"], "tokens": 10, "experts_per_token": 2, "see
 SETS = torch.tensor([[0, 0, 1], [0, 2, 3], [1, 0, 1], [1, 1, 2], [1, 2, 3]], dtype=torch.int16)
 
 
-def make_sums(count: float = 50.0) -> dict[int, dict[str, torch.Tensor]]:
+def make_sums(count: float = 50.0) -> dict[int, LayerSums]:
     generator = torch.Generator().manual_seed(0)
 
     def positive(*shape):
         return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
 
     return {
-        layer: {
-            "count": torch.full((2, 4), count, dtype=torch.float64),
-            "output_norm": positive(2, 4),
-            "output_change": positive(2, 4),
-            "h2": positive(2, 4, 6),
-            "g2": positive(2, 4, 6),
-            "contribution": positive(2, 4, 6) - 0.5,
-            "gate_norm": positive(4, 6),
-            "up_norm": positive(4, 6),
-            "down_norm": positive(4, 6),
-            "sets": SETS.clone(),
-            "set_counts": torch.tensor([9, 4, 5, 2, 1]),
-        }
+        layer: LayerSums(
+            count=torch.full((2, 4), count, dtype=torch.float64),
+            output_norm=positive(2, 4),
+            output_change=positive(2, 4),
+            h2=positive(2, 4, 6),
+            g2=positive(2, 4, 6),
+            contribution=positive(2, 4, 6) - 0.5,
+            gate_norm=positive(4, 6),
+            up_norm=positive(4, 6),
+            down_norm=positive(4, 6),
+            sets=SETS.clone(),
+            set_counts=torch.tensor([9, 4, 5, 2, 1]),
+        )
         for layer in (3, 1)
     }
 
@@ -75,9 +82,9 @@ def test_a_file_comes_back_equal(path):
     assert list(read.sums) == [1, 3]
     assert read.model == MODEL
     assert read.calibration == CALIBRATION
-    for layer, tensors in make_sums().items():
-        for name, tensor in tensors.items():
-            assert torch.equal(read.sums[layer][name], tensor)
+    for layer, sums in make_sums().items():
+        for name, tensor in sums.tensors().items():
+            assert torch.equal(getattr(read.sums[layer], name), tensor)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "atomic-moe-statistics"
@@ -104,7 +111,7 @@ def test_a_file_comes_back_equal(path):
         ({"calibration": json.dumps({**CALIBRATION, "corpora": [{}]})}, r"`corpora` is \[\{\}\]"),
         ({"calibration": json.dumps({**CALIBRATION, "tokens": "x"})}, "`tokens` is 'x', which no"),
         ({"model": json.dumps({**MODEL, "layers": "all"})}, "wanted a list and two numbers"),
-        ({"model": json.dumps({**MODEL, "num_experts": 5})}, r"wanted float64 \[2, 5, 6\]"),
+        ({"model": json.dumps({**MODEL, "num_experts": 5})}, r"wanted float64 \[2, 5\]"),
     ],
 )
 def test_wrong_metadata_is_refused(change, message, path):
@@ -152,18 +159,16 @@ def test_broken_files_are_refused(path, tmp_path):
 
 def test_gradients_may_be_absent(path):
     rewrite(path, {"layers.1.g2": None, "layers.3.g2": None})
-    assert "g2" not in Statistics.read(path).sums[1]
+    assert Statistics.read(path).sums[1].g2 is None
 
 
 def test_state_is_a_few_numbers_per_atom():
     """Qwen3-30B-A3B: O(E·I) per layer and domain, where the paper keeps E matrices H×H."""
     experts, size, hidden, domains = 128, 768, 2048, 3
-    layer = LayerAccumulator((domains, experts, size), True, Batch())
-    layer.allocate("meta")
-    held = sum(tensor.numel() for tensor in layer.sums.values())
-    assert held == domains * experts * (3 * size + 3)
-    norms = 3 * experts * size
-    assert (held + norms) * 100 < experts * hidden * hidden
+    sums = LayerSums.zeros((domains, experts, size), True, "meta")
+    held = sum(tensor.numel() for tensor in sums.tensors().values())
+    assert held == domains * experts * (3 * size + 3) + 3 * experts * size
+    assert held * 100 < experts * hidden * hidden
 
 
 def test_the_table_of_sets_is_exact_and_waits_for_a_bounded_time(monkeypatch):
@@ -173,58 +178,60 @@ def test_the_table_of_sets_is_exact_and_waits_for_a_bounded_time(monkeypatch):
     accumulator = TopKSetsAccumulator()
     for part in ids.split(50):
         accumulator.see(part, domain=1)
-        assert sum(len(table.counts) for table in accumulator._tables) <= 20 + 64
-    table = accumulator.table()
+        assert sum(len(counts) for _, counts in accumulator._tables) <= 20 + 64
+    sets, counts = accumulator.table()
     wanted = Counter(tuple(sorted(row)) for row in ids.tolist())
-    found = dict(zip(map(tuple, table.sets[:, 1:].tolist()), table.counts.tolist(), strict=True))
+    found = dict(zip(map(tuple, sets[:, 1:].tolist()), counts.tolist(), strict=True))
     assert found == wanted
-    assert table.sets.dtype == torch.int16
+    assert sets.dtype == torch.int16
     # Per token at most an id of two bytes for the domain and each expert, and a count of eight.
-    assert table.sets.nbytes + table.counts.nbytes <= len(ids) * (2 * (1 + 3) + 8)
-    assert set(table.sets[:, 0].tolist()) == {1}
-    assert table.sets.tolist() == sorted(table.sets.tolist())
+    assert sets.nbytes + counts.nbytes <= len(ids) * (2 * (1 + 3) + 8)
+    assert set(sets[:, 0].tolist()) == {1}
+    assert sets.tolist() == sorted(sets.tolist())
 
 
 def test_tables_of_sets_add_up():
-    one = TopKSets.of_tokens(torch.tensor([[1, 0], [0, 1], [2, 1]]), domain=0)
-    two = TopKSets.of_tokens(torch.tensor([[2, 1], [0, 1]]), domain=1)
-    table = TopKSets.add([one, two, one])
-    assert table.sets.tolist() == [[0, 0, 1], [0, 1, 2], [1, 0, 1], [1, 1, 2]]
-    assert table.counts.tolist() == [4, 2, 1, 1]
+    accumulators = TopKSetsAccumulator(), TopKSetsAccumulator()
+    accumulators[0].see(torch.tensor([[1, 0], [0, 1], [2, 1]]), domain=0)
+    accumulators[1].see(torch.tensor([[2, 1], [0, 1]]), domain=1)
+    one, two = (accumulator.table() for accumulator in accumulators)
+    sets, counts = add_sets([one, two, one])
+    assert sets.tolist() == [[0, 0, 1], [0, 1, 2], [1, 0, 1], [1, 1, 2]]
+    assert counts.tolist() == [4, 2, 1, 1]
 
 
 def test_the_accumulator_adds_in_float64_and_leaves_its_input_alone():
-    layer = LayerAccumulator((2, 3, 2), True, Batch(domain=1))
-    layer.allocate("cpu")
+    shape = (2, 3, 2)
+    layer = LayerAccumulator(shape, True, Batch(domain=1), LayerSums.zeros(shape, True))
     h = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16, requires_grad=True)
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.bfloat16)
     down = torch.eye(2, dtype=torch.bfloat16)
     rows = ExpertRows(x, h * 1, (h @ down.T) * 1, torch.tensor([0.5, 2.0]).bfloat16(), down)
     layer.see_expert(2, rows)
-    layer.see_gradient((1, 2), h)
+    rows.h.backward(h.detach())
     sums = layer.sums
-    assert sums["count"].tolist() == [[0, 0, 0], [0, 0, 2]]
-    assert sums["h2"][1, 2].tolist() == [10, 20]
-    assert sums["g2"][1, 2].tolist() == [10, 20]
-    assert sums["h2"].sum() == 30
-    assert sums["output_norm"][1, 2].item() == pytest.approx(0.5 * 5**0.5 + 2 * 5)
+    assert sums.count.tolist() == [[0, 0, 0], [0, 0, 2]]
+    assert sums.h2[1, 2].tolist() == [10, 20]
+    assert sums.g2[1, 2].tolist() == [10, 20]
+    assert sums.h2.sum() == 30
+    assert sums.output_norm[1, 2].item() == pytest.approx(0.5 * 5**0.5 + 2 * 5)
     assert h.tolist() == [[1, 2], [3, 4]]
-    assert all(tensor.dtype == torch.float64 for tensor in sums.values())
+    for total in (sums.count, sums.output_norm, sums.output_change, sums.h2, sums.contribution):
+        assert total.dtype == torch.float64
 
 
-def shards_of(whole: dict[int, dict[str, torch.Tensor]]) -> list[Statistics]:
+def shards_of(whole: dict[int, LayerSums]) -> list[Statistics]:
     """Statistics cut in two by domain: shard 1 saw the first, shard 2 the second."""
     parts = []
     for domain in (0, 1):
         sums = {}
-        for layer, named in whole.items():
-            sums[layer] = dict(named)
-            for name in ("count", "output_norm", "output_change", "h2", "g2", "contribution"):
-                sums[layer][name] = named[name].clone()
-                sums[layer][name][1 - domain] = 0
+        for layer, of_both in whole.items():
+            own = {name: getattr(of_both, name).clone() for name in SUMS}
+            for total in own.values():
+                total[1 - domain] = 0
             here = SETS[:, 0] == domain
-            sums[layer]["sets"] = SETS[here]
-            sums[layer]["set_counts"] = named["set_counts"][here]
+            own |= {"sets": SETS[here], "set_counts": of_both.set_counts[here]}
+            sums[layer] = dataclasses.replace(of_both, **own)
         calibration = {**CALIBRATION, "tokens": 5, "shards": {"of": 2, "here": [domain + 1]}}
         parts.append(Statistics(MODEL, calibration, sums))
     return parts
@@ -235,9 +242,9 @@ def test_merged_shards_are_the_whole_run():
     for order in (1, -1):
         merged = merge(shards_of(whole)[::order])
         assert merged.calibration == CALIBRATION
-        for layer, named in whole.items():
-            for name, tensor in named.items():
-                assert torch.equal(merged.sums[layer][name], tensor), name
+        for layer, sums in whole.items():
+            for name, tensor in sums.tensors().items():
+                assert torch.equal(getattr(merged.sums[layer], name), tensor), name
 
 
 def test_an_incomplete_merge_says_so_and_may_go_on():
@@ -268,9 +275,9 @@ def test_whole_runs_and_other_weights_are_not_merged():
     one, two = shards_of(make_sums())
     with pytest.raises(ValueError, match="whole run cannot be added"):
         merge([one, Statistics(MODEL, CALIBRATION, make_sums())])
-    two.sums[3]["up_norm"] = two.sums[3]["up_norm"] * 1.1
+    other = dataclasses.replace(two.sums[3], up_norm=two.sums[3].up_norm * 1.1)
     with pytest.raises(ValueError, match=r"layers\.3\.up_norm differs between the files"):
-        merge([one, Statistics(MODEL, two.calibration, two.sums)])
+        merge([one, Statistics(MODEL, two.calibration, {**two.sums, 3: other})])
 
 
 def test_selected_domains_are_as_if_calibrated_alone():
@@ -278,13 +285,13 @@ def test_selected_domains_are_as_if_calibrated_alone():
     chosen = statistics.select(["b"])
     assert chosen.calibration["domains"] == ["b"]
     assert chosen.calibration["tokens"] == 100
-    for layer, named in make_sums().items():
-        assert torch.equal(chosen.sums[layer]["h2"], named["h2"][1:])
-        assert torch.equal(chosen.sums[layer]["up_norm"], named["up_norm"])
-        assert chosen.sums[layer]["sets"].tolist() == [[0, 0, 1], [0, 1, 2], [0, 2, 3]]
-        assert chosen.sums[layer]["set_counts"].tolist() == [5, 2, 1]
+    for layer, sums in make_sums().items():
+        assert torch.equal(chosen.sums[layer].h2, sums.h2[1:])
+        assert torch.equal(chosen.sums[layer].up_norm, sums.up_norm)
+        assert chosen.sums[layer].sets.tolist() == [[0, 0, 1], [0, 1, 2], [0, 2, 3]]
+        assert chosen.sums[layer].set_counts.tolist() == [5, 2, 1]
     swapped = statistics.select(["b", "a"])
-    assert swapped.sums[1]["sets"].tolist() == [
+    assert swapped.sums[1].sets.tolist() == [
         [0, 0, 1], [0, 1, 2], [0, 2, 3], [1, 0, 1], [1, 2, 3]
     ]  # fmt: skip
     for domains in (["c"], ["a", "a"]):
@@ -299,7 +306,7 @@ def test_sound_sums_raise_no_warning():
 @pytest.mark.parametrize("name", ["h2", "g2"])
 def test_dead_atoms_look_like_a_mask(name):
     sums = make_sums()
-    sums[1][name][:, 0, :2] = 0
+    getattr(sums[1], name)[:, 0, :2] = 0
     (warning,) = inspect_sums(sums)
     assert "2 of 48 atoms (4.2%)" in warning
     assert "already masked or pruned" in warning
@@ -307,9 +314,9 @@ def test_dead_atoms_look_like_a_mask(name):
 
 def test_experts_with_few_tokens_are_counted_and_do_not_look_masked():
     sums = make_sums()
-    sums[3]["count"][:, 2] = torch.tensor([3, 4])
-    sums[1]["count"][:, 1] = 0
-    sums[3]["g2"][:, 2] = 0
+    sums[3].count[:, 2] = torch.tensor([3, 4])
+    sums[1].count[:, 1] = 0
+    sums[3].g2[:, 2] = 0
     (warning,) = inspect_sums(sums)
     assert "2 of 8 experts saw fewer than 32 tokens" in warning
     assert experts_with_few_tokens(sums) == [FewTokens(0, 1, 1), FewTokens(7, 3, 2)]

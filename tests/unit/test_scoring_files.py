@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums, rewrite
-from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.scoring import METHODS, method_options, score_layers, selection_options
 from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, score_statistics
 from vllm_atomic_moe.scoring.random import score_random
@@ -37,10 +37,12 @@ def scores_path(statistics, tmp_path):
 def test_every_method_scores_every_layer_and_leaves_the_sums_alone(method):
     sums = make_sums()
     scores = score_layers(method, sums, METHODS[method].options)
-    for layer, before in make_sums().items():
+    for layer, sums_before in make_sums().items():
+        before = sums_before.tensors()
         assert scores[layer].atoms.dtype == torch.float32
         assert scores[layer].atoms.shape == (4, 6)
-        assert all(torch.equal(sums[layer][name], before[name]) for name in before)
+        after = sums[layer].tensors()
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_random_scores_depend_on_seed_and_layer_only():
@@ -79,7 +81,7 @@ def test_a_score_file_comes_back_equal(statistics, scores_path):
 
 def test_infinite_scores_survive_the_file(tmp_path):
     sums = make_sums()
-    sums[1]["count"][:, 2] = 0
+    sums[1].count[:, 2] = 0
     scores = score_statistics(Statistics(MODEL, CALIBRATION, sums), "heapr", {})
     scores.write(tmp_path / "scores.safetensors")
     read = Scores.read(tmp_path / "scores.safetensors")

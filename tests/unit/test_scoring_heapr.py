@@ -26,9 +26,9 @@ def test_heapr_is_the_papers_formula(architecture, dtype, tmp_path):
     long_way = run_the_long_way(tmp_path, info, [windows], dtype)
 
     assert set(sums) == set(long_way) == set(info.layers)
-    for layer, tensors in sums.items():
-        seen = tensors["count"].sum(dim=0) > 0
-        score = score_heapr(tensors, layer, weight_by_frequency=False).atoms
+    for layer, of_layer in sums.items():
+        seen = of_layer.count.sum(dim=0) > 0
+        score = score_heapr(of_layer, layer, weight_by_frequency=False).atoms
         wanted = heapr(long_way[layer])
         assert seen.sum() >= 4
         error = (score.double() - wanted).abs() / wanted
@@ -56,13 +56,11 @@ def test_every_architecture_calibrates(architecture, tmp_path):
     )
 
     assert tuple(sums) == info.layers
-    for tensors in sums.values():
-        assert tensors["count"].sum() == windows.numel() * info.experts_per_token
-        assert tensors["set_counts"].sum() == windows.numel()
-        seen = tensors["count"][0] > 4
-        for name in ("h2", "g2"):
-            assert (tensors[name][0, seen] > 0).all()
-        for name in ("output_norm", "output_change"):
-            assert (tensors[name][0, seen] > 0).all()
-        for name in ("gate_norm", "up_norm", "down_norm"):
-            assert (tensors[name] > 0).all()
+    for of_layer in sums.values():
+        assert of_layer.count.sum() == windows.numel() * info.experts_per_token
+        assert of_layer.set_counts.sum() == windows.numel()
+        seen = of_layer.count[0] > 4
+        for total in (of_layer.h2, of_layer.g2, of_layer.output_norm, of_layer.output_change):
+            assert (total[0, seen] > 0).all()
+        for norm in (of_layer.gate_norm, of_layer.up_norm, of_layer.down_norm):
+            assert (norm > 0).all()

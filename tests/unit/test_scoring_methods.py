@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from tests.unit.tiny_models import make_model, random_windows
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import find_experts
 from vllm_atomic_moe.calibration.text import CalibrationText
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring import METHODS, score_layers
 
 SEQ_LEN = 24
@@ -184,7 +186,7 @@ def test_the_table_of_sets_is_what_the_router_chose(calibrated):
         table = {
             (domain, frozenset(ids)): count
             for (domain, *ids), count in zip(
-                sums[layer]["sets"].tolist(), sums[layer]["set_counts"].tolist(), strict=True
+                sums[layer].sets.tolist(), sums[layer].set_counts.tolist(), strict=True
             )
         }
         chosen = long_way[layer].chosen
@@ -197,8 +199,8 @@ def test_experts_with_few_tokens_are_never_scored_as_useless(method, calibrated)
     found = score_layers(method, sums, METHODS[method].options)
     allowed = score_layers(method, sums, {**METHODS[method].options, "allow_unseen": True})
     protected = 0
-    for layer, tensors in sums.items():
-        few = tensors["count"].sum(dim=0) < 32
+    for layer, of_layer in sums.items():
+        few = of_layer.count.sum(dim=0) < 32
         protected += int(few.sum())
         assert found[layer].atoms[few].isposinf().all()
         assert torch.equal(found[layer].atoms[~few], allowed[layer].atoms[~few])
@@ -225,11 +227,11 @@ def test_shape_scores_many_experts_without_number_overflow():
     chosen[2, :9] = chosen[0, :9]
     sets, counts = chosen.sort(dim=1).values.unique(dim=0, return_counts=True)
     domain = torch.zeros(len(sets), 1, dtype=torch.int64)
-    sums = {
-        "sets": torch.cat([domain, sets], dim=1).short(),
-        "set_counts": counts,
-        "h2": torch.zeros(1, 512, 1),
-    }
+    sums = dataclasses.replace(
+        LayerSums.zeros((1, 512, 1), False),
+        sets=torch.cat([domain, sets], dim=1).short(),
+        set_counts=counts,
+    )
     layer = type("Chosen", (), {})()
     layer.chosen = [(0, frozenset(row)) for row in chosen.tolist()]
     layer.down = range(512)
@@ -238,20 +240,18 @@ def test_shape_scores_many_experts_without_number_overflow():
 
 
 def test_shape_refuses_a_router_that_picks_one_expert():
-    sums = {
-        "sets": torch.zeros(3, 2).short(),
-        "set_counts": torch.ones(3),
-        "h2": torch.zeros(1, 4, 1),
-    }
+    sums = dataclasses.replace(
+        LayerSums.zeros((1, 4, 1), False),
+        sets=torch.zeros(3, 2).short(),
+        set_counts=torch.ones(3),
+    )
     with pytest.raises(ValueError, match="routes every token to 1 expert"):
         METHODS["shape"].score_layer(sums, 0)
 
 
 def test_heapr_refuses_statistics_without_gradients(calibrated):
     _, sums, _ = calibrated
-    without = {
-        layer: {k: v for k, v in named.items() if k != "g2"} for layer, named in sums.items()
-    }
+    without = {layer: dataclasses.replace(of_layer, g2=None) for layer, of_layer in sums.items()}
     with pytest.raises(ValueError, match=r"no gradients \(made with --no-gradients\)"):
         score_layers("heapr", without, METHODS["heapr"].options)
     score_layers("tenp", without, METHODS["tenp"].options)

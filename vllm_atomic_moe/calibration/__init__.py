@@ -1,6 +1,6 @@
 """Calibration: a model and text become statistics.
 
 `text` cuts text into windows, `experts` watches the experts while the model runs, `collect` is the
-run from beginning to end, `statistics` is what it leaves behind. Only `experts` and `collect`
+run from beginning to end. It leaves `files/statistics.py` behind. Only `experts` and `collect`
 import transformers; nothing here imports vllm.
 """

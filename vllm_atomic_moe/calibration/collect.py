@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
 from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.findings import inspect_sums
-from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.calibration.text import (
     CalibrationText,
     draw_windows,
@@ -33,6 +32,7 @@ from vllm_atomic_moe.files.checkpoint import (
     read_config,
     resolve_model,
 )
+from vllm_atomic_moe.files.statistics import LayerSums, Statistics
 from vllm_atomic_moe.files.tensors import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -128,8 +128,8 @@ def collect(
     batch_size: int,
     on_progress: Progress = lambda done, total: None,
     gradients: bool = True,
-) -> dict[int, dict[str, torch.Tensor]]:
-    """Sums over the windows of `text`, as in `Statistics.sums`. Padding never counts.
+) -> dict[int, LayerSums]:
+    """Sums over the windows of `text`, layer by layer. Padding never counts.
 
     The model is put into evaluation mode and its parameters are frozen: only the output of the
     embedding requires a gradient, which more than halves the time of the backward pass. The model

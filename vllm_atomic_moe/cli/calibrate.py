@@ -81,7 +81,8 @@ def calibrate(
 
 def report(output: Path, statistics: Any, as_json: bool) -> None:
     """Say what was calibrated, and which experts saw few tokens."""
-    from vllm_atomic_moe.calibration.findings import MIN_TOKENS, experts_with_few_tokens
+    from vllm_atomic_moe.calibration.findings import experts_with_few_tokens
+    from vllm_atomic_moe.files.statistics import MIN_TOKENS
 
     few = experts_with_few_tokens(statistics.sums)
     if as_json:

@@ -23,8 +23,8 @@ def merge(
 ) -> None:
     """Add the statistics of shards of one calibration; the result equals one run over all."""
     check_output(output)
-    from vllm_atomic_moe.calibration.statistics import Statistics
-    from vllm_atomic_moe.calibration.statistics import merge as add
+    from vllm_atomic_moe.files.statistics import Statistics
+    from vllm_atomic_moe.files.statistics import merge as add
 
     merged = add([Statistics.read(path) for path in statistics])
     merged.write(output)

@@ -52,7 +52,7 @@ def score(
 ) -> None:
     """Score every atom; higher is more important."""
     check_output(output)
-    from vllm_atomic_moe.calibration.statistics import Statistics
+    from vllm_atomic_moe.files.statistics import Statistics
     from vllm_atomic_moe.scoring.pruning import score_statistics
 
     given = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.calibration.findings import MIN_TOKENS
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.budget import check_ratio, prune_atoms
 from vllm_atomic_moe.scoring.camera import score_camera
 from vllm_atomic_moe.scoring.heapr import score_heapr
@@ -95,17 +95,16 @@ def selection_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def score_layers(
-    method: str, sums: Mapping[int, Mapping[str, torch.Tensor]], options: Mapping[str, Any]
+    method: str, sums: Mapping[int, LayerSums], options: Mapping[str, Any]
 ) -> dict[int, LayerScores]:
     """Scores of every layer.
 
-    Experts that saw fewer than MIN_TOKENS tokens are never scored by them: unless the option
-    `allow_unseen` is set, their scores are +inf. Methods without that option do not score atoms by
-    tokens.
+    Unless the option `allow_unseen` is set, the scores of experts with few tokens
+    (`LayerSums.few_tokens`) are +inf. Methods without that option do not score atoms by tokens.
 
     Args:
         method: a key of METHODS.
-        sums: layer index -> name -> sums, as in a statistics file; not modified.
+        sums: layer index -> sums; not modified.
         options: what `method_options` returned.
 
     Raises:
@@ -113,11 +112,10 @@ def score_layers(
     """
     own = {name: value for name, value in options.items() if name != "allow_unseen"}
     scores: dict[int, LayerScores] = {}
-    for layer, tensors in sums.items():
-        scores[layer] = METHODS[method].score_layer(tensors, layer, **own)
+    for layer, of_layer in sums.items():
+        scores[layer] = METHODS[method].score_layer(of_layer, layer, **own)
         if options.get("allow_unseen") is False:
-            few_E = tensors["count"].sum(dim=0) < MIN_TOKENS
-            scores[layer] = scores[layer].protect(few_E)
+            scores[layer] = scores[layer].protect(of_layer.few_tokens)
     return scores
 
 

@@ -5,14 +5,11 @@ Legend: D domains, E experts, I full intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
 
 
-def score_camera(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
+def score_camera(sums: LayerSums, layer: int) -> LayerScores:
     """mean(h_k²) · ‖w_k‖², the mean over the routed tokens of all domains.
 
     An expert without tokens scores zero here; `score_layers` protects it.
@@ -21,5 +18,5 @@ def score_camera(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
         sums: `count` [D, E], `h2` [D, E, I], `down_norm` [E, I].
         layer: not used; all layers are scored alike.
     """
-    rows_E1 = sums["count"].sum(dim=0).clamp_min(1).unsqueeze(1)
-    return LayerScores((sums["h2"].sum(dim=0) / rows_E1 * sums["down_norm"].square()).float())
+    rows_E1 = sums.count.sum(dim=0).clamp_min(1).unsqueeze(1)
+    return LayerScores((sums.h2.sum(dim=0) / rows_E1 * sums.down_norm.square()).float())

@@ -9,16 +9,11 @@ Legend: D domains, E experts, I full intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
 
 
-def score_heapr(
-    sums: Mapping[str, torch.Tensor], layer: int, weight_by_frequency: bool
-) -> LayerScores:
+def score_heapr(sums: LayerSums, layer: int, weight_by_frequency: bool) -> LayerScores:
     """½ · mean(h²) · mean((∂ℓ/∂h)²), means over the routed tokens of all domains.
 
     An expert without tokens scores zero here; `score_layers` protects it.
@@ -32,13 +27,13 @@ def score_heapr(
     Raises:
         ValueError: the statistics were made without gradients.
     """
-    if "g2" not in sums:
+    if sums.g2 is None:
         raise ValueError(
             "the statistics hold no gradients (made with --no-gradients), which heapr needs; "
             "calibrate without that flag"
         )
-    count_E1 = sums["count"].sum(dim=0).unsqueeze(1)
-    h2_EI, g2_EI = sums["h2"].sum(dim=0), sums["g2"].sum(dim=0)
+    count_E1 = sums.count.sum(dim=0).unsqueeze(1)
+    h2_EI, g2_EI = sums.h2.sum(dim=0), sums.g2.sum(dim=0)
     rows_E1 = count_E1.clamp_min(1)
     score_EI = 0.5 * (h2_EI / rows_E1) * (g2_EI / rows_E1)
     if weight_by_frequency:

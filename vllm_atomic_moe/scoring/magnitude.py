@@ -5,18 +5,15 @@ Legend: E experts, I full intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
 
 
-def score_magnitude(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
+def score_magnitude(sums: LayerSums, layer: int) -> LayerScores:
     """‖gate row‖ · ‖up row‖ · ‖down column‖.
 
     Args:
         sums: `gate_norm`, `up_norm`, `down_norm` [E, I].
         layer: not used; all layers are scored alike.
     """
-    return LayerScores((sums["gate_norm"] * sums["up_norm"] * sums["down_norm"]).float())
+    return LayerScores((sums.gate_norm * sums.up_norm * sums.down_norm).float())

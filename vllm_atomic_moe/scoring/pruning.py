@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.calibration.statistics import FORMAT as STATISTICS_FORMAT
-from vllm_atomic_moe.calibration.statistics import Statistics
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.statistics import FORMAT as STATISTICS_FORMAT
+from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.files.tensors import open_safetensors, shorten
 from vllm_atomic_moe.scoring import (
     FOREIGN,

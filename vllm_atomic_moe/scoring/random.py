@@ -6,14 +6,14 @@ Legend: E experts, I full intermediate size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
 
 
-def score_random(sums: Mapping[str, torch.Tensor], layer: int, seed: int) -> LayerScores:
+def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
     """Uniform scores in [0, 1), the same for the same seed and layer whatever else is scored.
 
     Args:
@@ -23,4 +23,4 @@ def score_random(sums: Mapping[str, torch.Tensor], layer: int, seed: int) -> Lay
     """
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return LayerScores(torch.rand(sums["h2"].shape[1:], generator=generator))
+    return LayerScores(torch.rand(sums.h2.shape[1:], generator=generator))

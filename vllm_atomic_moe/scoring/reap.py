@@ -9,18 +9,19 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 
 
-def score_reap(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
+def score_reap(sums: LayerSums, layer: int) -> LayerScores:
     """mean_t p_t‖y_t‖ over the tokens routed to the expert; zero for one without tokens.
 
     Args:
         sums: `count` [D, E], `output_norm` [D, E], `h2` for its shape.
         layer: not used; all layers are scored alike.
     """
-    rows_E = sums["count"].sum(dim=0).clamp_min(1)
-    return LayerScores.whole(sums["output_norm"].sum(dim=0) / rows_E, sums["h2"].shape[2])
+    rows_E = sums.count.sum(dim=0).clamp_min(1)
+    return LayerScores.whole(sums.output_norm.sum(dim=0) / rows_E, sums.h2.shape[2])
 
 
 def prune_reap(

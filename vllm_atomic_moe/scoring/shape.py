@@ -14,10 +14,11 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 
 
-def score_shape(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
+def score_shape(sums: LayerSums, layer: int) -> LayerScores:
     """φ of every expert, as a fraction of the layer's total; zero for one never chosen.
 
     Args:
@@ -27,13 +28,13 @@ def score_shape(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
     Raises:
         ValueError: K is 1, so that no experts cooperate.
     """
-    if sums["sets"].shape[1] < 3:
+    if sums.sets.shape[1] < 3:
         raise ValueError(
             "the model routes every token to 1 expert; shape scores how experts of one token "
             "cooperate and needs at least 2; use reap"
         )
-    sets_SK, v_S = _join_domains(sums["sets"][:, 1:].long(), sums["set_counts"].double())
-    experts, size = sums["h2"].shape[1:]
+    sets_SK, v_S = _join_domains(sums.sets[:, 1:].long(), sums.set_counts.double())
+    experts, size = sums.h2.shape[1:]
     ratio_SK = v_S[:, None] / (rest_SK := _rest_frequencies(sets_SK, v_S, experts))
     alpha_E = torch.full((experts,), torch.inf, dtype=torch.float64)
     alpha_E.scatter_reduce_(0, sets_SK.flatten(), ratio_SK.flatten(), "amin")

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.budget import align_masks, check_align, top_atoms
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 
 
-def score_tenp(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
+def score_tenp(sums: LayerSums, layer: int) -> LayerScores:
     """Expert: Σ_t p_t‖y_t‖(1 − cos(x_t, y_t)), L2-normalised per domain and summed over domains.
     Atom: mean_t h_tk⟨w_k, y_t⟩/‖y_t‖ over the routed tokens of all domains, signed.
 
@@ -27,10 +28,10 @@ def score_tenp(sums: Mapping[str, torch.Tensor], layer: int) -> LayerScores:
         sums: `count` [D, E], `output_change` [D, E], `contribution` [D, E, I].
         layer: not used; all layers are scored alike.
     """
-    change_DE = sums["output_change"]
+    change_DE = sums.output_change
     lengths_D1 = change_DE.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    rows_E1 = sums["count"].sum(dim=0).clamp_min(1).unsqueeze(1)
-    atoms_EI = sums["contribution"].sum(dim=0) / rows_E1
+    rows_E1 = sums.count.sum(dim=0).clamp_min(1).unsqueeze(1)
+    atoms_EI = sums.contribution.sum(dim=0) / rows_E1
     return LayerScores(atoms_EI.float(), (change_DE / lengths_D1).sum(dim=0).float())
 
 

@@ -1,8 +1,8 @@
-"""Statistics: what calibration leaves behind, sums over tokens and nothing larger than [D, E, I].
+"""The statistics file: sums over calibration tokens, nothing larger than [D, E, I].
 
 A few numbers per atom and per expert carry every method (see `scoring/`). Because they are sums,
-statistics of shards of one run add up to those of the whole run. They are kept per domain, so that
-a mask can be made for some of the domains from one run.
+statistics of shards of one run add up to those of the whole run. Sums are per domain, so that one
+run can make masks for some of its domains.
 
 Legend: D domains, E experts, H hidden size, I full intermediate size, K experts per token, S rows.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe import __version__
-from vllm_atomic_moe.calibration.topk_sets import TopKSets
 from vllm_atomic_moe.files.tensors import (
     check_layers,
     check_tensor,
@@ -32,41 +31,103 @@ from vllm_atomic_moe.files.tensors import (
 
 FORMAT = "atomic-moe-statistics"
 FORMAT_VERSION = "1"
-EXPERT_SUMS = ("count", "output_norm", "output_change")
-ATOM_SUMS = ("h2", "contribution")
-GRADIENT_SUM = "g2"
-NORMS = ("gate_norm", "up_norm", "down_norm")
-TABLE = ("sets", "set_counts")
+# Axes of every float64 tensor; those with D are sums over tokens, the others norms of weights.
+AXES = {
+    "count": "DE",
+    "output_norm": "DE",
+    "output_change": "DE",
+    "h2": "DEI",
+    "contribution": "DEI",
+    "g2": "DEI",
+    "gate_norm": "EI",
+    "up_norm": "EI",
+    "down_norm": "EI",
+}
+SUMS = tuple(name for name, axes in AXES.items() if "D" in axes)
+NORMS = tuple(name for name in AXES if name not in SUMS)
 SIGNED = ("contribution",)
+# Methods that score atoms by tokens do not trust an expert that saw fewer.
+MIN_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSums:
+    """Sums over the tokens that a layer routes to its experts; float64 unless noted.
+
+    For one token and expert: x is the expert's input, h = act(gate·x) ⊙ (up·x), y its output, p
+    the router weight, ℓ the language-model loss summed over a window, w_k column k of `down_proj`.
+
+    Attributes:
+        count: [D, E], tokens routed to the expert.
+        output_norm: [D, E], Σ p‖y‖.
+        output_change: [D, E], Σ p‖y‖(1 − cos(x, y)).
+        h2: [D, E, I], Σ h².
+        contribution: [D, E, I], Σ h_k⟨w_k, y⟩/‖y‖, signed.
+        gate_norm, up_norm, down_norm: [E, I], L2 norms of every atom's vectors (not sums).
+        sets: int16 [S, 1+K], the top-k sets that tokens chose: the domain's index, then the expert
+            ids, ascending; rows are unique and sorted.
+        set_counts: int64 [S], how many tokens chose each set.
+        g2: [D, E, I], Σ (∂ℓ/∂h)²; None after `--no-gradients`.
+    """
+
+    count: torch.Tensor
+    output_norm: torch.Tensor
+    output_change: torch.Tensor
+    h2: torch.Tensor
+    contribution: torch.Tensor
+    gate_norm: torch.Tensor
+    up_norm: torch.Tensor
+    down_norm: torch.Tensor
+    sets: torch.Tensor
+    set_counts: torch.Tensor
+    g2: torch.Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls, shape: tuple[int, int, int], gradients: bool, device: torch.device | str = "cpu"
+    ) -> LayerSums:
+        """No tokens yet: all zero, the table of sets empty.
+
+        Args:
+            shape: (D, E, I).
+            gradients: whether there is a `g2`.
+            device: of the tensors.
+        """
+        tensors = {
+            name: torch.zeros(_shape(axes, shape), dtype=torch.float64, device=device)
+            for name, axes in AXES.items()
+            if gradients or name != "g2"
+        }
+        sets = torch.zeros(0, 1, dtype=torch.int16)
+        return cls(**tensors, sets=sets, set_counts=torch.zeros(0, dtype=torch.int64))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Field name -> tensor, as in the file."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def few_tokens(self) -> torch.Tensor:
+        """Experts that saw fewer than MIN_TOKENS tokens of all domains together: bool [E]."""
+        return self.count.sum(dim=0) < MIN_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
     """Sums over calibration tokens.
 
-    For the tokens routed to an expert: x its input, h = act(gate·x) ⊙ (up·x), y its output, p the
-    router weight, ℓ the language-model loss summed over a window, w_k column k of `down_proj`.
-
     Attributes:
         model: `CheckpointInfo.identity()` of the calibrated model.
         calibration: how the sums came about: `domains` (names, in the order of D), `corpora`
             (name, sha256, domain, documents and tokens of every file), `tokens` (run through the
             model), `experts_per_token` (K), `seq_len`, `samples`, `seed`, `dtype`, `gradients`; and
-            of a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
-        sums: MoE layer index -> name -> tensor, float64 where nothing else is said:
-            `count` [D, E], tokens routed to the expert;
-            `output_norm` [D, E], Σ p‖y‖;
-            `output_change` [D, E], Σ p‖y‖(1 − cos(x, y));
-            `h2` [D, E, I], Σ h²;
-            `contribution` [D, E, I], Σ h_k⟨w_k, y⟩/‖y‖, signed;
-            `g2` [D, E, I], Σ (∂ℓ/∂h)²; absent after `--no-gradients`;
-            `gate_norm`, `up_norm`, `down_norm` [E, I], L2 norms of every atom's vectors (no sums);
-            `sets` int16 [S, 1+K] and `set_counts` int64 [S], see `TopKSets`.
+            for a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
+        sums: MoE layer index -> sums.
     """
 
     model: Mapping[str, Any]
     calibration: Mapping[str, Any]
-    sums: Mapping[int, Mapping[str, torch.Tensor]]
+    sums: Mapping[int, LayerSums]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sums", MappingProxyType(dict(sorted(self.sums.items()))))
@@ -85,9 +146,9 @@ class Statistics:
                 )
         _check_description(self.calibration)
         shape = (len(self.domains), experts, size)
-        for layer, tensors in self.sums.items():
-            _check_sums(f"layers.{layer}", tensors, shape)
-            _check_table(f"layers.{layer}", tensors, shape, int(top_k))  # type: ignore[arg-type]
+        for layer, sums in self.sums.items():
+            _check_sums(f"layers.{layer}", sums, shape)
+            _check_table(f"layers.{layer}", sums, shape, int(top_k))  # type: ignore[arg-type]
 
     @property
     def domains(self) -> list[str]:
@@ -102,8 +163,9 @@ class Statistics:
             ValueError: the file is broken, of another format or version, its tensors do not have
                 the shapes its own metadata promises, or a sum is not what a sum can be.
         """
-        required = (*EXPERT_SUMS, *ATOM_SUMS, *NORMS, *TABLE)
-        metadata, sums = read_layers(path, FORMAT, FORMAT_VERSION, required, (GRADIENT_SUM,))
+        required = tuple(field.name for field in fields(LayerSums) if field.name != "g2")
+        metadata, layers = read_layers(path, FORMAT, FORMAT_VERSION, required, ("g2",))
+        sums = {layer: LayerSums(**tensors) for layer, tensors in layers.items()}
         model = json_object(path, metadata, "model")
         calibration = json_object(path, metadata, "calibration")
         try:
@@ -115,8 +177,8 @@ class Statistics:
         """Write the statistics to `path`, complete or not at all."""
         tensors = {
             f"layers.{layer}.{name}": tensor.contiguous()
-            for layer, named in self.sums.items()
-            for name, tensor in named.items()
+            for layer, sums in self.sums.items()
+            for name, tensor in sums.tensors().items()
         }
         metadata = {
             "format": FORMAT,
@@ -128,7 +190,7 @@ class Statistics:
         write_safetensors(tensors, metadata, path)
 
     def select(self, domains: Sequence[str]) -> Statistics:
-        """The statistics of some of the domains: what calibrating on those alone had given.
+        """The statistics of some of the domains, as if only those had been calibrated.
 
         Raises:
             ValueError: a domain is not there, or is named twice.
@@ -141,7 +203,7 @@ class Statistics:
                 )
         chosen = torch.tensor([self.domains.index(domain) for domain in domains])
         layers = {layer: _select_domains(sums, chosen) for layer, sums in self.sums.items()}
-        counted = next(iter(layers.values()))["count"].sum()
+        counted = next(iter(layers.values())).count.sum()
         corpora = [
             corpus for corpus in self.calibration.get("corpora", ()) if corpus["domain"] in domains
         ]
@@ -225,57 +287,64 @@ def _check_mergeable(first: Statistics, other: Statistics) -> None:
                 )
     for layer, sums in other.sums.items():
         for name in NORMS:
-            if not torch.allclose(sums[name], first.sums[layer][name], rtol=1e-6, atol=0):
+            norms = getattr(sums, name), getattr(first.sums[layer], name)
+            if not torch.allclose(*norms, rtol=1e-6, atol=0):
                 raise ValueError(
                     f"layers.{layer}.{name} differs between the files: the checkpoints have "
                     "different expert weights; merge shards of one model only"
                 )
 
 
-def _add_sums(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    table = TopKSets.add([TopKSets(part["sets"], part["set_counts"]) for part in parts])
+def add_sets(
+    tables: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One table of sets: at least one pair (`sets`, `set_counts`) of one K -> their sum."""
+    sets, position = torch.unique(
+        torch.cat([sets for sets, _ in tables]), dim=0, return_inverse=True
+    )
+    counts = torch.zeros(sets.shape[0], dtype=torch.int64)
+    counts.index_add_(0, position, torch.cat([counts for _, counts in tables]))
+    return sets, counts
+
+
+def _add_sums(parts: Sequence[LayerSums]) -> LayerSums:
+    sets, set_counts = add_sets([(part.sets, part.set_counts) for part in parts])
+    named = [part.tensors() for part in parts]
     added = {
-        name: parts[0][name] if name in NORMS else torch.stack([p[name] for p in parts]).sum(dim=0)
-        for name in parts[0]
-        if name not in TABLE
+        name: torch.stack([tensors[name] for tensors in named]).sum(dim=0)
+        for name in SUMS
+        if name in named[0]
     }
-    return {**added, "sets": table.sets, "set_counts": table.counts}
+    return replace(parts[0], **added, sets=sets, set_counts=set_counts)
 
 
-def _select_domains(
-    sums: Mapping[str, torch.Tensor], chosen_D: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    selected = {
-        name: tensor if name in NORMS else tensor[chosen_D]
-        for name, tensor in sums.items()
-        if name not in TABLE
-    }
+def _select_domains(sums: LayerSums, chosen_D: torch.Tensor) -> LayerSums:
+    selected = {name: tensor[chosen_D] for name, tensor in sums.tensors().items() if name in SUMS}
     # Rows of the table: old domain index -> new one, rows of other domains left out.
-    index_S = (sums["sets"][:, :1] == chosen_D).int()
+    index_S = (sums.sets[:, :1] == chosen_D).int()
     here_S = index_S.any(dim=1)
-    sets = sums["sets"][here_S].clone()
-    sets[:, 0] = index_S[here_S].argmax(dim=1).to(sets.dtype)
-    table = TopKSets.add([TopKSets(sets, sums["set_counts"][here_S])])
-    return {**selected, "sets": table.sets, "set_counts": table.counts}
+    renamed = sums.sets[here_S].clone()
+    renamed[:, 0] = index_S[here_S].argmax(dim=1).to(renamed.dtype)
+    sets, set_counts = add_sets([(renamed, sums.set_counts[here_S])])
+    return replace(sums, **selected, sets=sets, set_counts=set_counts)
 
 
-def _check_sums(
-    label: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int, int]
-) -> None:
-    for name, tensor in tensors.items():
-        if name in TABLE:
+def _shape(axes: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    return tuple(size for axis, size in zip("DEI", shape, strict=True) if axis in axes)
+
+
+def _check_sums(label: str, sums: LayerSums, shape: tuple[int, int, int]) -> None:
+    for name, tensor in sums.tensors().items():
+        if name not in AXES:
             continue
-        wanted = shape[:2] if name in EXPERT_SUMS else shape[1:] if name in NORMS else shape
-        check_tensor(f"{label}.{name}", tensor, torch.float64, wanted)
+        check_tensor(f"{label}.{name}", tensor, torch.float64, _shape(AXES[name], shape))
         sound = tensor.isfinite() if name in SIGNED else tensor.isfinite() & (tensor >= 0)
         if not bool(sound.all()):
             raise ValueError(f"{label}.{name} holds a negative or not finite sum; calibrate again")
 
 
-def _check_table(
-    label: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int, int], top_k: int
-) -> None:
-    sets, counts = tensors["sets"], tensors["set_counts"]
+def _check_table(label: str, sums: LayerSums, shape: tuple[int, int, int], top_k: int) -> None:
+    sets, counts = sums.sets, sums.set_counts
     check_tensor(f"{label}.sets", sets, torch.int16, (counts.numel(), 1 + top_k))
     check_tensor(f"{label}.set_counts", counts, torch.int64, (sets.shape[0],))
     sound = (sets >= 0).all() and (sets[:, 0] < shape[0]).all() and (sets[:, 1:] < shape[1]).all()
