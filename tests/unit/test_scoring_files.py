@@ -76,7 +76,7 @@ def test_a_score_file_comes_back_equal(statistics, scores_path):
     assert (read.method, read.options) == ("random", {"seed": 3})
     assert read.model == MODEL
     assert read.calibration == CALIBRATION
-    assert all(torch.equal(read.scores[layer], made.scores[layer]) for layer in (1, 3))
+    assert all(torch.equal(read.layers[layer].atoms, made.layers[layer].atoms) for layer in (1, 3))
 
 
 def test_infinite_scores_survive_the_file(tmp_path):
@@ -85,8 +85,8 @@ def test_infinite_scores_survive_the_file(tmp_path):
     scores = score_statistics(Statistics(MODEL, CALIBRATION, sums), "heapr", {})
     scores.write(tmp_path / "scores.safetensors")
     read = Scores.read(tmp_path / "scores.safetensors")
-    assert read.scores[1][2].isposinf().all()
-    assert read.scores[1].isfinite().sum() == 18
+    assert read.layers[1].atoms[2].isposinf().all()
+    assert read.layers[1].atoms.isfinite().sum() == 18
 
 
 @pytest.mark.parametrize(

@@ -62,4 +62,4 @@ def score(
     }
     scores = score_statistics(Statistics.read(statistics), method, given, domain)
     scores.write(output)
-    typer.echo(f"{output}: {method} scores of {len(scores.scores)} layers")
+    typer.echo(f"{output}: {method} scores of {len(scores.layers)} layers")

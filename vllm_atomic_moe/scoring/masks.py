@@ -1,4 +1,4 @@
-"""What goes from scores to masks: scores of one layer, masks of all.
+"""Scores of one layer, and the masks of all layers.
 
 Legend: E experts, I full intermediate size.
 """
@@ -16,8 +16,8 @@ class LayerScores:
     """Scores of one layer, higher = more important; +inf stays, whatever else goes.
 
     Attributes:
-        atoms: float32 [E, I]; of methods that score experts whole, the expert's score throughout.
-        experts: float32 [E], of methods that score experts beside atoms (tenp), else None.
+        atoms: float32 [E, I]; methods that score whole experts give all atoms the expert's score.
+        experts: float32 [E] from methods that score experts beside atoms (tenp), else None.
     """
 
     atoms: torch.Tensor
@@ -36,22 +36,26 @@ class LayerScores:
         )
 
     def has_nan(self) -> bool:
-        """Whether any score is no number."""
+        """Whether any score is NaN."""
         experts = self.experts is not None and bool(self.experts.isnan().any())
         return experts or bool(self.atoms.isnan().any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Masks:
-    """Masks of all layers, as in a profile.
+    """Masks of all layers, from a method or from another tool's file.
 
     Attributes:
         keep: layer index -> bool [E, I], True where an atom stays.
-        routable: layer index -> bool [E], from methods that prune whole experts.
+        routable: layer index -> bool [E], where whole experts leave the router.
+        metadata: strings for the profile (method, ...), from a file.
+        warnings: about the file, one line each.
     """
 
     keep: Mapping[int, torch.Tensor]
     routable: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def whole(cls, routable: Mapping[int, torch.Tensor], size: int) -> Masks:

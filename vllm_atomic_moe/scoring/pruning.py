@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,7 @@ def score_statistics(
     if domains:
         statistics = statistics.select(domains)
     layers = score_layers(method, statistics.sums, options)
-    return Scores(
-        method=method,
-        options=options,
-        model=statistics.model,
-        calibration=statistics.calibration,
-        scores={layer: scores.atoms for layer, scores in layers.items()},
-        expert_scores={
-            layer: scores.experts for layer, scores in layers.items() if scores.experts is not None
-        },
-    )
+    return Scores(method, options, statistics.model, statistics.calibration, layers)
 
 
 def load_scores(
@@ -126,11 +118,9 @@ def make_profile(
             )
         experts_per_token = 1
     masks = select_masks(scores.method, scores.layers, ratio, experts_per_token, options)
-    atoms = sum(mask.numel() for mask in masks.keep.values())
-    kept = sum(int(mask.sum()) for mask in masks.keep.values()) / atoms
-    metadata = {"ratio": str(ratio), "kept": str(kept), **scores.metadata()}
+    name = name or f"{scores.method}-{ratio * 100:g}"
+    profile = PruningProfile(name, masks.keep, masks.routable)
+    metadata = {"ratio": str(ratio), "kept": str(profile.kept), **scores.metadata()}
     if options:
         metadata["selection"] = json.dumps(options)
-    return PruningProfile(
-        name or f"{scores.method}-{ratio * 100:g}", masks.keep, masks.routable, metadata
-    )
+    return replace(profile, metadata=metadata)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,39 +40,26 @@ class Scores:
         options: that method's options (JSON object `method_options` in the file).
         model: identity of the model, as in a profile.
         calibration: what the statistics say about their text.
-        scores: MoE layer index -> float32 [E, I]; +inf for atoms that are to stay, never NaN.
-        expert_scores: MoE layer index -> float32 [E], for all layers or none; likewise.
+        layers: MoE layer index -> scores, never NaN; all layers have `experts`, or none.
     """
 
     method: str
     options: Mapping[str, Any]
     model: Mapping[str, Any]
     calibration: Mapping[str, Any]
-    scores: Mapping[int, torch.Tensor]
-    expert_scores: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    layers: Mapping[int, LayerScores]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", MappingProxyType(dict(sorted(self.scores.items()))))
+        object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
         layers, experts, size = model_shape(self.model)
-        check_layers(list(self.scores), layers)
-        if self.expert_scores:
-            check_layers(sorted(self.expert_scores), layers)
-        for name, tensors, shape in (
-            ("score", self.scores, (experts, size)),
-            ("expert_score", self.expert_scores, (experts,)),
-        ):
-            for layer, score in tensors.items():
-                check_tensor(f"layers.{layer}.{name}", score, torch.float32, shape)
-                if bool(score.isnan().any()):
-                    raise ValueError(f"layers.{layer}.{name} holds NaN; calibrate and score again")
-
-    @property
-    def layers(self) -> dict[int, LayerScores]:
-        """MoE layer index -> scores of that layer."""
-        return {
-            layer: LayerScores(score, self.expert_scores.get(layer))
-            for layer, score in self.scores.items()
-        }
+        check_layers(list(self.layers), layers)
+        if beside := [i for i, of_layer in self.layers.items() if of_layer.experts is not None]:
+            check_layers(beside, layers)
+        shapes = {"score": (experts, size), "expert_score": (experts,)}
+        for name, score in self._tensors().items():
+            check_tensor(name, score, torch.float32, shapes[name.rpartition(".")[2]])
+            if bool(score.isnan().any()):
+                raise ValueError(f"{name} holds NaN; calibrate and score again")
 
     @classmethod
     def read(cls, path: Path) -> Scores:
@@ -89,24 +76,27 @@ class Scores:
         options = json_object(path, metadata, "method_options") if has_options else {}
         model = json_object(path, metadata, "model")
         calibration = json_object(path, metadata, "calibration")
-        scores = {layer: tensors["score"] for layer, tensors in layers.items()}
-        experts = {
-            layer: tensors["expert_score"]
+        scores = {
+            layer: LayerScores(tensors["score"], tensors.get("expert_score"))
             for layer, tensors in layers.items()
-            if "expert_score" in tensors
         }
         try:
-            return cls(metadata["method"], options, model, calibration, scores, experts)
+            return cls(metadata["method"], options, model, calibration, scores)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def write(self, path: Path) -> None:
         """Write the scores to `path`, complete or not at all."""
-        tensors = {f"layers.{layer}.score": score for layer, score in self.scores.items()}
-        for layer, score in self.expert_scores.items():
-            tensors[f"layers.{layer}.expert_score"] = score
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.metadata()}
-        write_safetensors(tensors, metadata, path)
+        write_safetensors(self._tensors(), metadata, path)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Name in the file -> tensor."""
+        tensors = {f"layers.{i}.score": of_layer.atoms for i, of_layer in self.layers.items()}
+        for i, of_layer in self.layers.items():
+            if of_layer.experts is not None:
+                tensors[f"layers.{i}.expert_score"] = of_layer.experts
+        return tensors
 
     def metadata(self) -> dict[str, str]:
         """What a profile made from these scores inherits."""

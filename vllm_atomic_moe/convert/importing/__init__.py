@@ -23,12 +23,12 @@ from vllm_atomic_moe.convert.importing.heapr import read_heapr
 from vllm_atomic_moe.convert.importing.mask import read_mask
 from vllm_atomic_moe.convert.importing.pruned_experts import read_pruned_experts
 from vllm_atomic_moe.convert.importing.ranked import read_ranked
-from vllm_atomic_moe.convert.importing.selection import Selection
 from vllm_atomic_moe.convert.importing.shape import read_shape
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import DENSE, PruningProfile
 from vllm_atomic_moe.files.tensors import shorten
 from vllm_atomic_moe.scoring.budget import check_ratio
+from vllm_atomic_moe.scoring.masks import Masks
 
 IMPORTED = "imported"
 NAME_LENGTH = 64
@@ -44,7 +44,7 @@ class Format:
             their own selection.
     """
 
-    read: Callable[..., Selection]
+    read: Callable[..., Masks]
     needs_ratio: bool = False
 
 
@@ -90,11 +90,11 @@ def import_profile(
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
     name = name or _default_name(path, ratio)
-    selection = kind.read(path, model, ratio) if kind.needs_ratio else kind.read(path, model)
-    profile = PruningProfile(name, selection.keep, selection.routable)
+    masks = kind.read(path, model, ratio) if kind.needs_ratio else kind.read(path, model)
+    profile = PruningProfile(name, masks.keep, masks.routable)
     metadata = {
         "method": IMPORTED,
-        **selection.metadata,
+        **masks.metadata,
         "kept": str(profile.kept),
         "model": json.dumps(model.identity()),
         "source": json.dumps({"format": format_name, "file": path.name, "sha256": _sha256(path)}),
@@ -107,7 +107,7 @@ def import_profile(
         warnings = profile.check(model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return profile, [*selection.warnings, *warnings]
+    return profile, [*masks.warnings, *warnings]
 
 
 def _check_ratio(format_name: str, kind: Format, ratio: float | None) -> None:

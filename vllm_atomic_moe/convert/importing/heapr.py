@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.convert.importing.selection import Selection, check_every_layer, layer_keys
+from vllm_atomic_moe.convert.importing.reading import check_every_layer, layer_keys
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.tensors import shorten
+from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 from vllm_atomic_moe.scoring.pruning import make_profile
 from vllm_atomic_moe.scoring.score_file import Scores
 
@@ -27,7 +28,7 @@ METHOD = "heapr"
 UNSEEN = -1.0
 
 
-def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
+def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
     """The `ratio` of atoms with the lowest scores goes, as `atomic-moe prune` would do it.
 
     Raises:
@@ -40,10 +41,11 @@ def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
         for layer, key in layer_keys(data, model, path).items()
     }
     check_every_layer(scores, model, path)
-    profile = make_profile(Scores(METHOD, {}, model.identity(), {}, scores), ratio, METHOD)
+    layers = {layer: LayerScores(score_EI) for layer, score_EI in scores.items()}
+    profile = make_profile(Scores(METHOD, {}, model.identity(), {}, layers), ratio, METHOD)
     # Where the scores came from is in the file's name at best; an empty object would say "none".
     metadata = {key: value for key, value in profile.metadata.items() if key != "calibration"}
-    return Selection(profile.keep, profile.routable, metadata, _warnings(scores))
+    return Masks(profile.keep, profile.routable, metadata, _warnings(scores))
 
 
 def _load(path: Path) -> dict[Any, Any]:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.convert.importing.selection import (
-    Selection,
+from vllm_atomic_moe.convert.importing.reading import (
     check_every_layer,
     check_expert,
     layer_index,
@@ -25,6 +24,7 @@ from vllm_atomic_moe.convert.importing.selection import (
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import FORMAT
 from vllm_atomic_moe.files.tensors import open_safetensors, shorten
+from vllm_atomic_moe.scoring.masks import Masks
 
 EXPERT = re.compile(r"(?<![A-Za-z])experts?[._]?([0-9]{1,9})(?![0-9])")
 # A name with one of these speaks of what goes, and would be read the wrong way round.
@@ -34,7 +34,7 @@ Slot = tuple[int, int | None]
 """A layer, and the expert if the tensor is of one expert."""
 
 
-def read_mask(path: Path, model: CheckpointInfo) -> Selection:
+def read_mask(path: Path, model: CheckpointInfo) -> Masks:
     """What is True stays.
 
     Raises:
@@ -62,7 +62,7 @@ def read_mask(path: Path, model: CheckpointInfo) -> Selection:
         keep[layer] = mask.unsqueeze(1).repeat(1, model.intermediate_size)
         if not bool(mask.all()):
             routable[layer] = mask
-    return Selection(keep, routable)
+    return Masks(keep, routable)
 
 
 def _slots(tensor_names: list[str], model: CheckpointInfo, path: Path) -> dict[Slot, str]:

@@ -13,21 +13,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.convert.importing.selection import (
-    Selection,
+from vllm_atomic_moe.convert.importing.reading import (
     check_expert,
+    keep_experts,
     layer_index,
     parse_object,
     read_text,
-    select_experts,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.tensors import shorten
+from vllm_atomic_moe.scoring.masks import Masks
 
 BEFORE_TOPK, AFTER_TOPK = "pre_topk_mask", "post_topk_drop"
 
 
-def read_pruned_experts(path: Path, model: CheckpointInfo) -> Selection:
+def read_pruned_experts(path: Path, model: CheckpointInfo) -> Masks:
     """The experts that are not listed stay.
 
     Raises:
@@ -58,7 +58,7 @@ def read_pruned_experts(path: Path, model: CheckpointInfo) -> Selection:
     kept = {layer: set(range(model.num_experts)) for layer in model.layers}
     for layer, expert in first:
         kept[layer].discard(expert)
-    return select_experts(kept, model, {}, leave_routable=mode == AFTER_TOPK)
+    return keep_experts(kept, model, {}, leave_routable=mode == AFTER_TOPK)
 
 
 def _routing_mode(data: dict[str, Any], path: Path) -> str:

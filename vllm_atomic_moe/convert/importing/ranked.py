@@ -13,19 +13,19 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-from vllm_atomic_moe.convert.importing.selection import (
-    Selection,
+from vllm_atomic_moe.convert.importing.reading import (
     check_every_layer,
     expert_ids,
+    keep_experts,
     layer_index,
     parse_object,
     read_text,
-    select_experts,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.scoring.masks import Masks
 
 
-def read_ranked(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
+def read_ranked(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
     """The best-ranked experts of every layer stay, the others leave the router.
 
     Raises:
@@ -56,4 +56,4 @@ def read_ranked(path: Path, model: CheckpointInfo, ratio: float) -> Selection:
                 )
             kept[layer] = ranking[:count]
     check_every_layer(kept, model, path)
-    return select_experts(kept, model, {})
+    return keep_experts(kept, model, {})

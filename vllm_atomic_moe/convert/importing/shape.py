@@ -11,22 +11,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.convert.importing.selection import (
-    Selection,
+from vllm_atomic_moe.convert.importing.reading import (
     expert_ids,
+    keep_experts,
     layer_keys,
     parse_object,
     read_text,
-    select_experts,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.tensors import shorten
+from vllm_atomic_moe.scoring.masks import Masks
 
 # What the tool calls its own method; its baselines go by their names.
 SHAPLEY = "shapley"
 
 
-def read_shape(path: Path, model: CheckpointInfo) -> Selection:
+def read_shape(path: Path, model: CheckpointInfo) -> Masks:
     """The experts listed stay, the others of that layer leave the router.
 
     Raises:
@@ -44,7 +44,7 @@ def read_shape(path: Path, model: CheckpointInfo) -> Selection:
     if not isinstance(notes, dict):
         raise ValueError(f"{path}: `_metadata` is {shorten(notes)}, wanted a JSON object")
     _check_counts(notes, kept, model, path)
-    return select_experts(kept, model, {"method": _method(notes)})
+    return keep_experts(kept, model, {"method": _method(notes)})
 
 
 def _check_counts(

@@ -1,4 +1,4 @@
-"""What the readers share: what they return, and how they read keys, expert ids and JSON.
+"""What the readers share: how they read keys, expert ids and JSON, and keep whole experts.
 
 Legend: E experts, I full intermediate size.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,19 @@ import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.tensors import shorten
+from vllm_atomic_moe.scoring.masks import Masks
 
 BARE_INDEX = re.compile(r"[0-9]{1,9}")
 LAYER = re.compile(r"(?<![A-Za-z])layers?[._]?([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """What a file says stays.
-
-    Attributes:
-        keep: MoE layer index -> bool [E, I], for every MoE layer of the model.
-        routable: MoE layer index -> bool [E], where the file takes experts from the router.
-        metadata: strings for the profile (method, ...).
-        warnings: one line each.
-    """
-
-    keep: Mapping[int, torch.Tensor]
-    routable: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-
-def select_experts(
+def keep_experts(
     kept: Mapping[int, Collection[int]],
     model: CheckpointInfo,
     metadata: Mapping[str, str],
     *,
     leave_routable: bool = False,
-) -> Selection:
+) -> Masks:
     """Masks that keep whole experts: `kept` in the layers it names, all of them in the others.
 
     Args:
@@ -53,17 +37,13 @@ def select_experts(
         metadata: strings for the profile.
         leave_routable: pruned experts stay in the router and contribute zero.
     """
-    keep: dict[int, torch.Tensor] = {}
-    routable: dict[int, torch.Tensor] = {}
-    for layer in model.layers:
-        stays_E = torch.ones(model.num_experts, dtype=torch.bool)
-        if layer in kept:
-            stays_E[:] = False
-            stays_E[sorted(kept[layer])] = True
-        keep[layer] = stays_E.unsqueeze(1).repeat(1, model.intermediate_size)
-        if not leave_routable and not bool(stays_E.all()):
-            routable[layer] = stays_E
-    return Selection(keep, routable, metadata)
+    stays = {layer: torch.ones(model.num_experts, dtype=torch.bool) for layer in model.layers}
+    for layer, experts in kept.items():
+        stays[layer][:] = False
+        stays[layer][sorted(experts)] = True
+    masks = Masks.whole(stays, model.intermediate_size)
+    routable = {} if leave_routable else {i: mask for i, mask in stays.items() if not mask.all()}
+    return replace(masks, routable=routable, metadata=metadata)
 
 
 def layer_index(key: Any, model: CheckpointInfo, where: str) -> int:
