@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
 from vllm_atomic_moe.files.checkpoint import ExpertGroups, describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -23,6 +24,29 @@ def test_both_layouts_describe_the_same_experts(tmp_path, architecture):
     assert (per_expert.num_experts, per_expert.intermediate_size) == (8, 64)
     assert (per_expert.layers, per_expert.experts_per_token) == (layers, 2)
     assert per_expert.atoms == len(layers) * 8 * 64
+
+
+BLOCK = "model.layers.12.mlp"
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ("7.gate_proj.weight", ExpertTensor(BLOCK, 12, "gate", expert=7)),
+        ("7.w2.weight", ExpertTensor(BLOCK, 12, "down", expert=7)),
+        ("gate_up_proj", ExpertTensor(BLOCK, 12, "gate_up")),
+        ("w2.weight", ExpertTensor(BLOCK, 12, "down")),
+        ("packed.down_t", ExpertTensor(BLOCK, 12, "down_t", packed=True)),
+        ("packed.keep", ExpertTensor(BLOCK, 12, "keep", packed=True)),
+        ("7.w2.weight_scale", None),
+        ("7.gate_up_proj.weight", None),
+        ("down_proj.bias", None),
+        ("packed.down", None),
+    ],
+)
+def test_names_of_expert_tensors(rest, found):
+    assert expert_tensor(f"{BLOCK}.experts.{rest}") == found
+    assert expert_tensor(f"{BLOCK}.shared_experts.{rest}") is None
 
 
 def test_digest_is_of_the_router_alone(tmp_path):

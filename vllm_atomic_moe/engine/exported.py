@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import ModelConfig
 
-from vllm_atomic_moe.files.export_format import PACKED
+from vllm_atomic_moe.files.layouts import expert_tensor
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -54,11 +54,11 @@ def packed_rows_taken_by(
 
     def others(weights: Weights) -> Weights:
         for name, tensor in weights:
-            match = PACKED.match(name)
-            if match is None or int(match["layer"]) not in stored:
+            found = expert_tensor(name)
+            if found is None or not found.packed or found.layer not in stored:
                 yield name, tensor
                 continue
-            index, projection = int(match["layer"]), PART_PROJECTIONS.get(match["part"])
+            index, projection = found.layer, PART_PROJECTIONS.get(found.part)
             if index in by_index and projection is not None:
                 by_index[index].load_packed(name, projection, tensor, stored[index])
 

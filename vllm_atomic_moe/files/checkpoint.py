@@ -1,9 +1,8 @@
 """What the checkpoint on disk says about its routed experts, without building the model.
 
-Profiles are checked against this description before any expert weight is read, by the loader and by
-`atomic-moe check` alike. Only safetensors headers, `config.json` and the (small) router tensors are
-read. Both layouts in use are understood: one tensor per expert and projection, and one 3-D tensor
-per projection; and a third, of ours: what `atomic-moe export` writes (`export_format.py`).
+The loader and `atomic-moe check` check profiles against this description before they read any
+expert weight. It reads only safetensors headers, `config.json` and the (small) router tensors, and
+knows the layouts of `layouts.py`.
 
 Legend: E experts, H hidden size, I full intermediate size, K experts per token, L layers.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,18 +21,12 @@ import torch
 
 from vllm_atomic_moe.files.export_format import (
     INDEX,
-    PACKED,
     stored_masks,
     weights_directory,
 )
+from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
-PER_EXPERT = re.compile(
-    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$"
-)
-FUSED = re.compile(
-    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.(?:down_proj|w2)(?:\.weight)?$"
-)
 # What is fetched of a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
@@ -315,30 +307,31 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) -> dict[int, _Layer]:
     """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`)."""
     layers: dict[int, _Layer] = {}
-    by_file: dict[Path, list[tuple[str, re.Match[str]]]] = defaultdict(list)
+    by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
     for name, path in where.items():
-        match = PER_EXPERT.match(name) or FUSED.match(name) or PACKED.match(name)
-        if match and match.groupdict().get("part", "keep") != "keep":
+        tensor = expert_tensor(name)
+        # In every layout one of these shapes says how many experts there are, and their size.
+        if tensor is None or tensor.part not in ("down", "keep"):
             continue
-        if match and int(match["layer"]) < num_layers and "mtp" not in name.split("."):
-            by_file[path].append((name, match))
+        if tensor.layer < num_layers and "mtp" not in name.split("."):
+            by_file[path].append((name, tensor))
     for path, entries in by_file.items():
         with open_safetensors(path) as (_, shard):
-            for name, match in entries:
-                layer = layers.setdefault(int(match["layer"]), _Layer(match["block"]))
-                if layer.block != match["block"]:
+            for name, tensor in entries:
+                layer = layers.setdefault(tensor.layer, _Layer(tensor.block))
+                if layer.block != tensor.block:
                     raise ValueError(
-                        f"layer {match['layer']}: routed experts under {layer.block} and "
-                        f"{match['block']}; one MoE block per decoder layer is supported"
+                        f"layer {tensor.layer}: routed experts under {layer.block} and "
+                        f"{tensor.block}; one MoE block per decoder layer is supported"
                     )
                 shape = shard.get_slice(name).get_shape()
-                if "expert" in match.groupdict():
-                    layer.experts.add(int(match["expert"]))
+                if tensor.expert is not None:
+                    layer.experts.add(tensor.expert)
                 else:
                     layer.num_fused = shape[0]
                 rows, columns = shape[-2:]
-                is_mask = "part" in match.groupdict()
-                layer.intermediate_sizes.add(columns if is_mask or rows == hidden_size else rows)
+                upright = tensor.part == "keep" or rows == hidden_size
+                layer.intermediate_sizes.add(columns if upright else rows)
     return layers
 
 

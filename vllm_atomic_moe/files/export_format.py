@@ -1,31 +1,23 @@
-"""What an exported checkpoint looks like on disk, and whether one is whole.
+"""Where an exported checkpoint keeps its shards, and whether one is whole.
 
-The shards of what `atomic-moe export` writes are in the folder `atomic_weights/`, where other
-readers do not look: they find no weights, instead of experts that they cannot place. Of every MoE
-block it holds `{block}.experts.packed.gate`, `.up` and `.down_t` [P, H], the stored atoms in
-checkpoint order (down_proj transposed), `.offsets` int64 [E+1], the first row of every expert, and
-`.keep` bool [E, I], the atoms that are stored. The index of the shards names format, version and
-profile.
+`atomic-moe export` writes shards to the folder `atomic_weights/`, where other readers do not look:
+they find no weights, instead of experts that they cannot place. The experts are packed (see
+`layouts.py`). The index of the shards names format, version and profile.
 
-Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
+Legend: E experts, H hidden size, I full intermediate size.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from vllm_atomic_moe.files.layouts import PACKED, PACKED_ROWS, packed_name
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
-PACKED = re.compile(
-    r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\.packed\."
-    r"(?P<part>gate|up|down_t|offsets|keep)$"
-)
-PACKED_ROWS = ("gate", "up", "down_t")
 EXPORT_DIRECTORY = "atomic_weights"
 EXPORT_FORMAT = "atomic-moe-export"
 EXPORT_VERSION = "1"
@@ -86,28 +78,21 @@ def stored_masks(
     """
     masks: dict[int, torch.Tensor] = {}
     for index, block in blocks.items():
-        prefix = f"{block}.experts.packed"
-        missing = [
-            part for part in (*PACKED_ROWS, "offsets", "keep") if f"{prefix}.{part}" not in where
-        ]
-        if missing:
-            raise ValueError(
-                f"layer {index}: {prefix}.{missing[0]} is missing; export the model again"
-            )
-        keep, offsets = (
-            read_tensor(where[name], name) for name in (f"{prefix}.keep", f"{prefix}.offsets")
-        )
+        names = {part: packed_name(block, part) for part in PACKED}
+        if missing := [name for name in names.values() if name not in where]:
+            raise ValueError(f"layer {index}: {missing[0]} is missing; export the model again")
+        keep, offsets = (read_tensor(where[names[p]], names[p]) for p in ("keep", "offsets"))
         if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
             raise ValueError(
-                f"layer {index}: {prefix}.offsets does not count the atoms of {prefix}.keep; "
+                f"layer {index}: {names['offsets']} does not count the atoms of {names['keep']}; "
                 "export the model again"
             )
-        for part in PACKED_ROWS:
-            with open_safetensors(where[f"{prefix}.{part}"]) as (_, shard):
-                shape = shard.get_slice(f"{prefix}.{part}").get_shape()
+        for name in (names[part] for part in PACKED_ROWS):
+            with open_safetensors(where[name]) as (_, shard):
+                shape = shard.get_slice(name).get_shape()
             if shape != [int(offsets[-1]), hidden_size]:
                 raise ValueError(
-                    f"layer {index}: {prefix}.{part} is {shape}, wanted "
+                    f"layer {index}: {name} is {shape}, wanted "
                     f"{[int(offsets[-1]), hidden_size]}; export the model again"
                 )
         masks[index] = keep

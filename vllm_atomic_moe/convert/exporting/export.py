@@ -44,9 +44,9 @@ from vllm_atomic_moe.files.export_format import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
     INDEX,
-    PACKED_ROWS,
     packed_offsets,
 )
+from vllm_atomic_moe.files.layouts import PACKED_ROWS, packed_name
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.tensors import StreamedTensor, stream_safetensors
 
@@ -156,8 +156,7 @@ def plan_tensors(
     planned = [_copied(source, name) for name in others]
     for layer, names in experts.items():
         rows = find_rows(source, info, layer, names)
-        prefix = f"{info.blocks[layer]}.experts.packed"
-        planned += _packed(rows, prefix, profile.keep[layer], info.hidden_size)
+        planned += _packed(rows, info.blocks[layer], profile.keep[layer], info.hidden_size)
     return sorted(planned, key=lambda tensor: natural(tensor.name))
 
 
@@ -169,7 +168,7 @@ def _copied(source: Shards, name: str) -> StreamedTensor:
 
 
 def _packed(
-    layer: LayerRows, prefix: str, keep_EI: torch.Tensor, hidden_size: int
+    layer: LayerRows, block: str, keep_EI: torch.Tensor, hidden_size: int
 ) -> Iterator[StreamedTensor]:
     """The five tensors of one layer."""
     offsets_E1 = packed_offsets(keep_EI)
@@ -179,14 +178,15 @@ def _packed(
     def rows_of(part: str) -> Callable[[], Iterator[torch.Tensor]]:
         return lambda: (layer.kept(part, expert, keep_I) for expert, keep_I in enumerate(keep_EI))
 
-    def whole(name: str, dtype: str, tensor: torch.Tensor) -> StreamedTensor:
-        shape = tuple(tensor.shape)
+    def whole(part: str, dtype: str, tensor: torch.Tensor) -> StreamedTensor:
+        name, shape = packed_name(block, part), tuple(tensor.shape)
         return StreamedTensor(name, dtype, shape, tensor.nbytes, lambda: iter([tensor]))
 
     for part in PACKED_ROWS:
-        yield StreamedTensor(f"{prefix}.{part}", layer.dtype, shape, nbytes, rows_of(part))
-    yield whole(f"{prefix}.offsets", "I64", offsets_E1)
-    yield whole(f"{prefix}.keep", "BOOL", keep_EI)
+        name = packed_name(block, part)
+        yield StreamedTensor(name, layer.dtype, shape, nbytes, rows_of(part))
+    yield whole("offsets", "I64", offsets_E1)
+    yield whole("keep", "BOOL", keep_EI)
 
 
 def split_shards(

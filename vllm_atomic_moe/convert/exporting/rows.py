@@ -1,8 +1,7 @@
-"""The routed experts of a checkpoint as rows, in whatever layout they are stored.
+"""The routed experts of a checkpoint as rows, in any layout of `files/layouts.py`.
 
-Known are one tensor per expert and projection, one 3-D tensor per projection (gate and up in one,
-either way round), and the packed rows of an export. Everything else is refused by name: biases,
-scales of quantised experts, projections fused otherwise. Tensors are memory-mapped.
+Everything else is refused by name: biases, scales of quantised experts, projections fused
+otherwise. Tensors are memory-mapped.
 
 Legend: E experts, F_e atoms kept of one expert, H hidden size, I full intermediate size.
 """
@@ -21,14 +20,9 @@ from safetensors import SafetensorError
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, locate_tensors
 from vllm_atomic_moe.files.export_format import packed_offsets
+from vllm_atomic_moe.files.layouts import FUSED, PER_EXPERT
 from vllm_atomic_moe.files.tensors import open_safetensors
 
-# Part of the packed rows -> spelling of an expert's projection.
-PER_EXPERT_NAMES = (
-    {"gate": "gate_proj", "up": "up_proj", "down_t": "down_proj"},
-    {"gate": "w1", "up": "w3", "down_t": "w2"},
-)
-FUSED_NAMES = (("gate_up_proj", "down_proj"), ("w13", "w2"))
 PLAIN_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -87,8 +81,7 @@ class LayerRows:
 
     Attributes:
         dtype: key of PLAIN_DTYPES.
-        rows: (part, expert) -> the rows that are stored, [I or F_e, H]; parts are `gate`, `up` and
-            `down_t`.
+        rows: (one of PACKED_ROWS, expert) -> the rows that are stored, [I or F_e, H].
         stored_EI: which atoms the rows are; None for all.
     """
 
@@ -139,8 +132,8 @@ def find_rows(
     Raises:
         ValueError: in a way that is not known here, or not completely.
     """
-    rows = [name for suffix, name in names.items() if suffix not in PACKED_INDEX]
-    dtypes = {source.dtype(name) for name in rows}
+    index = ("packed.offsets", "packed.keep")
+    dtypes = {source.dtype(name) for suffix, name in names.items() if suffix not in index}
     if len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
         raise ValueError(
             f"layer {layer}: experts are stored as {', '.join(sorted(dtypes))}; plain weights of "
@@ -149,14 +142,12 @@ def find_rows(
     dtype = dtypes.pop()
     if info.stored is not None:
         return _packed_rows(source, info.stored[layer], names, dtype)
-    for pair in FUSED_NAMES:
-        if {suffix.removesuffix(".weight") for suffix in names} == set(pair):
-            fused = {suffix.removesuffix(".weight"): name for suffix, name in names.items()}
-            return _fused_rows(source, info, fused[pair[0]], fused[pair[1]], dtype)
+    fused = {suffix.removesuffix(".weight"): name for suffix, name in names.items()}
+    for spelling in FUSED:
+        if fused.keys() == set(spelling.values()):
+            gate_up, down = (fused[spelling[part]] for part in ("gate_up", "down"))
+            return _fused_rows(source, info, gate_up, down, dtype)
     return _per_expert_rows(source, info, layer, names, dtype)
-
-
-PACKED_INDEX = ("packed.offsets", "packed.keep")
 
 
 def _packed_rows(
@@ -199,12 +190,12 @@ def _per_expert_rows(
     def expected(spelling: Mapping[str, str]) -> dict[str, list[int]]:
         upright = [info.intermediate_size, info.hidden_size]
         return {
-            f"{expert}.{projection}.weight": upright[::-1] if part == "down_t" else upright
+            f"{expert}.{projection}.weight": upright[::-1] if part == "down" else upright
             for expert in range(info.num_experts)
             for part, projection in spelling.items()
         }
 
-    spelling = max(PER_EXPERT_NAMES, key=lambda one: len(expected(one).keys() & names.keys()))
+    spelling = max(PER_EXPERT, key=lambda one: len(expected(one).keys() & names.keys()))
     wanted, prefix = expected(spelling), f"{info.blocks[layer]}.experts."
     if unknown := sorted(names.keys() - wanted.keys(), key=natural):
         raise ValueError(
@@ -221,7 +212,7 @@ def _per_expert_rows(
             )
 
     def rows(part: str, expert: int) -> torch.Tensor:
-        matrix = source.tensor(names[f"{expert}.{spelling[part]}.weight"])
+        matrix = source.tensor(names[f"{expert}.{spelling[part.removesuffix('_t')]}.weight"])
         return matrix.t() if part == "down_t" else matrix
 
     return LayerRows(dtype, rows)

@@ -1,0 +1,77 @@
+"""How checkpoints name and lay out routed experts: the one table.
+
+Names begin with `{block}.experts.`, the MoE block of a decoder layer. Three layouts follow:
+
+    per expert   {expert}.{spelling}.weight    gate and up [I, H], down [H, I]
+    fused        {spelling} or {spelling}.weight    gate_up [E, 2I, H] and down [E, H, I], or both
+                 transposed
+    packed       packed.{part}, which `atomic-moe export` writes: gate, up and down_t [P, H], the
+                 stored atoms in checkpoint order; offsets int64 [E+1], the first row of every
+                 expert; keep bool [E, I], the atoms that are stored
+
+Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# Part of a layout -> its spelling; one entry per family of models.
+PER_EXPERT = (
+    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    {"gate": "w1", "up": "w3", "down": "w2"},
+)
+FUSED = (
+    {"gate_up": "gate_up_proj", "down": "down_proj"},
+    {"gate_up": "w13", "down": "w2"},
+)
+PACKED_ROWS = ("gate", "up", "down_t")
+PACKED = (*PACKED_ROWS, "offsets", "keep")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensor:
+    """What the name of a tensor says.
+
+    Attributes:
+        block: name of the MoE block.
+        layer: decoder layer index.
+        part: gate, up, down, gate_up, or one of PACKED.
+        packed: whether the layout is the packed one.
+        expert: whose matrix it is; None if the tensor is of all experts of the layer.
+    """
+
+    block: str
+    layer: int
+    part: str
+    packed: bool = False
+    expert: int | None = None
+
+
+def packed_name(block: str, part: str) -> str:
+    """Name of a packed tensor of a MoE block; `part` is one of PACKED."""
+    return f"{block}.experts.packed.{part}"
+
+
+def expert_tensor(name: str) -> ExpertTensor | None:
+    """The expert tensor called `name`; None if that is not a name of the table."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    block, layer = match["block"], int(match["layer"])
+    if match["packed"]:
+        return ExpertTensor(block, layer, match["packed"], packed=True)
+    if match["fused"]:
+        return ExpertTensor(block, layer, _FUSED_PARTS[match["fused"]])
+    return ExpertTensor(block, layer, _PARTS[match["own"]], expert=int(match["expert"]))
+
+
+_PARTS = {spelling: part for names in PER_EXPERT for part, spelling in names.items()}
+_FUSED_PARTS = {spelling: part for names in FUSED for part, spelling in names.items()}
+_NAME = re.compile(
+    r"(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\."
+    rf"(?:(?P<expert>\d+)\.(?P<own>{'|'.join(_PARTS)})\.weight"
+    rf"|(?P<fused>{'|'.join(_FUSED_PARTS)})(?:\.weight)?"
+    rf"|packed\.(?P<packed>{'|'.join(PACKED)}))"
+)
