@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_atomic_moe.cli.console import print_error, print_json, print_table, status_lines
+from vllm_atomic_moe.engine import Mode
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.control.client import AdminClient
@@ -32,13 +32,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 KINDS = ("active", "resident", "dense")
-
-
-class Mode(StrEnum):
-    """What becomes of requests that are there."""
-
-    wait = "wait"
-    abort = "abort"
 
 
 def show_status(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -> None:
@@ -101,7 +94,7 @@ def activate(
     urls: Urls,
     mode: Annotated[
         Mode, typer.Option(help="wait: begun requests finish; abort: all requests end.")
-    ] = Mode.wait,
+    ] = "wait",
     timeout: Annotated[
         float, typer.Option(min=0.001, max=3600, metavar="SECONDS", help="For draining, each.")
     ] = 60,
@@ -116,7 +109,7 @@ def activate(
 
     with _servers(urls, key_file) as servers:
         show = status_lines() if len(servers) > 1 else lambda done, total, url: None
-        results = activate_fleet(servers, name, mode.value, timeout, show)
+        results = activate_fleet(servers, name, mode, timeout, show)
     failed = [result.error for result in results if result.error]
     if as_json:
         print_json([asdict(result) for result in results])

@@ -9,10 +9,10 @@ import typer
 
 from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
 from vllm_atomic_moe.cli.profiles import profile_files, summarise_widths
+from vllm_atomic_moe.files.layouts import atom_bytes
 
 # A profile does not know the dtype it will be served in; most models are served in 16 bits.
 BYTES_PER_WEIGHT = 2
-MATRICES = 3
 
 
 def show(
@@ -87,7 +87,7 @@ def _describe_layers(profile: Any, layers: list[int], hidden_size: int | None) -
         "kept_atoms": kept,
         "kept": kept / atoms,
         "bytes_saved_16bit": (
-            None if hidden_size is None else saved * MATRICES * hidden_size * BYTES_PER_WEIGHT
+            None if hidden_size is None else saved * atom_bytes(hidden_size, BYTES_PER_WEIGHT)
         ),
     }
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_atomic_moe.engine import Mode
 from vllm_atomic_moe.files.profiles import NAME
 
 TIMEOUT_S = 60.0
@@ -22,7 +23,7 @@ class SwitchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     profile: ProfileName = Field(description="Name of a resident profile, or `dense`.")
-    mode: Literal["wait", "abort"] = Field(
+    mode: Mode = Field(
         "wait",
         description="What becomes of requests that are there: `wait` lets those that have begun "
         "finish, queued ones are answered by the new profile; `abort` ends all of them.",
@@ -52,7 +53,7 @@ class LastSwitch(BaseModel):
 
     profile: str = Field(description="What was asked for.")
     previous: str = Field(description="What was active before.")
-    mode: Literal["wait", "abort"]
+    mode: Mode
     outcome: Literal["switched", "timeout", "rolled_back", "failed"]
     error: str | None = Field(description="Why it did not switch.")
     finished_at: float = Field(description="Seconds since the epoch.")

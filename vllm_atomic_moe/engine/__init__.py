@@ -1,6 +1,11 @@
 """The engine's side: the loader, the layer, routing, refusals, and vLLM's internals (compat)."""
 
+from typing import Literal
+
 LOAD_FORMAT = "atomic-pruned"
+
+Mode = Literal["wait", "abort"]
+"""How a switch treats running requests: let them finish, or end them."""
 
 
 def register_load_format() -> None:

@@ -32,6 +32,7 @@ from vllm_atomic_moe.engine.options import (
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.export_format import weights_directory
+from vllm_atomic_moe.files.layouts import atom_bytes
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -86,11 +87,11 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             _add_to_cache_keys(vllm_config, f"{self.backend.name} {digest}")
             model = super().load_model(vllm_config, model_config, prefix)
             layers = packed_layers(model)
-            atom_bytes = 3 * self.resident.model.hidden_size * model_config.dtype.itemsize
-            profiles = worker.WorkerProfiles(self.resident, layers, atom_bytes)
+            per_atom = atom_bytes(self.resident.model.hidden_size, model_config.dtype.itemsize)
+            profiles = worker.WorkerProfiles(self.resident, layers, per_atom)
             setattr(model, worker.ATTRIBUTE, profiles)
             held = sum(layer.packed.weight_bytes for layer in layers)
-            _report(self.resident, atom_bytes, _bytes_of_ranks(digest, held))
+            _report(self.resident, per_atom, _bytes_of_ranks(digest, held))
             return model
 
     def create_model(
@@ -223,17 +224,17 @@ def _bytes_of_ranks(digest: str, held: int) -> list[int]:
     return [held for _, held in ranks]
 
 
-def _report(resident: ResidentProfiles, atom_bytes: int, rank_bytes: Sequence[int]) -> None:
+def _report(resident: ResidentProfiles, per_atom: int, rank_bytes: Sequence[int]) -> None:
     """Say once what memory the pruning saves.
 
     Args:
         resident: the profiles held in memory.
-        atom_bytes: of one atom in the serving dtype.
+        per_atom: bytes of one atom in the serving dtype.
         rank_bytes: what every rank of this replica holds, padding included.
     """
     if not get_world_group().is_first_rank:
         return
-    dense, held = resident.model.atoms * atom_bytes, sum(rank_bytes)
+    dense, held = resident.model.atoms * per_atom, sum(rank_bytes)
     logger.info(
         "Expert weights: %s dense, %s resident (%.1f %%), %s saved",
         _mib(dense),
@@ -248,7 +249,7 @@ def _report(resident: ResidentProfiles, atom_bytes: int, rank_bytes: Sequence[in
             "Profile %s: %.1f %% of atoms kept, %s%s",
             name,
             100 * profile.kept,
-            _mib(profile.kept_atoms * atom_bytes),
+            _mib(profile.kept_atoms * per_atom),
             ", active" if name == resident.active else "",
         )
 

@@ -97,7 +97,7 @@ class LoaderOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileSummary:
+class CatalogueEntry:
     """What a profile says, without its masks.
 
     Attributes:
@@ -113,8 +113,8 @@ class ProfileSummary:
     widths: Mapping[int, Sequence[int]]
 
     @classmethod
-    def of(cls, profile: PruningProfile) -> ProfileSummary:
-        """The summary of `profile`."""
+    def of(cls, profile: PruningProfile) -> CatalogueEntry:
+        """The entry of `profile`."""
         method = DENSE if profile.name == DENSE else profile.metadata.get("method", "")
         widths = {layer: profile.widths(layer).tolist() for layer in profile.keep}
         return cls(method, profile.kept, profile.kept_atoms, widths)
@@ -128,13 +128,13 @@ class ResidentProfiles:
         model: the checkpoint they apply to.
         active: name of the profile served first.
         profiles: name -> profile, `active` among them.
-        catalogue: name -> summary of every valid profile of the directory, and of `dense`.
+        catalogue: name -> entry of every valid profile of the directory, and of `dense`.
     """
 
     model: CheckpointInfo
     active: str
     profiles: Mapping[str, PruningProfile]
-    catalogue: Mapping[str, ProfileSummary] = field(default_factory=dict)
+    catalogue: Mapping[str, CatalogueEntry] = field(default_factory=dict)
 
     def masks(self, layer: int) -> dict[str, torch.Tensor]:
         """Profile name -> bool mask [E, I] of one layer."""
@@ -180,7 +180,7 @@ def select_profiles(
     resident = store.names() if options.resident == ALL else list(options.resident)
     asked_for = {active, *(() if options.resident == ALL else resident)}
     profiles: dict[str, PruningProfile] = {}
-    catalogue: dict[str, ProfileSummary] = {}
+    catalogue: dict[str, CatalogueEntry] = {}
     for name in dict.fromkeys([active, *resident, *store.names(), DENSE]):
         try:
             profile = PruningProfile.dense(model) if name == DENSE else store.load(name)
@@ -191,7 +191,7 @@ def select_profiles(
             if name != DENSE:
                 logger.warning("left out: %s", error)
             continue
-        catalogue[name] = ProfileSummary.of(profile)
+        catalogue[name] = CatalogueEntry.of(profile)
         if name == active or name in resident:
             profiles[name] = profile
             for warning in warnings:

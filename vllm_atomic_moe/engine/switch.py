@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.logger import init_logger
 
+from vllm_atomic_moe.engine import Mode
 from vllm_atomic_moe.engine.compat import call_engine_core
 from vllm_atomic_moe.engine.worker import CONTROL, DisplacedError
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-Mode = Literal["wait", "abort"]
 Outcome = Literal["switched", "unchanged", "refused", "timeout", "rolled_back", "failed"]
 # Of the engine core, attached by `register()`: requests that have begun and are not running.
 COUNT_INTERRUPTED = "atomic_moe_count_interrupted"

@@ -49,6 +49,11 @@ class ExpertTensor:
     expert: int | None = None
 
 
+def atom_bytes(hidden_size: int, itemsize: int) -> int:
+    """Bytes of one atom: a gate row, an up row and a down column of `itemsize` bytes a weight."""
+    return len(PACKED_ROWS) * hidden_size * itemsize
+
+
 def packed_name(block: str, part: str) -> str:
     """Name of a packed tensor of a MoE block; `part` is one of PACKED."""
     return f"{block}.experts.packed.{part}"
