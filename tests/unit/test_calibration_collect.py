@@ -26,6 +26,7 @@ from vllm_atomic_moe.calibration.collect import (
     collect,
     load_model,
     resolve_device,
+    resolve_dtype,
 )
 from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.text import CalibrationText
@@ -427,6 +428,29 @@ def test_a_loss_that_is_not_finite_is_refused(tiny):
 def test_devices_that_do_not_exist_are_refused(device, message):
     with pytest.raises(ValueError, match=message):
         resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("stored", "instructions", "wanted"),
+    [
+        (torch.bfloat16, (), torch.float32),
+        (torch.bfloat16, ("_is_avx512_bf16_supported",), torch.bfloat16),
+        (torch.bfloat16, ("_is_amx_tile_supported",), torch.bfloat16),
+        (torch.float16, ("_is_avx512_bf16_supported",), torch.float32),
+        (torch.float32, (), torch.float32),
+    ],
+)
+def test_auto_is_float32_where_the_cpu_is_slow(stored, instructions, wanted, monkeypatch, tmp_path):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in instructions)
+    make_model("qwen3_moe", tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored).save_pretrained(tmp_path)
+    edit_config(tmp_path, dtype=None)
+    assert load_model(tmp_path, "auto", CPU).dtype == wanted
+    edit_config(tmp_path, dtype=str(stored).removeprefix("torch."))
+    assert load_model(tmp_path, "auto", CPU).dtype == wanted
+    assert resolve_dtype("auto", tmp_path, "auto") == "auto"
+    assert resolve_dtype("bfloat16", tmp_path, CPU) == torch.bfloat16
 
 
 def test_an_unknown_dtype_is_refused(tiny):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
 from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe, serving_notes
@@ -29,11 +29,12 @@ from vllm_atomic_moe.calibration.text import (
 from vllm_atomic_moe.files.checkpoint import (
     CheckpointInfo,
     describe_checkpoint,
+    locate_tensors,
     read_config,
     resolve_model,
 )
 from vllm_atomic_moe.files.statistics import LayerSums, Statistics
-from vllm_atomic_moe.files.tensors import one_line
+from vllm_atomic_moe.files.tensors import one_line, read_tensor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IGNORED = -100  # the target that cross_entropy leaves out
@@ -50,7 +51,7 @@ class CalibrationOptions:
         samples: windows per domain.
         seq_len: tokens per window.
         batch_size: windows per forward; it changes memory and time, not the sums.
-        dtype: one of DTYPES; `auto` is what the checkpoint says.
+        dtype: one of DTYPES; `auto` is the checkpoint's, or float32 on a CPU that is slow in it.
         device: `auto` (all CUDA devices there are, through accelerate's device map, else the
             CPU), `cpu`, `cuda` or `cuda:N`.
         seed: of the drawing of windows.
@@ -200,6 +201,37 @@ def check_config(directory: Path, seq_len: int) -> None:
         )
 
 
+def resolve_dtype(
+    dtype: str, directory: Path, device_map: str | dict[str, str]
+) -> str | torch.dtype:
+    """What transformers is to load the checkpoint in: `dtype`, `auto` and slow CPUs considered.
+
+    Raises:
+        ValueError: it is not one of DTYPES.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    on_cpu = device_map == {"": "cpu"}
+    return torch.float32 if on_cpu and slow_on_cpu(stored_dtype(directory)) else "auto"
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype of a checkpoint: what config.json says, else that of the first float tensor."""
+    told = AutoConfig.from_pretrained(directory).dtype
+    tensors = (read_tensor(path, name) for name, path in locate_tensors(directory).items())
+    return told or next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+
+
+def slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU lacks instructions for `dtype`: matmuls are then far slower than float32."""
+    if dtype == torch.bfloat16:
+        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # torch does not say whether a CPU has AVX512-FP16.
+    return dtype == torch.float16
+
+
 def load_model(directory: Path, dtype: str, device_map: str | dict[str, str]) -> PreTrainedModel:
     """The model of a checkpoint, for inference, placed by `device_map` (see `resolve_device`).
 
@@ -208,9 +240,7 @@ def load_model(directory: Path, dtype: str, device_map: str | dict[str, str]) ->
             the checkpoint lacks (transformers would make them up).
         OSError: the files cannot be read.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    wanted = resolve_dtype(dtype, directory, device_map)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=wanted, device_map=device_map, output_loading_info=True

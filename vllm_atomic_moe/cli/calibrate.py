@@ -40,7 +40,13 @@ def calibrate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Windows per forward; the sums do not depend on it.")
     ] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16. auto is the checkpoint's, but float32 on a "
+            "CPU without instructions for it."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed for drawing windows.")] = 0,
     gradients: Annotated[
