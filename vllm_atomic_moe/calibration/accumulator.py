@@ -20,7 +20,7 @@ from vllm_atomic_moe.files.statistics import LayerSums
 
 @dataclass(slots=True)
 class Batch:
-    """What the layers' observers must know about the batch that runs.
+    """The running batch, for the layers' observers.
 
     Attributes:
         domain: index of its domain.
@@ -39,7 +39,7 @@ class LayerAccumulator:
         shape: (D, E, I).
         gradients: whether a backward pass follows, so that `g2` can be summed.
         batch: what runs now; shared by all layers, set before each batch.
-        sums: what was seen so far, without the table of sets; None before the first batch.
+        sums: the sums so far, without the table of sets; None before the first batch.
         sets: the table of sets.
     """
 
@@ -80,7 +80,7 @@ class LayerAccumulator:
             rows.h.register_hook(partial(_add_squares, sums.g2[at]))
 
     def result(self) -> LayerSums:
-        """What was seen, on the CPU, the table of sets included."""
+        """The sums on the CPU, with the table of sets."""
         assert self.sums is not None, "no batch was seen"
         on_cpu = {name: tensor.cpu() for name, tensor in self.sums.tensors().items()}
         sets, set_counts = self.sets.table()

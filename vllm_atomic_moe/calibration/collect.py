@@ -204,7 +204,7 @@ def check_config(directory: Path, seq_len: int) -> None:
 def resolve_dtype(
     dtype: str, directory: Path, device_map: str | dict[str, str]
 ) -> str | torch.dtype:
-    """What transformers is to load the checkpoint in: `dtype`, `auto` and slow CPUs considered.
+    """The dtype to load the checkpoint in; `auto` leaves the choice to transformers.
 
     Raises:
         ValueError: it is not one of DTYPES.
@@ -218,14 +218,14 @@ def resolve_dtype(
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype of a checkpoint: what config.json says, else that of the first float tensor."""
+    """The dtype in config.json, else that of the checkpoint's first float tensor."""
     told = AutoConfig.from_pretrained(directory).dtype
     tensors = (read_tensor(path, name) for name, path in locate_tensors(directory).items())
     return told or next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
 
 def slow_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this CPU lacks instructions for `dtype`: matmuls are then far slower than float32."""
+    """Whether this CPU lacks instructions for `dtype`, so that float32 is much faster."""
     if dtype == torch.bfloat16:
         return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     # torch does not say whether a CPU has AVX512-FP16.
@@ -286,7 +286,7 @@ def check_offload(model: PreTrainedModel, gradients: bool) -> None:
 
 
 def check_vocabulary(text: CalibrationText, model: PreTrainedModel) -> None:
-    """Refuse token ids the model has no embedding for.
+    """Refuse token ids without an embedding.
 
     Raises:
         ValueError: the tokenizer is of another model.

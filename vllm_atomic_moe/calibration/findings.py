@@ -1,4 +1,4 @@
-"""What a calibration run should be warned about, read off its sums.
+"""Warnings about a calibration run, from its sums.
 
 Legend: D domains, E experts, I full intermediate size.
 """

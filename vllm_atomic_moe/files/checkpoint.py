@@ -27,7 +27,7 @@ from vllm_atomic_moe.files.export_format import (
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
-# What is fetched of a hub model; the last line is for the copies that `atomic-moe export` makes.
+# Files to fetch from a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
     *("*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md"),
@@ -102,7 +102,7 @@ class CheckpointInfo:
         groups: the router's expert groups; None where it chooses among all experts.
         blocks: layer index -> name of its MoE block; its experts are under `{block}.experts.`.
         stored: of an exported checkpoint, layer index -> bool [E, I], the atoms it holds; None for
-            an original. What a checkpoint holds is no part of which model it is.
+            an original. It is not part of the model's identity.
     """
 
     architecture: str
@@ -178,7 +178,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of the text model, with `architectures` of the outer one.
 
     Raises:
-        ValueError: the file is missing, no JSON object, or does not say `hidden_size`.
+        ValueError: the file is missing, not a JSON object, or does not say `hidden_size`.
     """
     path = directory / "config.json"
     try:

@@ -35,8 +35,8 @@ def weights_directory(directory: Path) -> Path:
     """Where a checkpoint's shards are: in the directory, or in the folder of an exported one.
 
     Raises:
-        ValueError: the folder is there, but is no finished export of a version known here, or there
-            are shards in both places.
+        ValueError: the folder exists but is not a finished export of a known version, or both
+            places hold shards.
     """
     folder = directory / EXPORT_DIRECTORY
     if not folder.exists():

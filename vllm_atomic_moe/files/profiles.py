@@ -135,7 +135,7 @@ class PruningProfile:
         """The identity of the model the profile was made for; None if the file does not say.
 
         Raises:
-            ValueError: the metadata entry `model` is no JSON object.
+            ValueError: the metadata entry `model` is not a JSON object.
         """
         if "model" not in self.metadata:
             return None
@@ -168,7 +168,7 @@ class PruningProfile:
         """Check the profile against the checkpoint it is to be applied to.
 
         Returns:
-            Warnings, one line each (a profile of unknown origin is no error).
+            Warnings, one line each (an unknown origin is not an error).
 
         Raises:
             ValueError: a layer is missing or extra, a mask has the wrong shape, fewer than K
@@ -292,7 +292,7 @@ class ProfileStore:
 
 
 def _check_header(path: Path, metadata: Mapping[str, str]) -> str:
-    """The profile's name; refuses files that are no version 1 profiles."""
+    """The profile's name; refuses files that are not version 1 profiles."""
     check_format(path, metadata, FORMAT, FORMAT_VERSION)
     name = metadata.get("name", "")
     if not NAME.fullmatch(name):

@@ -224,7 +224,7 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
             an incomplete merge may be merged further.
 
     Raises:
-        ValueError: a file is no shard, a shard occurs twice, or model or settings differ.
+        ValueError: a file is not a shard, a shard occurs twice, or model or settings differ.
     """
     first, done = shards[0], list[int]()
     for shard in shards:

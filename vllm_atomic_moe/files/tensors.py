@@ -27,7 +27,7 @@ def open_safetensors(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
     """Metadata strings and the open file, whose tensors are read on demand.
 
     Raises:
-        ValueError: there is no such file, or it is no complete safetensors file.
+        ValueError: the file does not exist, or is not a complete safetensors file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")

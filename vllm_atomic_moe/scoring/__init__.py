@@ -1,11 +1,10 @@
 """Scoring: statistics become scores, scores become masks.
 
-Pure functions, one method a file; this file is the list of methods. A method has two halves:
+Pure functions, one method per file; this file lists the methods. A method has two halves:
 
-- `score_layer` is given one layer's sums, the layer's index and its own options, and returns scores
-  [E, I] (for methods that score experts whole, every atom carries its expert's score), or a pair of
-  these and expert scores [E]; higher = more important, +inf means "stays", NaN is refused.
-- `select` is given the scores of all layers and a ratio, and returns masks.
+- `score_layer` takes one layer's sums, the layer's index and its own options, and returns that
+  layer's scores; higher = more important, +inf means "stays", NaN is refused.
+- `select` takes the scores of all layers and a ratio, and returns masks.
 
 Legend: E experts, I full intermediate size, K experts per token.
 """
@@ -41,10 +40,10 @@ class Method:
     Attributes:
         score_layer: (sums of the layer, layer index, **options) -> LayerScores.
         select: (LayerScores by layer, ratio, K, **selection) -> Masks.
-        options: options of `score_layer` with their defaults; `allow_unseen` among them means that
-            experts with few tokens are protected without it.
+        options: options of `score_layer` with their defaults; a method that has `allow_unseen`
+            protects experts with few tokens unless it is set.
         selection: options of `select` with their defaults.
-        whole_experts: experts go whole, so that K of a layer must stay.
+        whole_experts: it removes whole experts, and K of a layer must stay.
     """
 
     score_layer: Callable[..., LayerScores]
@@ -70,7 +69,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "reap": Method(score_reap, prune_reap, selection={"scope": "global"}, whole_experts=True),
     }
 )
-# Scores made elsewhere rank atoms.
+# Scores from other tools rank atoms.
 FOREIGN = Method(score_layer=lambda *_: LayerScores(torch.empty(0)))
 
 
@@ -86,7 +85,7 @@ def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def selection_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the method's masks, likewise; scores of a method not known here rank atoms.
+    """Options of the method's masks, likewise; an unknown method's scores rank atoms.
 
     Raises:
         ValueError: an option it does not have.
@@ -129,7 +128,7 @@ def select_masks(
     """The masks that remove `ratio` of the atoms (or experts) by the method's rule.
 
     Args:
-        method: what made the scores.
+        method: the method that made the scores.
         scores: not modified.
         ratio: 0 <= ratio < 1.
         experts_per_token: K, the fewest experts that a layer may route to.

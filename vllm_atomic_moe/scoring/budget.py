@@ -1,7 +1,7 @@
 """Budget: how many atoms go, and which.
 
-Of equal scores the one in the lower layer, then the lower expert, then the lower atom goes first.
-So masks are the same on every machine, and nested in the ratio (at alignment 1).
+Among equal scores, the lower layer goes first, then the lower expert, then the lower atom. So masks
+are the same on every machine, and nested in the ratio (at alignment 1).
 
 Legend: L layers, E experts, I full intermediate size, F_e kept width of an expert.
 """
@@ -62,7 +62,7 @@ def prune_atoms(
 
 
 def check_ratio(ratio: float) -> None:
-    """Refuse a ratio that is no fraction.
+    """Refuse a ratio that is not a fraction.
 
     Raises:
         ValueError: it is not in [0, 1).
@@ -74,7 +74,7 @@ def check_ratio(ratio: float) -> None:
 
 
 def check_align(align: int, size: int) -> None:
-    """Refuse an alignment that full experts do not have.
+    """Refuse an alignment that does not fit full experts.
 
     Raises:
         ValueError: it does not divide the intermediate size.
@@ -91,8 +91,8 @@ def align_masks(
 ) -> dict[int, torch.Tensor]:
     """Round every width to a multiple of `align`, moving the fewest, least important atoms.
 
-    The atoms kept in all stay the same within half a unit, and those of each layer within one: what
-    a layer's rounding leaves over is carried to the next.
+    The total of kept atoms changes by at most half a unit, and that of each layer by at most one:
+    each layer carries its rounding error to the next.
 
     Args:
         atoms: layer index -> scores [E, I]; not modified.
@@ -113,11 +113,11 @@ def align_masks(
 def align_widths(
     widths_E: torch.Tensor, score_EI: torch.Tensor, align: int, carry: int = 0
 ) -> torch.Tensor:
-    """Multiples of `align` next to the widths whose sum is nearest to theirs plus `carry`.
+    """Neighboring multiples of `align`, whose sum is the one nearest to the widths' plus `carry`.
 
-    Rounding up moves align − r atoms and rounding down r, r being the width's remainder; so those
-    with the largest remainders go up, which moves the fewest. Among equal remainders those go up
-    whose atoms between the two multiples score highest.
+    With r the width's remainder, rounding up moves align − r atoms and rounding down r. So the
+    largest remainders go up, which moves the fewest. Among equal remainders, those go up whose
+    atoms between the two multiples score highest.
 
     Returns:
         int64 [E].

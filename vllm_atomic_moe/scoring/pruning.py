@@ -33,14 +33,14 @@ def score_statistics(
     """Score every atom.
 
     Args:
-        statistics: what calibration left; not modified.
+        statistics: from calibration; not modified.
         method: a key of `scoring.METHODS`.
         given: method options by name; None means "not given".
         domains: score by these domains only; by all, if None.
 
     Raises:
-        ValueError: no such method or domain, an option the method does not have, or sums it needs
-            and the statistics lack.
+        ValueError: the method or domain does not exist, the method lacks an option, or the
+            statistics lack sums that it needs.
     """
     options = method_options(method, given)
     if domains:
@@ -55,7 +55,7 @@ def load_scores(
     given: Mapping[str, Any],
     domains: Sequence[str] | None = None,
 ) -> Scores:
-    """Scores out of a score file, or made from a statistics file.
+    """Scores read from a score file, or made from a statistics file.
 
     Args:
         path: either kind of file.
@@ -64,7 +64,7 @@ def load_scores(
         domains: score by these domains only, for statistics only.
 
     Raises:
-        ValueError: the file is neither, it is invalid, or method and options do not go with it.
+        ValueError: the file is neither or invalid, or method and options do not fit it.
     """
     with open_safetensors(path) as (metadata, _):
         kind = metadata.get("format")

@@ -36,10 +36,10 @@ class Scores:
     """Scores of every atom.
 
     Attributes:
-        method: how they were made, a key of `scoring.METHODS`.
+        method: the method that made them, a key of `scoring.METHODS`.
         options: that method's options (JSON object `method_options` in the file).
         model: identity of the model, as in a profile.
-        calibration: what the statistics say about their text.
+        calibration: the statistics' description of their text.
         layers: MoE layer index -> scores, never NaN; all layers have `experts`, or none.
     """
 

@@ -45,8 +45,9 @@ def prune_tenp(
 ) -> Masks:
     """Keep the most important experts whole and narrow the others alike.
 
-    Exactly round(ratio · atoms) atoms go. Where the narrow width is no whole number, the experts
-    that rank higher in their layer keep one atom more. Of equal scores the lower index goes first.
+    Exactly round(ratio · atoms) atoms go. Where the narrow width is not a whole number, the
+    experts that rank higher in their layer keep one more atom. Of equal scores the lower index goes
+    first.
 
     Args:
         scores: layer index -> scores with `experts`, layers ascending; not modified.

@@ -31,8 +31,8 @@ def read_pruned_experts(path: Path, model: CheckpointInfo) -> Masks:
     """The experts that are not listed stay.
 
     Raises:
-        ValueError: an unknown version or routing mode, or an entry is no pair of a MoE layer and an
-            expert, or stands there twice.
+        ValueError: an unknown version or routing mode, or an entry that is not a pair of a MoE
+            layer and an expert, or occurs twice.
     """
     data = parse_object(read_text(path), str(path))
     mode = _routing_mode(data, path)

@@ -29,7 +29,7 @@ def read_ranked(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
     """The best-ranked experts of every layer stay, the others leave the router.
 
     Raises:
-        ValueError: a line is no object of layers and expert lists, a layer is missing or there
+        ValueError: a line is not an object of layers and expert lists, a layer is missing or occurs
             twice, or a list is shorter than what stays.
     """
     # In decimals, as people mean it: of 10 experts a ratio of 0.9 leaves 1 (in floats it is 0).

@@ -95,7 +95,7 @@ def expert_ids(value: Any, model: CheckpointInfo, where: str) -> list[int]:
     """A list of different expert ids.
 
     Raises:
-        ValueError: no list, an entry is no expert of the model, or one stands there twice; the
+        ValueError: not a list, or an entry is not an expert of the model or occurs twice; the
             message names the position.
     """
     if not isinstance(value, list):
@@ -113,10 +113,10 @@ def expert_ids(value: Any, model: CheckpointInfo, where: str) -> list[int]:
 
 
 def check_expert(expert: Any, model: CheckpointInfo, where: str) -> None:
-    """Refuse what is no expert id of the model.
+    """Refuse anything but an expert id of the model.
 
     Raises:
-        ValueError: it is no integer (true and false are none) or out of range.
+        ValueError: it is not an integer (true and false are not) or out of range.
     """
     if type(expert) is not int or not 0 <= expert < model.num_experts:
         raise ValueError(
@@ -126,7 +126,7 @@ def check_expert(expert: Any, model: CheckpointInfo, where: str) -> None:
 
 
 def check_every_layer(found: Iterable[int], model: CheckpointInfo, path: Path) -> None:
-    """Refuse a file that has to speak of every MoE layer and does not.
+    """Refuse a file that does not cover every MoE layer.
 
     Raises:
         ValueError: a layer is missing.
@@ -143,7 +143,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -152,7 +152,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice.
+    """A JSON object without duplicate keys.
 
     Raises:
         ValueError: the text is something else.

@@ -30,8 +30,8 @@ def read_shape(path: Path, model: CheckpointInfo) -> Masks:
     """The experts listed stay, the others of that layer leave the router.
 
     Raises:
-        ValueError: a key is no MoE layer, a value no list of experts, two keys name one layer, or
-            the counts of `_metadata` are not those of the lists.
+        ValueError: a key is not a MoE layer, a value not a list of experts, two keys name one
+            layer, or the counts of `_metadata` are not those of the lists.
     """
     data = parse_object(read_text(path), str(path))
     keys = layer_keys((key for key in data if not key.startswith("_")), model, path)
