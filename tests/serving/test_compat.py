@@ -19,7 +19,7 @@ import torch
 import vllm
 
 from vllm_atomic_moe.control import models as admin_models
-from vllm_atomic_moe.engine import compat, layer
+from vllm_atomic_moe.engine import attach, compat, layer
 from vllm_atomic_moe.measure import server_benchmark
 
 LAYERS = "vllm.model_executor.layers"
@@ -233,11 +233,6 @@ def test_said(name, text, reason):
     assert text in source(name), f"{name}: {reason}"
 
 
-@pytest.mark.parametrize("name", compat._SOURCES)
-def test_imported(name):
-    assert getattr(compat, name)
-
-
 def test_runner_asks_its_router_in_one_place():
     """A routing mask stands ahead of that call: a second one would pass it by."""
     assert source(RUNNER).count("self.router.select_experts(") == 1
@@ -246,7 +241,7 @@ def test_runner_asks_its_router_in_one_place():
 
 @pytest.mark.parametrize(("router", "name"), held(ROUTER_ATTRIBUTES))
 def test_known_router_holds(router, name):
-    known = {cls.__name__: cls for cls in compat.known_routers()}
+    known = {cls.__name__: cls for cls in compat.KNOWN_ROUTERS}
     assert known.keys() == ROUTER_ATTRIBUTES.keys()
     assert holds(known[router], name), f"{router}.{name}"
     assert holds(known[router], "top_k"), router
@@ -257,7 +252,7 @@ def test_known_routers_choose_by_logits_and_bias_only():
     """A new argument of a router may be another way to choose: read it before widening this."""
     arguments = {
         name
-        for router in compat.known_routers()
+        for router in compat.KNOWN_ROUTERS
         for name in inspect.signature(router.__init__).parameters
     }
     assert arguments == {
@@ -318,7 +313,7 @@ def test_plugin_groups_and_attached_methods():
 
     assert plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
     assert plugins.ENDPOINT_PLUGINS_GROUP == "vllm.endpoint_plugins"
-    compat.attach_engine_methods()
+    attach.attach_engine_methods()
     assert resolve_name("vllm.v1.worker.worker_base:WorkerBase.atomic_moe_control")
     assert resolve_name(f"{CORE}.atomic_moe_count_interrupted")
 

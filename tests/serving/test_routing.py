@@ -144,7 +144,7 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
     from vllm_atomic_moe.engine import compat
     from vllm_atomic_moe.engine.routing import RoutingMask
 
-    known = {router.__name__: router for router in compat.known_routers()}
+    known = {router.__name__: router for router in compat.KNOWN_ROUTERS}
     extra = {"use_grouped_topk": True} if router_class == "CPURouter" else {}
     generator = torch.Generator().manual_seed(0)
     verdicts = {"right": 0, "wrong": 0}
@@ -185,12 +185,12 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
 
 
 def test_masked_rows_are_never_nan_and_survivors_keep_their_weights():
-    from vllm_atomic_moe.engine.compat import known_routers
+    from vllm_atomic_moe.engine.compat import KNOWN_ROUTERS
     from vllm_atomic_moe.engine.routing import RoutingMask
 
     mask = torch.tensor([True, False, True, False])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        router = known_routers()[0](top_k=2, global_num_experts=4, renormalize=False)
+        router = KNOWN_ROUTERS[0](top_k=2, global_num_experts=4, renormalize=False)
         routing = RoutingMask({"masked": mask, "plain": torch.ones(4, dtype=torch.bool)})
         routing.attach(router)
         routing.activate("masked")
@@ -293,12 +293,12 @@ def test_runner_platform_and_float16_are_refused(monkeypatch):
 
 def routed_layer():
     """A layer of four experts in two groups, its runner and its masks, without a model."""
-    from vllm_atomic_moe.engine.compat import MoERunner, known_routers
+    from vllm_atomic_moe.engine.compat import KNOWN_ROUTERS, MoERunner
 
     bias = torch.zeros(4)
     runner = MoERunner.__new__(MoERunner)
     torch.nn.Module.__init__(runner)
-    runner.router = known_routers()[0](
+    runner.router = KNOWN_ROUTERS[0](
         top_k=1,
         global_num_experts=4,
         use_grouped_topk=True,

@@ -31,7 +31,7 @@ from vllm_atomic_moe.control.models import (
     SwitchAnswer,
     SwitchRequest,
 )
-from vllm_atomic_moe.engine.compat import vllm_health
+from vllm_atomic_moe.engine.attach import vllm_health
 from vllm_atomic_moe.engine.switch import (
     ProfileSwitcher,
     SwitchError,

@@ -1,4 +1,4 @@
-"""The engine's side: the loader, the layer, routing, refusals, and vLLM's internals (compat)."""
+"""The engine's side: the loader, the layer, routing, refusals, and vLLM's internals."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ def register_load_format() -> None:
     """
     from vllm.model_executor.model_loader import register_model_loader
 
-    from vllm_atomic_moe.engine.compat import attach_engine_methods
+    from vllm_atomic_moe.engine.attach import attach_engine_methods
     from vllm_atomic_moe.engine.loader import AtomicPrunedModelLoader
 
     register_model_loader(LOAD_FORMAT)(AtomicPrunedModelLoader)

@@ -1,123 +1,42 @@
-"""The one place that imports vLLM internals which are no public API.
+"""The one place that imports vLLM's internals for its layers, which are not public API.
 
-Each has its reason; `tests/serving/test_compat.py` probes their signatures and names the one that
-moved. Supported: vLLM 0.32.
+Each has its reason. `tests/serving/test_compat.py` probes their signatures and names the one that
+moved. Supported: vLLM 0.32. What the plug-in's registration needs is in `attach.py`: importing this
+file imports vLLM's MoE layers, and only processes that load a pruned model need those.
 """
+
+# ruff: noqa: F401 (imported for the rest of engine/)
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+)
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
+    FusedTopKBiasRouter,
+)
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import resolve_quant_method
+from vllm.model_executor.models.utils import extract_layer_index
 
-if TYPE_CHECKING:
-    from vllm.entrypoints.serve.instrumentator.health import health as vllm_health
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    from vllm.model_executor.layers.fused_moe.config import (
-        FUSED_MOE_UNQUANTIZED_CONFIG,
-        FusedMoEConfig,
-    )
-    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod,
-    )
-    from vllm.model_executor.layers.quantization.base_config import resolve_quant_method
-    from vllm.model_executor.models.utils import extract_layer_index
-
-__all__ = [
-    "FUSED_MOE_UNQUANTIZED_CONFIG",
-    "DenseExperts",
-    "FusedMoEConfig",
-    "FusedMoEMethodBase",
-    "FusedMoERouter",
-    "MoEActivation",
-    "MoERunner",
-    "RoutedExperts",
-    "UnquantizedFusedMoEMethod",
-    "attach_engine_methods",
-    "call_engine_core",
-    "extract_layer_index",
-    "known_routers",
-    "resolve_quant_method",
-    "routed_experts_replaced_by",
-    "vllm_health",
-]
-
-_MOE = "vllm.model_executor.layers.fused_moe"
-# Name -> its module, imported when the name is first asked for: every vLLM process imports this
-# file, few of them build a layer.
-_SOURCES = {
-    "FUSED_MOE_UNQUANTIZED_CONFIG": f"{_MOE}.config",
-    "FusedMoEConfig": f"{_MOE}.config",
-    "FusedMoEMethodBase": f"{_MOE}.fused_moe_method_base",
-    "FusedMoERouter": f"{_MOE}.router.fused_moe_router",
-    "MoEActivation": f"{_MOE}.activation",
-    "MoERunner": f"{_MOE}.runner.moe_runner",
-    "RoutedExperts": f"{_MOE}.routed_experts",
-    "UnquantizedFusedMoEMethod": f"{_MOE}.unquantized_fused_moe_method",
-    "extract_layer_index": "vllm.model_executor.models.utils",
-    "resolve_quant_method": "vllm.model_executor.layers.quantization.base_config",
-    "vllm_health": "vllm.entrypoints.serve.instrumentator.health",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _SOURCES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_SOURCES[name]), name.removeprefix("vllm_"))
-
-
-def known_routers() -> tuple[type[FusedMoERouter], ...]:
-    """The routers that choose by logits and correction bias alone, so that a mask on both holds.
-
-    Reason for the names: a router class that was not read cannot be trusted with masked logits.
-    """
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-    from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
-        FusedTopKBiasRouter,
-    )
-    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
-    from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
-
-    return (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter)
-
-
-def attach_engine_methods() -> None:
-    """Give vLLM's workers and engine cores the methods that a switch of profiles calls by name.
-
-    Reason: `worker_extension_cls`, the public way for workers, is an option of the user's, and
-    there is none for the engine core, which alone knows the requests that were preempted.
-    """
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    from vllm_atomic_moe.engine import switch, worker
-
-    setattr(WorkerBase, worker.CONTROL, worker.control)
-    setattr(EngineCore, switch.COUNT_INTERRUPTED, _count_interrupted)
-
-
-async def call_engine_core(client: Any, method: str) -> Any:
-    """What one of the engine core's methods gives.
-
-    Reason: the engine client has methods for vLLM's own utilities only, and `collective_rpc`
-    reaches the workers, which know no queue.
-    """
-    return await client.engine_core.call_utility_async(method)
-
-
-def _count_interrupted(engine_core: Any) -> int:
-    """Requests of a paused engine that have begun: preempted ones, which wait to be resumed."""
-    return sum(
-        bool(request.num_preemptions or request.num_output_tokens or request.num_computed_tokens)
-        for request in engine_core.scheduler.requests.values()
-    )
+# Routers that choose by logits and correction bias alone, so that a mask on both holds. We read
+# the code of these; masked logits are not safe with any other.
+KNOWN_ROUTERS = (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter)
 
 
 @contextmanager
@@ -159,7 +78,6 @@ class DenseExperts:
 
     def __init__(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
         from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
         self._activation = MoEActivation.SILU.value
         self.isa = self.isa_for(w13.dtype)

@@ -19,12 +19,12 @@ from vllm.config import (
 from vllm.platforms import current_platform
 
 from vllm_atomic_moe.engine.compat import (
+    KNOWN_ROUTERS,
     FusedMoERouter,
     MoEActivation,
     MoERunner,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
-    known_routers,
 )
 from vllm_atomic_moe.experts.backends import Backend
 from vllm_atomic_moe.files.checkpoint import ExpertGroups
@@ -225,7 +225,7 @@ def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> Ite
         yield f"the runner {type(runner).__name__}"
         return
     router = runner.router
-    if type(router) not in known_routers():
+    if type(router) not in KNOWN_ROUTERS:
         yield f"the router {type(router).__name__}"
         return
     if getattr(router, "custom_routing_function", None) is not None:

@@ -11,7 +11,7 @@ groups), eager and compiled. The CUDA routers are NOT VERIFIED: their code was r
 a mask. Top-k softmax and sigmoid give -inf the score zero and add the bias in float32; fused
 grouped top-k skips logits that are not finite and adds up the two best of a group, which stays
 finite in float32 and bfloat16 but not in float16 (refused). ROCm, XPU and routers that are not
-listed in `compat.known_routers` are refused.
+listed in `compat.KNOWN_ROUTERS` are refused.
 
 Legend: T tokens, K experts per token, E experts, S resident profiles.
 """

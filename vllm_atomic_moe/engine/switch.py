@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm.logger import init_logger
 
 from vllm_atomic_moe.engine import Mode
-from vllm_atomic_moe.engine.compat import call_engine_core
+from vllm_atomic_moe.engine.attach import call_engine_core
 from vllm_atomic_moe.engine.worker import CONTROL, DisplacedError
 
 if TYPE_CHECKING:
