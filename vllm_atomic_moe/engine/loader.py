@@ -1,16 +1,16 @@
 """`--load-format atomic-pruned`: serve the original checkpoint with the pruned atoms left out.
 
-The order is the promise: options, profiles and configuration are checked before any weight is read;
-the model is built with packed experts; vLLM's own loader streams the checkpoint through them; then
-every expert tensor must have arrived exactly once. With several ranks each does so for its own
-layers and experts; at the end they compare the profiles they read, and the first one reports.
+The order matters. The loader checks options, profiles and configuration before it reads any weight;
+it builds the model with packed experts; vLLM's own loader streams the checkpoint through them; then
+every expert tensor must have arrived exactly once. Each of several ranks does so for its own layers
+and experts. At the end the ranks compare the profiles they read, and the first one reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,33 @@ logger = init_logger(f"vllm.{__name__}")
 DIGEST_KEY = "atomic_moe"
 
 
-class AtomicPrunedModelLoader(BaseModelLoader):
-    """Loads a MoE checkpoint with packed experts; everything else is vLLM's loader of
-    `inner_format`. Options: `serving.options.LoaderOptions`.
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What is decided before any weight is read.
+
+    Attributes:
+        directory: the checkpoint.
+        resident: the profiles to hold in memory, and the checkpoint's description.
+        backend: the kernel that computes the experts.
+        own_layers: the MoE layers that this pipeline rank builds, in order.
     """
+
+    directory: Path
+    resident: ResidentProfiles
+    backend: Backend
+    own_layers: list[int]
+
+
+class AtomicPrunedModelLoader(BaseModelLoader):
+    """Loads a MoE checkpoint with packed experts, everything else through vLLM's own loader.
+
+    Attributes:
+        options: of the load format.
+        inner: vLLM's loader for `options.inner_format`.
+        plan: what `load_model` decided first; `create_model` and `load_weights` follow it.
+    """
+
+    plan: LoadPlan
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -67,31 +90,26 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             ValueError: an option, a profile or a feature is refused (before any weight is read),
                 or the checkpoint's experts are incomplete.
         """
-        # Here, not above: every vLLM process imports this module, few load a pruned model.
-        from vllm_atomic_moe.engine import worker
-        from vllm_atomic_moe.engine.refusals import check_config, check_draft, unverified
-
         with _refusals_said_plainly():
             if model_config.runner_type == "draft":
+                from vllm_atomic_moe.engine.refusals import check_draft
+
                 check_draft(model_config)
                 return self.inner.load_model(vllm_config, model_config, prefix)
-            check_config(vllm_config, model_config)
-            for feature in unverified(vllm_config.parallel_config):
-                logger.warning("Never tried with packed experts: %s", feature)
-            self.backend = self._choose_backend(vllm_config, model_config.dtype)
-            self.directory = self._checkpoint(model_config)
-            checkpoint = describe_checkpoint(self.directory)
-            self.resident = select_profiles(self.options, self.directory, checkpoint)
-            self.own_layers = _layers_of_rank(vllm_config, model_config, checkpoint.layers)
-            digest = self.resident.digest()
-            _add_to_cache_keys(vllm_config, f"{self.backend.name} {digest}")
+            self.plan = self._make_plan(vllm_config, model_config)
+            resident = self.plan.resident
+            digest = resident.digest()
+            _add_to_cache_keys(vllm_config, f"{self.plan.backend.name} {digest}")
             model = super().load_model(vllm_config, model_config, prefix)
             layers = packed_layers(model)
-            per_atom = atom_bytes(self.resident.model.hidden_size, model_config.dtype.itemsize)
-            profiles = worker.WorkerProfiles(self.resident, layers, per_atom)
+            per_atom = atom_bytes(resident.model.hidden_size, model_config.dtype.itemsize)
+            # Here, not above: every vLLM process imports this module, few load a pruned model.
+            from vllm_atomic_moe.engine import worker
+
+            profiles = worker.WorkerProfiles(resident, layers, per_atom)
             setattr(model, worker.ATTRIBUTE, profiles)
             held = sum(layer.packed.weight_bytes for layer in layers)
-            _report(self.resident, per_atom, _bytes_of_ranks(digest, held))
+            _report(resident, per_atom, _bytes_of_ranks(digest, held))
             return model
 
     def create_model(
@@ -100,27 +118,28 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         """Build the model; vLLM's routed experts become packed ones."""
         from vllm_atomic_moe.engine.layer import packed_experts_for
 
-        with packed_experts_for(self.resident, self.backend):
+        with packed_experts_for(self.plan.resident, self.plan.backend):
             return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the checkpoint through the packed experts and see that all of it arrived."""
         from vllm_atomic_moe.engine.routing import mask_routers
 
-        layers = packed_layers(model)
+        plan, layers = self.plan, packed_layers(model)
         built = sorted(layer.index for layer in layers)
-        if built != self.own_layers:
+        if built != plan.own_layers:
             raise ValueError(
                 f"vLLM builds packed experts in layers {built}, the checkpoint's MoE layers are "
-                f"{self.own_layers}; this architecture builds its experts in a way that is not "
+                f"{plan.own_layers}; this architecture builds its experts in a way that is not "
                 "supported"
             )
-        mask_routers(model, layers, self.resident)
-        if self.resident.model.stored is None:
+        mask_routers(model, layers, plan.resident)
+        stored = plan.resident.model.stored
+        if stored is None:
             self.inner.load_weights(model, model_config)
         else:
-            folder = weights_directory(self.directory)
-            with packed_rows_taken_by(layers, model, self.resident.model.stored):
+            folder = weights_directory(plan.directory)
+            with packed_rows_taken_by(layers, model, stored):
                 self.inner.load_weights(model, reading_from(folder, model_config))
         missing = [name for layer in layers for name in layer.missing()]
         if missing:
@@ -129,6 +148,23 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; "
                 "fetch the checkpoint again"
             )
+
+    def _make_plan(self, vllm_config: VllmConfig, model_config: ModelConfig) -> LoadPlan:
+        """Check configuration, options and profiles, cheapest first."""
+        from vllm_atomic_moe.engine.refusals import check_config, unverified
+
+        check_config(vllm_config, model_config)
+        for feature in unverified(vllm_config.parallel_config):
+            logger.warning("Never tried with packed experts: %s", feature)
+        backend = self._choose_backend(vllm_config, model_config.dtype)
+        directory = self._checkpoint(model_config)
+        checkpoint = describe_checkpoint(directory)
+        return LoadPlan(
+            directory,
+            select_profiles(self.options, directory, checkpoint),
+            backend,
+            _layers_of_rank(vllm_config, model_config, checkpoint.layers),
+        )
 
     def _choose_backend(self, vllm_config: VllmConfig, dtype: torch.dtype) -> Backend:
         from vllm_atomic_moe.engine.refusals import check_graphs
