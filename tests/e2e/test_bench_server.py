@@ -11,17 +11,19 @@ from vllm_atomic_moe.cli.bench import _print_servers
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.measure import server_process
 from vllm_atomic_moe.measure.server_benchmark import measure_servers
-from vllm_atomic_moe.measure.server_report import LoadPlan, Phase
+from vllm_atomic_moe.measure.server_report import Phase, ServerPlan
 
 pytestmark = pytest.mark.full
 
-PLAN = LoadPlan(
+PLAN = ServerPlan(
     phases=(
         Phase("prefill", input_tokens=64, output_tokens=1, concurrency=2, requests=4),
         Phase("decode", input_tokens=8, output_tokens=8, concurrency=2, requests=4),
     ),
     warmups=1,
+    switches=3,
 )
+NAMES = ["heapr-20", "heapr-40"]
 DENSE_BYTES = 4 * 16 * 3 * 128 * 128 * 2
 
 
@@ -43,8 +45,8 @@ def measured():
         report = measure_servers(
             DEMO,
             DEMO / "atomic_profiles",
-            names=["heapr-40"],
-            load=PLAN,
+            names=NAMES,
+            plan=PLAN,
             serve_arguments=["--enforce-eager"],
             progress=lambda *step: said.append(step),
         )
@@ -53,7 +55,7 @@ def measured():
 
 def test_every_server_and_phase_is_measured(measured):
     report, said, _ = measured
-    names = ["dense", "heapr-40"]
+    names = ["dense", *NAMES]
     assert [(run.profile, run.round) for run in report.runs] == [(name, 0) for name in names]
     assert [row.profile for row in report.profiles] == names
     for row in report.profiles:
@@ -65,23 +67,24 @@ def test_every_server_and_phase_is_measured(measured):
         per_request = decode.output_tokens_per_s.median / decode.requests_per_s.median
         assert per_request == pytest.approx(8)
         assert row.start_s.median > row.load_s.median
-    assert [done for done, _, _ in said] == list(range(7))
-    assert said[-1] == (6, 6, "")
+    assert [done for done, _, _ in said] == list(range(11))
+    assert said[-1] == (10, 10, "")
 
 
 def test_dense_is_the_reference(measured):
     dense = measured[0].profiles[0]
     assert (dense.kept, dense.bound, dense.kv_tokens_gained) == (1, 1, 0)
+    assert (dense.load_ratio, dense.freed) == (1, None)
     assert [phase.ratio for phase in dense.phases] == [1, 1]
 
 
 def test_memory_figures(measured):
-    dense, pruned = measured[0].profiles
+    dense, _, pruned = measured[0].profiles
     kept = PruningProfile.read(DEMO / "atomic_profiles/heapr-40.safetensors").kept
     assert dense.resident_bytes == DENSE_BYTES
     assert pruned.kept == kept
     assert pruned.resident_bytes == pytest.approx(kept * DENSE_BYTES, rel=0.02)
-    for row in (dense, pruned):
+    for row in measured[0].profiles:
         # One GiB of k and v of four layers, two heads of 32 in bf16, as the environment says.
         assert row.kv_gib == 1.0
         assert row.kv_tokens == 2**30 // (4 * 2 * 2 * 32 * 2)
@@ -89,13 +92,23 @@ def test_memory_figures(measured):
     assert pruned.kv_tokens_gained == 0
 
 
+def test_switching_is_measured(measured):
+    switching = measured[0].switching
+    assert switching.resident == tuple(NAMES)
+    # Both hold every atom that either keeps, and heapr-40's are among heapr-20's.
+    assert switching.resident_bytes == measured[0].profiles[1].resident_bytes
+    assert switching.total_ms.lowest >= switching.commit_ms.lowest > 0
+
+
 def test_table(measured, capsys):
     _print_servers(measured[0])
     printed = capsys.readouterr().out.split("\n\n")
-    assert [line.split()[0] for line in printed[0].splitlines()] == ["profile", "dense", "heapr-40"]
+    names = ["dense", *NAMES]
+    assert [line.split()[0] for line in printed[0].splitlines()] == ["profile", *names]
     assert [line.split()[:2] for line in printed[1].splitlines()[1:]] == [
-        [phase, name] for phase in ("prefill", "decode") for name in ("dense", "heapr-40")
+        [phase, name] for phase in ("prefill", "decode") for name in names
     ]
+    assert printed[2].startswith("switching between 2 resident profiles, ")
 
 
 def test_report_is_json(measured):
@@ -107,5 +120,5 @@ def test_report_is_json(measured):
 
 def test_the_servers_are_gone(measured):
     groups = measured[2]
-    assert len(set(groups)) == 2
-    assert [server_process.processes_of_group(group) for group in groups] == [[], []]
+    assert len(set(groups)) == 4
+    assert not any(server_process.processes_of_group(group) for group in groups)

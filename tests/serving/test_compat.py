@@ -168,7 +168,12 @@ SAID = [
     ("vllm.entrypoints.serve.middleware.register", "args.api_key or [envs.VLLM_API_KEY]",
      "where serving keys come from"),
     # Log lines that the benchmark of servers reads.
-    (f"{LOADERS}.default_loader", "Loading weights took %.2f seconds", "time to load"),
+    ("vllm.v1.worker.cpu_model_runner", "Starting to load model %s", "a load begins, CPU"),
+    ("vllm.v1.worker.cpu_model_runner", "Warming up model", "a load has ended, CPU"),
+    ("vllm.v1.worker.gpu_model_runner", "Model loading took %s GiB memory and %.6f seconds",
+     "time and memory of a load, GPU"),
+    ("vllm.v1.worker.gpu.model_runner", "Model loading took %s GiB memory and %.6f seconds",
+     "time and memory of a load, GPU"),
     ("vllm.v1.core.kv_cache_utils", "KV cache size: %s tokens", "room for tokens"),
     ("vllm.v1.worker.cpu_worker", "Explicitly set ({", "room in GiB, CPU"),
     ("vllm.v1.worker.cpu_worker", "Auto set ({", "room in GiB, CPU"),

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.two_forwards import two_forwards
 from tests.unit.long_way import run_the_long_way
 from tests.unit.test_scoring_methods import SEQ_LEN, heapr
 from tests.unit.tiny_models import ARCHITECTURES, make_model, random_windows
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import find_experts
 from vllm_atomic_moe.calibration.text import CalibrationText
+from vllm_atomic_moe.measure.calibration_benchmark import two_forwards
 from vllm_atomic_moe.scoring.heapr import score_heapr
 
 

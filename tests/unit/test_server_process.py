@@ -10,8 +10,10 @@ import time
 import pytest
 
 from vllm_atomic_moe.measure import server_process
-from vllm_atomic_moe.measure.server_benchmark import measure_servers
+from vllm_atomic_moe.measure.server_benchmark import _loading, measure_servers
 from vllm_atomic_moe.measure.server_process import (
+    Sample,
+    Server,
     failure_in,
     free_port,
     processes_of_group,
@@ -46,8 +48,7 @@ def test_the_whole_group_ends_when_the_block_is_left(error, tmp_path, monkeypatc
         with start(STUBBORN, tmp_path) as server:
             groups.append(server.process.pid)
             assert len(processes_of_group(server.process.pid)) == 2
-            assert server.peak_bytes > 2**20
-            assert server.anonymous_bytes() > 2**20
+            assert max(sample.anonymous_bytes for sample in server.samples) > 2**20
             assert server.start_s > 0
             raise error
 
@@ -102,3 +103,36 @@ def test_the_line_that_says_why(log, line):
 def test_flags_of_the_benchmark_are_refused(argument, tmp_path):
     with pytest.raises(ValueError, match="is set by the benchmark itself"):
         measure_servers(tmp_path, tmp_path, serve_arguments=[argument])
+
+
+LOG = (
+    "INFO starting\n",
+    "INFO Starting to load model /m...\n",
+    "INFO Loading weights took 0.10 seconds\n",
+    "INFO Explicitly set (1.0/8.0) GiB for KV cache\n",
+)
+
+
+def test_a_load_is_what_lies_between_two_lines_of_the_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("".join(LOG))
+    ends = [len("".join(LOG[:lines])) for lines in range(len(LOG) + 1)]
+    moments = [(0, 0.0, 10), (1, 1.0, 20), (2, 2.0, 30), (3, 4.0, 90), (3, 5.0, 60), (4, 5.5, 99)]
+    samples = [Sample(seconds, ends[lines], memory) for lines, seconds, memory in moments]
+    assert _loading(Server("", log, None, samples=samples)) == (3.5, 90, 60)
+    # A load between two samples.
+    assert _loading(Server("", log, None, samples=[samples[1], samples[-1]])) == (0, 99, 99)
+
+
+def test_a_gpu_worker_says_what_a_load_took(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("INFO one\nINFO Model loading took 2.5 GiB memory and 7.500000 seconds\n")
+    samples = [Sample(0.0, 0, 10), Sample(1.0, 9, 40), Sample(9.0, log.stat().st_size, 99)]
+    assert _loading(Server("", log, None, samples=samples)) == (7.5, 40, int(2.5 * 2**30))
+
+
+def test_a_log_without_a_load_is_refused(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("".join(LOG[:3]))
+    with pytest.raises(ValueError, match="did not log when it loaded the model: "):
+        _loading(Server("", log, None))

@@ -1,10 +1,13 @@
-"""atomic-moe bench: layers, or whole servers, pruned beside vLLM's own dense ones."""
+"""atomic-moe bench: layers, servers or calibration, each beside what it is compared with."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +15,31 @@ import typer
 
 from vllm_atomic_moe.cli.console import check_plot, print_json, print_table, status_lines
 
+# What is measured -> its options.
+OPTIONS = {
+    "layers": ("shape", "tokens", "pruned", "dtype", "rounds", "seconds", "kernel", "plot"),
+    "servers": ("profiles", "profile", "serve", "rounds", "plot"),
+    "calibration": ("dtype", "rounds"),
+}
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 def bench(
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="Local directory or Hugging Face id, to serve."),
     ] = None,
+    synthetic: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic",
+            help="As MODEL, a random one with profiles that prune 25 and 50 %, made for this run: "
+            "1.1 GiB of experts, in the temporary directory.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Calibrate MODEL instead of serving it.")
+    ] = False,
     profiles: Annotated[
         Path | None,
         typer.Option(
@@ -29,9 +51,9 @@ def bench(
         typer.Option("--profile", help="Serve this profile; repeat.", show_default="all"),
     ] = None,
     serve: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="FLAGS", help="More flags for every `vllm serve`, in one string."),
-    ] = "",
+    ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(help="Measure this layer; repeat.", show_default="all five"),
@@ -51,14 +73,14 @@ def bench(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16"),
+        typer.Option(help=", ".join(DTYPES), show_default="bfloat16"),
     ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Of a layer's timings, at most; of servers started in turn.",
-            show_default="30; 1",
+            help="Rounds of layers at most, of servers, of calibrations.",
+            show_default="30; 1; 3",
         ),
     ] = None,
     seconds: Annotated[
@@ -68,7 +90,7 @@ def bench(
     kernel: Annotated[
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, widths and routings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random but --synthetic.")] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the ratios (.png, .pdf or .svg)."),
@@ -79,41 +101,75 @@ def bench(
 
     Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
     full width), 1 for a kernel as fast as the atoms that are left. Options: --shape, --tokens,
-    --pruned, --dtype, --seconds, --kernel.
+    --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
-    load generator; throughput and latency, load time, memory. Options: --profiles, --profile,
-    --serve.
+    load generator; throughput and latency, whole load from a warm page cache, memory; then switches
+    between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot.
+
+    Calibration: `atomic-moe calibrate` beside the HEAPr paper's two forward passes; time and
+    memory. Options: --dtype, --rounds.
     """
     if plot is not None:
         check_plot(plot)
+    if model is not None and synthetic:
+        raise ValueError("--synthetic stands for the MODEL; leave one of them out")
     given = {
-        "shapes": shape,
+        "profiles": profiles,
+        "profile": profile,
+        "serve": serve,
+        "shape": shape,
         "tokens": tokens,
         "pruned": pruned,
         "dtype": dtype,
+        "rounds": rounds,
         "seconds": seconds,
         "kernel": kernel,
+        "plot": plot,
     }
-    layer_options = {name: value for name, value in given.items() if value is not None}
-    if model is None and (profiles or profile or serve):
-        raise ValueError("--profiles, --profile and --serve measure servers; name the MODEL")
-    if model is not None and layer_options:
-        raise ValueError(
-            "--shape, --tokens, --pruned, --dtype, --seconds and --kernel measure layers; leave "
-            "MODEL or them out"
-        )
+    options = {name: value for name, value in given.items() if value not in (None, [])}
+    named = model is not None or synthetic
+    what = "calibration" if calibration else "servers" if named else "layers"
+    _check_options(what, options)
+    if calibration and not named:
+        raise ValueError("--calibration needs a MODEL, or --synthetic")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if what == "layers":
+        _bench_layers(options, seed, as_json)
+        return
+    with _directory(model) as directory:
+        run = _bench_calibration if calibration else _bench_servers
+        run(directory, options, seed, as_json)
+
+
+def _check_options(what: str, given: Mapping[str, Any]) -> None:
+    foreign = [f"--{name}" for name in given if name not in OPTIONS[what]]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)} does not apply to {what}; MODEL measures servers, MODEL "
+            "--calibration measures calibration, neither of them measures layers"
+        )
+    if given.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"dtype {given['dtype']!r} is unknown; wanted one of {', '.join(DTYPES)}")
+
+
+@contextmanager
+def _directory(model: str | None) -> Iterator[Path]:
+    """The checkpoint's directory: of `model`, or of a synthetic one."""
     if model is not None:
-        _bench_servers(model, profiles, profile or [], rounds or 1, serve, seed, plot, as_json)
-    else:
-        if rounds is not None:
-            layer_options["rounds"] = rounds
-        _bench_layers(layer_options, seed, plot, as_json)
+        from vllm_atomic_moe.files.checkpoint import resolve_model
+
+        yield resolve_model(model)
+        return
+    from vllm_atomic_moe.measure.synthetic import make_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="atomic-moe-") as parent:
+        directory = Path(parent, "synthetic")
+        make_checkpoint(directory)
+        yield directory
 
 
-def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json: bool) -> None:
-    """Options: those of `LayerPlan` that were given, shapes and dtype by name."""
+def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
     import torch
 
     from vllm_atomic_moe.measure.instruction_set import hide_wider_instructions
@@ -121,12 +177,11 @@ def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json
     hide_wider_instructions()
     from vllm_atomic_moe.measure.layer_benchmark import SHAPES, LayerPlan, measure_layers
 
-    if "shapes" in options:
-        options["shapes"] = [_named(name, SHAPES, "shape") for name in options["shapes"]]
+    plot = options.pop("plot", None)
+    if "shape" in options:
+        options["shapes"] = [_shape(name, SHAPES) for name in options.pop("shape")]
     if "dtype" in options:
-        dtypes = (torch.bfloat16, torch.float16, torch.float32)
-        by_name = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
-        options["dtype"] = _named(options["dtype"], by_name, "dtype")
+        options["dtype"] = getattr(torch, options["dtype"])
     report = measure_layers(LayerPlan(seed=seed, **options), status_lines())
     if as_json:
         print_json(dataclasses.asdict(report))
@@ -148,28 +203,18 @@ def _bench_layers(options: dict[str, Any], seed: int, plot: Path | None, as_json
             typer.echo(f"\nwrote {plot}")
 
 
-def _bench_servers(
-    model: str,
-    profiles: Path | None,
-    names: list[str],
-    rounds: int,
-    serve: str,
-    seed: int,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
-    from vllm_atomic_moe.files.checkpoint import resolve_model
+def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json: bool) -> None:
     from vllm_atomic_moe.measure.server_benchmark import measure_servers
-    from vllm_atomic_moe.measure.server_report import LoadPlan
+    from vllm_atomic_moe.measure.server_report import ServerPlan
 
-    directory = resolve_model(model)
+    plot = options.get("plot")
     report = measure_servers(
         directory,
-        profiles or directory / "atomic_profiles",
-        names=names,
-        rounds=rounds,
-        load=LoadPlan(seed=seed),
-        serve_arguments=shlex.split(serve),
+        options.get("profiles", directory / "atomic_profiles"),
+        names=options.get("profile", ()),
+        rounds=options.get("rounds", 1),
+        plan=ServerPlan(seed=seed),
+        serve_arguments=shlex.split(options.get("serve", "")),
         progress=status_lines(),
     )
     if as_json:
@@ -190,18 +235,22 @@ def _bench_servers(
 
 
 def _print_servers(report: Any) -> None:
-    """Two tables: what loading gives, then every phase."""
+    """Two tables, what loading gives, then every phase; and a line about switching."""
     rows = report.profiles
+    columns = "profile kept experts load ratio start peak loaded freed KV-cache gained"
     print_table(
-        ["profile", "kept", "experts", "load", "start", "anonymous", "KV-cache", "gained"],
+        columns.split(),
         [
             [
                 row.profile,
                 f"{row.kept:.1%}",
-                f"{row.resident_bytes / 2**20:.1f} MiB",
+                _mib(row.resident_bytes),
                 f"{row.load_s.median:.2f} s",
+                f"{row.load_ratio:.2f}",
                 f"{row.start_s.median:.1f} s",
-                f"{row.rest_bytes / 2**20:.0f} MiB",
+                _mib(row.peak_bytes),
+                _mib(row.rest_bytes),
+                "" if row.freed is None else f"{row.freed:.1%}",
                 "" if row.kv_tokens is None else f"{row.kv_tokens} tokens",
                 "" if row.kv_tokens_gained is None else f"{row.kv_tokens_gained:+d}",
             ]
@@ -227,12 +276,58 @@ def _print_servers(report: Any) -> None:
             for phase in [row.phases[index]]
         ],
     )
+    if report.switching is not None:
+        typer.echo(_switching_line(report.switching))
 
 
-def _named(name: str, choices: dict[str, Any], what: str) -> Any:
-    if name not in choices:
-        raise ValueError(f"{what} {name!r} is unknown; wanted one of {', '.join(choices)}")
-    return choices[name]
+def _switching_line(switching: Any) -> str:
+    parts = (
+        f"{name} {spread.median:.2f} ms (slowest {spread.highest:.2f})"
+        for name, spread in (
+            ("total", switching.total_ms),
+            ("commit", switching.commit_ms),
+            ("drain", switching.drain_ms),
+        )
+    )
+    return (
+        f"\nswitching between {len(switching.resident)} resident profiles, "
+        f"{_mib(switching.resident_bytes)}: {', '.join(parts)}"
+    )
+
+
+def _bench_calibration(directory: Path, options: dict[str, Any], seed: int, as_json: bool) -> None:
+    from vllm_atomic_moe.measure.calibration_benchmark import CalibrationPlan, measure_calibration
+
+    plan = CalibrationPlan(seed=seed, **options)
+    report = measure_calibration(directory, plan, status_lines())
+    if as_json:
+        print_json(report.to_json())
+        return
+    print_table(
+        ["way", "seconds", "lowest", "highest", "of two forwards", "statistics", "peak"],
+        [
+            [
+                row.way,
+                f"{row.seconds.median:.2f}",
+                f"{row.seconds.lowest:.2f}",
+                f"{row.seconds.highest:.2f}",
+                f"{row.ratio:.2f}",
+                _mib(row.state_bytes),
+                _mib(row.peak_bytes),
+            ]
+            for row in report.ways
+        ],
+    )
+
+
+def _shape(name: str, shapes: Mapping[str, Any]) -> Any:
+    if name not in shapes:
+        raise ValueError(f"shape {name!r} is unknown; wanted one of {', '.join(shapes)}")
+    return shapes[name]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -1,1 +1,1 @@
-"""What is measured: layers, servers, perplexity as served; and plots."""
+"""Benchmarks of layers, servers and calibration; perplexity as served; plots."""

@@ -1,8 +1,9 @@
 """Throughput, load time and memory of real servers: vLLM's own loader beside every profile.
 
-One server after another with the same flags, each driven by vLLM's load generator (`vllm bench
-serve`) over the same random prompts, so that its definitions of throughput, TTFT (time to first
+Starts one server after another with the same flags. vLLM's load generator (`vllm bench serve`)
+drives each over the same random prompts, so its definitions of throughput, TTFT (time to first
 token) and TPOT (time per output token) hold. Ratios are against the dense server of the same run.
+The last server holds all profiles and switches between them.
 """
 
 from __future__ import annotations
@@ -11,34 +12,44 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_atomic_moe.control.client import AdminClient
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
-from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoint
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
 from vllm_atomic_moe.measure.server_process import HOST, Server, failure_in, free_port, running
 from vllm_atomic_moe.measure.server_report import (
     Latency,
-    LoadPlan,
     Phase,
     PhaseRun,
+    ServerPlan,
     ServerReport,
     ServerRun,
+    Spread,
+    Switching,
     summarise,
 )
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 # What the benchmark itself says to the server; anything else may be in `serve_arguments`.
 OWN_FLAGS = ("--load-format", "--model-loader-extra-config", "--host", "--port", "--api-key")
-LOAD_SECONDS = re.compile(r"Loading weights took ([\d.]+) seconds")
+# The GPU worker says what a load took. The CPU worker does not: its load begins with one line and
+# ends before the first of several.
+LOADED_ON_GPU = re.compile(rb"Model loading took ([\d.]+) GiB memory and ([\d.]+) seconds")
+LOAD_BEGINS = re.compile(rb"Starting to load model ")
+LOAD_ENDS = re.compile(rb"Warming up model|Explicitly set \(|Auto set \(")
 EXPERT_BYTES = re.compile(r"Expert weights: .*\((\d+) bytes\) dense, .*\((\d+) bytes\) resident")
 KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 # Of the CPU worker, fixed or found; and of the GPU worker.
@@ -56,7 +67,7 @@ def measure_servers(
     *,
     names: Sequence[str] = (),
     rounds: int = 1,
-    load: LoadPlan | None = None,
+    plan: ServerPlan | None = None,
     serve_arguments: Sequence[str] = (),
     progress: Progress = lambda done, total, what: None,
 ) -> ServerReport:
@@ -67,7 +78,7 @@ def measure_servers(
         profiles: directory of profile files.
         names: profiles to measure; all, if there are none.
         rounds: how often all servers are started in turn.
-        load: what every server is asked.
+        plan: what every server is asked.
         serve_arguments: more flags for every `vllm serve`.
         progress: called before every step and at the end.
 
@@ -75,11 +86,12 @@ def measure_servers(
         ValueError: a profile or flag is refused before any server starts, or a server or the load
             generator failed; one line.
     """
-    plan = load or LoadPlan()
+    plan = plan or ServerPlan()
     _check_arguments(serve_arguments)
     info = describe_checkpoint(model)
     chosen = profiles_to_measure(ProfileStore(profiles), info, names)
-    steps = rounds * len(chosen) * (1 + plan.repeats * len(plan.phases))
+    pruned = [profile.name for profile in chosen if profile.name != DENSE]
+    steps = rounds * len(chosen) * (1 + plan.repeats * len(plan.phases)) + (len(pruned) > 1)
     runs: list[ServerRun] = []
     # Kept if a server fails: the error names its log.
     directory = Path(tempfile.mkdtemp(prefix="atomic-moe-bench-"))
@@ -92,6 +104,7 @@ def measure_servers(
     for number in range(rounds):
         for profile in chosen:
             runs.append(bench.run(profile.name, number, report))
+    switching = bench.switch(pruned, report) if len(pruned) > 1 else None
     progress(steps, steps, "")
     shutil.rmtree(directory)
     return ServerReport(
@@ -100,6 +113,7 @@ def measure_servers(
         plan=plan,
         profiles=summarise(chosen, runs, plan),
         runs=tuple(runs),
+        switching=switching,
     )
 
 
@@ -116,54 +130,88 @@ class _Bench:
 
     model: Path
     profiles: Path
-    plan: LoadPlan
+    plan: ServerPlan
     serve_arguments: tuple[str, ...]
     directory: Path
 
     def run(self, profile: str, number: int, report: Callable[[str], None]) -> ServerRun:
         """Start a server for `profile`, ask everything, end it."""
-        port = free_port()
-        log = self.directory / f"{number}-{profile}.log"
         report(f"{profile}: starting the server")
-        with running(
-            self._serve_command(profile, port),
-            port,
-            log,
-            _environment(),
-            timeout_s=self.plan.start_timeout_s,
-        ) as server:
-            rest = server.anonymous_bytes()
+        extra = {} if profile == DENSE else {"active": profile}
+        with self._server(f"{number}-{profile}", extra) as server:
             phases = []
             for phase in self.plan.phases:
                 for _ in range(self.plan.repeats):
                     report(f"{profile}: {phase.name}")
                     phases.append(self._load(server, phase))
-            said = log.read_text(errors="replace")
+            log, said = server.log, server.log.read_text(errors="replace")
+        load_s, peak, rest = _loading(server)
         expert_bytes = EXPERT_BYTES.search(said)
         if profile != DENSE and not expert_bytes:
             raise ValueError(f"the server for {profile} did not log its expert weights: {log}")
         return ServerRun(
             profile=profile,
             round=number,
-            load_s=sum(map(float, LOAD_SECONDS.findall(said)[:1])),
+            load_s=load_s,
             start_s=server.start_s,
             dense_bytes=int(expert_bytes[1]) if expert_bytes else None,
             resident_bytes=int(expert_bytes[2]) if expert_bytes else None,
-            peak_bytes=server.peak_bytes,
+            peak_bytes=peak,
             rest_bytes=rest,
             kv_tokens=_kv_tokens(said),
             kv_gib=_kv_gib(said),
             phases=tuple(phases),
         )
 
-    def _serve_command(self, profile: str, port: int) -> list[str]:
+    def switch(self, profiles: Sequence[str], report: Callable[[str], None]) -> Switching:
+        """Start a server that holds `profiles`, and switch to one after another."""
+        report(f"switching between {', '.join(profiles)}")
+        key = secrets.token_hex(16)
+        plugins = os.environ.get("VLLM_PLUGINS", "atomic_moe")
+        environment = {
+            "ATOMIC_MOE_ADMIN_KEY": key,
+            "VLLM_PLUGINS": f"{plugins},atomic_moe_admin",
+        }
+        extra = {"active": profiles[0], "resident": list(profiles)}
+        with (
+            self._server("switching", extra, **environment) as server,
+            AdminClient(server.url, key) as client,
+        ):
+            resident_bytes = client.status()["memory"]["resident_bytes"]
+            answers = [
+                client.activate(profiles[number % len(profiles)], "wait", timeout_s=60)
+                for number in range(1, self.plan.switches + 1)
+            ]
+        spreads = (
+            Spread.of([answer[part] for answer in answers])
+            for part in ("commit_ms", "drain_ms", "total_ms")
+        )
+        return Switching(tuple(profiles), resident_bytes, *spreads)
+
+    def _server(
+        self, name: str, extra: Mapping[str, Any], **environment: str
+    ) -> AbstractContextManager[Server]:
+        """A server with these options of our loader, or with vLLM's own loader if there are none;
+        the checkpoint is in the page cache.
+        """
+        for path in checkpoint_files(self.model):
+            with path.open("rb", buffering=0) as shard:
+                while shard.read(2**26):
+                    pass
+        port = free_port()
         command = [*VLLM, "serve", str(self.model), f"--host={HOST}", f"--port={port}"]
         # The prompts of a phase come again in its next repeat.
         command += ["--no-enable-prefix-caching", *self.serve_arguments]
-        if profile != DENSE:
-            extra = json.dumps({"profiles": str(self.profiles), "active": profile})
-            command += [f"--load-format={LOAD_FORMAT}", f"--model-loader-extra-config={extra}"]
-        return command
+        if extra:
+            options = json.dumps({"profiles": str(self.profiles), **extra})
+            command += [f"--load-format={LOAD_FORMAT}", f"--model-loader-extra-config={options}"]
+        return running(
+            command,
+            port,
+            self.directory / f"{name}.log",
+            _environment() | environment,
+            timeout_s=self.plan.start_timeout_s,
+        )
 
     def _load(self, server: Server, phase: Phase) -> PhaseRun:
         """Drive the server through one phase."""
@@ -206,6 +254,22 @@ class _Bench:
 def _environment() -> dict[str, str]:
     # The figures stand in vLLM's INFO lines, whatever this process itself logs.
     return {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1"}
+
+
+def _loading(server: Server) -> tuple[float, int, int]:
+    """Seconds of the whole load, peak host memory during it, and the model's memory after it."""
+    said, samples = server.log.read_bytes(), server.samples
+    sizes = [sample.log_bytes for sample in samples]
+    if on_gpu := LOADED_ON_GPU.search(said):
+        peak = max(sample.anonymous_bytes for sample in samples[: bisect(sizes, on_gpu.start())])
+        return float(on_gpu[2]), peak, int(float(on_gpu[1]) * 2**30)
+    begin = LOAD_BEGINS.search(said)
+    end = LOAD_ENDS.search(said, begin.end()) if begin else None
+    if not begin or not end:
+        raise ValueError(f"the server did not log when it loaded the model: {server.log}")
+    first, last = bisect(sizes, begin.start()), bisect(sizes, end.start())
+    memory = [sample.anonymous_bytes for sample in samples[first : max(last, first + 1)]]
+    return samples[last].seconds - samples[first].seconds, max(memory), memory[-1]
 
 
 def _kv_tokens(said: str) -> int | None:

@@ -18,13 +18,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
+SAMPLE_S = 0.025
 END_TIMEOUT_S = 30.0
 LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
 # What the API server says when its engine did not start; the cause stands further up.
 CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed")
+
+
+class Sample(NamedTuple):
+    """A server at one moment of its start.
+
+    Attributes:
+        seconds: on the monotonic clock.
+        log_bytes: size of its log; tells what it had printed by then.
+        anonymous_bytes: anonymous memory (RssAnon) of its largest process, which holds the weights.
+    """
+
+    seconds: float
+    log_bytes: int
+    anonymous_bytes: int
 
 
 @dataclass(slots=True)
@@ -36,23 +52,23 @@ class Server:
         log: file with what it printed.
         process: the process that was started; it leads its group.
         start_s: seconds from the start of the process to a healthy server.
-        peak_bytes: anonymous memory of its largest process, at most so far.
+        samples: one every 25 ms until it was healthy.
     """
 
     url: str
     log: Path
     process: subprocess.Popen[bytes]
     start_s: float = 0.0
-    peak_bytes: int = 0
+    samples: list[Sample] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def anonymous_bytes(self) -> int:
-        """Anonymous memory (RssAnon) of the group's largest process now: who holds the weights."""
-        return max(map(_anonymous_bytes, processes_of_group(self.process.pid)), default=0)
-
     def _watch(self) -> None:
-        while not self._stop.wait(POLL_S / 4):
-            self.peak_bytes = max(self.peak_bytes, self.anonymous_bytes())
+        while True:
+            # The log last: it may only be newer than the memory.
+            memory = max(map(_anonymous_bytes, processes_of_group(self.process.pid)), default=0)
+            self.samples.append(Sample(time.monotonic(), self.log.stat().st_size, memory))
+            if self._stop.wait(SAMPLE_S):
+                return
 
 
 def free_port() -> int:
@@ -74,7 +90,7 @@ def running(
 ) -> Iterator[Server]:
     """Start `command`, wait until it is healthy, end its process group on the way out.
 
-    Memory is watched until it is healthy: that is loading.
+    Samples are taken until it is healthy.
 
     Raises:
         ValueError: it ended or was not healthy in time; one line with the reason from its log.

@@ -1,4 +1,4 @@
-"""What the server benchmark asks and finds, and what is made of it: medians, spreads, ratios."""
+"""What the server benchmark asks, what it finds, and the medians, spreads and ratios of that."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ PHASES = (
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
+class ServerPlan:
     """What every server is asked.
 
     Attributes:
         phases: in this order.
         repeats: of every phase on one server.
         warmups: requests before every phase that are not counted.
+        switches: switches of profile on an idle server.
         seed: of the prompts.
         start_timeout_s: how long a server may take to become healthy.
     """
@@ -52,6 +53,7 @@ class LoadPlan:
     phases: tuple[Phase, ...] = PHASES
     repeats: int = 1
     warmups: int = 2
+    switches: int = 20
     seed: int = 0
     start_timeout_s: float = 1800.0
 
@@ -93,12 +95,14 @@ class ServerRun:
     Attributes:
         profile: what it served; `dense` is vLLM's default loader.
         round: 0, 1, …
-        load_s: reading and placing the weights, as the server logs it.
+        load_s: the whole load: building the model, reading the weights from the page cache, and
+            repacking them.
         start_s: from the start of the process to a healthy server.
         dense_bytes: of all routed experts; None for `dense`, whose loader does not say.
         resident_bytes: of the routed experts in memory; None as above.
-        peak_bytes: anonymous memory of the largest process until healthy, at most.
-        rest_bytes: the same when healthy, before the first request.
+        peak_bytes: peak anonymous memory of the largest process during the load.
+        rest_bytes: the same memory after the load, before the KV cache; on a GPU the model's
+            memory there, as vLLM logs it.
         kv_tokens: tokens for which the KV cache has room.
         kv_gib: memory of the KV cache.
         phases: what was measured, in order.
@@ -129,6 +133,25 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Switching:
+    """Switches between resident profiles of one idle server.
+
+    Attributes:
+        resident: names of the profiles.
+        resident_bytes: memory of the atoms that any of them keeps.
+        commit_ms: computing with the other profile.
+        drain_ms: waiting for running requests; here there are none.
+        total_ms: the whole switch.
+    """
+
+    resident: tuple[str, ...]
+    resident_bytes: int
+    commit_ms: Spread
+    drain_ms: Spread
+    total_ms: Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +186,11 @@ class ProfileSummary:
             nothing is kept.
         resident_bytes: of routed experts.
         load_s, start_s: see `ServerRun`.
-        load_ratio: median of load_s over that of dense; None where that is too short for the log.
-        peak_bytes, rest_bytes: see `ServerRun`, at most and the median.
+        load_ratio: median of load_s over that of dense.
+        peak_bytes, rest_bytes: see `ServerRun`; the highest and the median.
+        freed: bytes by which rest_bytes is below that of dense, over the pruned bytes; None if
+            nothing is pruned. Several ranks free memory in several processes, of which this sees
+            the largest.
         kv_tokens, kv_gib: see `ServerRun`, of the first server.
         kv_tokens_gained: over dense.
         phases: in the plan's order.
@@ -176,9 +202,10 @@ class ProfileSummary:
     resident_bytes: int
     load_s: Spread
     start_s: Spread
-    load_ratio: float | None
+    load_ratio: float
     peak_bytes: int
     rest_bytes: int
+    freed: float | None
     kv_tokens: int | None
     kv_gib: float | None
     kv_tokens_gained: int | None
@@ -195,13 +222,15 @@ class ServerReport:
         plan: what every server was asked.
         profiles: summaries, dense first.
         runs: every server, in order.
+        switching: between the measured profiles; None if there is only one.
     """
 
     model: str
     serve_arguments: tuple[str, ...]
-    plan: LoadPlan
+    plan: ServerPlan
     profiles: tuple[ProfileSummary, ...]
     runs: tuple[ServerRun, ...]
+    switching: Switching | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -209,7 +238,7 @@ class ServerReport:
 
 
 def summarise(
-    chosen: Sequence[PruningProfile], runs: Sequence[ServerRun], plan: LoadPlan
+    chosen: Sequence[PruningProfile], runs: Sequence[ServerRun], plan: ServerPlan
 ) -> tuple[ProfileSummary, ...]:
     """One summary per profile, dense first."""
     dense_bytes = next((run.dense_bytes for run in runs if run.dense_bytes is not None), 0)
@@ -218,6 +247,7 @@ def summarise(
     }
     dense = by_profile[DENSE]
     dense_load_s = statistics.median(run.load_s for run in dense)
+    dense_rest = int(statistics.median(run.rest_bytes for run in dense))
     rows = []
     for profile in chosen:
         own = by_profile[profile.name]
@@ -226,6 +256,8 @@ def summarise(
         if own[0].kv_tokens is not None and dense[0].kv_tokens is not None:
             gained = own[0].kv_tokens - dense[0].kv_tokens
         resident = own[0].resident_bytes
+        rest = int(statistics.median(run.rest_bytes for run in own))
+        pruned = (1 - profile.kept) * dense_bytes
         rows.append(
             ProfileSummary(
                 profile=profile.name,
@@ -234,9 +266,10 @@ def summarise(
                 resident_bytes=dense_bytes if resident is None else resident,
                 load_s=load_s,
                 start_s=Spread.of([run.start_s for run in own]),
-                load_ratio=load_s.median / dense_load_s if dense_load_s else None,
+                load_ratio=load_s.median / dense_load_s,
                 peak_bytes=max(run.peak_bytes for run in own),
-                rest_bytes=int(statistics.median(run.rest_bytes for run in own)),
+                rest_bytes=rest,
+                freed=(dense_rest - rest) / pruned if pruned else None,
                 kv_tokens=own[0].kv_tokens,
                 kv_gib=own[0].kv_gib,
                 kv_tokens_gained=gained,

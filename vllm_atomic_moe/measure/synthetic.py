@@ -1,21 +1,15 @@
-"""A random checkpoint of some gigabytes, nearly all of it experts, to measure loading and serving.
+"""A random checkpoint, nearly all of it experts, to measure loading, serving and calibration.
 
-    .venv/bin/python -m tests.synthetic DIRECTORY [--layers 8] [--experts 64] …
-
-writes a bf16 Qwen3-MoE with the demo's tokenizer, one shard per layer and never more than one
-tensor in memory beside the shard, and in DIRECTORY/atomic_profiles the profiles `quarter` and
-`half`, named after what they prune. Widths spread as pruning spreads them: by expert, normally
-around the mean with a fifth of it as the standard deviation.
+It is a bf16 Qwen3-MoE with profiles of ragged widths. Its text means nothing; its sizes, and so the
+time and memory that it takes, are those of a real model.
 
 Legend: E experts, H hidden size, I full intermediate size.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,21 +19,22 @@ from safetensors.torch import save_file
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 
-TOKENIZER = Path(__file__).parents[1] / "deploy/demo/model"
-RATIOS = {"quarter": 0.25, "half": 0.5}
+RATIOS = {"pruned-25": 0.25, "pruned-50": 0.5}
+# Standard deviation of an expert's width, as a fraction of the mean width.
 SPREAD = 0.2
-VOCABULARY = 4096  # of the demo's tokenizer
+VOCABULARY = 4096
+HEAD_SIZE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of the model. The defaults make 4.5 GiB of experts."""
+    """Sizes of the model. The defaults make 1.1 GiB of experts, 97 % of the weights."""
 
-    layers: int = 8
-    experts: int = 64
-    experts_per_token: int = 8
-    hidden: int = 2048
-    intermediate: int = 768
+    layers: int = 6
+    experts: int = 32
+    experts_per_token: int = 4
+    hidden: int = 1024
+    intermediate: int = 1024
 
     @property
     def shard_bytes(self) -> int:
@@ -53,20 +48,27 @@ class Sizes:
 
 
 def make_checkpoint(
-    directory: Path, sizes: Sizes | None = None, ratios: dict[str, float] | None = None
+    directory: Path, sizes: Sizes | None = None, ratios: Mapping[str, float] = RATIOS
 ) -> CheckpointInfo:
-    """Write the checkpoint and its profiles, each pruned by its ratio."""
+    """Write a checkpoint, one shard per layer, and its `atomic_profiles/`.
+
+    Args:
+        directory: where to write it; made if it is not there.
+        sizes: of the model.
+        ratios: name of each profile -> fraction of the atoms that it prunes.
+    """
     import transformers
 
     sizes = sizes or Sizes()
+    heads = sizes.hidden // HEAD_SIZE
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.hidden // 128,
-        num_key_value_heads=2,
-        head_dim=128,
+        num_attention_heads=heads,
+        num_key_value_heads=min(2, heads),
+        head_dim=HEAD_SIZE,
         num_experts=sizes.experts,
         num_experts_per_tok=sizes.experts_per_token,
         norm_topk_prob=True,
@@ -82,13 +84,29 @@ def make_checkpoint(
     with torch.device("meta"):
         state = transformers.AutoModelForCausalLM.from_config(config).state_dict()
     config.save_pretrained(directory)
-    for path in TOKENIZER.glob("tokenizer*.json"):
-        shutil.copy(path, directory)
+    _write_tokenizer(directory)
     _write_shards(directory, {name: meta.shape for name, meta in state.items()}, sizes)
     info = describe_checkpoint(directory)
-    for name, ratio in (RATIOS if ratios is None else ratios).items():
-        write_profile(info, name, ratio, directory / "atomic_profiles")
+    for name, ratio in ratios.items():
+        _write_profile(info, name, ratio, directory / "atomic_profiles")
     return info
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """One word per token, so that any sequence of tokens survives being text."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    end, unknown = "<end>", "<unknown>"
+    words = [end, unknown, *(f"w{number}" for number in range(2, VOCABULARY))]
+    ids = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=unknown))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=unknown
+    ).save_pretrained(directory)
 
 
 def _write_shards(directory: Path, shapes: dict[str, torch.Size], sizes: Sizes) -> None:
@@ -102,7 +120,9 @@ def _write_shards(directory: Path, shapes: dict[str, torch.Size], sizes: Sizes) 
         tensors = {name: _draw(shape) for name, shape in stored.items()}
         save_file(tensors, directory / shard, metadata={"format": "pt"})
     weight_map = {name: shard for shard, stored in shards.items() for name in stored}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    total = sum((directory / shard).stat().st_size for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _as_stored(name: str, shape: torch.Size, sizes: Sizes) -> dict[str, torch.Size]:
@@ -126,8 +146,12 @@ def _draw(shape: torch.Size) -> torch.Tensor:
     return torch.empty(shape).normal_(std=shape[1] ** -0.5).bfloat16()
 
 
-def write_profile(model: CheckpointInfo, name: str, ratio: float, directory: Path) -> None:
-    """Write a profile that prunes about `ratio` of the atoms; a lower ratio's holds a higher's."""
+def _write_profile(model: CheckpointInfo, name: str, ratio: float, directory: Path) -> None:
+    """Write a profile that prunes about `ratio` of the atoms.
+
+    Widths spread as pruning spreads them: normally, by expert. A lower ratio's atoms include a
+    higher ratio's.
+    """
     generator = torch.Generator().manual_seed(0)
     share = 1 - ratio
     keep = {}
@@ -140,24 +164,5 @@ def write_profile(model: CheckpointInfo, name: str, ratio: float, directory: Pat
         rank_EI = torch.rand(model.num_experts, model.intermediate_size, generator=generator)
         order_EI = rank_EI.argsort(dim=1).argsort(dim=1)
         keep[layer] = order_EI < (width_E1 * model.intermediate_size).round()
-    metadata = {"model": json.dumps(model.identity()), "method": "synthetic", "ratio": str(ratio)}
+    metadata = {"model": json.dumps(model.identity()), "method": "random", "ratio": str(ratio)}
     PruningProfile(name, keep, metadata=metadata).write(directory / f"{name}.safetensors")
-
-
-def main() -> None:
-    """Write the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    for field in dataclasses.fields(Sizes):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, dest=field.name, type=int, default=field.default)
-    arguments = vars(parser.parse_args())
-    directory = arguments.pop("directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    sizes = Sizes(**arguments)
-    make_checkpoint(directory, sizes)
-    print(f"{directory}: {sizes.expert_bytes / 2**30:.2f} GiB of experts")
-
-
-if __name__ == "__main__":
-    main()
