@@ -103,8 +103,8 @@ def mask_transformers_router(router: torch.nn.Module, routable_E: torch.Tensor) 
         logits, weights, _ = output
         scores = logits.masked_fill(~routable_E, float("-inf")).softmax(dim=-1)
         top, chosen = scores.topk(weights.shape[-1])
-        renormalise = getattr(module, "norm_topk_prob", True)  # Mixtral always does
-        return logits, top / top.sum(dim=-1, keepdim=True) if renormalise else top, chosen
+        renormalize = getattr(module, "norm_topk_prob", True)  # Mixtral always does
+        return logits, top / top.sum(dim=-1, keepdim=True) if renormalize else top, chosen
 
     router.register_forward_hook(choose_again)
 

@@ -308,7 +308,7 @@ def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
 
 def test_quantised_experts_are_refused(model, no_weights_read):
     with (
-        pytest.raises(ValueError, match=r"quantised experts \(\w+\)"),
+        pytest.raises(ValueError, match=r"quantized experts \(\w+\)"),
         engine(
             model,
             load_format="atomic-pruned",

@@ -347,7 +347,7 @@ def test_seeds_out_of_range_are_refused(seed, tiny, text_file):
 def test_quantised_checkpoints_are_refused(tmp_path):
     make_model("olmoe", tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ValueError, match=r"quantised checkpoint \(fp8\)"):
+    with pytest.raises(ValueError, match=r"quantized checkpoint \(fp8\)"):
         check_config(tmp_path, 32)
 
 

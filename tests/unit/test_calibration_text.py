@@ -169,7 +169,7 @@ def test_documents_need_an_eos_to_join_them(tmp_path):
         ('{"text": "ok"}\n{"body": "x"}\n', "line 2 has no string field `text`"),
         ('{"text": 3}\n', "line 1 has no string field `text`"),
         ('["text"]\n', "line 1 has no string field `text`"),
-        ('{"text": "ok"}\nnope\n', "line 2 is no JSON"),
+        ('{"text": "ok"}\nnope\n', "line 2 is not JSON"),
     ],
 )
 def test_broken_jsonl_is_refused(content, message, tmp_path):

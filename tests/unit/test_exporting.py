@@ -378,7 +378,7 @@ def test_places_that_are_refused(model, tmp_path):
     (tmp_path / "file").touch()
     refused(model, tmp_path / "file", "is a file; name a directory")
     shutil.copytree(model.path, tmp_path / "other")
-    refused(model, tmp_path / "other", "holds something that is no finished export; remove it")
+    refused(model, tmp_path / "other", "holds something that is not a finished export; remove it")
     (tmp_path / "empty").mkdir()
     output = model.export(tmp_path / "empty")
     refused(model, output, "export of another model or profile, 'wide'; wanted 'narrow'", "narrow")
@@ -420,7 +420,7 @@ E0 = "model.layers.1.mlp.experts.0"
         (lambda t: t | {f"{E0}.up_proj.bias": torch.zeros(64)}, "0.up_proj.bias is not the plain"),
         (
             lambda t: t | {f"{E0}.up_proj.weight_scale": torch.zeros(1)},
-            "up_proj.weight_scale is not the plain weight of one expert's projection; quantised",
+            "up_proj.weight_scale is not the plain weight of one expert's projection; quantized",
         ),
         (
             lambda t: {n: x.to(torch.float8_e4m3fn) if "experts" in n else x for n, x in t.items()},

@@ -247,8 +247,8 @@ def test_dropping_after_top_k_leaves_the_router_alone(tmp_path):
         ({"version": True, "pruned_experts": []}, "`version` is True"),
         ({"version": 2, "pruned_experts": []}, "`routing_mode` is missing"),
         (
-            {"version": 2, "routing_mode": "renormalise", "pruned_experts": []},
-            "`routing_mode` is 'renormalise', version 2 wants pre_topk_mask or post_topk_drop",
+            {"version": 2, "routing_mode": "renormalize", "pruned_experts": []},
+            "`routing_mode` is 'renormalize', version 2 wants pre_topk_mask or post_topk_drop",
         ),
         (
             {"version": 1, "routing_mode": "post_topk_drop", "pruned_experts": []},

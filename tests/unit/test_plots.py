@@ -38,10 +38,10 @@ def profile(name="p", layers=4, experts=16, size=32, seed=0, first=0, excluded=0
     return PruningProfile(name, keep, routable)
 
 
-def share(path, colour):
-    """Fraction of the picture's pixels that have this colour."""
+def share(path, color):
+    """Fraction of the picture's pixels that have this color."""
     pixels = torch.from_numpy(imread(path).copy())[..., :3]
-    return float(((pixels - torch.tensor(colour)).abs() < 0.01).all(dim=-1).float().mean())
+    return float(((pixels - torch.tensor(color)).abs() < 0.01).all(dim=-1).float().mean())
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 9])
@@ -61,7 +61,7 @@ def test_shapes(layers, experts, tmp_path):
     assert max(imread(tmp_path / "plot.png").shape) < 4000
 
 
-def test_zero_width_and_not_routable_have_colours_of_their_own(tmp_path):
+def test_zero_width_and_not_routable_have_colors_of_their_own(tmp_path):
     paths = [tmp_path / f"{name}.png" for name in ("plain", "zero", "excluded")]
     plain, excluded = profile(experts=128, layers=48), profile(experts=128, layers=48, excluded=64)
     zero = PruningProfile("p", excluded.keep)
@@ -163,19 +163,19 @@ def test_perplexity_plots(rows, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
 
 
-def test_methods_keep_their_colours_from_picture_to_picture(tmp_path):
-    """Colours go by name, not by rank: the line that ends on top is another, its colour too."""
+def test_methods_keep_their_colors_from_picture_to_picture(tmp_path):
+    """Colors go by name, not by rank: the line that ends on top is another, its color too."""
     top = {}
     for first, alpha, beta in (("beta", 20, 30), ("alpha", 30, 20)):
         rows = points("alpha", (0.8, 16), (0.5, alpha)) + points("beta", (0.8, 16), (0.5, beta))
         plot_perplexity(points("dense", (1, 15)) + rows, tmp_path / "plot.png")
         upper = torch.from_numpy(imread(tmp_path / "plot.png").copy())[:200, :, :3]
         shown = [
-            colour
-            for colour, _ in LINES
-            if ((upper - torch.tensor(to_rgb(colour))).abs() < 0.01).all(dim=-1).any()
+            color
+            for color, _ in LINES
+            if ((upper - torch.tensor(to_rgb(color))).abs() < 0.01).all(dim=-1).any()
         ]
-        top[first] = [colour for colour in shown if colour != "#000000"]
+        top[first] = [color for color in shown if color != "#000000"]
     assert top == {"alpha": [LINES[0][0]], "beta": [LINES[1][0]]}
 
 

@@ -192,7 +192,7 @@ def test_hostile_metadata_is_refused(tmp_path, metadata, words):
 def test_hostile_model_metadata_is_refused(tmp_path, model):
     path = raw_file(tmp_path / "x.safetensors", metadata={**HEADER, "model": model})
     line = refusal(lambda: PruningProfile.read(path).check(MODEL))
-    assert "metadata `model` is no JSON object" in line
+    assert "metadata `model` is not a JSON object" in line
 
 
 @REUSE

@@ -110,7 +110,7 @@ def test_refusals(directory, tmp_path):
     assert "zzz.safetensors: not a complete safetensors file" in refused("show", directory)
     metadata = {"model": "[1]"}
     PruningProfile("odd", {0: atoms(1)}, metadata=metadata).write(directory / "zzz.safetensors")
-    assert "metadata `model` is no JSON object" in refused("show", directory)
+    assert "metadata `model` is not a JSON object" in refused("show", directory)
 
 
 @pytest.mark.parametrize("command", [("show", "nothing"), ("eval", "model", "--data", "t.txt")])

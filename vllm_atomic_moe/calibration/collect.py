@@ -184,7 +184,7 @@ def check_config(directory: Path, seq_len: int) -> None:
     """Refuse, before weights are read, what config.json already rules out.
 
     Raises:
-        ValueError: `seq_len` exceeds the model's context, or the checkpoint is quantised.
+        ValueError: `seq_len` exceeds the model's context, or the checkpoint is quantized.
     """
     config = read_config(directory)
     context = config.get("max_position_embeddings")
@@ -196,7 +196,7 @@ def check_config(directory: Path, seq_len: int) -> None:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
-            f"{directory}: quantised checkpoint ({method}), calibration needs a gradient through "
+            f"{directory}: quantized checkpoint ({method}), calibration needs a gradient through "
             "plain weights; calibrate the original checkpoint"
         )
 

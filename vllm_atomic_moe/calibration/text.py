@@ -252,7 +252,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number} is no JSON ({error})") from None
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f"{path}: line {number} has no string field `text`")

@@ -56,7 +56,7 @@ def write_profile(profile: Any, output: Path, as_json: bool, **more: Any) -> Non
     path = output / f"{profile.name}.safetensors"
     check_output(path)
     profile.write(path)
-    widths = summarise_widths(width for layer in profile.keep for width in profile.widths(layer))
+    widths = summarize_widths(width for layer in profile.keep for width in profile.widths(layer))
     excluded = sum(int((~routable).sum()) for routable in profile.routable.values())
     if as_json:
         print_json(
@@ -79,7 +79,7 @@ def write_profile(profile: Any, output: Path, as_json: bool, **more: Any) -> Non
     typer.echo(f"wrote {path}")
 
 
-def summarise_widths(widths: Iterable[Any]) -> dict[str, float]:
+def summarize_widths(widths: Iterable[Any]) -> dict[str, float]:
     """Smallest, median and largest of `widths`, and how many are zero."""
     ordered = sorted(int(width) for width in widths)
     median = statistics.median(ordered)

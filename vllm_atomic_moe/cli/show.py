@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
-from vllm_atomic_moe.cli.profiles import profile_files, summarise_widths
+from vllm_atomic_moe.cli.profiles import profile_files, summarize_widths
 from vllm_atomic_moe.files.layouts import atom_bytes
 
 # A profile does not know the dtype it will be served in; most models are served in 16 bits.
@@ -81,7 +81,7 @@ def _describe_layers(profile: Any, layers: list[int], hidden_size: int | None) -
     )
     return {
         "experts": experts,
-        "widths": summarise_widths(width for layer in layers for width in profile.widths(layer)),
+        "widths": summarize_widths(width for layer in layers for width in profile.widths(layer)),
         "routable_experts": experts - excluded,
         "atoms": atoms,
         "kept_atoms": kept,

@@ -98,7 +98,7 @@ async def _answer(handle: Callable[[Request], Awaitable[Response]], request: Req
         error = refusal
     except RequestValidationError as invalid:
         error = _bad_request(invalid)
-    except HTTPException as unreadable:  # FastAPI's word for a body that is no text
+    except HTTPException as unreadable:  # FastAPI's word for a body that is not text
         error = SwitchError(400, "BadRequestError", f"body: {unreadable.detail}")
     except Exception as unexpected:
         logger.exception("Admin endpoint: %s %s failed", request.method, request.url.path)

@@ -25,7 +25,7 @@ class AdminClient:
         key: the admin key, or None.
 
     Raises:
-        ValueError: the URL is no HTTP URL.
+        ValueError: the URL is not an HTTP URL.
     """
 
     def __init__(self, url: str, key: str | None) -> None:

@@ -62,7 +62,7 @@ def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[Non
 
 
 class DenseExperts:
-    """vLLM's own unquantised experts for CPUs, one layer's weights in its own order.
+    """vLLM's own unquantized experts for CPUs, one layer's weights in its own order.
 
     Reason: what the benchmark compares with. The layer around it needs a whole model's
     configuration; the ops below are what that layer calls. Imported here only, so that serving

@@ -158,7 +158,7 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
 
     Args:
         layer: the layer under construction, its configuration set.
-        quant_method: what the model's quantisation answers for this layer, or None.
+        quant_method: what the model's quantization answers for this layer, or None.
 
     Raises:
         ValueError: one line naming the property.
@@ -168,7 +168,7 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
     refused: tuple[tuple[bool, str], ...] = (
         (
             not isinstance(quant_method, UnquantizedFusedMoEMethod | None),
-            f"quantised experts ({type(quant_method).__name__})",
+            f"quantized experts ({type(quant_method).__name__})",
         ),
         (config.has_bias, "expert biases"),
         (
@@ -197,7 +197,7 @@ def check_router(
 
     Args:
         layer: the packed experts, built, their weights not read.
-        runner: what calls the router for them; None if it is no `MoERunner`.
+        runner: what calls the router for them; None if it is not a `MoERunner`.
         masks: name -> bool [E] of the resident profiles that mask routing.
 
     Raises:

@@ -1,12 +1,12 @@
 """The routing mask: experts that a profile excludes are never chosen.
 
 Ahead of the model's own router, the logits of excluded experts become -inf and their correction
-bias -1e9; what the router then does with the others (softmax, renormalisation, groups, scaling)
+bias -1e9; what the router then does with the others (softmax, renormalization, groups, scaling)
 is left alone. Both come from buffers, rewritten in place: a switch of profiles changes neither the
 tensors' addresses nor any Python state that compiled code or a CUDA graph has seen.
 
 The hook sits on each router instance, and only where a resident profile masks routing. It is tested
-with vLLM's CPU router (softmax with and without renormalisation; sigmoid with correction bias and
+with vLLM's CPU router (softmax with and without renormalization; sigmoid with correction bias and
 groups), eager and compiled. The CUDA routers are NOT VERIFIED: their code was read, never run with
 a mask. Top-k softmax and sigmoid give -inf the score zero and add the bias in float32; fused
 grouped top-k skips logits that are not finite and adds up the two best of a group, which stays

@@ -49,7 +49,7 @@ CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 
 @dataclass(frozen=True, slots=True)
 class ExpertGroups:
-    """A router that first chooses groups of neighbouring experts, then experts inside them.
+    """A router that first chooses groups of neighboring experts, then experts inside them.
 
     Attributes:
         number: groups; each holds E / number experts.

@@ -145,7 +145,7 @@ class PruningProfile:
             model = None
         if not isinstance(model, dict):
             raise ValueError(
-                f"profile {self.name!r}: metadata `model` is no JSON object; "
+                f"profile {self.name!r}: metadata `model` is not a JSON object; "
                 "remove it or make the profile again"
             )
         return model

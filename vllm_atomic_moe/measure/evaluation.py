@@ -137,7 +137,7 @@ def evaluate(
         options: dict[str, Any] = {} if profile.name == DENSE else _load_options(store, profile)
         scores, itemsize = _score(directory, text, dtype=dtype, max_model_len=length + 1, **options)
         kept_bytes = profile.kept_atoms * 3 * checkpoint.hidden_size * itemsize
-        rows.append(_summarise(profile, kept_bytes, scores))
+        rows.append(_summarize(profile, kept_bytes, scores))
     on_progress(len(rows), len(chosen), "")
     return rows
 
@@ -192,7 +192,7 @@ def _settings(profile: PruningProfile) -> str:
     return json.dumps(told, sort_keys=True)
 
 
-def _summarise(
+def _summarize(
     profile: PruningProfile, kept_bytes: int, scores: Mapping[str, Sequence[float]]
 ) -> Row:
     sums = {domain: (math.fsum(values), len(values)) for domain, values in scores.items()}

@@ -21,17 +21,17 @@ from vllm_atomic_moe.files.profiles import DENSE, PruningProfile
 from vllm_atomic_moe.files.tensors import replaced_file
 
 # Both keep nothing, and neither is a shade of the scale, whose lowest is a dark purple: chosen as
-# far from all of its colours and from each other as can be, for colour-blind eyes too.
+# far from all of its colors and from each other as can be, for color-blind eyes too.
 ZERO_WIDTH = (1.0, 1.0, 1.0)
 NOT_ROUTABLE = (0.84, 0.15, 0.16)
 COLOUR_MAP = "viridis"
 # Profiles -> columns of the grid (panels are wide, so rows come cheap); beyond, rows of four.
 COLUMNS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
 PANEL_WIDTH = {1: 9.0, 2: 6.5, 3: 5.0, 4: 4.2}
-# Inches of a cell below which a cross only blurs its colour.
+# Inches of a cell below which a cross only blurs its color.
 CROSSED_CELL = 0.04
 DPI = 150
-# Colour-blind safe (Okabe and Ito), and markers for print without colour.
+# Color-blind safe (Okabe and Ito), and markers for print without color.
 LINES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -156,14 +156,14 @@ def _draw_widths(panel: Any, profile: PruningProfile, scale: Any, inches: float)
 
     layers = list(profile.keep)
     widths_LE = numpy.stack([profile.widths(layer).numpy() for layer in layers])
-    colours = scale.to_rgba(widths_LE)[..., :3]
-    colours[widths_LE == 0] = ZERO_WIDTH
+    colors = scale.to_rgba(widths_LE)[..., :3]
+    colors[widths_LE == 0] = ZERO_WIDTH
     excluded_LE = numpy.zeros(widths_LE.shape, dtype=bool)
     for row, layer in enumerate(layers):
         if layer in profile.routable:
             excluded_LE[row] = ~profile.routable[layer].numpy()
-    colours[excluded_LE] = NOT_ROUTABLE
-    panel.imshow(colours, aspect="auto", interpolation="nearest")
+    colors[excluded_LE] = NOT_ROUTABLE
+    panel.imshow(colors, aspect="auto", interpolation="nearest")
     _cross_out(panel, excluded_LE, inches)
     experts = widths_LE.shape[1]
     panel.set_title(f"{_shorten(profile.name, inches)}\n{profile.kept:.1%} of atoms kept", size=10)
@@ -192,7 +192,7 @@ def _cross_out(panel: Any, cells_LE: Any, inches: float) -> None:
 
 
 def _separate_cells(panel: Any, layers: int, experts: int) -> None:
-    """Thin lines between cells that are few, so that neighbours of one width can be counted."""
+    """Thin lines between cells that are few, so that neighbors of one width can be counted."""
     panel.set_xticks([column - 0.5 for column in range(1, experts)], minor=True)
     panel.set_yticks([row - 0.5 for row in range(1, layers)], minor=True)
     panel.grid(which="minor", color="0.6", linewidth=0.4)
@@ -283,7 +283,7 @@ def _draw_method(
     index: int,
     dense: float | None,
 ) -> None:
-    colour, marker = LINES[index % len(LINES)]
+    color, marker = LINES[index % len(LINES)]
     kept = [100 * statistics.fmean(point.kept for point in group) for group in groups]
     middle = [_median(group) for group in groups]
     lowest = [min(point.perplexity for point in group) for group in groups]
@@ -292,7 +292,7 @@ def _draw_method(
     panel.plot(
         [x for x, _ in start] + kept,
         [y for _, y in start] + middle,
-        color=colour,
+        color=color,
         linewidth=1.6,
         linestyle="-" if index < len(LINES) else ":",
         marker=marker,
@@ -304,14 +304,14 @@ def _draw_method(
     if lowest != highest:
         edge = [y for _, y in start]
         panel.fill_between(
-            [x for x, _ in start] + kept, edge + lowest, edge + highest, color=colour, alpha=0.15
+            [x for x, _ in start] + kept, edge + lowest, edge + highest, color=color, alpha=0.15
         )
         seeds = [point for group in groups if len(group) > 1 for point in group]
         panel.scatter(
             [100 * point.kept for point in seeds],
             [point.perplexity for point in seeds],
             s=12,
-            color=colour,
+            color=color,
             marker=marker,
             alpha=0.6,
             linewidths=0,
@@ -359,19 +359,19 @@ def plot_layers(points: Sequence[LayerPoint], path: Path) -> None:
         for index, pruned in enumerate(sorted({point.pruned for point in points})):
             line = [p for p in points if (p.shape, p.pruned) == (shape, pruned)]
             line.sort(key=lambda point: point.tokens)
-            colour, marker = LINES[index % len(LINES)]
+            color, marker = LINES[index % len(LINES)]
             at = [tokens.index(point.tokens) for point in line]
             panel.plot(
                 at,
                 [point.ratio for point in line],
-                color=colour,
+                color=color,
                 marker=marker,
                 markersize=5,
                 linewidth=1.5,
                 label=f"{pruned:.0%} pruned",
             )
             low, high = [p.low for p in line], [p.high for p in line]
-            panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
         panel.set_title(shape, size=10)
         panel.set_xticks(range(len(tokens)), [str(count) for count in tokens])
         panel.set_xlabel("tokens")
@@ -410,12 +410,12 @@ def plot_servers(points: Sequence[ServerPoint], path: Path) -> None:
         label="1 / kept",
     )
     for index, phase in enumerate(dict.fromkeys(point.phase for point in points)):
-        colour, marker = LINES[index % len(LINES)]
+        color, marker = LINES[index % len(LINES)]
         line = sorted((p for p in points if p.phase == phase), key=lambda point: -point.kept)
         panel.plot(
             [100 * point.kept for point in line],
             [point.ratio for point in line],
-            color=colour,
+            color=color,
             marker=marker,
             linewidth=1.6,
             label=phase,

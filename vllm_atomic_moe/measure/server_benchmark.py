@@ -39,7 +39,7 @@ from vllm_atomic_moe.measure.server_report import (
     ServerRun,
     Spread,
     Switching,
-    summarise,
+    summarize,
 )
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -111,7 +111,7 @@ def measure_servers(
         model=str(model),
         serve_arguments=tuple(serve_arguments),
         plan=plan,
-        profiles=summarise(chosen, runs, plan),
+        profiles=summarize(chosen, runs, plan),
         runs=tuple(runs),
         switching=switching,
     )

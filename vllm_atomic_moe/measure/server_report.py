@@ -237,7 +237,7 @@ class ServerReport:
         return dataclasses.asdict(self)
 
 
-def summarise(
+def summarize(
     chosen: Sequence[PruningProfile], runs: Sequence[ServerRun], plan: ServerPlan
 ) -> tuple[ProfileSummary, ...]:
     """One summary per profile, dense first."""
@@ -273,13 +273,13 @@ def summarise(
                 kv_tokens=own[0].kv_tokens,
                 kv_gib=own[0].kv_gib,
                 kv_tokens_gained=gained,
-                phases=tuple(_summarise_phase(phase.name, own, dense) for phase in plan.phases),
+                phases=tuple(_summarize_phase(phase.name, own, dense) for phase in plan.phases),
             )
         )
     return tuple(rows)
 
 
-def _summarise_phase(
+def _summarize_phase(
     name: str, own: Sequence[ServerRun], dense: Sequence[ServerRun]
 ) -> PhaseSummary:
     found = [phase for run in own for phase in run.phases if phase.phase == name]

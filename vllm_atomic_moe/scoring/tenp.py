@@ -19,7 +19,7 @@ from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 
 
 def score_tenp(sums: LayerSums, layer: int) -> LayerScores:
-    """Expert: Σ_t p_t‖y_t‖(1 − cos(x_t, y_t)), L2-normalised per domain and summed over domains.
+    """Expert: Σ_t p_t‖y_t‖(1 − cos(x_t, y_t)), L2-normalized per domain and summed over domains.
     Atom: mean_t h_tk⟨w_k, y_t⟩/‖y_t‖ over the routed tokens of all domains, signed.
 
     An expert without tokens scores zero here; `score_layers` protects it.

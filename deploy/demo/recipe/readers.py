@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-STRING_VECTOR = b"\0\0\0\x10"  # type tag of a character vector in R's XDR serialisation
+STRING_VECTOR = b"\0\0\0\x10"  # type tag of a character vector in R's XDR serialization
 STRING_TAG = 9  # type of one string in it; its length is -1 for a missing value
 SHORTEST_BOOK_LINES = 1000
 BSD_LICENCE = "Redistribution and use in source and binary"
@@ -39,19 +39,19 @@ def debian_files(package: Path) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{package}: dpkg-deb ended with status {process.returncode}, expected 0")
 
 
-def read_string_vector(serialised: bytes) -> list[str]:
+def read_string_vector(serialized: bytes) -> list[str]:
     """The strings of the first character vector in an R object; empty if there is none."""
-    start = serialised.find(STRING_VECTOR)
+    start = serialized.find(STRING_VECTOR)
     if start < 0:
         return []
-    (count,) = struct.unpack_from(">I", serialised, start + 4)
+    (count,) = struct.unpack_from(">I", serialized, start + 4)
     position, strings = start + 8, []
     for _ in range(count):
-        flags, length = struct.unpack_from(">Ii", serialised, position)
+        flags, length = struct.unpack_from(">Ii", serialized, position)
         position += 8
         if flags & 255 != STRING_TAG:
             return []
-        strings.append(serialised[position : position + max(length, 0)].decode("utf-8", "replace"))
+        strings.append(serialized[position : position + max(length, 0)].decode("utf-8", "replace"))
         position += max(length, 0)
     return strings
 

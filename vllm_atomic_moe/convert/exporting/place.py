@@ -66,7 +66,7 @@ def check_replaced(
     except ValueError:
         found = None
     if found is None or found.stored is None:
-        raise ValueError(f"output {output} holds something that is no finished export; {remedy}")
+        raise ValueError(f"output {output} holds something that is not a finished export; {remedy}")
     index = json.loads((output / EXPORT_DIRECTORY / INDEX).read_text())
     name = index["metadata"].get("profile")
     if found != info or name != profile.name or not _equal(found.stored, profile.keep):

@@ -1,6 +1,6 @@
 """The routed experts of a checkpoint as rows, in any layout of `files/layouts.py`.
 
-Everything else is refused by name: biases, scales of quantised experts, projections fused
+Everything else is refused by name: biases, scales of quantized experts, projections fused
 otherwise. Tensors are memory-mapped.
 
 Legend: E experts, F_e atoms kept of one expert, H hidden size, I full intermediate size.
@@ -137,7 +137,7 @@ def find_rows(
     if len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
         raise ValueError(
             f"layer {layer}: experts are stored as {', '.join(sorted(dtypes))}; plain weights of "
-            f"one dtype of {', '.join(PLAIN_DTYPES)} are exported, quantised experts are not"
+            f"one dtype of {', '.join(PLAIN_DTYPES)} are exported, quantized experts are not"
         )
     dtype = dtypes.pop()
     if info.stored is not None:
@@ -199,7 +199,7 @@ def _per_expert_rows(
     wanted, prefix = expected(spelling), f"{info.blocks[layer]}.experts."
     if unknown := sorted(names.keys() - wanted.keys(), key=natural):
         raise ValueError(
-            f"{prefix}{unknown[0]} is not the plain weight of one expert's projection; quantised "
+            f"{prefix}{unknown[0]} is not the plain weight of one expert's projection; quantized "
             "experts, expert biases and other layouts are not exported"
         )
     if missing := sorted(wanted.keys() - names.keys(), key=natural):

@@ -4,7 +4,7 @@
 
 Version 1 takes the pruned experts from the router before top-k. Version 2 says which in
 `routing_mode`: `pre_topk_mask` is that, `post_topk_drop` lets the router choose them and drops
-what they would have added, nothing renormalised. That is what an expert of width zero does here.
+what they would have added, nothing renormalized. That is what an expert of width zero does here.
 Other keys (model, workload, ...) are notes for people.
 """
 
