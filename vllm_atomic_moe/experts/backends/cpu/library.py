@@ -150,8 +150,8 @@ def build(variant: Variant, again: bool = False) -> Path:
         VariantError: there is no compiler, it fails, or the cache cannot be written or trusted.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    include = Path(torch.__file__).parent / "include"
-    flags = [*COMMON_FLAGS, *variant.compiler_flags, "-isystem", str(include)]
+    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    flags = [*COMMON_FLAGS, *variant.compiler_flags]
     contents = [source.read_bytes() for source in SOURCES]
     openmp = _openmp()
     runtimes = [Path(argument).name for argument in openmp]
@@ -170,7 +170,9 @@ def build(variant: Variant, again: bool = False) -> Path:
             if again or not library.exists():
                 with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                     built = Path(directory) / library.name
-                    _compile([*compiler, *flags, str(SOURCES[0]), "-o", str(built), *openmp])
+                    _compile(
+                        [*compiler, *flags, *include, str(SOURCES[0]), "-o", str(built), *openmp]
+                    )
                     built.chmod(0o755)
                     built.replace(library)
     except OSError as error:
