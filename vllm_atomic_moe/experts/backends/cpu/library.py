@@ -243,8 +243,8 @@ class Library:
             OSError: it cannot be loaded.
             VariantError: it brings a second OpenMP runtime.
         """
-        # Layers that were checked, by their addresses and sizes: the number of their dtype.
-        self._bound: dict[tuple[int, ...], int] = {}
+        # Layers by addresses, sizes and dtype: memory of one that is gone may serve another.
+        self._checked: set[tuple[int, ...]] = set()
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
@@ -329,12 +329,12 @@ class Library:
         """
         tokens, hidden_size = x_TH.shape
         ids, top_k = topk_ids_TK.shape
-        key = packed.data_ptr(), bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
+        pointers = packed.data_ptr(), bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
         sizes = offsets_E1.numel() - 1, bits_SW.shape[1], hidden_size
-        dtype = self._bound.get((*key, *sizes))
-        if dtype is None:
-            dtype = _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size)
-            self._bound[*key, *sizes] = dtype
+        layer = (*pointers, *sizes, DTYPES.index(packed.dtype))
+        if layer not in self._checked:
+            _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size)
+            self._checked.add(layer)
         assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
@@ -350,9 +350,7 @@ class Library:
         topk_ids_TK = topk_ids_TK.contiguous()
         out_TH = torch.empty_like(x_TH)
         failed = self.functions.atomic_moe_fused_experts(
-            *key,
-            *sizes,
-            dtype,
+            *layer,
             x_TH.data_ptr(),
             topk_weights_TK.data_ptr(),
             topk_ids_TK.data_ptr(),
@@ -373,16 +371,11 @@ def _check_layer(
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     hidden_size: int,
-) -> int:
-    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time.
-
-    Returns:
-        The number of the weights' dtype.
-    """
+) -> None:
+    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
     for tensor in (packed, bits_SW, words_E1, offsets_E1):
         assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
-    assert packed.dtype in DTYPES, f"weights are {packed.dtype}, wanted one of {DTYPES}"
     assert bits_SW.dtype == torch.int32, f"bits are {bits_SW.dtype}, wanted int32"
     assert words_E1.dtype == torch.int64, f"words are {words_E1.dtype}, wanted int64"
     assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
@@ -396,7 +389,6 @@ def _check_layer(
     assert torch.equal(words_E1.diff(), words_E), f"words are {words_E1.diff()}, wanted {words_E}"
     shape = (SLOTS, int(words_E.sum()))
     assert bits_SW.shape == shape, f"bits are {tuple(bits_SW.shape)}, wanted {shape}"
-    return DTYPES.index(packed.dtype)
 
 
 def thread_count() -> int:
