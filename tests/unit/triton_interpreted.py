@@ -6,13 +6,27 @@ For a process of its own, since the interpreter must be chosen before Triton is 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
-from tests.kernel_suite import WIDTHS, KernelSuite, make_experts, ragged, routed
+from tests.kernel_suite import (
+    TOLERANCE,
+    WIDTHS,
+    Experts,
+    KernelSuite,
+    make_experts,
+    poisoned_memory,
+    ragged,
+    routed,
+)
+from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends import triton as triton_backend
 from vllm_atomic_moe.experts.packing import SLOTS, with_slots
 
@@ -39,6 +53,80 @@ class TestTriton(KernelSuite):
         make_experts({"a": ragged()}, torch.float16, "triton").check(
             *routed(5, 4, len(WIDTHS), torch.float16)
         )
+
+    @pytest.mark.parametrize("atoms", [32, 64])
+    def test_skipped_tiles(self, atoms, monkeypatch):
+        """Words and tiles without atoms before, between and behind others, in one slot or in all.
+
+        What skipped tiles leave unwritten is NaN. h is written and read in tiles of two sizes.
+        """
+        tiles = triton_backend.TILES[0][1]._replace(atoms=atoms, out_atoms=96 - atoms)
+        monkeypatch.setattr(triton_backend, "TILES", ((None, tiles),))
+        experts = stretches()
+        names = list(experts.masks)
+        x, weights, ids = routed(len(names), 3, 4, torch.float16)
+        # Poisoned memory comes with two kernels; one has nothing that could be left unwritten.
+        one_kernel = triton_backend.ONE_KERNEL_ROWS > 0
+        with nullcontext() if one_kernel else poisoned_memory():
+            experts.check(x, weights, ids, names)
+            for name in names:
+                experts.check(x, weights, ids, name)
+                experts.check(x[:1], weights[:1, :1], ids[:1, :1], name)
+
+    def test_atoms_of_other_slots_do_not_leak(self):
+        """They are infinite, and computed in the same tile."""
+        experts = stretches()
+        names = list(experts.masks)
+        arguments = routed(len(names), 3, 4, torch.float16, foreign=False)
+        before = experts(*arguments, names)
+        theirs = experts.masks["middle"] & ~experts.masks["gap"] & ~experts.masks["ends"]
+        for rows_PH in experts.packed.weights[:2]:
+            rows_PH[theirs.flatten()] = float("inf")
+        after = experts(*arguments, names)
+        for token, name in enumerate(names):
+            if name == "middle":
+                assert not after[token].isfinite().all()
+            else:
+                assert torch.equal(after[token], before[token])
+
+
+def stretches() -> Experts:
+    """Four experts of 150 atoms, packed in their order, whatever the profiles keep of them."""
+    kept = {
+        "ends": [range(1), range(149, 150)],
+        "gap": [range(3, 36), range(100, 150)],
+        "middle": [range(64, 104)],
+        "none": [],
+    }
+    everything = torch.ones(4, 150, dtype=torch.bool)
+    experts = make_experts(dict.fromkeys(kept, everything), torch.float16, "triton")
+    masks = {name: torch.zeros_like(everything) for name in kept}
+    for slot, (name, atoms) in enumerate(kept.items()):
+        masks[name][:, list(itertools.chain(*atoms))] = True
+        bits = functional.pad(masks[name], (0, 10)).view(-1, 32).long()
+        experts.packed.bits_SW[slot] = (bits << torch.arange(32)).sum(dim=1).int()
+    return replace(experts, masks=masks)
+
+
+@pytest.mark.parametrize("out_atoms", [32, 64])
+def test_experts_of_more_than_64_words(out_atoms):
+    """Down takes them 64 at a time; the last of these, the first of the next, none between."""
+    H, F = 16, 5000
+    words = -(-F // 32)
+    bits_SW = torch.zeros(SLOTS, words, dtype=torch.int32)
+    bits_SW[1, [0, 31, 62, 63, 64]] = torch.tensor(
+        [1, -1, -1 << 31, -1 << 29, 1], dtype=torch.int32
+    )
+    bits_SW[2, [63, words - 1]] = -1
+    index = bits_SW, torch.tensor([0, words]), torch.tensor([0, F])
+    weights = [torch.randn(F, H) for _ in range(3)]
+    x_TH, ids_TK = torch.randn(3, H), torch.tensor([[1], [2], [0]], dtype=torch.int32)
+    arguments = x_TH, weights, *index, torch.ones(3, 1), ids_TK, F
+    tiles = triton_backend.Tiles(16, 64, 16, 16, out_atoms, warps=4, stages=3)
+    with poisoned_memory():
+        found = triton_backend.launch(*arguments, tiles, one_kernel=False)
+    wanted = reference.fused_experts(*arguments)
+    assert (found - wanted).norm() <= TOLERANCE[torch.float32] * wanted.norm()
 
 
 @pytest.mark.parametrize("one_kernel", [False, True])
@@ -67,7 +155,7 @@ def test_weights_of_more_than_2_31_elements(one_kernel):
     )
     used = weight_PH[-33:].double()
     product = x_TH.double() @ used.t()
-    wanted = (torch.nn.functional.silu(product) * product) @ used
+    wanted = (functional.silu(product) * product) @ used
     assert (found.double() - wanted).norm() <= 1e-3 * wanted.norm()
 
 
@@ -108,13 +196,13 @@ def test_ids_beyond_32_bits(T):
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_sorted_rows(block, ids_dtype):
-    """Every routed row stands once, in order, in a block of its expert; the rest is padding."""
+    """Every routed row stands once, in order, in a block of its expert, whatever its slot."""
     E, N = 5, 5000
     ids_N = torch.randint(-1, E + 1, (N,), generator=torch.Generator().manual_seed(3))
     ids_N[ids_N == 3] = 2
-    tiles = triton_backend.TILES[0][1]._replace(rows=block)
-    slots_N = torch.randint(0, SLOTS, (N,), generator=torch.Generator().manual_seed(4))
+    slots_N = torch.arange(N, dtype=torch.int32) % SLOTS
     ids_TK = with_slots(ids_N, slots_N).view(-1, 2).to(ids_dtype)
+    tiles = triton_backend.TILES[0][1]._replace(rows=block)
     routing = triton_backend._sort_rows(ids_TK, E, tiles)
     wanted = []
     for expert in range(E):

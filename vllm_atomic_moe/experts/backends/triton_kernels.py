@@ -7,9 +7,9 @@ what an expert really has (its tokens, its atoms) is read from device tensors, a
 without work returns after reading a few integers.
 
 Atoms number an expert's packed rows from its first one. A tile of atoms is whole 32-bit words of
-the slots' bits. The *union* of a row block is the OR of its rows' words: atoms outside it are not
-read, and its zero words are skipped. Rows may be of different slots, so that every row masks the
-activations of its tile by its own words.
+the slots' bits. The *union* of a row block is the OR of its rows' words: gate and up are read for
+its atoms alone, down for its words that are not zero. Rows may be of different slots, so that each
+masks its activations by its own words.
 
 Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows,
 S slots, W words of all experts, B row blocks, U words of the widest expert. Lower case for what a
@@ -121,7 +121,8 @@ def _row_words(bits_ptr, words_ptr, ids_ptr, expert, rows_n, live_n, num_words):
 @triton.jit
 def _tile_words(words_ptrs_n, live_n, u: tl.constexpr, atoms_left):
     """Word u of a tile of every row; zero where the expert has none, but another begins."""
-    return tl.load(words_ptrs_n + u, mask=tl.where(live_n, atoms_left, 0) > u * 32, other=0)
+    inside_n = tl.full(live_n.shape, u * 32, tl.int32) < atoms_left
+    return tl.load(words_ptrs_n + u, mask=live_n & inside_n, other=0)
 
 
 @triton.jit
@@ -141,11 +142,11 @@ def _union(words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
 def _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
     """Zero where the row's slot does not use the atom, whatever stood there."""
     lanes_f = tl.arange(0, BLOCK_F)
-    words_nf = tl.zeros(h_nf.shape, tl.int32)
+    used_nf = tl.zeros(h_nf.shape, tl.int32)
     for u in tl.static_range(BLOCK_F // 32):
+        bit_f = tl.where(lanes_f // 32 == u, 1 << lanes_f % 32, 0)
         words_n = _tile_words(words_ptrs_n, live_n, u, atoms_left)
-        words_nf = tl.where((lanes_f // 32 == u)[None, :], words_n[:, None], words_nf)
-    used_nf = (words_nf >> (lanes_f % 32)[None, :]) & 1
+        used_nf |= words_n[:, None] & bit_f[None, :]
     return tl.where(used_nf != 0, h_nf, 0.0)
 
 
@@ -164,7 +165,10 @@ def _activations(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile in float32, not masked: [BLOCK_N, BLOCK_F] of x's dtype."""
+    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile, unmasked: [BLOCK_N, BLOCK_F] of x's dtype.
+
+    Computed in float32.
+    """
     columns_h = tl.arange(0, BLOCK_H)
     x_ptrs_nh = x_ptr + tokens_n.to(tl.int64)[:, None] * stride_x + columns_h[None, :]
     weights_hf = packed_f[None, :] * H + columns_h[:, None]
