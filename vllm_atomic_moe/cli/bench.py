@@ -104,7 +104,7 @@ def bench(
     --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
-    load generator; throughput and latency, whole load from a warm page cache, memory; then switches
+    load generator; throughput and latency, whole load from a warm page cache, memory, and switches
     between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot.
 
     Calibration: `atomic-moe calibrate` beside the HEAPr paper's two forward passes; time and

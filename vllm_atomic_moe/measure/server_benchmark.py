@@ -3,7 +3,7 @@
 Starts one server after another with the same flags. vLLM's load generator (`vllm bench serve`)
 drives each over the same random prompts, so its definitions of throughput, TTFT (time to first
 token) and TPOT (time per output token) hold. Ratios are against the dense server of the same run.
-The last server holds all profiles and switches between them.
+One more server, the first, holds all profiles and switches between them.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def measure_servers(
     def report(what: str) -> None:
         progress(next(steps_done), steps, what)
 
+    switching = bench.switch(pruned, report) if len(pruned) > 1 else None
     for number in range(rounds):
         for profile in chosen:
             runs.append(bench.run(profile.name, number, report))
-    switching = bench.switch(pruned, report) if len(pruned) > 1 else None
     progress(steps, steps, "")
     shutil.rmtree(directory)
     return ServerReport(
