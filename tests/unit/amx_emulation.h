@@ -1,4 +1,4 @@
-// The AMX instructions that cpu_experts.cpp uses, in plain C++, so that its AMX code is tested on
+// The AMX instructions that experts.cpp uses, in plain C++, so that its AMX code is tested on
 // any machine with AVX-512: compile with `-include` of this file. Breaking a rule of the hardware
 // (a shape that is not configured, one that does not fit another) aborts.
 

@@ -440,6 +440,21 @@ def test_no_memory_is_an_exception():
 
 
 @needs_library
+def test_memory_that_served_one_dtype_may_serve_another():
+    """What was checked of a layer is remembered by its addresses."""
+    one, two = make_problem(dtype=torch.bfloat16), make_problem(dtype=torch.float16)
+    index = one.bits(one.whole()), one.words, one.offsets_E1
+    memory = one.packed
+    for problem, dtype in ((one, torch.bfloat16), (two, torch.float16)):
+        x_TH, topk_weights_TK, ids_TK = make_input(3, len(WIDTHS), dtype=dtype)
+        packed = memory.view(dtype)
+        packed.copy_(problem.packed)
+        ids = with_slots(ids_TK, torch.zeros(1, dtype=torch.int32))
+        found = cpu._library().fused_experts(x_TH, packed, *index, topk_weights_TK, ids, 2)
+        assert_close(found, problem.expected(x_TH, topk_weights_TK, ids_TK))
+
+
+@needs_library
 def test_ids_beyond_any_width_are_skipped():
     problem = make_problem()
     ids_TK = torch.tensor([[-1, 1 << 40], [len(WIDTHS), -(1 << 33)]])

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""The GPU kernels of `kernels.triton`: plain Triton over plain row-major packed rows.
+"""The GPU kernels of `backends.triton`: plain Triton over plain row-major packed rows.
 
 Routed rows are the N = T·K pairs (token, expert), numbered token·K + k. A program of the GEMMs
 works on one block of routed rows that share an expert. Grids are upper bounds known on the host;
