@@ -322,7 +322,7 @@ class KernelSuite:
                 experts.check(x, weights, ids, name)
 
     def test_nested_profiles(self) -> None:
-        """Prefixes of one run, down to nothing."""
+        """Prefixes of one another, down to nothing."""
         score = torch.rand(3, FULL, generator=torch.Generator().manual_seed(3))
         masks = {f"p{index}": score < index / 3 for index in range(4)}
         experts = self.make(masks, self.dtypes[0])

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +19,7 @@ struct Config {
 
 inline thread_local Config config{};
 inline thread_local uint8_t tiles[8][16][64];
-inline int64_t products = 0;
+inline std::atomic<int64_t> products{0};
 
 inline void check(bool holds) {
   if (!holds) std::abort();
@@ -71,8 +72,7 @@ inline void multiply(int to, int a, int b) {
       total += sums[0] + sums[1];
       std::memcpy(tiles[to][m] + 4 * n, &total, 4);
     }
-#pragma omp atomic
-  ++products;
+  products.fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace amx

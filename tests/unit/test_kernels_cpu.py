@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import WIDTHS, KernelSuite
-from vllm_atomic_moe.experts.backends import cpu
+from vllm_atomic_moe.experts.backends import choose_backend, cpu
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
 from vllm_atomic_moe.experts.packing import with_slots
@@ -567,6 +568,30 @@ def test_amx_in_emulation(emulated, hidden_size, tokens):
 
 
 @needs_library
+def test_amx_in_emulation_is_the_same_for_any_number_of_threads_and_mix(emulated):
+    """Ranges of tokens, and so the rows of a block, depend on the threads; sums must not."""
+    problem = make_problem()
+    bits_SW = problem.bits(problem.whole())
+    generator = torch.Generator().manual_seed(6)
+    random_SW = torch.randint(-(1 << 31), 1 << 31, bits_SW.shape, generator=generator).int()
+    bits_SW[1:] = bits_SW[0] & random_SW[1:]
+    bits_SW[1:] *= (torch.rand(15, bits_SW.shape[1], generator=generator) < 0.5).int()
+    x_TH, topk_weights_TK, ids_TK = make_input(200, len(WIDTHS))
+    slots_T1 = (torch.arange(200, dtype=torch.int32) * 5 % 16)[:, None]
+
+    def compute(slots_T1, threads):
+        index = bits_SW, problem.words, problem.offsets_E1
+        ids = with_slots(ids_TK, slots_T1)
+        return emulated.fused_experts(x_TH, problem.packed, *index, topk_weights_TK, ids, threads)
+
+    found = compute(slots_T1, 1)
+    for threads in (3, 7):
+        assert torch.equal(compute(slots_T1, threads), found)
+    alone = compute(torch.full_like(slots_T1, 5), 2)
+    assert torch.equal(alone[slots_T1[:, 0] == 5], found[slots_T1[:, 0] == 5])
+
+
+@needs_library
 def test_amx_in_emulation_passes_the_self_check_and_does_float32(emulated):
     before = emulated.functions.amx_products()
     cpu._check(emulated)
@@ -599,26 +624,57 @@ def test_other_devices_dtypes_and_processors_are_declined(monkeypatch):
 
 
 def test_an_instruction_set_that_is_not_there_is_said(unloaded):
+    """Refused, or a typing mistake would be measured as the slow loop."""
     unloaded.setenv("ATOMIC_MOE_CPU_ISA", "mmx")
-    said = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
-    assert said == f"ATOMIC_MOE_CPU_ISA is 'mmx', this processor has {', '.join(USABLE)}"
+    said = f"ATOMIC_MOE_CPU_ISA is 'mmx', this processor has {', '.join(USABLE)}; name one"
+    with pytest.raises(ValueError, match=said):
+        choose_backend(torch.device("cpu"), torch.bfloat16)
 
 
-def test_threads_are_torchs_within_the_containers_quota(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    for quota, threads in (("max 100000", 8), ("150000 100000", 2), ("10000 100000", 1)):
+def test_a_containers_quota_is_read(monkeypatch, tmp_path):
+    for quota, workers in (("max 100000", 1 << 16), ("150000 100000", 2), ("10000 100000", 1)):
         (tmp_path / "cpu.max").write_text(quota)
         monkeypatch.setattr(cpu_library, "CGROUP", tmp_path)
-        cpu_library._quota.cache_clear()
-        assert cpu_library.thread_count() == threads
+        cpu_library.quota.cache_clear()
+        assert cpu_library.quota() == workers
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    for quota, threads in (("-1\n", 8), ("300000\n", 3)):
+    for quota, workers in (("-1\n", 1 << 16), ("300000\n", 3)):
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
-        cpu_library._quota.cache_clear()
-        assert cpu_library.thread_count() == threads
-    cpu_library._quota.cache_clear()
+        cpu_library.quota.cache_clear()
+        assert cpu_library.quota() == workers
+    cpu_library.quota.cache_clear()
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_a_quota_idles_threads_and_changes_no_bit(monkeypatch, tokens):
+    problem = make_problem()
+    arguments = make_input(tokens, len(WIDTHS))
+    wanted = run(problem, *arguments, threads=4)
+    for workers in (1, 2):
+        monkeypatch.setattr(cpu_library, "quota", lambda workers=workers: workers)
+        assert torch.equal(run(problem, *arguments, threads=4), wanted)
+        one = make_problem()
+        assert torch.equal(one.packed, problem.packed)
+
+
+@needs_library
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
+def test_clang_builds_it_too(fresh):
+    fresh.setenv("CXX", "clang++")
+    library = Library(cpu_library.build(VARIANTS[LOWEST]))
+    cpu._check(library)
+
+
+@pytest.mark.parametrize(
+    ("installed", "compiler"), [(("g++", "clang++"), "g++"), (("clang++",), "clang++"), ((), "g++")]
+)
+def test_the_compiler_that_is_installed_is_taken(fresh, installed, compiler):
+    fresh.delenv("CXX", raising=False)
+    fresh.setattr(shutil, "which", lambda name: name if name in installed else None)
+    assert cpu_library._installed_compiler() == compiler
 
 
 @pytest.mark.parametrize(
@@ -732,8 +788,10 @@ def test_building_ahead_skips_what_the_compiler_does_not_know(fresh, tmp_path, c
     assert cpu.main() == 0
     said = capsys.readouterr()
     built = [Path(line).name.split("-")[1] for line in said.out.splitlines()]
-    assert built == ["avx512", "avx2"]
-    assert [line.split(":")[0] for line in said.err.splitlines()] == ["amx", "avx512_bf16"]
+    all_here = [variant.name for variant in cpu_library.variants_of_machine()]
+    wide = [name for name in all_here if name in ("amx", "avx512_bf16")]
+    assert built == [name for name in all_here if name not in wide]
+    assert [line.split(":")[0] for line in said.err.splitlines()] == wide
     fresh.setenv("CXX", "no-such-compiler")
     assert cpu.main() == 1
 

@@ -10,10 +10,10 @@ is merely not resident here, contributes zero, and vLLM's all-reduce behind the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -137,6 +137,17 @@ class AtomicRoutedExperts(RoutedExperts):
         self.routing.activate(name)
         self.active = name
 
+    def bind(self) -> None:
+        """Look up what every call passes; module attributes cost more than a small routing."""
+        packed = self.packed
+        self.bound = (packed.weights, *packed.index, packed.widest, self.slot_1)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        moved = super()._apply(fn, recurse)
+        if "bound" in self.__dict__:  # buffers are other tensors now
+            self.bind()
+        return moved
+
     def check_prepared(self, name: str) -> None:
         """See that `activate(name)` can succeed.
 
@@ -256,9 +267,7 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
             delattr(layer, name)
         layer.routing.prepare(layer.e_score_correction_bias)
         layer.activate(layer.active)
-        # Looked up once: module attributes cost more than a small layer's routing.
-        packed = layer.packed
-        layer.bound = (packed.weights, *packed.index, packed.widest, layer.slot_1)
+        layer.bind()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 
     def get_fused_moe_quant_config(self, layer: AtomicRoutedExperts) -> Any:

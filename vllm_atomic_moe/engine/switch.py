@@ -3,7 +3,7 @@
 The order is the promise: validate; take the switch in the workers; drain; prepare on every rank;
 commit on every rank; empty the prefix cache; set vLLM's weight version; settle; resume; release.
 Whatever fails before it is settled, every rank goes back to the old profile; if going back fails,
-the engine stays paused and says so. The state lives in the workers (`serving/worker.py`), this side
+the engine stays paused and says so. The state lives in the workers (`engine/worker.py`), this side
 only acts on it.
 """
 

@@ -31,7 +31,8 @@ def _fused_experts(
     Args:
         x_TH: activations, [T, H].
         weights: packed rows of x's dtype, as the backend's storage keeps them
-            (`PackedExperts.weights`).
+            (`PackedExperts.weights`). Finite: of down_proj, infinite atoms that a slot leaves out
+            may still reach its tokens, as 0 · ∞.
         bits_SW: int32 [16, W], which packed rows every slot uses (`PackedExperts`).
         words_E1: int64 [E+1], where every expert's words begin.
         offsets_E1: int64 [E+1], where every expert's packed rows begin.

@@ -130,7 +130,7 @@ def with_slots(ids_TK: torch.Tensor, slots_T1: torch.Tensor) -> torch.Tensor:
     Negative ids stay negative. `>> 4` and `& 15` give both back.
 
     Args:
-        ids_TK: integer [T, K].
+        ids_TK: integer [T, K]; int32 ids within ± 2^27, or they would become others.
         slots_T1: int32 [T, 1] or [1], 0..SLOTS-1.
     """
     return torch.add(slots_T1, ids_TK, alpha=SLOTS)

@@ -1,4 +1,4 @@
-"""A forced instruction set holds for both contestants."""
+"""A forced instruction set holds for both contestants of the layer benchmark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 # By `ATOMIC_MOE_CPU_ISA`: what torch is asked for and must deny.
 WIDER = {
+    "avx512_bf16": ("_is_amx_tile_supported",),
     "avx512": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
     "avx2": ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"),
 }

@@ -18,6 +18,7 @@ Legend: T tokens, K experts per token, E experts, H hidden size, I full intermed
 from __future__ import annotations
 
 import itertools
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from vllm.platforms import current_platform
 
 from vllm_atomic_moe.engine.compat import DenseExperts
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
+from vllm_atomic_moe.experts.backends.cpu.library import cpu_flags
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES, LayerShape
@@ -468,7 +470,8 @@ def processor_name() -> str:
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported(),
         "AVX-512": torch.cpu._is_avx512_supported(),
-        "AVX2": True,
+        "AVX2": "avx2" in cpu_flags(),
+        platform.machine(): True,
     }
     return (
         f"{names[0] if names else 'CPU'}, {next(name for name, has in extensions.items() if has)}"

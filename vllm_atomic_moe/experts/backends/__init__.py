@@ -104,6 +104,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str | None 
             return Backend(name, f"the fastest on {device.type}")
         if reason is None:
             why = "; ".join(passed_over)
-            return Backend(name, f"{why} (decoding takes 10 to 30 times as long)", fallback=True)
+            slow = " (decoding takes 10 to 30 times as long)" if device.type == "cpu" else ""
+            return Backend(name, f"{why}{slow}", fallback=True)
         passed_over.append(f"not {name}: {reason}")
     raise AssertionError("the reference runs everywhere")

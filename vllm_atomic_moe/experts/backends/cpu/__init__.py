@@ -49,11 +49,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def _load() -> Library | str:
     """The fastest library that works here, or why none does."""
     reasons = []
-    try:
-        variants = cpu_library.usable_variants()
-    except VariantError as reason:
-        return str(reason)
-    for variant in variants:
+    for variant in cpu_library.usable_variants():
         try:
             if variant.name == "amx" and not torch.cpu._init_amx():
                 raise VariantError("the operating system does not grant AMX")
@@ -111,7 +107,7 @@ class TiledStorage:
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
-        threads = cpu_library.thread_count()
+        threads = torch.get_num_threads()
         _library().pack(packed, first_atom, projection, rows_SH, atoms_F, threads)
 
 
@@ -137,7 +133,7 @@ def fused_experts(
         offsets_E1,
         topk_weights_TK,
         topk_ids_TK,
-        cpu_library.thread_count(),
+        torch.get_num_threads(),
     )
 
 

@@ -2,7 +2,8 @@
 //
 // One algorithm for every instruction set (vectors.h), behind a plain C interface that is loaded by
 // ctypes. Results are the same for any number of threads and whoever else is in the batch, since
-// every sum is made by one thread, in one order.
+// every sum is made by one thread, in one order; with AMX, whoever else but for how many rows an
+// expert has, which says whether they are worth its set-up.
 //
 // Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, W words,
 // F atoms of an expert, padded to an even number.
@@ -27,6 +28,7 @@
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 void GOMP_barrier();
+int omp_get_thread_num();
 }
 
 namespace {
@@ -68,18 +70,25 @@ void multiply_block(const typename D::Row* const* rows, int count, [[maybe_unuse
 
 // ---- threads ------------------------------------------------------------------------------------
 
+// Threads of a parallel region, all that torch has: a smaller team would end the others, and with
+// them what bound them to cores. No more than `workers` of them work.
+struct Threads {
+  int count, workers;
+};
+
 template <class Body>
-void parallel(int threads, Body&& body) {
-  if (threads == 1) return body();
+void parallel(const Threads& threads, Body&& body) {
+  if (threads.count == 1) return body();
   GOMP_parallel([](void* data) { (*static_cast<std::remove_reference_t<Body>*>(data))(); }, &body,
-                threads, 0);
+                threads.count, 0);
 }
 
 // Inside `parallel`: items 0..count one by one, whoever is free; then all threads wait.
 template <class Body>
-void share(std::atomic<int64_t>& next, int64_t count, int threads, const Body& body) {
-  for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(item);
-  if (threads > 1) GOMP_barrier();
+void share(std::atomic<int64_t>& next, int64_t count, const Threads& threads, const Body& body) {
+  if (threads.count == 1 || omp_get_thread_num() < threads.workers)
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(item);
+  if (threads.count > 1) GOMP_barrier();
 }
 
 // ---- what one call has to do --------------------------------------------------------------------
@@ -94,7 +103,7 @@ struct Call {
   bool wide_ids;  // int64, not int32
   void* out_TH;
   int64_t T, K, E, W, H;
-  int threads;
+  Threads threads;
 
   int64_t width(int64_t id) const { return offsets_E1[id + 1] - offsets_E1[id]; }
   int64_t id(int64_t n) const {
@@ -167,8 +176,12 @@ void plan_block(Plan<D>& plan, const Call& call, const Expert<D>& expert, Block&
   block.first_segment = plan.segments.size();
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!used[tile]) continue;
-    const int64_t first = tile * kTileAtoms + __builtin_ctz(used[tile]) / 2 * 2;
-    const int64_t end = (tile + 1) * kTileAtoms - __builtin_clz(used[tile]) / 2 * 2;
+    int64_t first = tile * kTileAtoms + __builtin_ctz(used[tile]) / 2 * 2;
+    int64_t end = (tile + 1) * kTileAtoms - __builtin_clz(used[tile]) / 2 * 2;
+    if (kUsesAmx<D>) {  // which sums a tile at once: where that begins must not depend on the block
+      first = tile * kTileAtoms;
+      end = std::min(expert.atoms, first + kTileAtoms);
+    }
     Segment* before =
         int64_t(plan.segments.size()) > block.first_segment ? &plan.segments.back() : nullptr;
     if (before && before->first + before->count == first && first % kStretchAtoms)
@@ -388,12 +401,12 @@ void fused_experts(const Call& call) {
   const int64_t chunk =
       std::max<int64_t>(1, kScratchBytes / std::max<int64_t>(1, call.K * row_bytes));
   const int64_t blocks = ceil_div(call.H, kPanelColumns);
-  const int threads = call.threads;
+  const Threads& threads = call.threads;
   for (int64_t begin = 0; begin < call.T; begin += chunk) {
     const int64_t end = std::min(call.T, begin + chunk);
     // Long ranges of tokens read a panel seldom, short ones occupy all threads.
     int64_t range = std::min(end - begin, kTokenRange);
-    while (range > 64 && blocks * ceil_div(end - begin, range) < 4 * threads) range /= 2;
+    while (range > 64 && blocks * ceil_div(end - begin, range) < 4 * threads.workers) range /= 2;
     const int64_t ranges = ceil_div(end - begin, range);
     plan_tokens(plan, call, begin, end, range);
     const int64_t routed = plan.rows_N.size();
@@ -498,26 +511,25 @@ void pack_rows(const Source<D>& source, Bits<D>* panel, int64_t first, int64_t c
   }
 }
 
-// The same from columns: what stays of 16 at a time is gathered, then transposed.
+// The same from columns: what stays of 16 at a time is gathered into `kept`, then transposed.
 template <class D>
-void pack_columns(const Source<D>& source, Bits<D>* panel, int64_t first, int64_t columns) {
+void pack_columns(const Source<D>& source, Bits<D>* panel, int64_t first, int64_t columns,
+                  typename Source<D>::Element* kept) {
   using Element = typename Source<D>::Element;
   const int64_t steps = source.padded() / D::kPerUnit;
-  std::vector<Element> kept(kSquare * source.padded());
-  std::vector<int64_t> offsets(source.count);
-  for (int64_t atom = 0; atom < source.count; ++atom)
-    offsets[atom] = source.atoms[atom] * source.row_stride;
   for (int64_t column = 0; column < columns; column += kSquare) {
     const int64_t wide = std::min<int64_t>(kSquare, columns - column);
     for (int64_t i = 0; i < wide; ++i) {
       const Element* from = source.rows + (first + column + i) * source.column_stride;
-      Element* to = kept.data() + i * source.padded();
-      for (int64_t atom = 0; atom < source.count; ++atom) to[atom] = from[offsets[atom]];
+      Element* to = kept + i * source.padded();
+      for (int64_t atom = 0; atom < source.count; ++atom)
+        to[atom] = from[source.atoms[atom] * source.row_stride];
+      std::fill(to + source.count, to + source.padded(), Element());
     }
     for (int64_t step = 0; step < steps; step += kSquare) {
       const void* lines[kSquare];
       for (int64_t i = 0; i < wide; ++i)
-        lines[i] = kept.data() + i * source.padded() + step * D::kPerUnit;
+        lines[i] = kept + i * source.padded() + step * D::kPerUnit;
       pack_square<D>(lines, std::min<int64_t>(kSquare, steps - step),
                      panel + step * columns + column, columns, wide);
     }
@@ -526,25 +538,30 @@ void pack_columns(const Source<D>& source, Bits<D>* panel, int64_t first, int64_
 
 // 64 columns of down_proj transposed.
 template <class D>
-void pack_block(const Source<D>& source, Bits<D>* down, int64_t block) {
+void pack_block(const Source<D>& source, Bits<D>* down, int64_t block,
+                typename Source<D>::Element* kept) {
   const int64_t first = block * kPanelColumns,
                 columns = std::min<int64_t>(kPanelColumns, source.H - first);
   Bits<D>* panel = down + first * source.padded() / D::kPerUnit;
   source.column_stride == 1 ? pack_rows(source, panel, first, columns)
-                            : pack_columns(source, panel, first, columns);
+                            : pack_columns(source, panel, first, columns, kept);
 }
 
 template <class D>
-void pack(const Source<D>& source, void* expert, int projection, int threads) {
+void pack(const Source<D>& source, void* expert, int projection, const Threads& threads) {
   auto* gate_up = static_cast<Bits<D>*>(expert);
   auto* down = gate_up + 2 * source.padded() * source.H / D::kPerUnit;
   const int64_t parts =
       projection == 2 ? ceil_div(source.H, kPanelColumns) : ceil_div(source.count, kTileAtoms);
+  // Parallel regions allocate nothing: an exception could not leave them.
+  const int64_t gathered = projection == 2 ? kSquare * source.padded() : 0;
+  std::vector<typename Source<D>::Element> kept(gathered * threads.count);
   std::atomic<int64_t> next{0};
   parallel(threads, [&] {
+    auto* mine = kept.data() + gathered * (threads.count > 1 ? omp_get_thread_num() : 0);
     share(next, parts, threads, [&](int64_t part) {
       if (projection == 2)
-        pack_block(source, down, part);
+        pack_block(source, down, part, mine);
       else
         pack_tile(source, gate_up, part, projection);
     });
@@ -572,10 +589,11 @@ extern "C" {
 int atomic_moe_fused_experts(const void* packed, const int32_t* bits_SW, const int64_t* words_E1,
                              const int64_t* offsets_E1, int64_t E, int64_t W, int64_t H, int dtype,
                              const void* x_TH, const float* weights_TK, const void* ids_TK,
-                             void* out_TH, int64_t T, int64_t K, int wide_ids, int threads) try {
+                             void* out_TH, int64_t T, int64_t K, int wide_ids, int threads,
+                             int workers) try {
   const Call call{x_TH,          packed, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK,
                   wide_ids != 0, out_TH, T,       K,        E,          W,          H,
-                  threads};
+                  {threads, workers}};
   with_type(dtype, [&](auto type) { fused_experts<decltype(type)>(call); });
   return 0;
 } catch (const std::exception&) {  // of a vector that cannot grow; parallel regions allocate nothing
@@ -586,12 +604,12 @@ int atomic_moe_fused_experts(const void* packed, const int32_t* bits_SW, const i
 // elements. Returns as above.
 int atomic_moe_pack(void* expert, int projection, const void* rows, int64_t row_stride,
                     int64_t column_stride, const int64_t* atoms, int64_t count, int64_t H,
-                    int dtype, int threads) try {
+                    int dtype, int threads, int workers) try {
   with_type(dtype, [&](auto type) {
     using D = decltype(type);
     pack(Source<D>{static_cast<const typename Source<D>::Element*>(rows), row_stride,
                    column_stride, atoms, count, H},
-         expert, projection, threads);
+         expert, projection, Threads{threads, workers});
   });
   return 0;
 } catch (const std::exception&) {

@@ -1,10 +1,10 @@
 """The compiled half of the CPU backend: experts.cpp as a shared library, built once and cached.
 
-Built at first use with $CXX (or g++) and torch's own vector headers into $ATOMIC_MOE_CACHE, or the
-user's cache directory, under a name that follows from the source, the flags, and the versions of
-torch and libc. Images build ahead with `python -m vllm_atomic_moe.experts.backends.cpu`; with the
-libraries in the cache no compiler is needed, and nothing is written. What is loaded from the cache
-runs: nobody else may write there.
+Built at first use with $CXX (or g++, or clang++) and torch's own headers into $ATOMIC_MOE_CACHE, or
+the user's cache directory, under a name that follows from the source, the compiler, the flags, the
+OpenMP runtime, and the versions of torch and libc. Images build ahead with
+`python -m vllm_atomic_moe.experts.backends.cpu`; with the libraries in the cache no compiler is
+needed, and nothing is written. What is loaded from the cache runs: nobody else may write there.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S stored rows, F atoms of an
 expert, W words.
@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -101,7 +102,7 @@ def usable_variants() -> list[Variant]:
     $ATOMIC_MOE_CPU_ISA names the widest instruction set to use, for tests on wider machines.
 
     Raises:
-        VariantError: there is none of that name here.
+        ValueError: there is none of that name here.
     """
     flags = cpu_flags()
     usable = [variant for variant in VARIANTS if variant.cpu_flags <= flags]
@@ -110,8 +111,9 @@ def usable_variants() -> list[Variant]:
         return usable
     names = [variant.name for variant in usable]
     if widest not in names:
-        raise VariantError(
-            f"ATOMIC_MOE_CPU_ISA is {widest!r}, this processor has {', '.join(names) or 'none'}"
+        raise ValueError(
+            f"ATOMIC_MOE_CPU_ISA is {widest!r}, this processor has {', '.join(names) or 'none'}; "
+            "name one of them, or none"
         )
     return usable[names.index(widest) :]
 
@@ -149,7 +151,7 @@ def build(variant: Variant, again: bool = False) -> Path:
     Raises:
         VariantError: there is no compiler, it fails, or the cache cannot be written or trusted.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    compiler = shlex.split(os.environ.get("CXX", "")) or [_installed_compiler()]
     include = ["-isystem", str(Path(torch.__file__).parent / "include")]
     flags = [*COMMON_FLAGS, *variant.compiler_flags]
     contents = [source.read_bytes() for source in SOURCES]
@@ -180,6 +182,10 @@ def build(variant: Variant, again: bool = False) -> Path:
             f"cannot use {library.parent} ({error.strerror}); set ATOMIC_MOE_CACHE"
         ) from error
     return library
+
+
+def _installed_compiler() -> str:
+    return "clang++" if shutil.which("clang++") and not shutil.which("g++") else "g++"
 
 
 def _cache_directory() -> Path:
@@ -244,7 +250,7 @@ class Library:
             VariantError: it brings a second OpenMP runtime.
         """
         # Layers by addresses, sizes and dtype: memory of one that is gone may serve another.
-        self._checked: set[tuple[int, ...]] = set()
+        self._checked: set[tuple[tuple[int, ...], int]] = set()
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
@@ -254,7 +260,9 @@ class Library:
             )
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         pack = self.functions.atomic_moe_pack
-        pack.argtypes = [pointer, number, pointer, size, size, pointer, size, size, number, number]
+        pack.argtypes = [
+            *(pointer, number, pointer, size, size, pointer, size, size, number, number, number)
+        ]
         pack.restype = number
         fused_experts = self.functions.atomic_moe_fused_experts
         fused_experts.argtypes = [
@@ -263,8 +271,7 @@ class Library:
             number,
             *[pointer] * 4,
             *[size] * 2,
-            number,
-            number,
+            *[number] * 3,
         ]
         fused_experts.restype = number
 
@@ -307,6 +314,7 @@ class Library:
             hidden_size,
             DTYPES.index(packed.dtype),
             threads,
+            min(threads, quota()),
         )
         if failed:
             raise MemoryError(f"no memory to pack {len(atoms_F)} rows")
@@ -332,9 +340,10 @@ class Library:
         pointers = packed.data_ptr(), bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
         sizes = offsets_E1.numel() - 1, bits_SW.shape[1], hidden_size
         layer = (*pointers, *sizes, DTYPES.index(packed.dtype))
-        if layer not in self._checked:
+        numbers = packed.numel()
+        if (layer, numbers) not in self._checked:
             _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size)
-            self._checked.add(layer)
+            self._checked.add((layer, numbers))
         assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
@@ -359,6 +368,7 @@ class Library:
             top_k,
             wide,
             threads,
+            min(threads, quota()),
         )
         if failed:
             raise MemoryError(f"no memory for the experts of {tokens} tokens")
@@ -391,13 +401,8 @@ def _check_layer(
     assert bits_SW.shape == shape, f"bits are {tuple(bits_SW.shape)}, wanted {shape}"
 
 
-def thread_count() -> int:
-    """Threads of one call: torch's, which vLLM has bound to cores, within the container's quota."""
-    return min(torch.get_num_threads(), _quota())
-
-
 @functools.cache
-def _quota() -> int:
+def quota() -> int:
     """Processors that the container may use, rounded up; very many where nothing limits it."""
     try:
         if (CGROUP / "cpu.max").exists():
