@@ -78,6 +78,7 @@ def test_windows_longer_than_the_context_are_refused(directory):
         measure_calibration(directory, CalibrationPlan(seq_len=5000))
 
 
+@pytest.mark.full
 def test_command_calibrates_a_synthetic_model_and_removes_it(monkeypatch):
     made = []
 
