@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vllm_atomic_moe.experts.backends import triton as backend
-from vllm_atomic_moe.experts.packing import SLOTS, build_layout, with_slots
+from vllm_atomic_moe.experts.packing import build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 TOKENS = (1, 8, 64, 512, 2048)
@@ -108,12 +108,10 @@ def make_call(
     topk_weights_TK, ids_TK = torch.rand(T, E, generator=generator).topk(K)
     x_TH = torch.randn(T, H, generator=generator).to(weights[0])
     layout = build_layout({str(slot): mask for slot, mask in enumerate(masks)})
-    bits_SW = torch.zeros(SLOTS, int(layout.words_E1[-1]), dtype=torch.int32)
-    bits_SW[: len(masks)] = torch.stack(list(layout.bits.values()))
     slots_T1 = torch.tensor(slots, dtype=torch.int32).repeat(T)[:T, None]
     widths_E = layout.offsets_E1.diff()
     routed_atoms, read_atoms = int(widths_E[ids_TK].sum()), int(widths_E[ids_TK.unique()].sum())
-    index = bits_SW.cuda(), layout.words_E1.cuda(), layout.offsets_E1.cuda()
+    index = layout.slot_bits().cuda(), layout.words_E1.cuda(), layout.offsets_E1.cuda()
     return Call(
         x_TH, weights, index, topk_weights_TK.cuda(), with_slots(ids_TK.int(), slots_T1).cuda(),
         int(widths_E.max()), routed_atoms / (full * T * K),

@@ -70,9 +70,7 @@ def test_real_shapes(model, tokens, dtype):
         masks[name] = whole_EI & (torch.rand(E, full, generator=generator) < part)
     layout = build_layout(masks)
     weights = [(torch.randn(layout.num_rows, H, **random) * H**-0.5).to(dtype) for _ in range(3)]
-    bits_SW = torch.zeros(SLOTS, int(layout.words_E1[-1]), dtype=torch.int32)
-    bits_SW[: len(masks)] = torch.stack(list(layout.bits.values()))
-    index = [tensor.cuda() for tensor in (bits_SW, layout.words_E1, layout.offsets_E1)]
+    index = [tensor.cuda() for tensor in (layout.slot_bits(), layout.words_E1, layout.offsets_E1)]
     x_TH = torch.randn(tokens, H, **random).to(dtype)
     topk_weights_TK, ids_TK = torch.rand(tokens, E, **random).topk(K)
     slots_T1 = (torch.arange(tokens, dtype=torch.int32, device="cuda") % len(masks))[:, None]

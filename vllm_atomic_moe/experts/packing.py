@@ -59,6 +59,12 @@ class PackedLayout:
         """P."""
         return self.atoms_P.numel()
 
+    def slot_bits(self) -> torch.Tensor:
+        """The bits of every slot: int32 [16, W], zero for slots without a profile."""
+        bits_SW = torch.zeros(SLOTS, int(self.words_E1[-1]), dtype=torch.int32, device="cpu")
+        bits_SW[: len(self.bits)] = torch.stack(list(self.bits.values()))
+        return bits_SW
+
     def expert_atoms(self, expert: int) -> torch.Tensor:
         """Resident atoms of one expert in packed order: int64 [F_e]."""
         return self.atoms_P[self.offsets_E1[expert] : self.offsets_E1[expert + 1]]
@@ -321,11 +327,8 @@ class PackedExperts(nn.Module):
         self._names = tuple(allocated)
         for name, tensor in allocated.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        used_SW = torch.stack(list(layout.bits.values()))
-        bits_SW = used_SW.new_zeros(SLOTS, used_SW.shape[1])
-        bits_SW[: len(used_SW)] = used_SW
         for name, tensor in (
-            ("bits_SW", bits_SW),
+            ("bits_SW", layout.slot_bits()),
             ("words_E1", layout.words_E1),
             ("offsets_E1", layout.offsets_E1),
         ):

@@ -23,6 +23,7 @@ from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, pars
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, read_config, resolve_model
+from vllm_atomic_moe.files.layouts import atom_bytes
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 
 ALL_DOMAINS = "all"
@@ -136,7 +137,7 @@ def evaluate(
         on_progress(len(rows), len(chosen), profile.name)
         options: dict[str, Any] = {} if profile.name == DENSE else _load_options(store, profile)
         scores, itemsize = _score(directory, text, dtype=dtype, max_model_len=length + 1, **options)
-        kept_bytes = profile.kept_atoms * 3 * checkpoint.hidden_size * itemsize
+        kept_bytes = profile.kept_atoms * atom_bytes(checkpoint.hidden_size, itemsize)
         rows.append(_summarize(profile, kept_bytes, scores))
     on_progress(len(rows), len(chosen), "")
     return rows

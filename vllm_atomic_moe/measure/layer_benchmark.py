@@ -33,6 +33,7 @@ from vllm_atomic_moe.experts.backends import Backend, choose_backend
 from vllm_atomic_moe.experts.backends.cpu.library import cpu_flags
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
+from vllm_atomic_moe.files.layouts import atom_bytes
 from vllm_atomic_moe.measure.shapes import SHAPES, LayerShape
 
 Routing = Literal["random", "skewed"]
@@ -290,7 +291,7 @@ class _Trio:
             ours=seconds[1],
             uniform=seconds[2] if self.uniform is not None else None,
             kept=float(widths.double().mean()) / self.shape.intermediate,
-            used_bytes=used * 3 * self.shape.hidden * self.plan.dtype.itemsize,
+            used_bytes=used * atom_bytes(self.shape.hidden, self.plan.dtype.itemsize),
             flop=6 * self.shape.hidden * int(widths.sum()),
         )
 

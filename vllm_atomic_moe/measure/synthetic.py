@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.layouts import atom_bytes
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 RATIOS = {"pruned-25": 0.25, "pruned-50": 0.5}
@@ -39,7 +40,7 @@ class Sizes:
     @property
     def shard_bytes(self) -> int:
         """Expert weights of one layer."""
-        return self.experts * 3 * self.hidden * self.intermediate * 2
+        return self.experts * self.intermediate * atom_bytes(self.hidden, itemsize=2)
 
     @property
     def expert_bytes(self) -> int:

@@ -19,14 +19,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
+from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
 from vllm_atomic_moe.experts.packing import (
     PROJECTIONS,
-    SLOTS,
-    PackedLayout,
     Projection,
     build_layout,
     with_slots,
@@ -144,7 +142,7 @@ def _library() -> Library:
 
 
 def _check(library: Library) -> None:
-    """Compare a small problem with plain PyTorch: a compiler may be wrong, and so may an emulator.
+    """Compare a small problem with the reference: a compiler may be wrong, and so may an emulator.
 
     Nothing follows torch's default device and dtype, which are the model's while it is loaded.
 
@@ -157,8 +155,9 @@ def _check(library: Library) -> None:
         widths = (75, 0, 34)  # an odd width, none, a narrow tile
         keep_EI = torch.arange(75) < torch.tensor(widths)[:, None]
         layout = build_layout({"all": keep_EI, "some": keep_EI & (torch.arange(75) % 37 > 20)})
-        topk_ids_TK = torch.arange(80).view(40, 2) % 4 - 1  # enough rows for AMX
+        index = layout.slot_bits(), layout.words_E1, layout.offsets_E1
         slots_T1 = torch.arange(40, dtype=torch.int32)[:, None] % 2
+        ids_TK = with_slots(torch.arange(80).view(40, 2) % 4 - 1, slots_T1)  # enough for AMX
         x_TH, topk_weights_TK = 9 * rows_3PH[0, :40], rows_3PH[1, :40, :2].abs()
         for dtype, tolerance in (
             (torch.bfloat16, 2e-2),
@@ -167,42 +166,18 @@ def _check(library: Library) -> None:
         ):
             rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
             packed = TiledStorage().allocate(layout.offsets_E1, 88, dtype, None)["packed"]
-            bits_SW = torch.zeros(SLOTS, int(layout.words_E1[-1]), dtype=torch.int32)
-            bits_SW[:2] = torch.stack(list(layout.bits.values()))
-            for expert in range(3):
+            for expert in range(len(widths)):
                 first_atom = _first_atom(layout.offsets_E1, expert)
                 atoms_F = torch.arange(*layout.offsets_E1[expert : expert + 2].tolist())
                 for projection, rows_PH in zip(PROJECTIONS, rounded_3PH, strict=True):
                     library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
-            found_TH = library.fused_experts(
-                x,
-                packed,
-                bits_SW,
-                layout.words_E1,
-                layout.offsets_E1,
-                topk_weights_TK,
-                with_slots(topk_ids_TK, slots_T1),
-                1,
-            )
-            gate_PH, up_PH, down_PH = rounded_3PH.float()
-            h_TP = functional.silu(x.float() @ gate_PH.t()) * (x.float() @ up_PH.t())
-            experts_P = torch.repeat_interleave(layout.offsets_E1.diff())
-            words_P = layout.words_E1[experts_P] + _row_in_expert(layout) // 32
-            used_SP = (bits_SW[:, words_P] >> (_row_in_expert(layout) % 32).int()) & 1
-            weights_TE = torch.zeros(40, 3 + 2, dtype=torch.float32)
-            weights_TE.scatter_add_(1, topk_ids_TK + 1, topk_weights_TK)
-            h_TP = h_TP * weights_TE[:, 1 + experts_P] * used_SP[slots_T1[:, 0].long()]
-            wanted_TH = h_TP @ down_PH
+            found_TH = library.fused_experts(x, packed, *index, topk_weights_TK, ids_TK, 1)
+            wanted_TH = reference.fused_experts(
+                x, rounded_3PH.float().unbind(), *index, topk_weights_TK, ids_TK, max(widths)
+            ).float()
             error = float((found_TH.float() - wanted_TH).norm() / wanted_TH.norm())
             if not error <= tolerance:
                 raise VariantError(f"its self-check failed: relative error {error:.1e} in {dtype}")
-
-
-def _row_in_expert(layout: PackedLayout) -> torch.Tensor:
-    """int64 [P]."""
-    return torch.arange(layout.num_rows) - torch.repeat_interleave(
-        layout.offsets_E1[:-1], layout.offsets_E1.diff()
-    )
 
 
 def _first_atom(offsets_E1: torch.Tensor, expert: int) -> int:

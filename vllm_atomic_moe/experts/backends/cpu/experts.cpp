@@ -34,7 +34,8 @@ int omp_get_thread_num();
 namespace {
 
 constexpr int kTileAtoms = 32;
-constexpr int kSlots = 16;
+constexpr int kSlotBits = 4;  // of an id, the lowest
+constexpr int kSlots = 1 << kSlotBits;
 // Products are summed over so many atoms of a down panel before they are weighted and added: 256 KiB
 // of bfloat16, which stay in L2. Fixed, so that it does not depend on what a batch uses.
 constexpr int64_t kStretchAtoms = 2048;
@@ -110,6 +111,8 @@ struct Call {
     return wide_ids ? static_cast<const int64_t*>(ids_TK)[n]
                     : static_cast<const int32_t*>(ids_TK)[n];
   }
+  int64_t expert(int64_t n) const { return id(n) >> kSlotBits; }
+  int slot(int64_t n) const { return id(n) & (kSlots - 1); }
 };
 
 template <class D>
@@ -198,14 +201,14 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
   // Keys: expert, range, and which of the slots that occur.
   const int64_t ranges = ceil_div(end - begin, range);
   uint32_t slots = 0;
-  for (int64_t n = begin * call.K; n < end * call.K; ++n) slots |= 1u << (call.id(n) & 15);
+  for (int64_t n = begin * call.K; n < end * call.K; ++n) slots |= 1u << call.slot(n);
   const int64_t num_slots = std::max(1, __builtin_popcount(slots));
   const auto key = [&](int64_t n) {
-    const int64_t carried = call.id(n), id = carried >> 4;
+    const int64_t id = call.expert(n);
     if (id < 0 || id >= call.E) return int64_t(-1);
     const int64_t part = (n / call.K - begin) / range;
     return (id * ranges + part) * num_slots +
-           __builtin_popcount(slots & ((1u << (carried & 15)) - 1));
+           __builtin_popcount(slots & ((1u << call.slot(n)) - 1));
   };
   auto& bounds = plan.bounds;
   bounds.assign(call.E * ranges * num_slots + 1, 0);
@@ -223,7 +226,7 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
     const int64_t row = bounds[at]++;
     plan.tokens_N[row] = n / call.K;
     plan.weights_N[row] = call.weights_TK[n];
-    plan.slots_N[row] = call.id(n) & 15;
+    plan.slots_N[row] = call.slot(n);
   }
   // Now every bound is the end of its key.
   plan.experts.clear(), plan.blocks.clear(), plan.blocks_ER1.clear();
@@ -267,41 +270,39 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
   }
 }
 
-// How a call's activations become rows.
+// Whether rows have another type than the activations: then they are converted, once a token.
 template <class D>
-struct Rows {
-  // In another type than the activations: converted once a token.
-  static constexpr bool kConverts = !std::is_same_v<typename D::Row, typename D::Element>;
+constexpr bool kConverts = !std::is_same_v<typename D::Row, typename D::Element>;
 
-  static size_t scratch(int64_t tokens, int64_t routed, int64_t H) {
-    return kConverts ? tokens * H : kUsesAmx<D> && tokens > 1 ? routed * H : 0;
-  }
-};
-
-// Run by all threads, in pieces.
+// How many rows a call prepares: one a token, or one a routed row for AMX, which reads rows at equal
+// distances, or none.
 template <class D>
-void prepare_row(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, int64_t index) {
+int64_t rows_to_prepare(int64_t tokens, int64_t routed) {
+  return kConverts<D> ? tokens : kUsesAmx<D> && tokens > 1 ? routed : 0;
+}
+
+// One of them; run by all threads.
+template <class D>
+void prepare_row(Plan<D>& plan, const Call& call, int64_t begin, int64_t index) {
   const auto* x_TH = static_cast<const typename D::Element*>(call.x_TH);
-  if constexpr (Rows<D>::kConverts) {
-    auto* to = plan.x_NH.data() + index * call.H;
+  auto* to = plan.x_NH.data() + index * call.H;
+  if constexpr (kConverts<D>) {
     const auto* from = x_TH + (begin + index) * call.H;
     for (int64_t h = 0; h < call.H; ++h) to[h] = static_cast<float>(from[h]);
-  } else if (kUsesAmx<D> && end - begin > 1) {  // which reads rows at equal distances
-    auto* to = plan.x_NH.data() + index * call.H;
+  } else {
     std::memcpy(to, x_TH + plan.tokens_N[index] * call.H, sizeof(*to) * call.H);
   }
 }
 
 template <class D>
-void point_to_rows(Plan<D>& plan, const Call& call, int64_t begin, int64_t end) {
+void point_to_rows(Plan<D>& plan, const Call& call, int64_t begin, bool prepared) {
   const auto* x_TH = static_cast<const typename D::Element*>(call.x_TH);
   for (size_t row = 0; row < plan.rows_N.size(); ++row) {
-    if constexpr (Rows<D>::kConverts)
+    if constexpr (kConverts<D>)
       plan.rows_N[row] = plan.x_NH.data() + (plan.tokens_N[row] - begin) * call.H;
-    else if (kUsesAmx<D> && end - begin > 1)
-      plan.rows_N[row] = plan.x_NH.data() + row * call.H;
     else
-      plan.rows_N[row] = x_TH + plan.tokens_N[row] * call.H;
+      plan.rows_N[row] = prepared ? plan.x_NH.data() + row * call.H
+                                  : x_TH + plan.tokens_N[row] * call.H;
   }
 }
 
@@ -411,15 +412,15 @@ void fused_experts(const Call& call) {
     plan_tokens(plan, call, begin, end, range);
     const int64_t routed = plan.rows_N.size();
     grow(plan.hidden_NF, routed * plan.hidden_stride);
-    grow(plan.x_NH, Rows<D>::scratch(end - begin, routed, call.H));
-    point_to_rows(plan, call, begin, end);
-    const int64_t to_prepare = Rows<D>::scratch(end - begin, routed, 1);
+    const int64_t to_prepare = rows_to_prepare<D>(end - begin, routed);
+    grow(plan.x_NH, to_prepare * call.H);
+    point_to_rows(plan, call, begin, to_prepare > 0);
     Plan<D>& shared = plan;  // the calling thread's
     std::atomic<int64_t> next[3] = {};
     parallel(threads, [&] {
       if (to_prepare)
         share(next[0], to_prepare, threads,
-              [&](int64_t row) { prepare_row(shared, call, begin, end, row); });
+              [&](int64_t row) { prepare_row(shared, call, begin, row); });
       share(next[1], shared.tiles.size(), threads, [&](int64_t tile) {
         gate_up_tile(shared, call, ranges, shared.tiles[tile]);
       });
