@@ -1,4 +1,4 @@
-"""Loading 1.1 GiB of experts: the pruned memory is never there, at peak or at rest."""
+"""Loading 576 MiB of experts: the pruned memory is never there, at peak or at rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_atomic_moe.measure.server_benchmark import measure_servers
 from vllm_atomic_moe.measure.server_report import Phase, ServerPlan
 from vllm_atomic_moe.measure.synthetic import Sizes, make_checkpoint
 
-SIZES = Sizes()
+SIZES = Sizes(layers=3)
 SLACK_BYTES = 64 * 2**20  # what vLLM's model and loader allocate besides the weights
 PLAN = ServerPlan(
     phases=(Phase("decode", input_tokens=8, output_tokens=8, concurrency=1, requests=1),),
