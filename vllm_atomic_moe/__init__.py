@@ -18,9 +18,11 @@ def register() -> None:
         return
     _registered = True
     try:
+        from vllm_atomic_moe.control import attach_to_api_servers
         from vllm_atomic_moe.engine import register_load_format
 
         register_load_format()
+        attach_to_api_servers()
     except Exception:
         import logging
 

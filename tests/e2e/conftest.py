@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,35 +91,37 @@ class AdminServer:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def switch(self, profile: str, timeout: float = 120, **body: Any) -> Any:
-        """The answer to a switch."""
+    def activate(self, profile: str, timeout: float = 120, **body: Any) -> Any:
+        """The answer to a change of the active profile."""
         body = {"profile": profile, **body}
         return self.ask("PUT", "/atomic/v1/active", json=body, timeout=timeout)
 
-    def switched(self, profile: str, **body: Any) -> dict[str, Any]:
-        """What a switch that must succeed says."""
-        answer = self.switch(profile, **body)
+    def changed(self, profile: str, **body: Any) -> dict[str, Any]:
+        """What a change of the active profile that must succeed says."""
+        answer = self.activate(profile, **body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def complete(self, prompt: str, **settings: Any) -> dict[str, Any]:
-        """One greedy completion: what the API says."""
-        body = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 8, **settings}
+    def load(self, profile: str) -> Any:
+        """The answer to loading a profile."""
+        return self.ask("PUT", f"/atomic/v1/profiles/{profile}")
+
+    def unload(self, profile: str) -> Any:
+        """The answer to unloading a profile."""
+        return self.ask("DELETE", f"/atomic/v1/profiles/{profile}")
+
+    def complete(self, prompt: str, profile: str | None = None, **settings: Any) -> dict[str, Any]:
+        """One greedy completion by a profile, or by the active one: what the API says."""
+        model = f"demo:{profile}" if profile else "demo"
+        body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 8, **settings}
         answer = self.ask("POST", "/v1/completions", key=SERVING_KEY, json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def scores(self, prompt: str) -> list[float]:
+    def scores(self, prompt: str, profile: str | None = None) -> list[float]:
         """Log-probabilities of the prompt's tokens and of one more."""
-        answer = self.complete(prompt, max_tokens=1, echo=True, logprobs=0)
+        answer = self.complete(prompt, profile, max_tokens=1, echo=True, logprobs=0)
         return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
-
-    def wait_for_health(self, code: int) -> None:
-        """Until health checks say so: an API server learns of others' in the background."""
-        deadline = time.monotonic() + 30
-        while self.ask("GET", "/health").status_code != code:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of ours, with their labels, and their values."""
@@ -146,6 +147,7 @@ def admin_server(
     *flags: str,
     model: Path = DEMO,
     eager: bool = True,
+    max_model_len: int = 512,
     **environment: str,
 ) -> Iterator[AdminServer]:
     """The demo with the admin endpoint, keys for both, faults, and vLLM's development routes.
@@ -156,6 +158,7 @@ def admin_server(
         flags: more of `vllm serve`; the dtype is float32, so that answers can be compared.
         model: checkpoint.
         eager: whether compilation is off.
+        max_model_len: tokens of a request.
         environment: more variables.
     """
     port = free_port()
@@ -163,7 +166,7 @@ def admin_server(
         model,
         extra,
         "--dtype=float32",
-        "--max-model-len=512",
+        f"--max-model-len={max_model_len}",
         "--served-model-name=demo",
         f"--api-key={SERVING_KEY}",
         f"--port={port}",

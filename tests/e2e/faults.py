@@ -1,12 +1,12 @@
-"""Faults for the switch, injected into real servers: a vLLM plug-in of these tests.
+"""Faults injected into real servers: a vLLM plug-in of these tests.
 
 `installed(directory)` makes an entry point of it. In a server whose environment names the plug-in,
-the file `directory/VERB` makes that call of `atomic_moe_control` go wrong, as its text says:
-`fail`, `half` (the first layer changes, then it fails), `digest` (another than that of the other
-ranks), `exit` (the process ends), `sleep SECONDS`;
-with `@RANK` behind it, on that rank only. The file `directory/reset_prefix_cache` makes vLLM's
-prefix cache say that it was not reset; `directory/step` slows every step of the engine by so many
-seconds.
+the file `directory/VERB` makes that call of `atomic_moe_rank` go wrong, as its text says: `fail`,
+`raise` (in the last layer, half way), `exit` (the process ends), `sleep SECONDS`; with `@RANK`
+behind it, on that one of all engines' ranks only. `directory/step` slows every step of the engine
+by so many seconds.
+
+The variable GATHERS lends vLLM's CPU ranks what data parallel MoE needs and they lack.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 VARIABLE = "ATOMIC_MOE_TEST_FAULTS"
+GATHERS = "ATOMIC_MOE_TEST_CPU_GATHERS"
 
 
 def installed(directory: Path) -> dict[str, str]:
@@ -27,7 +31,8 @@ def installed(directory: Path) -> dict[str, str]:
         f"[vllm.general_plugins]\nfaults = {__name__}:register\n"
     )
     root = Path(__file__).parents[2]
-    return {VARIABLE: str(directory), "PYTHONPATH": f"{directory}:{root}"}
+    places = [str(directory), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {VARIABLE: str(directory), "PYTHONPATH": ":".join(places)}
 
 
 def register() -> None:
@@ -38,24 +43,22 @@ def register() -> None:
     import vllm_atomic_moe
 
     vllm_atomic_moe.register()
+    if os.environ.get(GATHERS):
+        let_cpu_ranks_gather()
     directory = Path(os.environ[VARIABLE])
-    control = WorkerBase.atomic_moe_control
-    reset_prefix_cache = EngineCore.reset_prefix_cache
-    if control.__module__ == __name__:
+    answer = WorkerBase.atomic_moe_rank
+    if answer.__module__ == __name__:
         return
 
-    def faulty_control(self, verb, arguments):
+    def faulty_rank(self, verb, arguments):
         fault = directory / verb
         if fault.exists():
             what, _, rank = fault.read_text().partition("@")
-            if not rank or int(rank) == self.rank:
-                return _go_wrong(self, what.split(), arguments) or control(self, verb, arguments)
-        return control(self, verb, arguments)
-
-    def faulty_reset_prefix_cache(self, *arguments, **options):
-        if (directory / "reset_prefix_cache").exists():
-            return False
-        return reset_prefix_cache(self, *arguments, **options)
+            parallel = self.vllm_config.parallel_config
+            own = parallel.data_parallel_rank * parallel.world_size + self.rank
+            if not rank or int(rank) == own:
+                return _go_wrong(self, what.split(), verb, arguments, answer)
+        return answer(self, verb, arguments)
 
     step = EngineCore.step
 
@@ -65,20 +68,52 @@ def register() -> None:
         return step(self)
 
     EngineCore.step = slow_step
-    WorkerBase.atomic_moe_control = faulty_control
-    EngineCore.reset_prefix_cache = faulty_reset_prefix_cache
+    WorkerBase.atomic_moe_rank = faulty_rank
 
 
-def _go_wrong(worker, what, arguments):
-    """The reply of a call that goes wrong; None if it is only late."""
+def _go_wrong(worker, what, verb, arguments, answer):
+    """The reply of a call that goes wrong."""
     if what[0] == "exit":
         os._exit(1)
     if what[0] == "sleep":
         time.sleep(float(what[1]))
-        return None
-    if what[0] == "digest":
-        return {"ok": True, "digest": "another"}
-    if what[0] == "half":
-        profiles = worker.get_model().atomic_moe_profiles
-        profiles._layers[0].activate(profiles.lease.profile)
+        return answer(worker, verb, arguments)
+    if what[0] == "raise":
+        last = worker.get_model().atomic_moe_profiles._layers[-1]
+        set_slot = last.set_slot
+
+        def raising(slot, profile):
+            if profile is not None:
+                raise RuntimeError("injected: raise")
+            set_slot(slot, profile)
+
+        last.set_slot = raising
+        try:
+            return answer(worker, verb, arguments)
+        finally:
+            del last.set_slot
     return {"ok": False, "error": f"injected: {' '.join(what)}"}
+
+
+def let_cpu_ranks_gather() -> None:
+    """vLLM's CPU ranks lack two collectives that data parallel MoE needs: over gloo, for tests."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: Any = None) -> Any:
+        if isinstance(input_, list):
+            return [all_gatherv(self, tensor, dim, sizes) for tensor in input_]
+        sizes = sizes or [input_.shape[0]] * self.world_size
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self.device_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatterv(self: Any, input_: Any, dim: int = 0, sizes: Any = None) -> Any:
+        sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
+        summed = input_.clone()
+        torch.distributed.all_reduce(summed, group=self.device_group)
+        return summed.split(sizes)[self.rank_in_group].clone()
+
+    CpuCommunicator.all_gatherv = all_gatherv
+    CpuCommunicator.reduce_scatterv = reduce_scatterv

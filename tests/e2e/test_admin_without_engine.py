@@ -14,6 +14,8 @@ ROUTES = [
     ("GET", "/atomic/v1/profiles"),
     ("GET", "/atomic/v1/profiles/heapr-20"),
     ("PUT", "/atomic/v1/active"),
+    ("PUT", "/atomic/v1/profiles/heapr-20"),
+    ("DELETE", "/atomic/v1/profiles/heapr-20"),
 ]
 PLUGINS = {"VLLM_PLUGINS": "atomic_moe,atomic_moe_admin"}
 
@@ -71,4 +73,4 @@ def test_a_serving_key_is_refused_at_start():
 def test_no_routes_where_the_plug_in_is_not_named(tmp_path):
     port = free_port()
     with running(render_command(port), port, tmp_path / "log", ATOMIC_MOE_ADMIN_KEY="x") as server:
-        assert [answer.status_code for answer in answers(server.url, "x")] == [404] * 4
+        assert [answer.status_code for answer in answers(server.url, "x")] == [404] * len(ROUTES)

@@ -37,7 +37,7 @@ def make_texts(directory):
     pyarrow.parquet.write_table(table, directory / "code.parquet")
 
 
-def test_from_a_text_to_a_switched_profile(tmp_path):
+def test_from_a_text_to_a_request_for_a_profile(tmp_path):
     make_model(tmp_path)
     make_texts(tmp_path)
     environment = {**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -46,4 +46,6 @@ def test_from_a_text_to_a_switched_profile(tmp_path):
     first, second = chosen[:1], chosen[1:]
     assert "heapr-25" in run(first, tmp_path, free_port(), environment)
     printed = run(second, tmp_path, free_port(), environment)
-    assert '"previous":"heapr-40"' in printed or '"active":"heapr-40"' in printed
+    assert "x-atomic-moe-profile: heapr-40" in printed
+    assert '"model":"MODEL:heapr-40"' in printed
+    assert '"active":"heapr-25","previous":"heapr-40"' in printed

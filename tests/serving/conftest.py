@@ -70,11 +70,36 @@ def check_resident(layers: Sequence[Any], masks: Mapping[int, torch.Tensor]) -> 
     return sum(layer.packed.weight_bytes for layer in layers)
 
 
+def core(llm: Any, question: str, **arguments: Any) -> dict[str, Any]:
+    """What the engine core of this process answers."""
+    return llm.llm_engine.engine_core.engine_core.atomic_moe(question, arguments)
+
+
 def activate(llm: Any, name: str) -> None:
-    """Make another resident profile the active one, in place."""
-    for layer in packed_layers_of(llm):
-        layer.activate(name)
-    llm.reset_prefix_cache()
+    """Make another loaded profile the one of requests that name none."""
+    from vllm_atomic_moe.engine.requests import Served
+
+    reply = core(llm, "change", verb="activate", profile=name)
+    assert reply["ok"], reply
+    llm.llm_engine.input_processor.atomic_moe_admission.served = Served.of(reply["served"])
+
+
+def mixed_logprobs(llm: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Prompt log-probabilities of every profile, all of them computed in one batch."""
+    from vllm import SamplingParams
+
+    jobs = [(prompt, name) for prompt in PROMPTS for name in names]
+    settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "detokenize": False}
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in jobs],
+        [SamplingParams(**settings, extra_args={"profile": name}) for _, name in jobs],
+        use_tqdm=False,
+    )
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for (prompt, name), output in zip(jobs, outputs, strict=True):
+        scores = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        found[name] += [score[token].logprob for score, token in scores]
+    return {name: torch.tensor(values) for name, values in found.items()}
 
 
 @torch.inference_mode()

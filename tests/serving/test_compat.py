@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,23 +18,36 @@ from unittest.mock import call
 import pytest
 import torch
 import vllm
+from packaging.requirements import Requirement
 
+import vllm_atomic_moe
 from vllm_atomic_moe.control import models as admin_models
-from vllm_atomic_moe.engine import attach, compat, layer
+from vllm_atomic_moe.engine import compat, layer, requests
 from vllm_atomic_moe.measure import server_benchmark
 
 LAYERS = "vllm.model_executor.layers"
 MOE = f"{LAYERS}.fused_moe"
 EXPERTS = f"{MOE}.routed_experts:RoutedExperts"
 METHOD = f"{MOE}.fused_moe_method_base:FusedMoEMethodBase"
-ROUTER = f"{MOE}.router.fused_moe_router:FusedMoERouter"
+ROUTER = f"{MOE}.router.base_router:BaseRouter"
 RUNNER = f"{MOE}.runner.moe_runner:MoERunner"
 MAP = f"{MOE}.expert_map_manager:ExpertMapManager"
 LOADERS = "vllm.model_executor.model_loader"
 LOADER = f"{LOADERS}.base_loader:BaseModelLoader"
 CLIENT = "vllm.v1.engine.async_llm:AsyncLLM"
+ENGINES = "vllm.v1.engine.core_client:AsyncMPClient"
+OFFLINE = "vllm.v1.engine.llm_engine:LLMEngine"
+INPUT = "vllm.v1.engine.input_processor:InputProcessor"
 CORE = "vllm.v1.engine.core:EngineCore"
+CORE_PROCESS = f"{CORE}Proc"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+SCHEDULED = "vllm.v1.core.sched.output"
+RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+SERVING = "vllm.entrypoints.serve.engine.serving:BaseServing"
+APPLICATION = "vllm.entrypoints.launchers.app"
+MARK = "vllm.lora.request:LoRARequest"
 PLUGIN = "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"
 
 # What vLLM calls and finds ours instead: name -> its parameters, all of them.
@@ -47,14 +61,32 @@ OVERRIDDEN = {
     f"{METHOD}.process_weights_after_loading": "self layer",
     f"{METHOD}.get_fused_moe_quant_config": "self layer",
     f"{METHOD}.apply": "self layer x topk_weights topk_ids shared_experts shared_experts_input",
-    f"{ROUTER}.select_experts": "self hidden_states router_logits topk_indices_dtype input_ids",
+    f"{ROUTER}._compute_routing": "self hidden_states router_logits indices_type input_ids",
+    f"{RUNNER}._maybe_dispatch": "self hidden_states router_logits",
     f"{LOADER}.__init__": "self load_config",
     f"{LOADER}.download_model": "self model_config",
     f"{LOADER}.load_model": "self vllm_config model_config prefix",
     f"{LOADER}.create_model": "self vllm_config model_config prefix",
     f"{LOADER}.load_weights": "self model model_config",
+    f"{CORE}._initialize_kv_caches": "self vllm_config",
+    f"{CORE}.preprocess_add_request": "self request",
+    f"{RUNNER_V1}._prepare_inputs": "self scheduler_output num_scheduled_tokens",
+    f"{MODELS}.init_static_loras": "self",
+    f"{SERVING}._check_model": "self request",
+    f"{APPLICATION}:init_entrypoints_middleware": "args app supported_tasks",
     f"{PLUGIN}.attach_router": "self app",
     f"{PLUGIN}.init_state": "self engine_client state args",
+}
+
+# The same, but what follows goes through ours as it comes: name -> its first parameters.
+WRAPPED = {
+    f"{INPUT}.__init__": "self vllm_config",
+    f"{INPUT}.process_inputs": "self request_id prompt params",
+    f"{OFFLINE}.__init__": "self vllm_config",
+    f"{RUNNER_V1}.execute_model": "self scheduler_output",
+    f"{RUNNER_V2}.execute_model": "self scheduler_output",
+    f"{RUNNER_V2}.prepare_inputs": "self",
+    f"{SERVING}._maybe_get_adapters": "self request",
 }
 
 # What we call: name -> how.
@@ -70,16 +102,17 @@ CALLED = {
     "vllm.distributed:get_world_group": call(),
     "vllm.distributed:cleanup_dist_env_and_memory": call(),
     "vllm.logger:init_logger": call("name"),
-    # The switch.
-    f"{CLIENT}.collective_rpc": call("self", "method", args=("verb", {})),
-    f"{CLIENT}.is_paused": call("self"),
-    f"{CLIENT}.pause_generation": call("self", mode="wait", clear_cache=False),
-    f"{CLIENT}.resume_generation": call("self"),
-    f"{CLIENT}.reset_prefix_cache": call("self", reset_connector=True),
-    f"{CLIENT}.update_weight_version": call("self", "version"),
-    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async": call("self", "method"),
+    # A request's profile, and changes.
+    f"{MARK}": call("name", 1, "path"),
     "vllm.v1.worker.worker_base:WorkerBase.get_model": call("self"),
-    "vllm.entrypoints.serve.instrumentator.health:health": call("request"),
+    "vllm.v1.executor.abstract:Executor.collective_rpc": call("self", "method", args=("verb", {})),
+    f"{SCHEDULER}.finish_requests": call("self", ["request"], "status"),
+    f"{CORE_PROCESS}._send_abort_outputs": call("self", ["request"]),
+    f"{ENGINES}._call_utility_async": call("self", "method", "verb", {}, engine=b"engine"),
+    "vllm.v1.engine.core_client:SyncMPClient.call_utility": call("self", "method", "verb", {}),
+    f"{MODELS}.is_base_model": call("self", "name"),
+    f"{MODELS}.model_name": call("self"),
+    f"{SERVING}.create_error_response": call(ValueError()),
     # Measuring.
     "vllm:LLM.generate": call("self", ["prompt"], "sampling_params", use_tqdm=False),
     "vllm:SamplingParams": call(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
@@ -96,21 +129,23 @@ HELD = {
     EXPERTS: "apply_router_weight_on_input e_score_correction_bias expert_map_manager "
     "global_num_experts layer_name moe_config quant_method swiglu_alpha swiglu_beta swiglu_limit",
     METHOD: "moe_quant_config",
-    RUNNER: "routed_experts router",
+    RUNNER: "do_naive_dispatch_combine routed_experts router",
     MAP: "num_fused_shared_experts",
-    f"{MOE}.config:FusedMoEConfig": "activation has_bias in_dtype intermediate_size "
+    f"{MOE}.config:FusedMoEConfig": "activation dp_size has_bias in_dtype intermediate_size "
     "moe_parallel_config num_experts router_logits_dtype",
     f"{MOE}.config:FusedMoEParallelConfig": "is_sequence_parallel tp_rank tp_size",
     f"{MOE}.activation:MoEActivation": "SILU",
     f"{MOE}.experts.cpu_moe:CPUUnquantizedExperts": "isa",
     "vllm.config:VllmConfig": "additional_config compilation_config device_config "
-    "kv_transfer_config lora_config model_config offload_config parallel_config "
-    "weight_transfer_config",
+    "kv_transfer_config load_config lora_config model_config offload_config parallel_config "
+    "scheduler_config weight_transfer_config",
+    "vllm.config:SchedulerConfig": "max_num_batched_tokens",
     "vllm.config:ModelConfig": "dtype enable_sleep_mode is_moe model model_weights revision "
     "runner_type",
     "vllm.config:LoadConfig": "device download_dir load_format model_loader_extra_config",
     "vllm.config:DeviceConfig": "device",
-    "vllm.config:CompilationConfig": "cudagraph_mode inductor_compile_config mode",
+    "vllm.config:CompilationConfig": "cudagraph_mode inductor_compile_config "
+    "max_cudagraph_capture_size mode",
     "vllm.config:CompilationMode": "NONE",
     "vllm.config:CUDAGraphMode": "NONE",
     "vllm.config:OffloadConfig": "prefetch uva",
@@ -122,15 +157,33 @@ HELD = {
     "use_ubatching",
     "vllm.platforms.interface:Platform": "device_name is_cpu is_cuda",
     "vllm.distributed.parallel_state:GroupCoordinator": "cpu_group is_first_rank world_size",
-    # The switch.
-    CLIENT: "dead_error engine_core errored",
-    CORE: "scheduler",
-    SCHEDULER: "requests",
-    "vllm.v1.request:Request": "num_computed_tokens num_output_tokens num_preemptions",
+    # A request's profile, and changes.
+    CLIENT: "dead_error engine_core errored input_processor vllm_config",
+    ENGINES: "client_index core_engines",
+    CORE: "model_executor scheduler",
+    SCHEDULER: "requests running",
+    "vllm.v1.request:Request": "lora_request request_id",
+    "vllm.v1.request:RequestStatus": "FINISHED_ABORTED",
+    "vllm.v1.engine:EngineCoreRequest": "lora_request sampling_params",
+    MARK: "base_model_name lora_int_id lora_name lora_path",
+    f"{SCHEDULED}:SchedulerOutput": "finished_req_ids scheduled_new_reqs",
+    f"{SCHEDULED}:NewRequestData": "lora_request req_id",
+    "vllm.v1.worker.worker_base:WorkerBase": "model_runner",
+    RUNNER_V1: "input_batch",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "num_tokens query_start_loc req_ids",
+    "vllm:SamplingParams": "extra_args",
+    "vllm:PoolingParams": "extra_kwargs",
+    MODELS: "base_model_paths engine_client input_processor lora_requests",
+    SERVING: "models",
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": "model vllm_xargs",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": "model vllm_xargs",
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": "model vllm_xargs",
     PLUGIN: "name required_tasks",
     # Measuring.
     "vllm:LLM": "llm_engine",
-    "vllm.v1.engine.llm_engine:LLMEngine": "engine_core vllm_config",
+    OFFLINE: "engine_core input_processor vllm_config",
+    "vllm.v1.engine.core_client:InprocClient": "engine_core",
     "vllm.engine.arg_utils:EngineArgs": "disable_log_stats dtype enable_prefix_caching "
     "enforce_eager load_format max_model_len model_loader_extra_config",
     "vllm.outputs:RequestOutput": "prompt_logprobs prompt_token_ids",
@@ -140,7 +193,7 @@ HELD = {
 # What no signature shows: name, what its source says, and what we build on it.
 SAID = [
     (f"{LOADERS}.utils:process_weights_after_loading", "quant_method.process_weights_after_loading",
-     "profiles are made active there, when all weights have arrived"),
+     "routing masks and the kernel's arguments are bound there, when all weights have arrived"),
     ("vllm.config:VllmConfig.compute_hash", "self.additional_config",
      "compile caches must not outlive profiles"),
     (f"{LOADERS}.runai_streamer_loader", "model_config.model_weights",
@@ -148,19 +201,47 @@ SAID = [
     ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model",
      "mode == CompilationMode.NONE:\n            return",
      "why eager pipelines are refused on CPU: once it runs, serve them (`check_config`)"),
-    # The switch.
-    ("vllm.v1.serial_utils:run_method", "getattr(obj, method)", "`atomic_moe_control` by name"),
+    # A request's profile.
+    (f"{OFFLINE}.add_request", "lora_request=lora_request", "ours takes it by keyword"),
+    (f"{CLIENT}.add_request", "lora_request=lora_request", "ours takes it by keyword"),
+    (f"{INPUT}.process_inputs", "self._validate_lora(lora_request)",
+     "marks go around it: where it is gone, they need not"),
+    ("vllm.v1.engine.core_client:InprocClient.add_request", "preprocess_add_request(",
+     "every request of an engine in this process is admitted"),
+    (f"{CORE_PROCESS}.process_input_sockets", "self.preprocess_add_request(",
+     "every request of an engine in a process of its own is admitted"),
+    (f"{CORE_PROCESS}.process_input_sockets", "self._handle_request_preproc_error(",
+     "a request that is not admitted ends alone"),
+    (f"{CORE}.preprocess_add_request", "core_request(request, self.request_block_hasher)",
+     "a request is admitted before its block hashes are made"),
+    ("vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
+     '("lora", lora_request.lora_name, lora_request.lora_path)',
+     "blocks of different profiles never have the same hash"),
+    (f"{SCHEDULED}:NewRequestData.from_request", "lora_request=request.lora_request",
+     "workers see the mark of every new request"),
+    ("vllm.v1.worker.gpu_worker", "self.model_runner.execute_model(",
+     "a wrapper on the runner itself is what workers call"),
+    (f"{RUNNER_V1}.execute_model", "_prepare_inputs(scheduler_output, num_scheduled_tokens_np)",
+     "the batch has its final order there"),
+    (RUNNER_V1, "len(self.input_batch.lora_id_to_lora_request)",
+     "why marks are taken off before it sees them"),
+    (f"{RUNNER_V2}.execute_model", "input_batch = self.prepare_inputs(",
+     "the batch has its final order there"),
+    (f"{RUNNER}._maybe_dispatch", "dispatch_router_logits(",
+     "slots travel as one more column of what data parallel ranks gather"),
+    ("vllm.entrypoints.launchers.api_server.app_state",
+     "await state.openai_serving_models.init_static_loras()",
+     "API servers learn the profiles there, before the first request"),
+    (f"{APPLICATION}:build_app", "init_entrypoints_middleware(args, app, supported_tasks)",
+     "where every route's middleware comes from"),
+    # Changes.
+    ("vllm.v1.serial_utils:run_method", "getattr(obj, method)", "`atomic_moe_rank` by name"),
     ("vllm.v1.executor.ray_executor_v2", "class RayExecutorV2(MultiprocExecutor)",
      "its `collective_rpc` reaches every rank over Ray, too"),
-    ("vllm.v1.engine.core:EngineCoreProc._handle_client_request", "getattr(self, method_name)",
-     "the count of interrupted requests by name"),
-    (f"{CLIENT}.pause_generation", "engine_core.pause_scheduler_async(",
-     "requests that come during a switch wait; they are not refused"),
-    (f"{SCHEDULER}.schedule", "self._pause_state == PauseState.UNPAUSED",
-     "a paused engine begins no request"),
-    (f"{SCHEDULER}.reset_prefix_cache", "return reset_successful", "a failed reset is told"),
-    (f"{SCHEDULER}.reset_connector_cache", "if self.connector is None",
-     "without a KV connector its reset succeeds"),
+    (f"{CORE_PROCESS}._handle_client_request", "getattr(self, method_name)",
+     "`atomic_moe` by name"),
+    (f"{CORE_PROCESS}._invoke_utility_method", "if isinstance(result, Future):",
+     "`follow` and `taken` answer later, and the engine goes on meanwhile"),
     # The admin endpoint.
     ("vllm.plugins:load_endpoint_plugins", "if envs.VLLM_PLUGINS is None",
      "the endpoint is off unless it is named"),
@@ -193,6 +274,17 @@ ROUTER_ATTRIBUTES = {
 }
 
 
+# What vLLM cannot do yet, so that we refuse it or did not try: the day it can, its probe fails.
+NOT_YET = {
+    "data parallelism on CPU: drop its refusal in `refusals.py`": (
+        lambda: not compat.cpu_ranks_can_gather()
+    ),
+    "Ray on CPU: try the Ray overlays, and say so in the README": (
+        lambda: not resolve_name("vllm.platforms.cpu:CpuPlatform").ray_device_key
+    ),
+}
+
+
 def source(name: str) -> str:
     """Of a module, which is not imported (it may need a GPU), or of something in it."""
     if ":" in name:
@@ -220,6 +312,17 @@ def test_overridden(name, parameters):
     assert " ".join(inspect.signature(resolve_name(name)).parameters) == parameters, name
 
 
+@pytest.mark.parametrize(("name", "first"), WRAPPED.items(), ids=WRAPPED)
+def test_wrapped(name, first):
+    parameters = " ".join(inspect.signature(resolve_name(name)).parameters)
+    assert f"{parameters} ".startswith(f"{first} "), f"{name}: {parameters}"
+
+
+@pytest.mark.parametrize("news", NOT_YET)
+def test_not_yet(news):
+    assert NOT_YET[news](), f"vLLM serves {news}"
+
+
 @pytest.mark.parametrize(("name", "how"), CALLED.items(), ids=CALLED)
 def test_called(name, how):
     try:
@@ -239,8 +342,10 @@ def test_said(name, text, reason):
 
 
 def test_runner_asks_its_router_in_one_place():
-    """A routing mask stands ahead of that call: a second one would pass it by."""
+    """A routing mask stands inside that call: a second way would pass it by."""
     assert source(RUNNER).count("self.router.select_experts(") == 1
+    for step in (f"{MOE}.router.fused_moe_router:FusedMoERouter.select_experts", ROUTER):
+        assert len(re.findall(r"= self\._(select_experts|compute_routing)\(", source(step))) == 1
     assert holds(compat.FusedMoERouter, "bias_vl")
 
 
@@ -318,9 +423,53 @@ def test_plugin_groups_and_attached_methods():
 
     assert plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
     assert plugins.ENDPOINT_PLUGINS_GROUP == "vllm.endpoint_plugins"
-    attach.attach_engine_methods()
-    assert resolve_name("vllm.v1.worker.worker_base:WorkerBase.atomic_moe_control")
-    assert resolve_name(f"{CORE}.atomic_moe_count_interrupted")
+    vllm_atomic_moe.register()
+    assert resolve_name("vllm.v1.worker.worker_base:WorkerBase.atomic_moe_rank")
+    assert resolve_name(f"{CORE}.atomic_moe")
+
+
+def test_input_processor_takes_the_mark_by_keyword():
+    """Ours is keyword-only, and passes on what else it is given by place."""
+    inside = inspect.signature(inspect.unwrap(resolve_name(f"{INPUT}.process_inputs")))
+    assert "lora_request" in inside.parameters
+    inside.bind("self", "id", "prompt", "params", ("generate",), lora_request=None)
+
+
+def test_refusals_are_client_errors_and_the_front_ends_without_names_are_known():
+    from vllm.exceptions import VLLMClientError, VLLMNotFoundError, VLLMValidationError
+
+    for error in (VLLMNotFoundError("message"), VLLMValidationError("message", parameter="model")):
+        assert isinstance(error, VLLMClientError)
+    assert find_spec("vllm.entrypoints.launchers.grpc_server"), "`attach` looks for its name"
+    assert not vllm.envs.VLLM_USE_RUST_FRONTEND
+
+
+def test_a_deferred_utility_answers_when_its_future_does():
+    """What an API server's open call at the engine stands on."""
+    from concurrent.futures import Future
+
+    from vllm.v1.engine import UtilityOutput
+
+    invoke = resolve_name(f"{CORE_PROCESS}._invoke_utility_method")
+    later, sent = Future(), []
+    invoke("follow", lambda: later, UtilityOutput(1), sent.append)
+    assert sent == []
+    later.set_result({"ok": True})
+    assert [output.result.result for output in sent] == [{"ok": True}]
+
+
+def test_marks_cross_processes():
+    """As vLLM's engine core receives them, and not the LoRA machinery's idea of equality."""
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    lora_request = resolve_name(MARK)
+    served = requests.Served(3, "a", {"a": requests.Loaded(5, "d1", 7)})
+    mark = served.mark("a", shown="model:a")
+    frames = MsgpackEncoder().encode(mark)
+    read = MsgpackDecoder(lora_request).decode(frames)
+    assert (read.lora_name, read.lora_path) == ("model:a", "atomic-profile:a:d1")
+    assert (requests.profile_of(read), requests.slot_of(read)) == ("a", 5)
+    assert requests.Served.of(served.plain()) == served
 
 
 def test_errors_have_the_shape_of_vllm():
@@ -344,4 +493,8 @@ def test_load_generator_takes_our_flags():
 
 
 def test_supported_range_is_the_one_probed():
-    assert vllm.__version__.startswith("0.32."), "probe anew, then widen it in pyproject.toml"
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (wanted,) = (Requirement(line) for line in project["dependencies"] if line.startswith("vllm"))
+    assert vllm.__version__ in wanted.specifier
+    release = vllm.__version__.split(".")[:2]
+    assert release in (["0", "32"], ["0", "33"]), "probe anew, then widen it in pyproject.toml"

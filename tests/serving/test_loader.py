@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
 from tests.serving.conftest import (
     check_resident,
+    core,
     engine,
     logprobs_of,
     packed_layers_of,
@@ -87,7 +88,7 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
     [
         (
             {"data_parallel_size": 2},
-            r"data parallelism \(--data-parallel-size 2\); use 1, or start several servers",
+            r"data parallelism on CPU \(vLLM's own: its CPU ranks .*\); start several servers",
         ),
         ({"pipeline_parallel_size": 2}, r"pipeline parallelism in eager mode on CPU .*drop --enf"),
         (
@@ -98,7 +99,7 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
             {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
             r"all-to-all kernels between experts \(--all2all-backend deepep_low_latency\)",
         ),
-        ({"enable_lora": True}, r"LoRA \(--enable-lora\); merge the adapter"),
+        ({"enable_lora": True}, r"LoRA \(--enable-lora; profiles travel .*\); merge the adapter"),
         (
             {
                 "enforce_eager": False,
@@ -512,6 +513,12 @@ def test_other_load_formats_notice_nothing(model):
         assert not [module for module in modules if isinstance(module, AtomicRoutedExperts)]
         assert "atomic_moe" not in llm.llm_engine.vllm_config.additional_config
         assert torch.isfinite(prompt_logprobs(llm)).all()
+        assert "execute_model" not in vars(worker.model_runner)
+        assert not hasattr(llm.llm_engine.input_processor, "atomic_moe_admission")
+        (rank,) = llm.collective_rpc("atomic_moe_rank", args=("describe", {}))
+        for reply in (rank, core(llm, "status")):
+            assert not reply["ok"]
+            assert "was not loaded with --load-format atomic-pruned" in reply["error"]
     assert "RoutedExperts" not in op_registry_oot
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile, write_routing_profiles
-from tests.serving.conftest import activate, engine, prompt_logprobs
+from tests.serving.conftest import activate, core, engine, mixed_logprobs, prompt_logprobs
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.profiles import PruningProfile
 
@@ -134,7 +133,7 @@ def test_a_stage_without_experts(tmp_path, monkeypatch):
 
 
 def check_ranks(checkpoints: Checkpoints, layout: str, ranks: str, first: int = 2) -> None:
-    """Switch to every profile in turn; parity with one rank, and the memory of the union.
+    """All profiles in one batch; parity with one rank, and the memory of the union.
 
     Args:
         checkpoints: what to serve, and what to expect.
@@ -146,10 +145,8 @@ def check_ranks(checkpoints: Checkpoints, layout: str, ranks: str, first: int = 
     for name in NAMES[1:]:
         assert (wanted[name] - wanted[NAMES[0]]).abs().max() > 0.01, "the test is blind"
     with checkpoints.engine(checkpoints.layouts[layout], **RANKS[ranks]) as llm:
-        worst = {}
-        for name in (*NAMES[1:], NAMES[0]):
-            switch(llm, name)
-            worst[name] = float((prompt_logprobs(llm) - wanted[name]).abs().max())
+        found = mixed_logprobs(llm, NAMES)
+        worst = {name: float((found[name] - wanted[name]).abs().max()) for name in NAMES}
         print(ranks, layout, worst)
         assert max(worst.values()) < TOLERANCE, worst
         check_memory(checkpoints.union, atoms_of_ranks(checkpoints, ranks, first), llm)
@@ -157,15 +154,14 @@ def check_ranks(checkpoints: Checkpoints, layout: str, ranks: str, first: int = 
 
 def check_memory(union: Mapping[int, torch.Tensor], shares: Sequence[float], llm: Any) -> None:
     """Each rank holds its share, an expert padded by one and a layer's split uneven by one."""
-    status = control(llm, "status")
-    held = [rank["resident_bytes"] / ATOM_BYTES for rank in status]
+    held = [rank["resident_bytes"] / ATOM_BYTES for rank in core(llm, "status")["ranks"]]
     print("atoms of each rank:", held, "of", shares)
     experts = sum(int(mask.any(dim=1).sum()) for mask in union.values())
     for atoms, share in zip(held, shares, strict=True):
         assert share - len(union) / 2 <= atoms <= share + len(union) / 2 + experts
     assert sum(shares) <= sum(held) <= sum(shares) + experts * len(held)
     sizes = [mask.numel() * ATOM_BYTES for mask in union.values()]
-    assert {rank["dense_bytes"] for rank in status} == {sum(sizes)}
+    assert core(llm, "describe")["dense_bytes"] == sum(sizes)
 
 
 def atoms_of_ranks(checkpoints: Checkpoints, ranks: str, first: int) -> list[float]:
@@ -182,33 +178,6 @@ def atoms_of_ranks(checkpoints: Checkpoints, ranks: str, first: int) -> list[flo
         else:
             shares += [total / 2] * 2 if "tensor" in ranks else [total]
     return shares
-
-
-# --- the switch, as engine/switch.py does it on an idle engine -----------------------------------
-
-_switches = count()
-
-
-def switch(llm: Any, name: str) -> None:
-    """Make `name` active on all ranks."""
-    owner, generation = f"switch {next(_switches)}", control(llm, "status")[0]["generation"]
-    lease = {"generation": generation, "displaced": None, "lease_s": 60.0}
-    control(llm, "begin", owner=owner, profile=name, **lease)
-    assert len({rank["digest"] for rank in control(llm, "prepare", owner=owner)}) == 1
-    control(llm, "commit", owner=owner)
-    assert llm.reset_prefix_cache()
-    control(llm, "settle", owner=owner, switched=True, record={})
-    control(llm, "release", owner=owner)
-    states = {(rank["active"], rank["generation"]) for rank in control(llm, "status")}
-    assert states == {(name, generation + 1)}
-
-
-def control(llm: Any, verb: str, **arguments: Any) -> list[dict[str, Any]]:
-    """What every rank answers."""
-    ranks = llm.collective_rpc("atomic_moe_control", args=(verb, arguments))
-    assert len(ranks) > 1
-    assert all(rank["ok"] for rank in ranks), ranks
-    return ranks
 
 
 # --- what does not arrive -------------------------------------------------------------------------

@@ -8,12 +8,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 
 from tests.dashboard import dashboard, queries, selectors
 from tests.documents import ROOT, example
+from vllm_atomic_moe.control.errors import Outcome
+from vllm_atomic_moe.control.metrics import profile_metrics
 
 BIN = Path(sys.executable).parent
 DEPLOY = ROOT / "deploy"
@@ -119,6 +123,24 @@ def test_one_server_for_each_target_of_the_dockerfile(compose):
 def test_images_are_pinned(compose):
     for service in compose["services"].values():
         assert re.search(r":(v?\d+\.\d+\.\d+|gpu|cpu)$", service["image"]), service["image"]
+
+
+def test_alerts_are_of_metrics_that_are_there(compose):
+    mounts = dict(it.split(":")[:2] for it in compose["services"]["prometheus"]["volumes"])
+    configuration = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    assert configuration["rule_files"] == [mounts["./prometheus/alerts.yml"]]
+    [job] = [it["job_name"] for it in configuration["scrape_configs"]]
+    [group] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
+    profile_metrics()
+    known = {"up": "gauge", **{family.name: family.type for family in REGISTRY.collect()}}
+    for rule in group["rules"]:
+        assert set(rule) <= {"alert", "expr", "for", "annotations"}
+        [(metric, matchers, _)] = selectors(rule["expr"])
+        name = metric.removesuffix("_total")
+        assert known[name] == ("counter" if name != metric else "gauge"), metric
+        labels = {label: value for label, _, value in matchers}
+        assert labels.get("job", job) == job
+        assert labels.get("outcome", "failed") in get_args(Outcome)
 
 
 def test_grafana_is_given_its_data_source_and_dashboard(compose):

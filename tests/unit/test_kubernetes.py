@@ -394,7 +394,7 @@ def test_head_and_workers_find_each_other(setups, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["operator", "all-components"])
-def test_operator_fills_the_volume_and_may_switch(setups, name):
+def test_operator_fills_the_volume_and_may_change_profiles(setups, name):
     resources = setups[name]
     operator = the(resources, "Pod", "atomic-moe-operator")
     labels, container = operator["metadata"]["labels"], container_of(operator)

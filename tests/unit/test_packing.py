@@ -67,6 +67,35 @@ def test_bits_name_exactly_the_mask(keep):
             assert set(atoms) == set(mask[expert].nonzero().flatten().tolist())
 
 
+@given(masks, st.integers(0, 1 << 20))
+def test_any_mask_of_resident_atoms_has_bits(keep, seed):
+    """Those of a mask that the layout was built for, and of one that comes later."""
+    layout = build_layout(keep)
+    for name, mask in keep.items():
+        assert torch.equal(layout.bits_of(mask), layout.bits[name])
+    union = torch.stack(list(keep.values())).any(dim=0)
+    later = torch.rand(union.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    again = build_layout({**keep, "later": later & union})
+    assert layout.bits_of(later).dtype == torch.int32
+    assert torch.equal(layout.bits_of(later), layout.bits_of(later & union)), "foreign atoms"
+    of_layout, of_again = (
+        unpacked_atoms(one, bits)
+        for one, bits in ((layout, layout.bits_of(later)), (again, again.bits["later"]))
+    )
+    assert torch.equal(of_layout, later & union)
+    assert torch.equal(of_again, later & union)
+
+
+def unpacked_atoms(layout: PackedLayout, bits: torch.Tensor) -> torch.Tensor:
+    """The mask [E, I] that bits stand for."""
+    mask = torch.zeros(layout.num_experts, layout.intermediate_size, dtype=torch.bool)
+    for expert in range(layout.num_experts):
+        first, end = layout.words_E1[expert : expert + 2].tolist()
+        atoms = layout.expert_atoms(expert)
+        mask[expert, atoms] = unpack_bits(bits[None, first:end], len(atoms))[0].bool()
+    return mask
+
+
 @given(st.integers(0, 1 << 20), st.integers(1, 5))
 def test_nested_profiles_are_prefixes(seed, count):
     score = torch.rand(3, 150, generator=torch.Generator().manual_seed(seed))
@@ -240,6 +269,20 @@ def test_rows_are_parameters_and_bits_are_buffers():
     assert packed.bits_SW.tolist() == [[-1, 255, -1, 255], *[[0] * 4] * 15]
     assert (packed.slot("a"), packed.slot("b")) == (0, 1)
     assert packed.index_bytes == 16 * 4 * 4 + 2 * 3 * 8
+
+
+def test_slots_are_set_and_cleared_in_place():
+    keep = {"a": torch.tensor([[True] * 40, [False] * 40]), "b": torch.zeros(2, 40).bool()}
+    packed = PackedExperts(build_layout(keep), 8, torch.float32)
+    address, later = packed.bits_SW.data_ptr(), torch.zeros(2, 40, dtype=torch.bool)
+    later[:, [0, 33]] = True  # those of the second expert are not resident
+    packed.set_slot(15, later)
+    assert packed.bits_SW[[0, 1, 15]].tolist() == [[-1, 255], [0, 0], [1, 2]]
+    packed.set_slot(0, None)
+    packed.set_slot(1, keep["a"])
+    assert packed.bits_SW[[0, 1, 15]].tolist() == [[0, 0], [-1, 255], [1, 2]]
+    assert packed.bits_SW.data_ptr() == address
+    assert not packed.bits_SW[2:15].any()
 
 
 def test_another_dtype_is_refused():

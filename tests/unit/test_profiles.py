@@ -120,6 +120,33 @@ def test_widths_and_kept():
     assert profile().kept == pytest.approx(2 / 3)
 
 
+def test_digest_is_of_the_name_and_what_the_masks_compute():
+    masks = {1: torch.ones(4, 6).bool(), 3: torch.zeros(4, 6).bool()}
+    everyone = {layer: torch.ones(4).bool() for layer in masks}
+    fewer = {1: torch.tensor([True, True, False, True])}
+    one = PruningProfile("one", masks)
+    assert one.digest() == PruningProfile("one", masks, metadata={"method": "any"}).digest()
+    assert one.digest() == PruningProfile("one", masks, everyone).digest()
+    others = (
+        PruningProfile("two", masks),
+        PruningProfile("one", {1: masks[3], 3: masks[1]}),
+        PruningProfile("one", {1: masks[1]}),
+        PruningProfile("one", {2: masks[1], 3: masks[3]}),
+        PruningProfile("one", {layer: mask.view(6, 4) for layer, mask in masks.items()}),
+        PruningProfile("one", masks, fewer),
+    )
+    assert len({one.digest(), *(other.digest() for other in others)}) == 1 + len(others)
+
+
+def test_a_copy_in_memory_does_not_follow_its_file(tmp_path):
+    path = tmp_path / "code-25.safetensors"
+    profile().write(path)
+    copy = PruningProfile.read(path).in_memory()
+    path.write_bytes(bytes(path.stat().st_size))
+    assert copy.digest() == profile().digest()
+    assert copy.metadata == profile().metadata
+
+
 # --- broken files ---------------------------------------------------------------------------------
 
 

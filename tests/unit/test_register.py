@@ -7,16 +7,17 @@ import subprocess
 import sys
 
 import vllm_atomic_moe
-from vllm_atomic_moe import engine
+from vllm_atomic_moe import control, engine
 
 
 def test_is_idempotent(monkeypatch):
     calls = []
     monkeypatch.setattr(vllm_atomic_moe, "_registered", False)
-    monkeypatch.setattr(engine, "register_load_format", lambda: calls.append(1))
+    monkeypatch.setattr(engine, "register_load_format", lambda: calls.append("engine"))
+    monkeypatch.setattr(control, "attach_to_api_servers", lambda: calls.append("control"))
     vllm_atomic_moe.register()
     vllm_atomic_moe.register()
-    assert calls == [1]
+    assert calls == ["engine", "control"]
 
 
 def test_never_raises_but_says_so(monkeypatch, caplog):

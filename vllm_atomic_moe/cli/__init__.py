@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.admin import activate, list_profiles, show_status
+from vllm_atomic_moe.cli.admin import activate, list_profiles, load, show_status, unload
 from vllm_atomic_moe.cli.bench import bench
 from vllm_atomic_moe.cli.calibrate import calibrate
 from vllm_atomic_moe.cli.check import check
@@ -56,3 +56,5 @@ app.command()(bench)
 app.command("status")(show_status)
 app.command("profiles")(list_profiles)
 app.command()(activate)
+app.command()(load)
+app.command()(unload)

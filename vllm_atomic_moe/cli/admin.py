@@ -1,4 +1,4 @@
-"""atomic-moe status, profiles, activate: the client of running servers' admin endpoint."""
+"""atomic-moe status, profiles, activate, load, unload: the client of the admin endpoint."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vllm_atomic_moe.cli.console import print_error, print_json, print_table, status_lines
-from vllm_atomic_moe.engine import Mode
+from vllm_atomic_moe.cli.console import (
+    print_error,
+    print_json,
+    print_table,
+    print_warning,
+    status_lines,
+)
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.control.client import AdminClient
@@ -46,15 +51,26 @@ def show_status(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -
 
 def _print_statuses(found: dict[str, dict[str, Any]]) -> None:
     print_table(
-        ["server", "active", "state", "switches", "active MiB", "resident", "dense", "last switch"],
+        ["server", "profile", "slot", "running", "waiting", "admitted", "state"],
         [
             [
                 url,
-                answer["active"],
-                answer["state"],
+                name,
+                *(str(profile[key]) for key in ("slot", "running", "waiting", "admitted")),
+                "active" if name == answer["active"] else "loaded",
+            ]
+            for url, answer in found.items()
+            for name, profile in answer["profiles"].items()
+        ],
+    )
+    print_table(
+        ["server", "engines", "changes", "active MiB", "resident", "dense"],
+        [
+            [
+                url,
+                f"{answer['engines']}{'' if answer['agreed'] else ', they disagree'}",
                 str(answer["generation"]),
                 *(_mib(answer["memory"][f"{kind}_bytes"]) for kind in KINDS),
-                _last(answer["last_switch"]),
             ]
             for url, answer in found.items()
         ],
@@ -62,7 +78,7 @@ def _print_statuses(found: dict[str, dict[str, Any]]) -> None:
 
 
 def list_profiles(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -> None:
-    """List the profiles that servers know, and which of them are resident."""
+    """List the profiles of servers' directories, and which of them are loaded."""
     found, errors = _ask_all(urls, key_file, lambda server: server.profiles())
     if as_json:
         print_json([{"url": url, "profiles": answer} for url, answer in found.items()])
@@ -80,7 +96,7 @@ def _print_profiles(found: dict[str, list[dict[str, Any]]]) -> None:
                 profile["method"] or "-",
                 f"{profile['kept']:.1%}",
                 _mib(profile["bytes"]),
-                "active" if profile["active"] else "resident" if profile["resident"] else "-",
+                _state(profile),
                 *([url] if len(found) > 1 else []),
             ]
             for url, answer in found.items()
@@ -90,33 +106,68 @@ def _print_profiles(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def activate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A resident profile, or dense.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A loaded profile, or dense.")],
     urls: Urls,
-    mode: Annotated[
-        Mode, typer.Option(help="wait: begun requests finish; abort: all requests end.")
-    ] = "wait",
-    timeout: Annotated[
-        float, typer.Option(min=0.001, max=3600, metavar="SECONDS", help="For draining, each.")
-    ] = 60,
+    running: Annotated[
+        Literal["finish", "abort"],
+        typer.Option(
+            help="finish: requests go on with the profile that they have; abort: those of other "
+            "profiles end."
+        ),
+    ] = "finish",
+    mode: Annotated[str | None, typer.Option(hidden=True)] = None,
+    timeout: Annotated[float | None, typer.Option(hidden=True)] = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Switch servers to a profile while they serve, one after another.
+    """Give requests that name no profile another one, on servers one after another."""
+    if mode is not None or timeout is not None:
+        print_warning(
+            "--mode and --timeout are of version 0.1 and go with the next one; see --running"
+        )
+        running = "abort" if mode == "abort" else running
+    _change(urls, key_file, as_json, lambda server: server.activate(name, running))
 
-    All are checked first. At the first failure it stops and says which servers switched.
-    """
-    from vllm_atomic_moe.control.client import activate_fleet
+
+def load(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile of the directory.")],
+    urls: Urls,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load a profile of the servers' directory while they serve; its atoms must be in memory."""
+    _change(urls, key_file, as_json, lambda server: server.load(name))
+
+
+def unload(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A loaded profile.")],
+    urls: Urls,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Unload a profile that is not active and that no request uses."""
+    _change(urls, key_file, as_json, lambda server: server.unload(name))
+
+
+def _change(
+    urls: list[str],
+    key_file: Path | None,
+    as_json: bool,
+    change: Callable[[AdminClient], dict[str, Any]],
+) -> None:
+    """Change servers one after another; at the first failure say which were changed."""
+    from vllm_atomic_moe.control.client import change_fleet
 
     with _servers(urls, key_file) as servers:
         show = status_lines() if len(servers) > 1 else lambda done, total, url: None
-        results = activate_fleet(servers, name, mode, timeout, show)
+        results = change_fleet(servers, change, show)
     failed = [result.error for result in results if result.error]
     if as_json:
         print_json([asdict(result) for result in results])
     else:
         print_table(
-            ["server", "result", "before", "drain ms", "commit ms", "total ms"],
-            [[result.url, result.result, *_times(result.answer)] for result in results],
+            ["server", "result", "before", "changes"],
+            [[result.url, result.result, *_told(result.answer)] for result in results],
         )
     if failed:
         raise ValueError(failed[0])
@@ -159,14 +210,15 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def _last(switch: dict[str, Any] | None) -> str:
-    if switch is None:
-        return "-"
-    return f"{switch['outcome']} in {switch['total_ms']:.0f} ms"
+def _state(profile: dict[str, Any]) -> str:
+    if profile["active"]:
+        return "active"
+    if profile["loaded"]:
+        return "loaded"
+    return "servable" if profile["servable"] else "-"
 
 
-def _times(answer: dict[str, Any] | None) -> list[str]:
+def _told(answer: dict[str, Any] | None) -> list[str]:
     if answer is None:
-        return ["-"] * 4
-    times = (answer[f"{part}_ms"] for part in ("drain", "commit", "total"))
-    return [answer["previous"], *(f"{time:.1f}" for time in times)]
+        return ["-"] * 2
+    return [answer.get("previous", "-"), str(answer["generation"])]

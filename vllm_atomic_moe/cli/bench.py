@@ -104,7 +104,7 @@ def bench(
     --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
-    load generator; throughput and latency, whole load from a warm page cache, memory, and switches
+    load generator; throughput and latency, whole load from a warm page cache, memory, and changes
     between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot.
 
     Calibration: `atomic-moe calibrate` beside the HEAPr paper's two forward passes; time and
@@ -235,7 +235,7 @@ def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json:
 
 
 def _print_servers(report: Any) -> None:
-    """Two tables, what loading gives, then every phase; and a line about switching."""
+    """Two tables, what loading gives, then every phase; and a line about changes."""
     rows = report.profiles
     columns = "profile kept experts load ratio start peak loaded freed KV-cache gained"
     print_table(
@@ -276,23 +276,12 @@ def _print_servers(report: Any) -> None:
             for phase in [row.phases[index]]
         ],
     )
-    if report.switching is not None:
-        typer.echo(_switching_line(report.switching))
-
-
-def _switching_line(switching: Any) -> str:
-    parts = (
-        f"{name} {spread.median:.2f} ms (slowest {spread.highest:.2f})"
-        for name, spread in (
-            ("total", switching.total_ms),
-            ("commit", switching.commit_ms),
-            ("drain", switching.drain_ms),
+    if (changes := report.changes) is not None:
+        typer.echo(
+            f"\nchange of the active profile, {len(changes.profiles)} loaded, "
+            f"{_mib(changes.resident_bytes)}: {changes.change_ms.median:.2f} ms "
+            f"(slowest {changes.change_ms.highest:.2f})"
         )
-    )
-    return (
-        f"\nswitching between {len(switching.resident)} resident profiles, "
-        f"{_mib(switching.resident_bytes)}: {', '.join(parts)}"
-    )
 
 
 def _bench_calibration(directory: Path, options: dict[str, Any], seed: int, as_json: bool) -> None:

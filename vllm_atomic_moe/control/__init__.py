@@ -1,1 +1,9 @@
-"""The API server's side: the admin endpoint, its access and metrics, and its client."""
+"""The API server's side: model names, the admin endpoint, its access and metrics, its client."""
+
+
+def attach_to_api_servers() -> None:
+    """Let API servers of vLLM offer the profiles of the model that they serve."""
+    from vllm_atomic_moe.control.names import ProfileHeader, ServerProfiles
+    from vllm_atomic_moe.engine.attach import attach_to_api_servers
+
+    attach_to_api_servers(ServerProfiles.start, ProfileHeader)

@@ -14,15 +14,10 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from vllm.logger import init_logger
 
+from vllm_atomic_moe.control.errors import AdminError, Outcome, unavailable
 from vllm_atomic_moe.control.key import KEY, fingerprint
-from vllm_atomic_moe.control.metrics import switch_metrics
+from vllm_atomic_moe.control.metrics import profile_metrics
 from vllm_atomic_moe.control.models import ErrorInfo, ErrorResponse
-from vllm_atomic_moe.engine.switch import (
-    Outcome,
-    SwitchError,
-    SwitchRecord,
-    engine_unavailable,
-)
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -51,14 +46,14 @@ class Access:
         """Refuse a request without the key.
 
         Raises:
-            SwitchError: 403 no key is configured, 401 it is missing or wrong.
+            AdminError: 403 no key is configured, 401 it is missing or wrong.
         """
         if self._key is None:
-            raise SwitchError(
+            raise AdminError(
                 403, "AdminKeyNotConfiguredError", f"no admin key is configured; start with {KEY}"
             )
         if not hmac.compare_digest(presented_key(request).encode(), self._key.encode()):
-            raise SwitchError(
+            raise AdminError(
                 401, "UnauthorizedError", "wanted the admin key as `Authorization: Bearer KEY`"
             )
 
@@ -94,45 +89,40 @@ async def _answer(handle: Callable[[Request], Awaitable[Response]], request: Req
     try:
         request.app.state.atomic_moe_access.check(request)
         return await handle(await _with_bounded_body(request))
-    except SwitchError as refusal:
+    except AdminError as refusal:
         error = refusal
     except RequestValidationError as invalid:
         error = _bad_request(invalid)
     except HTTPException as unreadable:  # FastAPI's word for a body that is not text
-        error = SwitchError(400, "BadRequestError", f"body: {unreadable.detail}")
+        error = AdminError(400, "BadRequestError", f"body: {unreadable.detail}")
     except Exception as unexpected:
         logger.exception("Admin endpoint: %s %s failed", request.method, request.url.path)
-        error = engine_unavailable(f"{type(unexpected).__name__}: {unexpected}")
-    if request.method == "PUT":
-        audit(request, error.outcome, error.status, error.record, error.message)
+        error = unavailable(f"{type(unexpected).__name__}: {unexpected}")
+    if request.method in ("PUT", "DELETE"):
+        audit(request, error.outcome, error.status, error.message)
     return error_response(error)
 
 
-def audit(
-    request: Request, outcome: Outcome, status: int, record: SwitchRecord | None, words: str
-) -> None:
-    """Log and count one attempt to switch: who, what, what became of it, and how long it took.
+def audit(request: Request, outcome: Outcome, status: int, words: str) -> None:
+    """Log and count one attempt to change what is served: who, what, and what became of it.
 
     Args:
         request: the attempt.
-        outcome: of the switch.
+        outcome: of the change.
         status: HTTP status of the answer.
-        record: of a switch that began, else None.
-        words: what was asked for, or why it was refused.
+        words: what was changed, or why not.
     """
     logger.info(
-        "Profile switch: key=%s client=%s status=%d outcome=%s %s%s",
+        "Profile change: key=%s client=%s %s %s status=%d outcome=%s %s",
         fingerprint(presented_key(request)),
         request.client.host if request.client else "unknown",
+        request.method,
+        ascii(request.url.path)[1:-1][:120],
         status,
         outcome,
-        f"{record.previous}->{record.profile} mode={record.mode} drain_ms={record.drain_ms:.1f} "
-        f"commit_ms={record.commit_ms:.1f} total_ms={record.total_ms:.1f} "
-        if record
-        else "",
         ascii(words)[1:-1],
     )
-    switch_metrics().count(outcome, record)
+    profile_metrics().count_change(outcome)
 
 
 async def _with_bounded_body(request: Request) -> Request:
@@ -140,7 +130,7 @@ async def _with_bounded_body(request: Request) -> Request:
     async for chunk in request.stream():
         body += chunk
         if len(body) > LONGEST_BODY:
-            raise SwitchError(
+            raise AdminError(
                 400, "BadRequestError", f"the body is longer than {LONGEST_BODY} bytes"
             )
     sent = False
@@ -157,14 +147,14 @@ async def _with_bounded_body(request: Request) -> Request:
     return Request({**request.scope, "headers": headers}, receive)
 
 
-def _bad_request(error: RequestValidationError) -> SwitchError:
+def _bad_request(error: RequestValidationError) -> AdminError:
     """The first of what is wrong with a request, without repeating what was sent."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or "body"
-    return SwitchError(400, "BadRequestError", f"{where[:80]}: {first['msg'][:200]}")
+    return AdminError(400, "BadRequestError", f"{where[:80]}: {first['msg'][:200]}")
 
 
-def error_response(error: SwitchError) -> JSONResponse:
+def error_response(error: AdminError) -> JSONResponse:
     """`error` in the shape of vLLM's ErrorResponse."""
     content = ErrorResponse(
         error=ErrorInfo(message=error.message, type=error.kind, code=error.status)

@@ -1,46 +1,38 @@
-"""The admin endpoint: which profile answers, and another one.
+"""The admin endpoint: which profiles requests get, and which are loaded.
 
 An endpoint plug-in of vLLM's, loaded where `VLLM_PLUGINS` names `atomic_moe_admin`. It holds no
-state that matters: the workers do, so that any number of API servers may stand before the engine.
+state: the engines do, so that any number of API servers may stand before them.
 """
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.security import HTTPBearer
 from vllm.logger import init_logger
 
-from vllm_atomic_moe.control.access import (
-    Access,
-    AdminRoute,
-    audit,
-)
+from vllm_atomic_moe.control.access import Access, AdminRoute, audit
+from vllm_atomic_moe.control.errors import Outcome, unavailable
 from vllm_atomic_moe.control.key import fingerprint, read_key
-from vllm_atomic_moe.control.metrics import switch_metrics
 from vllm_atomic_moe.control.models import (
+    ActiveAnswer,
+    ActiveRequest,
     ErrorResponse,
-    Memory,
+    LoadAnswer,
     Profiles,
     ProfileWidths,
     Status,
-    SwitchAnswer,
-    SwitchRequest,
-)
-from vllm_atomic_moe.engine.attach import vllm_health
-from vllm_atomic_moe.engine.switch import (
-    ProfileSwitcher,
-    SwitchError,
-    engine_unavailable,
+    UnloadAnswer,
 )
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
+
+    from vllm_atomic_moe.control.changes import Changes
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -50,9 +42,8 @@ REASONS = {
     401: "The admin key is missing or wrong.",
     403: "No admin key is configured.",
     404: "Unknown profile.",
-    409: "Another switch is under way, the engine is paused by somebody else, or the profile is "
-    "not resident.",
-    503: "The time ran out, the switch failed, or there is no engine; `type` says which.",
+    409: "It cannot be done as things stand; `type` says why.",
+    503: "An engine or API server does not answer, or there is no engine; the message names it.",
 }
 
 
@@ -71,67 +62,78 @@ router = APIRouter(
 ProfilePath = Annotated[str, Path(description="Name of a profile.", examples=["heapr-25"])]
 
 
-def _switcher(request: Request) -> ProfileSwitcher:
-    """The switcher of this server.
+def _changes(request: Request) -> Changes:
+    """The engines' side of this server.
 
     Raises:
-        SwitchError: 503, a render server has no engine.
+        AdminError: 503, a render server has no engine, or it serves no pruned model.
     """
-    switcher = request.app.state.atomic_moe_switcher
-    if switcher is None:
-        raise engine_unavailable("this server has no engine: it renders only")
-    return switcher
+    changes = request.app.state.atomic_moe_changes
+    if changes is None:
+        raise unavailable("there is no engine with --load-format atomic-pruned behind this server")
+    return changes
 
 
-@router.get("/status", summary="What answers requests now")
+@router.get("/status", summary="What is served now")
 async def get_status(request: Request) -> Status:
-    """The active profile, the state of the switch, and the memory of the experts."""
-    status = await _switcher(request).status()
-    return Status(**status, memory=Memory(**status))
+    """The active profile, the requests of every loaded one, and the memory of the experts."""
+    return Status.model_validate(await _changes(request).status())
 
 
-@router.get("/profiles", summary="All profiles the server knows")
+@router.get("/profiles", summary="All profiles of the server's directory")
 async def get_profiles(request: Request) -> Profiles:
-    """Every valid profile of the server's directory, resident or not."""
-    return Profiles.model_validate({"profiles": await _switcher(request).profiles()})
+    """Every valid profile, loaded or not, as the files are now."""
+    return Profiles.model_validate({"profiles": await _changes(request).profiles()})
 
 
-@router.get("/profiles/{name}", summary="One profile", responses=_errors(404))
+@router.get("/profiles/{name}", summary="One profile", responses=_errors(404, 409))
 async def get_profile(request: Request, name: ProfilePath) -> ProfileWidths:
     """One profile, with the kept width of every expert of every layer."""
-    return ProfileWidths(**await _switcher(request).profile(name))
+    return ProfileWidths.model_validate(await _changes(request).profile(name))
 
 
-@router.put("/active", summary="Switch the profile", responses=_errors(400, 404, 409))
-async def put_active(request: Request, wanted: SwitchRequest) -> SwitchAnswer:
-    """Make a resident profile the one that answers requests.
+@router.put("/active", summary="Change the active profile", responses=_errors(400, 404, 409))
+async def put_active(request: Request, wanted: ActiveRequest) -> ActiveAnswer:
+    """Give requests that name no profile another one, from now on.
 
-    It is all or nothing: no answer mixes two profiles, nor does the prefix cache. The switch goes
-    on if the client goes away. The profile that is active already is no error, and no work.
+    Nothing waits and nothing is emptied: requests that are there go on with the profile that they
+    have. The profile that is active already is not an error, and no work.
     """
-    switcher = _switcher(request)
-    result = await switcher.switch(wanted.profile, wanted.mode, wanted.timeout_s)
-    record = result.record
-    with suppress(SwitchError):  # it is done, whatever the engine says afterwards
-        switch_metrics().show(await switcher.status())
-    audit(request, "switched" if record else "unchanged", 200, record, result.active)
-    return SwitchAnswer(
-        active=result.active,
-        previous=result.previous,
-        generation=result.generation,
-        drain_ms=record.drain_ms if record else 0.0,
-        commit_ms=record.commit_ms if record else 0.0,
-        total_ms=record.total_ms if record else 0.0,
-    )
+    running = wanted.running
+    if wanted.mode is not None or wanted.timeout_s is not None:
+        logger.warning(
+            "Admin endpoint: `mode` and `timeout_s` are of version 0.1 and will be refused by the "
+            "next one; `mode` is called `running` now, `wait` is `finish`, nothing has to drain"
+        )
+        running = "abort" if wanted.mode == "abort" else running
+    answer = await _changes(request).activate(wanted.profile, running)
+    unchanged = answer["previous"] == answer["active"]
+    audit(request, "unchanged" if unchanged else "changed", 200, _told(answer))
+    return ActiveAnswer.model_validate(answer)
 
 
-async def health(request: Request) -> Response:
-    """Health check: 503 also where a switch has failed and left the engine paused."""
-    answer = await vllm_health(request)
-    switcher = request.app.state.atomic_moe_switcher
-    if answer.status_code != 200 or switcher is None:
-        return answer
-    return Response(status_code=503 if switcher.has_failed() else 200)
+@router.put("/profiles/{name}", summary="Load a profile", responses=_errors(404, 409))
+async def put_profile(request: Request, name: ProfilePath) -> LoadAnswer:
+    """Load a profile of the server's directory while it serves; its atoms must be in memory.
+
+    One that is loaded already is not an error, and no work.
+    """
+    answer = await _changes(request).load(name)
+    outcome: Outcome = "changed" if answer.pop("changed") else "unchanged"
+    audit(request, outcome, 200, f"loaded {name} generation={answer['generation']}")
+    return LoadAnswer.model_validate(answer)
+
+
+@router.delete("/profiles/{name}", summary="Unload a profile", responses=_errors(404, 409))
+async def delete_profile(request: Request, name: ProfilePath) -> UnloadAnswer:
+    """Take back a profile's name, and free its slot. No request may be using it."""
+    answer = await _changes(request).unload(name)
+    audit(request, "changed", 200, f"unloaded {name} generation={answer['generation']}")
+    return UnloadAnswer.model_validate(answer)
+
+
+def _told(answer: dict[str, Any]) -> str:
+    return f"{answer['previous']}->{answer['active']} generation={answer['generation']}"
 
 
 def _document_no_422(app: FastAPI) -> None:
@@ -156,7 +158,7 @@ class AdminPlugin:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; `/health` learns of failed switches.
+        """Add the routes.
 
         Raises:
             ValueError: the admin key cannot be read, or equals a serving key.
@@ -169,22 +171,15 @@ class AdminPlugin:
             logger.error("atomic-moe admin: %s", error)
             raise
         logger.info("Admin endpoint: key=%s", fingerprint(key))
-        app.state.atomic_moe_switcher = None
+        app.state.atomic_moe_changes = None
         app.include_router(router)
         _document_no_422(app)
-        app.add_api_route("/health", health, methods=["GET"], response_class=Response)
-        # First, also before routers that vLLM's plug-in interface does not see through.
-        app.router.routes.insert(0, app.router.routes.pop())
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Connect the routes with the engine, if there is one, and tell it what it serves."""
-        if engine_client is None:
-            return
-        state.atomic_moe_switcher = switcher = ProfileSwitcher(engine_client)
-        try:
-            await switcher.announce()
-            switch_metrics().show(await switcher.status())
-        except (SwitchError, TimeoutError) as error:
-            logger.error("atomic-moe admin: profiles cannot be switched: %s", error)
+        """Connect the routes with the engines, if there are any that serve a pruned model."""
+        models = getattr(state, "openai_serving_models", None)
+        profiles = getattr(models, "atomic_moe_profiles", None)
+        if profiles is not None:
+            state.atomic_moe_changes = profiles.changes

@@ -10,15 +10,14 @@ from typing import Any, Literal, Self
 
 import httpx
 
-ANSWER_TIMEOUT_S = 90.0
-# Beyond draining, a switch answers within its steps' time-outs.
-SWITCH_TIMEOUT_S = 600.0
+# More than all of a change's own time-outs.
+ANSWER_TIMEOUT_S = 180.0
 
-Result = Literal["switched", "unchanged", "failed", "not tried"]
+Result = Literal["changed", "unchanged", "failed", "not tried"]
 
 
 class AdminClient:
-    """Asks one server; a context manager.
+    """Asks one server; a context manager. It never goes through a proxy of the environment.
 
     Args:
         url: http://host:port, with a path if the server has one.
@@ -33,7 +32,7 @@ class AdminClient:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"URL {url!r} does not start with http:// or https://")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(headers=headers, timeout=ANSWER_TIMEOUT_S)
+        self._client = httpx.Client(headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False)
 
     def __enter__(self) -> Self:
         return self
@@ -54,14 +53,21 @@ class AdminClient:
         """`GET /atomic/v1/profiles`. Raises as `activate`."""
         return self._ask("GET", "profiles")["profiles"]
 
-    def activate(self, profile: str, mode: str, timeout_s: float) -> dict[str, Any]:
+    def activate(self, profile: str, running: str) -> dict[str, Any]:
         """`PUT /atomic/v1/active`.
 
         Raises:
             ValueError: the server refuses, is not there, or is another kind of server; one line.
         """
-        body = {"profile": profile, "mode": mode, "timeout_s": timeout_s}
-        return self._ask("PUT", "active", json=body, timeout=timeout_s + SWITCH_TIMEOUT_S)
+        return self._ask("PUT", "active", json={"profile": profile, "running": running})
+
+    def load(self, profile: str) -> dict[str, Any]:
+        """`PUT /atomic/v1/profiles/{profile}`. Raises as `activate`."""
+        return self._ask("PUT", f"profiles/{profile}")
+
+    def unload(self, profile: str) -> dict[str, Any]:
+        """`DELETE /atomic/v1/profiles/{profile}`. Raises as `activate`."""
+        return self._ask("DELETE", f"profiles/{profile}")
 
     def _ask(self, method: str, path: str, **options: Any) -> Any:
         try:
@@ -87,8 +93,8 @@ class ServerResult:
 
     Attributes:
         url: of the server.
-        result: switched, unchanged, failed or not tried.
-        answer: of the switch, if there was one.
+        result: changed, unchanged, failed or not tried.
+        answer: of the change, if there was one.
         error: one line, if it failed.
     """
 
@@ -105,30 +111,26 @@ def fleet(urls: Sequence[str], key: str | None) -> Iterator[list[AdminClient]]:
         yield [stack.enter_context(AdminClient(url, key)) for url in dict.fromkeys(urls)]
 
 
-def activate_fleet(
+def change_fleet(
     servers: Sequence[AdminClient],
-    profile: str,
-    mode: str,
-    timeout_s: float,
+    change: Callable[[AdminClient], dict[str, Any]],
     on_progress: Callable[[int, int, str], None] = lambda done, total, url: None,
 ) -> list[ServerResult]:
-    """Switch servers one after another, and stop at the first that fails.
+    """Change servers one after another, and stop at the first that fails.
 
     Args:
-        servers: all are asked first whether they can.
-        profile: to make active on each.
-        mode: as in `AdminClient.activate`.
-        timeout_s: as there, for each server.
+        servers: all must answer before the first is changed.
+        change: one server -> its answer.
         on_progress: called with (servers done, in all, URL of the next).
 
     Returns:
         One result per server, in order.
 
     Raises:
-        ValueError: a server cannot switch to the profile; then none has.
+        ValueError: a server does not answer; then none has been changed.
     """
     for server in servers:
-        _check(server, profile)
+        server.status()
     results: list[ServerResult] = []
     for server in servers:
         if results and results[-1].result in ("failed", "not tried"):
@@ -136,24 +138,12 @@ def activate_fleet(
             continue
         on_progress(len(results), len(servers), server.url)
         try:
-            answer = server.activate(profile, mode, timeout_s)
+            generation = server.status()["generation"]
+            answer = change(server)
         except ValueError as error:
             results.append(ServerResult(server.url, "failed", error=str(error)))
             continue
-        result: Result = "unchanged" if answer["previous"] == profile else "switched"
+        result: Result = "unchanged" if answer["generation"] == generation else "changed"
         results.append(ServerResult(server.url, result, answer))
     on_progress(len(servers), len(servers), "")
     return results
-
-
-def _check(server: AdminClient, profile: str) -> None:
-    status = server.status()
-    if status["state"] != "serving":
-        raise ValueError(
-            f"{server.url}: its state is {status['state']}, wanted serving; no server was switched"
-        )
-    if profile not in status["resident"]:
-        raise ValueError(
-            f"{server.url}: profile {profile!r} is not resident, "
-            f"{', '.join(status['resident'])} are; no server was switched"
-        )

@@ -1,7 +1,7 @@
-"""What the admin endpoint adds to vLLM's `/metrics`.
+"""What the plug-in adds to vLLM's `/metrics`.
 
 Safe with several API servers, whose files prometheus_client merges: of a gauge, what was set last,
-by whichever of them, counts; counters and histograms are added up.
+by whichever of them, counts; counters are added up.
 """
 
 from __future__ import annotations
@@ -10,63 +10,70 @@ import functools
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 
-from vllm_atomic_moe.engine.switch import Outcome, SwitchRecord
+from vllm_atomic_moe.control.errors import Outcome
 
-BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BYTES = ("dense", "resident", "active")
 
 
-class SwitchMetrics:
-    """The metrics of one process; make them once (`switch_metrics`)."""
+class ProfileMetrics:
+    """The metrics of one process; make them once (`profile_metrics`)."""
 
     def __init__(self) -> None:
-        self._active = Gauge(
-            "atomic_moe_active_profile",
-            "1 for the pruning profile that answers requests, 0 for the other resident ones.",
-            ["profile"],
-            multiprocess_mode="mostrecent",
-        )
-        self._bytes = Gauge(
-            "atomic_moe_expert_bytes",
+        def gauge(name: str, words: str, label: str = "profile") -> Gauge:
+            return Gauge(f"atomic_moe_{name}", words, [label], multiprocess_mode="mostrecent")
+
+        self._gauges = {
+            "active": gauge(
+                "active_profile", "1 for the profile of requests that name none, 0 for others."
+            ),
+            "running": gauge("running", "Requests that are being computed, by profile."),
+            "waiting": gauge("waiting", "Requests that wait for their turn, by profile."),
+        }
+        self._bytes = gauge(
+            "expert_bytes",
             "Bytes of routed-expert weights, all ranks: dense (all atoms), resident (in memory), "
             "active (kept by the active profile).",
-            ["kind"],
-            multiprocess_mode="mostrecent",
+            "kind",
         )
-        self._switches = Counter(
-            "atomic_moe_switches", "Attempts to switch the profile, by outcome.", ["outcome"]
+        self._requests = Counter(
+            "atomic_moe_requests", "Requests admitted since the start, by profile.", ["profile"]
+        )
+        self._changes = Counter(
+            "atomic_moe_profile_changes",
+            "Attempts to activate, load or unload a profile, by outcome.",
+            ["outcome"],
         )
         for outcome in get_args(Outcome):  # from zero, so that the first of a kind is an increase
-            self._switches.labels(outcome)
-        self._switch_s = Histogram(
-            "atomic_moe_switch_seconds",
-            "Seconds from taking a switch to its end, whatever its outcome.",
-            buckets=BUCKETS_S,
-        )
-        self._drain_s = Histogram(
-            "atomic_moe_drain_seconds",
-            "Seconds of it until no request was running.",
-            buckets=BUCKETS_S,
-        )
+            self._changes.labels(outcome)
+        self._shown: set[str] = set()
 
     def show(self, status: Mapping[str, Any]) -> None:
-        """Set the gauges to a status of `ProfileSwitcher.status`."""
-        for name in status["resident"]:
-            self._active.labels(name).set(name == status["active"])
+        """Set the gauges to a status, as `GET /atomic/v1/status` answers it."""
+        profiles = status["profiles"]
+        for name in self._shown - profiles.keys():  # unloaded
+            for gauge in self._gauges.values():
+                gauge.labels(name).set(0)
+        for name, counts in profiles.items():
+            self._requests.labels(name)
+            self._gauges["active"].labels(name).set(name == status["active"])
+            for kind in ("running", "waiting"):
+                self._gauges[kind].labels(name).set(counts[kind])
+        self._shown |= profiles.keys()
         for kind in BYTES:
-            self._bytes.labels(kind).set(status[f"{kind}_bytes"])
+            self._bytes.labels(kind).set(status["memory"][f"{kind}_bytes"])
 
-    def count(self, outcome: Outcome, record: SwitchRecord | None) -> None:
-        """Count an attempt; `record` is None where the switch did not begin."""
-        self._switches.labels(outcome).inc()
-        if record is not None:
-            self._switch_s.observe(record.total_ms / 1000)
-            self._drain_s.observe(record.drain_ms / 1000)
+    def count_request(self, profile: str) -> None:
+        """Count a request that this process admitted."""
+        self._requests.labels(profile).inc()
+
+    def count_change(self, outcome: Outcome) -> None:
+        """Count an attempt to change what is served."""
+        self._changes.labels(outcome).inc()
 
 
 @functools.cache
-def switch_metrics() -> SwitchMetrics:
+def profile_metrics() -> ProfileMetrics:
     """The metrics of this process: prometheus_client refuses to make them twice."""
-    return SwitchMetrics()
+    return ProfileMetrics()

@@ -6,60 +6,55 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_atomic_moe.engine import Mode
 from vllm_atomic_moe.files.profiles import NAME
-
-TIMEOUT_S = 60.0
-LONGEST_TIMEOUT_S = 3600.0
 
 ProfileName = Annotated[
     str, Field(pattern=f"^{NAME.pattern}$", max_length=64, examples=["heapr-25"])
 ]
+Running = Literal["finish", "abort"]
 
 
-class SwitchRequest(BaseModel):
-    """Which profile is to answer requests from now on."""
+class ActiveRequest(BaseModel):
+    """Which profile is to answer requests that name none, from now on."""
 
     model_config = ConfigDict(extra="forbid")
 
-    profile: ProfileName = Field(description="Name of a resident profile, or `dense`.")
-    mode: Mode = Field(
-        "wait",
-        description="What becomes of requests that are there: `wait` lets those that have begun "
-        "finish, queued ones are answered by the new profile; `abort` ends all of them.",
+    profile: ProfileName = Field(description="Name of a loaded profile, or `dense`.")
+    running: Running = Field(
+        "finish",
+        description="What becomes of requests that are there: `finish` lets them go on with the "
+        "profile that they have; `abort` ends those of all other profiles.",
     )
-    timeout_s: float = Field(
-        TIMEOUT_S,
-        gt=0,
-        le=LONGEST_TIMEOUT_S,
-        allow_inf_nan=False,
-        description="Seconds that draining may take; after them nothing has changed.",
+    mode: Literal["wait", "abort"] | None = Field(
+        None, deprecated=True, description="Name of `running` in version 0.1; `wait` is `finish`."
+    )
+    timeout_s: float | None = Field(
+        None, deprecated=True, description="Ignored: nothing has to drain since version 0.2."
     )
 
 
-class SwitchAnswer(BaseModel):
-    """A switch that is done: no answer that began before it is under way any more."""
+class ActiveAnswer(BaseModel):
+    """Requests that begin from now on, at any API server, get the new profile."""
 
-    active: str = Field(description="The profile that answers requests now.")
+    active: str = Field(description="The profile of requests that name none.")
     previous: str = Field(description="The one before; the same where nothing had to change.")
-    generation: int = Field(description="Number of switches since the start.")
-    drain_ms: float = Field(description="Milliseconds until no request was running.")
-    commit_ms: float = Field(description="Milliseconds of the change itself, on all ranks.")
-    total_ms: float = Field(description="Milliseconds from taking the switch to serving again.")
+    generation: int = Field(description="Grows with every change.")
+    running: dict[str, int] = Field(description="Requests that run or wait, by profile.")
 
 
-class LastSwitch(BaseModel):
-    """The last switch that began."""
+class LoadAnswer(BaseModel):
+    """A profile that requests may name from now on."""
 
-    profile: str = Field(description="What was asked for.")
-    previous: str = Field(description="What was active before.")
-    mode: Mode
-    outcome: Literal["switched", "timeout", "rolled_back", "failed"]
-    error: str | None = Field(description="Why it did not switch.")
-    finished_at: float = Field(description="Seconds since the epoch.")
-    drain_ms: float
-    commit_ms: float
-    total_ms: float
+    profile: str
+    slot: int = Field(description="The number under which it is computed.")
+    generation: int = Field(description="Grows with every change.")
+
+
+class UnloadAnswer(BaseModel):
+    """A profile that is not loaded any more."""
+
+    profile: str
+    generation: int = Field(description="Grows with every change.")
 
 
 class Memory(BaseModel):
@@ -68,34 +63,40 @@ class Memory(BaseModel):
     dense_bytes: int = Field(description="All atoms of the model.")
     resident_bytes: int = Field(description="Allocated, padding included.")
     active_bytes: int = Field(description="Atoms that the active profile keeps.")
-    index_bytes: int = Field(description="Index structures of all resident profiles.")
+    index_bytes: int = Field(description="Index structures of all slots.")
     rank_resident_bytes: list[int] = Field(description="`resident_bytes`, rank by rank.")
+
+
+class ProfileRequests(BaseModel):
+    """A loaded profile, and its requests on all engines."""
+
+    slot: int = Field(description="The number under which it is computed.")
+    running: int = Field(description="Requests that are being computed.")
+    waiting: int = Field(description="Requests that wait for their turn.")
+    admitted: int = Field(description="Requests since the start.")
 
 
 class Status(BaseModel):
     """What the server serves now."""
 
-    active: str = Field(description="The profile that answers requests.")
-    generation: int = Field(description="Number of switches since the start.")
-    state: Literal["serving", "switching", "failed"] = Field(
-        description="`failed`: a switch could neither finish nor go back, and the engine is "
-        "paused; or the ranks disagree on what is active."
-    )
-    failure: str | None = Field(description="Why, if `failed`.")
-    resident: list[str] = Field(description="Profiles held in memory.")
+    active: str = Field(description="The profile of requests that name none.")
+    generation: int = Field(description="Grows with every change.")
+    agreed: bool = Field(description="Whether all engines say the same.")
+    engines: int = Field(description="Number of engines: data parallel ranks behind this server.")
+    profiles: dict[str, ProfileRequests] = Field(description="The loaded profiles.")
     memory: Memory
-    last_switch: LastSwitch | None
 
 
 class Profile(BaseModel):
-    """One profile the server knows."""
+    """One profile of the server's directory, or `dense`."""
 
     name: str
     method: str = Field(description="How it was made, if its file says so.")
     kept: float = Field(description="Fraction of atoms kept.")
     bytes: int = Field(description="Bytes of those atoms in the serving dtype.")
-    resident: bool = Field(description="Held in memory: may be made active.")
-    active: bool = Field(description="Answers requests now.")
+    loaded: bool = Field(description="Requests may name it.")
+    servable: bool = Field(description="All of its atoms are in memory: it may be loaded.")
+    active: bool = Field(description="Requests that name none get it.")
 
 
 class ProfileWidths(Profile):
@@ -104,10 +105,14 @@ class ProfileWidths(Profile):
     widths: dict[str, list[int]] = Field(
         description="Decoder layer index -> kept width of every expert."
     )
+    live_tiles: float | None = Field(
+        description="Fraction of the tiles of 32 atoms in memory that it computes, which its time "
+        "follows; null where it is not loaded."
+    )
 
 
 class Profiles(BaseModel):
-    """Every valid profile of the server's directory, as it was when the server started."""
+    """Every valid profile of the server's directory as it is now, and `dense`."""
 
     profiles: list[Profile]
 

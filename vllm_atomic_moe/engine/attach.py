@@ -1,51 +1,192 @@
-"""What the plug-in attaches to vLLM when it registers, and what the API server asks of vLLM.
+"""What the plug-in attaches to vLLM when it registers, and what it asks of vLLM's engines.
 
 Every vLLM process imports this file, so vLLM's internals are imported inside the functions.
-`tests/serving/test_compat.py` probes them.
+`tests/serving/test_compat.py` probes them. What is wrapped does nothing of ours for a model that is
+loaded with another load format.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from vllm_atomic_moe.engine import LOAD_FORMAT
 
-def attach_engine_methods() -> None:
-    """Give vLLM's workers and engine cores the methods that a switch of profiles calls by name.
 
-    Reason: `worker_extension_cls`, the public way for workers, is an option of the user's, and
-    there is none for the engine core, which alone knows the requests that were preempted.
+def attach_to_engines() -> None:
+    """Give requests their profiles, and workers and engine cores the methods that changes call.
+
+    Reasons: `worker_extension_cls`, the public way for workers, is an option of the user's; there
+    is none for the engine core, where block hashes are made and waiting requests are known; and
+    vLLM's own way to carry a name with a request is refused where LoRA is off.
     """
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_atomic_moe.engine import switch, worker
+    from vllm_atomic_moe.engine import core, requests, worker
 
-    setattr(WorkerBase, worker.CONTROL, worker.control)
-    setattr(EngineCore, switch.COUNT_INTERRUPTED, _count_interrupted)
+    setattr(WorkerBase, worker.RANK, worker.rank)
+    setattr(EngineCore, core.CORE, core.core_call)
+
+    # Not __init__: it is running when an engine core in a process of its own loads the plug-ins.
+    initialize = EngineCore._initialize_kv_caches
+
+    @functools.wraps(initialize)
+    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        answer = initialize(self, vllm_config)
+        if is_ours(vllm_config):
+            self.atomic_moe_profiles = core.CoreProfiles(self)
+        return answer
+
+    preprocess = EngineCore.preprocess_add_request
+
+    @functools.wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        profiles = getattr(self, "atomic_moe_profiles", None)
+        if profiles is not None:
+            profiles.admit(request)  # ahead of the block hashes
+        return preprocess(self, request)
+
+    process = InputProcessor.process_inputs
+
+    @functools.wraps(process)
+    def process_inputs(
+        self: Any,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        *rest: Any,
+        lora_request: Any = None,
+        **named: Any,
+    ) -> Any:
+        admission = getattr(self, "atomic_moe_admission", None)
+        if admission is not None:
+            lora_request = admission.mark_for(lora_request, params)
+        if requests.profile_of(lora_request) is None:
+            named["lora_request"] = lora_request
+            return process(self, request_id, prompt, params, *rest, **named)
+        request = process(self, request_id, prompt, params, *rest, **named)
+        request.lora_request = lora_request  # past the check that LoRA is on
+        return request
+
+    init_processor = InputProcessor.__init__
+
+    @functools.wraps(init_processor)
+    def init_input_processor(self: Any, vllm_config: Any, *rest: Any, **named: Any) -> None:
+        if is_ours(vllm_config) and "vllm.entrypoints.launchers.grpc_server" in sys.modules:
+            raise ValueError(
+                "not served by this version: the gRPC front end (--grpc), which knows no profiles; "
+                "use vLLM's Python API server"
+            )
+        init_processor(self, vllm_config, *rest, **named)
+
+    start = LLMEngine.__init__
+
+    @functools.wraps(start)
+    def init_llm_engine(self: Any, vllm_config: Any, *rest: Any, **named: Any) -> None:
+        start(self, vllm_config, *rest, **named)
+        if is_ours(vllm_config):
+            served = requests.Served.of(_ask_core(self.engine_core, "describe")["served"])
+            self.input_processor.atomic_moe_admission = requests.Admission(served)
+
+    EngineCore._initialize_kv_caches = initialize_kv_caches
+    EngineCore.preprocess_add_request = preprocess_add_request
+    InputProcessor.__init__ = init_input_processor
+    InputProcessor.process_inputs = process_inputs
+    LLMEngine.__init__ = init_llm_engine
 
 
-async def call_engine_core(client: Any, method: str) -> Any:
-    """What one of the engine core's methods gives.
+def is_ours(vllm_config: Any) -> bool:
+    """Whether the model is loaded with our load format."""
+    return vllm_config.load_config.load_format == LOAD_FORMAT
 
-    Reason: the engine client has methods for vLLM's own utilities only, and `collective_rpc`
-    reaches the workers, which know no queue.
+
+def _ask_core(client: Any, verb: str) -> Mapping[str, Any]:
+    """What the core of an offline engine answers, in this process or in another."""
+    if hasattr(client, "call_utility"):
+        return client.call_utility("atomic_moe", verb, {})
+    return client.engine_core.atomic_moe(verb, {})
+
+
+def engines_of(client: Any) -> list[Any]:
+    """The engines behind an asynchronous engine client, in order of their ranks."""
+    return list(client.engine_core.core_engines)
+
+
+async def call_engine(client: Any, engine: Any, verb: str, arguments: Mapping[str, Any]) -> Any:
+    """What one engine's core answers.
+
+    Reason: the engine client has methods for vLLM's own utilities only, and under data parallelism
+    `call_utility_async` tells what the first engine answered, for better or worse of the others.
     """
-    return await client.engine_core.call_utility_async(method)
-
-
-def _count_interrupted(engine_core: Any) -> int:
-    """Requests of a paused engine that have begun: preempted ones, which wait to be resumed."""
-    return sum(
-        bool(request.num_preemptions or request.num_output_tokens or request.num_computed_tokens)
-        for request in engine_core.scheduler.requests.values()
+    return await client.engine_core._call_utility_async(
+        "atomic_moe", verb, arguments, engine=engine
     )
 
 
-async def vllm_health(request: Any) -> Any:
-    """vLLM's answer to `GET /health`.
+def server_index(client: Any) -> int:
+    """The index of this API server among those before the same engines."""
+    return client.engine_core.client_index
 
-    Reason: ours replaces that route, and adds the state of the switch to it.
+
+def attach_to_api_servers(start: Callable[[Any], Awaitable[Any]], middleware: type) -> None:
+    """Let API servers resolve the profile of a request, and say it in a header.
+
+    Reasons: vLLM resolves model names in these methods and has no hook there; endpoint plug-ins,
+    the public way to reach its application, are off unless VLLM_PLUGINS names them.
+
+    Args:
+        start: vLLM's OpenAIServingModels, whose engine is ours -> the profiles that it offers, with
+            `known(request)` and `resolve(request)`.
+        middleware: ASGI middleware of every route.
     """
-    from vllm.entrypoints.serve.instrumentator.health import health
+    from vllm.entrypoints.launchers import app as application
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import VLLMClientError
 
-    return await health(request)
+    add_middleware = application.init_entrypoints_middleware
+    init = OpenAIServingModels.init_static_loras
+    check = BaseServing._check_model
+    adapters = BaseServing._maybe_get_adapters
+
+    @functools.wraps(add_middleware)
+    def init_entrypoints_middleware(args: Any, app: Any, supported_tasks: Any) -> None:
+        add_middleware(args, app, supported_tasks)
+        app.add_middleware(middleware)
+
+    @functools.wraps(init)
+    async def init_static_loras(self: Any) -> None:
+        await init(self)
+        if is_ours(self.engine_client.vllm_config):
+            profiles = self.atomic_moe_profiles = await start(self)
+            self.input_processor.atomic_moe_admission = profiles
+
+    @functools.wraps(check)
+    async def check_model(self: Any, request: Any) -> Any:
+        profiles = getattr(self.models, "atomic_moe_profiles", None)
+        error = await check(self, request)
+        if error is None and profiles is not None:
+            try:
+                profiles.resolve(request)
+            except VLLMClientError as refusal:
+                return self.create_error_response(refusal)
+        return error
+
+    @functools.wraps(adapters)
+    def maybe_get_adapters(self: Any, request: Any, *given: Any, **named: Any) -> Any:
+        profiles = getattr(self.models, "atomic_moe_profiles", None)
+        if profiles is None:
+            return adapters(self, request, *given, **named)
+        if (known := profiles.known(request)) is None:
+            adapters(self, request, *given, **named)  # raises what is unknown
+        return known or profiles.resolve(request)
+
+    application.init_entrypoints_middleware = init_entrypoints_middleware
+    OpenAIServingModels.init_static_loras = init_static_loras
+    BaseServing._check_model = check_model
+    BaseServing._maybe_get_adapters = maybe_get_adapters

@@ -1,8 +1,9 @@
 """The one place that imports vLLM's internals for its layers, which are not public API.
 
 Each has its reason. `tests/serving/test_compat.py` probes their signatures and names the one that
-moved. Supported: vLLM 0.32. What the plug-in's registration needs is in `attach.py`: importing this
-file imports vLLM's MoE layers, and only processes that load a pruned model need those.
+moved. Supported: vLLM 0.32 and 0.33. What the plug-in's registration needs is in `attach.py`:
+importing this file imports vLLM's MoE layers, and only processes that load a pruned model need
+those.
 """
 
 # ruff: noqa: F401 (imported for the rest of engine/)
@@ -59,6 +60,17 @@ def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[Non
         yield
     finally:
         del op_registry_oot[name]
+
+
+def cpu_ranks_can_gather() -> bool:
+    """Whether vLLM's CPU ranks can gather uneven numbers of tokens, as data parallel MoE does.
+
+    Reason: stock vLLM 0.32 starts such a server and ends it at the first request. Goes when they
+    can.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    return "all_gatherv" in vars(CpuCommunicator)
 
 
 class DenseExperts:

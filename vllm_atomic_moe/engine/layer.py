@@ -2,7 +2,8 @@
 
 Routing, shared experts, reductions and scaling stay vLLM's own; only the weights, the sum over
 experts and the routing mask are ours. While weights load, each checkpoint tensor is sliced into the
-packed rows, so that the dense experts never stand in memory.
+packed rows, so that the dense experts never stand in memory. Every token of a batch has a slot, the
+number of its profile; expert ids carry it to the kernel.
 
 With several ranks a layer knows all experts, by their ids in the checkpoint: what other ranks hold
 is merely not resident here, contributes zero, and vLLM's all-reduce behind the experts adds up.
@@ -39,17 +40,28 @@ from vllm_atomic_moe.experts.packing import (
     tensor_parallel_share,
     with_slots,
 )
+from vllm_atomic_moe.files.profiles import PruningProfile
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
 
-_loading: ContextVar[tuple[ResidentProfiles, Backend]] = ContextVar("atomic_moe_loading")
+_loading: ContextVar[tuple[ResidentProfiles, Backend, torch.Tensor]] = ContextVar(
+    "atomic_moe_loading"
+)
 
 
 @contextmanager
-def packed_experts_for(resident: ResidentProfiles, backend: Backend) -> Iterator[None]:
-    """While open, MoE layers that vLLM builds hold `resident`'s atoms only, for `backend`."""
-    token = _loading.set((resident, backend))
+def packed_experts_for(
+    resident: ResidentProfiles, backend: Backend, token_slots: torch.Tensor
+) -> Iterator[None]:
+    """While open, MoE layers that vLLM builds hold `resident`'s atoms only, for `backend`.
+
+    Args:
+        resident: the profiles; they take slots in their order.
+        backend: the kernel that computes the experts.
+        token_slots: int32, on the model's device: the slot of every token of a batch.
+    """
+    token = _loading.set((resident, backend, token_slots))
     try:
         with routed_experts_replaced_by(AtomicRoutedExperts):
             yield
@@ -61,19 +73,20 @@ class AtomicRoutedExperts(RoutedExperts):
     """Routed experts of any width.
 
     Attributes:
-        packed: the resident atoms, and which of them every profile uses.
-        slot_1: int32 [1], the slot of the active profile, rewritten in place by `activate`.
+        packed: the resident atoms, and which of them every slot uses.
+        token_slots: int32, the slot of every token of the batch; one buffer for all layers, at an
+            address that CUDA graphs know.
         bound: what every call passes to the kernel, bound when the weights are there.
         backend: the kernel that computes them.
-        routing: the experts that the active profile lets the router choose.
-        active: name of the active profile.
+        routing: the experts that every slot lets the router choose.
         index: decoder layer index in the checkpoint.
+        gathered_slots: int32 [T, 1] of all data parallel ranks' tokens, while those are gathered.
         own_experts: ids of the experts that this rank holds, or holds a part of.
         loaded: (expert, projection) of every matrix of theirs that has arrived.
     """
 
     packed: PackedExperts
-    slot_1: torch.Tensor
+    token_slots: torch.Tensor
     bound: tuple[Any, ...]
     backend: Backend
     routing: RoutingMask
@@ -93,7 +106,8 @@ class AtomicRoutedExperts(RoutedExperts):
                 f"{self.layer_name}: another thread loads with atomic-pruned; build models one "
                 "after another"
             )
-        resident, self.backend = loading
+        resident, self.backend, token_slots = loading
+        self.register_buffer("token_slots", token_slots, persistent=False)
         model, config = resident.model, self.moe_config
         self.index = extract_layer_index(self.layer_name)
         if self.index not in model.layers:
@@ -113,9 +127,8 @@ class AtomicRoutedExperts(RoutedExperts):
         )
         layout = build_layout(self._share(resident.masks(self.index)))
         self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
-        self.register_buffer("slot_1", torch.zeros(1, dtype=torch.int32), persistent=False)
         self.routing = RoutingMask(resident.routing_masks(self.index))
-        self.active = resident.active
+        self.gathered_slots: torch.Tensor | None = None
         self.loaded: set[tuple[int, Projection]] = set()
 
     def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,43 +140,41 @@ class AtomicRoutedExperts(RoutedExperts):
         share_EI = tensor_parallel_share(own, parallel.tp_rank, parallel.tp_size)
         return {name: mask & share_EI for name, mask in own.items()}
 
-    def activate(self, name: str) -> None:
-        """Make `name`, one of the resident profiles, the one that this layer computes.
+    def set_slot(self, slot: int, profile: PruningProfile | None) -> None:
+        """Make `slot` compute a profile whose atoms are resident, or free it; no weight moves.
 
-        Slot, routing mask and correction bias are rewritten in place, from what was prepared when
-        the weights had been loaded; no weight moves.
+        Args:
+            slot: 0..SLOTS-1; no request uses it.
+            profile: checked; None frees the slot.
+
+        Raises:
+            ValueError: the profile excludes experts from routing in a way that was not prepared.
         """
-        self.slot_1.fill_(self.packed.slot(name))
-        self.routing.activate(name)
-        self.active = name
+        routable_E = None if profile is None else profile.routable_experts(self.index)
+        self.routing.set_slot(slot, routable_E)
+        self.packed.set_slot(slot, None if profile is None else profile.keep[self.index])
+
+    def slots_of(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The slot of every token that this layer computes: int32 [T, 1]."""
+        slots = self.gathered_slots
+        return self.token_slots[: x_TH.shape[0], None] if slots is None else slots
 
     def bind(self) -> None:
         """Look up what every call passes; module attributes cost more than a small routing."""
         packed = self.packed
-        self.bound = (packed.weights, *packed.index, packed.widest, self.slot_1)
+        self.bound = (packed.weights, *packed.index, packed.widest)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        token_slots = self.token_slots
         moved = super()._apply(fn, recurse)
+        self.token_slots = token_slots  # all layers' one
         if "bound" in self.__dict__:  # buffers are other tensors now
             self.bind()
         return moved
 
-    def check_prepared(self, name: str) -> None:
-        """See that `activate(name)` can succeed.
-
-        Raises:
-            ValueError: the profile is not resident.
-        """
-        for prepared in (self.packed.layout.bits, self.routing.masks):
-            if name not in prepared:
-                raise ValueError(
-                    f"{self.layer_name}: profile {name!r} is not resident, "
-                    f"{', '.join(prepared)} are"
-                )
-
     @property
     def index_bytes(self) -> int:
-        """Bytes of the index structures of all resident profiles."""
+        """Bytes of the index structures of all slots."""
         return self.packed.index_bytes + self.routing.index_bytes
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
@@ -266,7 +277,6 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         for name in PLACEHOLDERS:
             delattr(layer, name)
         layer.routing.prepare(layer.e_score_correction_bias)
-        layer.activate(layer.active)
         layer.bind()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 
@@ -282,8 +292,8 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights, bits_SW, words_E1, offsets_E1, widest, slot_1 = layer.bound
-        ids = with_slots(topk_ids, slot_1)
+        weights, bits_SW, words_E1, offsets_E1, widest = layer.bound
+        ids = with_slots(topk_ids, layer.slots_of(x))
         name = layer.backend.name
         return fused_experts(
             x, weights, bits_SW, words_E1, offsets_E1, topk_weights, ids, widest, name

@@ -27,6 +27,7 @@ from vllm_atomic_moe.engine.options import (
     OPTION_KEYS,
     LoaderOptions,
     ResidentProfiles,
+    profile_directory,
     select_profiles,
 )
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 DIGEST_KEY = "atomic_moe"
+PADDING_TOKENS = 64  # vLLM rounds batches up to a multiple of its ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,11 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         options: of the load format.
         inner: vLLM's loader for `options.inner_format`.
         plan: what `load_model` decided first; `create_model` and `load_weights` follow it.
+        token_slots: int32, the slot of every token of a batch; one buffer for all layers.
     """
 
     plan: LoadPlan
+    token_slots: torch.Tensor
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -100,13 +104,20 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             resident = self.plan.resident
             digest = resident.digest()
             _add_to_cache_keys(vllm_config, f"{self.plan.backend.name} {digest}")
+            device = torch.device(vllm_config.device_config.device)
+            self.token_slots = torch.zeros(
+                _most_tokens(vllm_config), dtype=torch.int32, device=device
+            )
             model = super().load_model(vllm_config, model_config, prefix)
             layers = packed_layers(model)
             per_atom = atom_bytes(resident.model.hidden_size, model_config.dtype.itemsize)
             # Here, not above: every vLLM process imports this module, few load a pruned model.
             from vllm_atomic_moe.engine import worker
 
-            profiles = worker.WorkerProfiles(resident, layers, per_atom)
+            directory = profile_directory(self.options, self.plan.directory)
+            profiles = worker.RankProfiles(
+                resident, layers, self.token_slots, self.plan.directory, directory, per_atom
+            )
             setattr(model, worker.ATTRIBUTE, profiles)
             held = sum(layer.packed.weight_bytes for layer in layers)
             _report(resident, per_atom, _bytes_of_ranks(digest, held))
@@ -118,7 +129,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         """Build the model; vLLM's routed experts become packed ones."""
         from vllm_atomic_moe.engine.layer import packed_experts_for
 
-        with packed_experts_for(self.plan.resident, self.plan.backend):
+        with packed_experts_for(self.plan.resident, self.plan.backend, self.token_slots):
             return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -210,6 +221,12 @@ def _refusals_said_plainly() -> Iterator[None]:
     except ValueError as error:
         logger.error("atomic-pruned: %s", error)
         raise
+
+
+def _most_tokens(vllm_config: VllmConfig) -> int:
+    """The most tokens of a batch that one rank computes, padding included."""
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, graphs) + PADDING_TOKENS
 
 
 def packed_layers(model: nn.Module) -> list[AtomicRoutedExperts]:

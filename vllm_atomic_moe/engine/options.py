@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.experts.backends import BACKENDS
+from vllm_atomic_moe.experts.packing import SLOTS
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 
@@ -97,44 +98,18 @@ class LoaderOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogueEntry:
-    """What a profile says, without its masks.
-
-    Attributes:
-        method: how it was made; "" if it does not say.
-        kept: fraction of atoms kept.
-        kept_atoms: their number, over all layers.
-        widths: layer index -> kept width of every expert.
-    """
-
-    method: str
-    kept: float
-    kept_atoms: int
-    widths: Mapping[int, Sequence[int]]
-
-    @classmethod
-    def of(cls, profile: PruningProfile) -> CatalogueEntry:
-        """The entry of `profile`."""
-        method = DENSE if profile.name == DENSE else profile.metadata.get("method", "")
-        widths = {layer: profile.widths(layer).tolist() for layer in profile.keep}
-        return cls(method, profile.kept, profile.kept_atoms, widths)
-
-
-@dataclass(frozen=True, slots=True)
 class ResidentProfiles:
     """The profiles held in memory, checked against the checkpoint.
 
     Attributes:
         model: the checkpoint they apply to.
-        active: name of the profile served first.
-        profiles: name -> profile, `active` among them.
-        catalogue: name -> entry of every valid profile of the directory, and of `dense`.
+        active: name of the profile that is active first.
+        profiles: name -> profile, `active` among them; they take slots in this order.
     """
 
     model: CheckpointInfo
     active: str
     profiles: Mapping[str, PruningProfile]
-    catalogue: Mapping[str, CatalogueEntry] = field(default_factory=dict)
 
     def masks(self, layer: int) -> dict[str, torch.Tensor]:
         """Profile name -> bool mask [E, I] of one layer."""
@@ -149,56 +124,76 @@ class ResidentProfiles:
         """Names of the profiles that exclude experts from routing."""
         return [name for name, profile in self.profiles.items() if profile.masks_routing]
 
-    def digest(self, *names: str) -> str:
-        """SHA-256 (hex) over the profiles called `names`, or over all that are resident.
+    def union(self) -> dict[int, torch.Tensor]:
+        """Layer index -> bool [E, I], the atoms of any profile."""
+        return {
+            layer: torch.stack(list(self.masks(layer).values())).any(dim=0)
+            for layer in self.model.layers
+        }
 
-        Over all, it is the key that vLLM's compile caches lack; over one, what ranks compare.
-        """
-        digest = hashlib.sha256(b"packed rows 2")
-        for name in names or sorted(self.profiles):
-            profile = self.profiles[name]
-            digest.update(name.encode())
-            for layer, mask in profile.keep.items():
-                digest.update(f"{layer} {list(mask.shape)}".encode())
-                digest.update(mask.numpy().tobytes())
-                digest.update(profile.routable_experts(layer).numpy().tobytes())
+    def digest(self) -> str:
+        """SHA-256 (hex) over all profiles: the key that vLLM's compile caches lack."""
+        digest = hashlib.sha256(b"packed rows 3")
+        for name in sorted(self.profiles):
+            digest.update(self.profiles[name].digest().encode())
         return digest.hexdigest()
+
+
+def missing_atoms(profile: PruningProfile, union: Mapping[int, torch.Tensor]) -> int:
+    """How many atoms of `profile` are not among those of `union` (layer index -> bool [E, I])."""
+    return sum(int((mask & ~union[layer]).sum()) for layer, mask in profile.keep.items())
 
 
 def select_profiles(
     options: LoaderOptions, model_directory: Path, model: CheckpointInfo
 ) -> ResidentProfiles:
-    """Find, read and check the profiles that `options` ask for, and look at the others.
+    """Find, read and check the profiles that `options` ask for.
 
     Raises:
-        ValueError: a name is unknown, a file that is asked for is invalid, or `active` is needed
-            and missing.
+        ValueError: a name is unknown, a file that is asked for is invalid, there are more profiles
+            than slots, or `active` is needed and missing.
     """
-    directory = Path(options.profiles or model_directory / "atomic_profiles")
-    store = ProfileStore(directory)
+    store = ProfileStore(profile_directory(options, model_directory))
     active = options.active or _only_profile(store)
-    resident = store.names() if options.resident == ALL else list(options.resident)
-    asked_for = {active, *(() if options.resident == ALL else resident)}
+    everything = options.resident == ALL
+    names = dict.fromkeys([active, *(store.names() if everything else options.resident)])
     profiles: dict[str, PruningProfile] = {}
-    catalogue: dict[str, CatalogueEntry] = {}
-    for name in dict.fromkeys([active, *resident, *store.names(), DENSE]):
+    for name in names:
         try:
-            profile = PruningProfile.dense(model) if name == DENSE else store.load(name)
+            profile = read_profile(store, name, model)
             warnings = check_profile(profile, model)
         except ValueError as error:
-            if name in asked_for:
+            if name == active or not everything:
                 raise
-            if name != DENSE:
-                logger.warning("left out: %s", error)
+            logger.warning("left out: %s", error)
             continue
-        catalogue[name] = CatalogueEntry.of(profile)
-        if name == active or name in resident:
-            profiles[name] = profile
-            for warning in warnings:
-                logger.warning("%s", warning)
+        profiles[name] = profile
+        for warning in warnings:
+            logger.warning("%s", warning)
     for reason in store.invalid.values():
         logger.warning("left out: %s", reason)
-    return ResidentProfiles(model, active, profiles, dict(sorted(catalogue.items())))
+    if len(profiles) > SLOTS:
+        raise ValueError(
+            f"{len(profiles)} profiles are listed, a server has {SLOTS} slots; list fewer in "
+            "`resident`, more can be loaded while it serves"
+        )
+    return ResidentProfiles(model, active, profiles)
+
+
+def profile_directory(options: LoaderOptions, model_directory: Path) -> Path:
+    """Where the profile files are."""
+    return Path(options.profiles or model_directory / "atomic_profiles")
+
+
+def read_profile(store: ProfileStore, name: str, model: CheckpointInfo) -> PruningProfile:
+    """A profile of the directory, or `dense`, in memory.
+
+    Raises:
+        ValueError: there is none, or its file is invalid.
+    """
+    if name == DENSE:
+        return PruningProfile.dense(model)
+    return store.load(name).in_memory()
 
 
 def _only_profile(store: ProfileStore) -> str:

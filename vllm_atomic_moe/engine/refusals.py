@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.config import (
     CompilationMode,
     CUDAGraphMode,
@@ -25,6 +26,7 @@ from vllm_atomic_moe.engine.compat import (
     MoERunner,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
+    cpu_ranks_can_gather,
 )
 from vllm_atomic_moe.experts.backends import Backend
 from vllm_atomic_moe.files.checkpoint import ExpertGroups
@@ -51,14 +53,19 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
             "drop --enforce-eager",
         ),
         (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "the Rust front end (VLLM_USE_RUST_FRONTEND), which knows no profiles",
+            "use vLLM's Python API server",
+        ),
+        (
             vllm_config.kv_transfer_config is not None,
-            "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size; what they "
-            "hold knows nothing of profiles and would outlive a switch)",
+            "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size; some know "
+            "what they hold by its tokens alone and would mix profiles)",
             "",
         ),
         (
             vllm_config.lora_config is not None,
-            "LoRA (--enable-lora)",
+            "LoRA (--enable-lora; profiles travel with requests in its place)",
             "merge the adapter into the checkpoint",
         ),
         (
@@ -91,17 +98,29 @@ def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
 def _parallel_features(parallel: ParallelConfig) -> Iterator[tuple[bool, str, str]]:
     """Ways to spread a model that were not tested: whether asked for, name and remedy.
 
-    Data parallel ranks are engines of their own: all of them would have to pause before any
-    switches profiles, but an API server's calls reach the engines behind it only. Besides, their
-    experts exchange tokens (all-to-all kernels, sequence parallel MoE), which packed experts and
-    their global ids know nothing of.
+    Experts that exchange tokens (all-to-all kernels, sequence parallel MoE) are among them: packed
+    experts and their global ids know nothing of it.
     """
-    for name in ("data", "prefill_context", "decode_context"):
+    for name in ("prefill_context", "decode_context"):
         size = getattr(parallel, f"{name}_parallel_size")
         feature = name.replace("_", " ") + " parallelism"
         flag = f"--{name.replace('_', '-')}-parallel-size {size}"
-        remedy = "use 1, or start several servers" if name == "data" else "use 1"
-        yield size > 1, f"{feature} ({flag})", remedy
+        yield size > 1, f"{feature} ({flag})", "use 1"
+    yield (
+        parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb,
+        "API servers that do not reach all data parallel engines (--data-parallel-rank, "
+        "--data-parallel-external-lb, --data-parallel-hybrid-lb; the engines exchange tokens, and "
+        "all must have loaded the same profiles)",
+        "let vLLM balance the load",
+    )
+    yield (
+        parallel.data_parallel_size > 1
+        and current_platform.is_cpu()
+        and not cpu_ranks_can_gather(),
+        "data parallelism on CPU (vLLM's own: its CPU ranks cannot gather tokens, and the first "
+        "request of any MoE model ends the server)",
+        "start several servers",
+    )
     placement, backend = parallel.expert_placement_strategy, parallel.all2all_backend
     yield parallel.enable_eplb, "the expert load balancer (--enable-eplb)", ""
     yield parallel.enable_elastic_ep, "elastic expert parallelism (--enable-elastic-ep)", ""
@@ -236,7 +255,7 @@ def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> Ite
         yield "a routing bias for image tokens"
     if router.scoring_func not in ("softmax", "sigmoid"):
         yield f"the scoring function {router.scoring_func}"
-    if "select_experts" in vars(router):
+    if {"select_experts", "_compute_routing"} & vars(router).keys():
         yield "a router that another layer or plug-in has taken"
     bias = getattr(router, "e_score_correction_bias", None)
     if bias is not layer.e_score_correction_bias:

@@ -1,25 +1,28 @@
-"""The routing mask: experts that a profile excludes are never chosen.
+"""The routing mask: experts that a profile excludes are never chosen for its tokens.
 
-Ahead of the model's own router, the logits of excluded experts become -inf and their correction
-bias -1e9; what the router then does with the others (softmax, renormalization, groups, scaling)
-is left alone. Both come from buffers, rewritten in place: a switch of profiles changes neither the
-tensors' addresses nor any Python state that compiled code or a CUDA graph has seen.
+Ahead of the model's own router, the logits of excluded experts become -inf, token by token, by the
+slot of each; what the router then does with the others (softmax, renormalization, groups, scaling)
+is left alone. A correction bias is one vector for the whole batch: the router runs once for every
+*distinct* mask among the profiles listed at start, each time with that mask's experts at -1e9, and
+every token takes the choice of its own. All of it is in buffers of fixed shape, so that compiled
+code and CUDA graphs never see a profile come or go.
 
-The hook sits on each router instance, and only where a resident profile masks routing. It is tested
-with vLLM's CPU router (softmax with and without renormalization; sigmoid with correction bias and
-groups), eager and compiled. The CUDA routers are NOT VERIFIED: their code was read, never run with
-a mask. Top-k softmax and sigmoid give -inf the score zero and add the bias in float32; fused
-grouped top-k skips logits that are not finite and adds up the two best of a group, which stays
-finite in float32 and bfloat16 but not in float16 (refused). ROCm, XPU and routers that are not
-listed in `compat.KNOWN_ROUTERS` are refused.
+The hook sits on each router instance, and only where a profile listed at start masks routing. It is
+tested with vLLM's CPU router (softmax with and without renormalization; sigmoid with correction
+bias and groups), eager and compiled. The CUDA routers are NOT VERIFIED: their code was read, never
+run with a mask. Top-k softmax and sigmoid give -inf the score zero and add the bias in float32;
+fused grouped top-k skips logits that are not finite and adds up the two best of a group, which
+stays finite in float32 and bfloat16 but not in float16 (refused). ROCm, XPU and routers that are
+not listed in `compat.KNOWN_ROUTERS` are refused.
 
-Legend: T tokens, K experts per token, E experts, S resident profiles.
+Legend: T tokens, K experts per token, E experts, S slots, V distinct masks.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +31,7 @@ from torch import nn
 from vllm_atomic_moe.engine.compat import FusedMoERouter, MoERunner
 from vllm_atomic_moe.engine.options import ResidentProfiles
 from vllm_atomic_moe.engine.refusals import check_router
+from vllm_atomic_moe.experts.packing import SLOTS
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -36,34 +40,37 @@ MASKED_BIAS = -1e9  # finite: group scores are sums, and kernels take non-finite
 
 
 class RoutingMask(nn.Module):
-    """Which experts of one layer the active profile lets the router choose.
+    """Which experts of one layer every slot lets the router choose.
 
-    Buffers, always there and rewritten in place by `activate`: routable_E, bool [E];
-    correction_bias_E, float32 [E], what a router with a correction bias adds to its scores (zeros
-    otherwise). Prepared for all S profiles: routable_SE and correction_bias_SE.
+    Buffers of fixed shape: routable_SE, bool [16, E], all true for slots without a profile;
+    variant_S, int32 [16], the distinct mask of a slot; bias_VE, float32 [V, E], the correction bias
+    of every distinct mask (zeros where the router has none).
 
     Args:
-        masks: profile name -> bool [E], on the CPU.
+        masks: profile name -> bool [E], on the CPU; they take slots in this order.
     """
 
     routable_SE: torch.Tensor
-    correction_bias_SE: torch.Tensor
-    routable_E: torch.Tensor
-    correction_bias_E: torch.Tensor
+    variant_S: torch.Tensor
+    bias_VE: torch.Tensor
 
     def __init__(self, masks: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.masks = dict(masks)
-        default = torch.get_default_device()
-        routable_SE = torch.stack(list(masks.values())).to(default)
-        correction_bias_SE = torch.zeros(routable_SE.shape, dtype=torch.float32)
+        with torch.device("cpu"):
+            self.distinct_VE = torch.stack(list(masks.values())).unique(dim=0)
+            routable_SE = torch.ones(SLOTS, self.distinct_VE.shape[1], dtype=torch.bool)
+        self.masks_routing = not bool(self.distinct_VE.all())
+        self.biased = False
+        device = torch.get_default_device()
         for name, tensor in (
             ("routable_SE", routable_SE),
-            ("correction_bias_SE", correction_bias_SE),
-            ("routable_E", torch.ones_like(routable_SE[0])),
-            ("correction_bias_E", torch.zeros_like(correction_bias_SE[0])),
+            ("variant_S", torch.zeros(SLOTS, dtype=torch.int32)),
+            ("bias_VE", torch.zeros(self.distinct_VE.shape, dtype=torch.float32)),
         ):
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor.to(device), persistent=False)
+        for slot, mask_E in enumerate(masks.values()):
+            self.set_slot(slot, mask_E)
 
     @property
     def index_bytes(self) -> int:
@@ -71,43 +78,83 @@ class RoutingMask(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     @torch.no_grad()
+    def set_slot(self, slot: int, routable_E: torch.Tensor | None) -> None:
+        """Let tokens of `slot` go to these experts only; None: to all.
+
+        Args:
+            slot: 0..SLOTS-1.
+            routable_E: bool [E], on the CPU.
+
+        Raises:
+            ValueError: the router was not prepared at start for masks, or not for this one.
+        """
+        if routable_E is None:
+            routable_E = torch.ones_like(self.routable_SE[0], device="cpu")
+        variants = (self.distinct_VE == routable_E).all(dim=1).nonzero().flatten().tolist()
+        if not self.masks_routing and not bool(routable_E.all()):
+            raise ValueError(
+                "it excludes experts from routing and no profile listed at start does; list one "
+                "that does in `resident` and restart"
+            )
+        if self.biased and not variants:
+            raise ValueError(
+                "its routing mask is none of those listed at start, and this router has a "
+                "correction bias; list it in `resident` and restart"
+            )
+        self.routable_SE[slot].copy_(routable_E)
+        self.variant_S[slot] = variants[0] if variants else 0
+
+    @torch.no_grad()
     def prepare(self, correction_bias_E: torch.Tensor | None) -> None:
-        """Mask the model's correction bias for every profile, once it is loaded.
+        """Mask the model's correction bias by every distinct mask, once it is loaded.
 
         Args:
             correction_bias_E: the model's own bias [E], any float dtype, not modified; None where
                 the router has none.
         """
+        self.biased = correction_bias_E is not None
         if correction_bias_E is not None:
-            bias_E = correction_bias_E.float()
-            self.correction_bias_SE.copy_(bias_E.masked_fill(~self.routable_SE, MASKED_BIAS))
+            excluded_VE = ~self.distinct_VE.to(self.bias_VE.device)
+            self.bias_VE.copy_(correction_bias_E.float().masked_fill(excluded_VE, MASKED_BIAS))
 
-    @torch.no_grad()
-    def activate(self, name: str) -> None:
-        """Make `name`, one of the resident profiles, the one that the buffers describe."""
-        index = list(self.masks).index(name)
-        self.routable_E.copy_(self.routable_SE[index])
-        self.correction_bias_E.copy_(self.correction_bias_SE[index])
+    def attach(
+        self, router: FusedMoERouter, slots_of: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Stand ahead of one router: each token chooses among the experts of its slot.
 
-    def attach(self, router: FusedMoERouter) -> None:
-        """Stand ahead of one router: its logits and its correction bias come masked from now on."""
-        select_experts = router.select_experts
+        Args:
+            router: one of `compat.KNOWN_ROUTERS`.
+            slots_of: hidden states [T, H] -> the slot of every token, int32 [T, 1].
+        """
+        routers = [router]
+        if getattr(router, "e_score_correction_bias", None) is not None:
+            routers = [copy.copy(router) for _ in self.bias_VE]
+            for variant, bias_E in zip(routers, self.bias_VE, strict=True):
+                variant.e_score_correction_bias = bias_E
+        compute = [variant._compute_routing for variant in routers]
 
-        def select_routable_experts(
+        def compute_routing(
             hidden_states: torch.Tensor,
             router_logits: torch.Tensor,
-            topk_indices_dtype: torch.dtype | None = None,
+            indices_type: torch.dtype | None,
             *,
             input_ids: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            masked_logits_TE = torch.where(self.routable_E, router_logits, -math.inf)
-            return select_experts(
-                hidden_states, masked_logits_TE, topk_indices_dtype, input_ids=input_ids
+            slots_T = slots_of(hidden_states)[:, 0]
+            masked_logits_TE = torch.where(self.routable_SE[slots_T], router_logits, -math.inf)
+            weights_TK, ids_TK = compute[0](
+                hidden_states, masked_logits_TE, indices_type, input_ids=input_ids
             )
+            for variant in range(1, len(compute)):
+                others = compute[variant](
+                    hidden_states, masked_logits_TE, indices_type, input_ids=input_ids
+                )
+                chosen_T1 = (self.variant_S[slots_T] == variant)[:, None]
+                weights_TK = torch.where(chosen_T1, others[0], weights_TK)
+                ids_TK = torch.where(chosen_T1, others[1], ids_TK)
+            return weights_TK, ids_TK
 
-        router.select_experts = select_routable_experts
-        if getattr(router, "e_score_correction_bias", None) is not None:
-            router.e_score_correction_bias = self.correction_bias_E
+        router._compute_routing = compute_routing
 
 
 def mask_routers(
@@ -115,20 +162,50 @@ def mask_routers(
 ) -> None:
     """Put the routing masks of `layers` ahead of the model's routers, if a profile needs them.
 
-    Where no resident profile masks routing, every router stays as vLLM built it.
+    Where no profile listed at start masks routing, every router stays as vLLM built it. Under data
+    parallelism the slots of the tokens travel with their router logits.
 
     Raises:
         ValueError: a router, or what runs it, is not known to follow a routing mask.
     """
-    if not resident.masking:
-        return
     runners = {
         id(module.routed_experts): module
         for module in model.modules()
         if isinstance(module, MoERunner)
     }
     for layer in layers:
+        if layer.moe_config.dp_size > 1:
+            send_slots_along(layer, runners.get(id(layer)))
+    if not resident.masking:
+        return
+    for layer in layers:
         runner = runners.get(id(layer))
         check_router(layer, runner, {name: layer.routing.masks[name] for name in resident.masking})
         assert runner is not None
-        layer.routing.attach(runner.router)
+        layer.routing.attach(runner.router, layer.slots_of)
+
+
+def send_slots_along(layer: AtomicRoutedExperts, runner: MoERunner | None) -> None:
+    """Let the slots travel where vLLM gathers the tokens of data parallel ranks ahead of routing.
+
+    They are one more column of the router's logits, small whole numbers, exact in every dtype.
+
+    Raises:
+        ValueError: vLLM does not gather hidden states and router logits there.
+    """
+    if runner is None or type(runner) is not MoERunner or not runner.do_naive_dispatch_combine:
+        raise ValueError(
+            f"not served by this version: data parallelism with the runner "
+            f"{type(runner).__name__} ({layer.layer_name}); use --data-parallel-size 1"
+        )
+    dispatch = runner._maybe_dispatch
+
+    def dispatch_with_slots(
+        hidden_states: torch.Tensor, router_logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own_T1 = layer.token_slots[: router_logits.shape[0], None].to(router_logits.dtype)
+        hidden_states, logits = dispatch(hidden_states, torch.cat([router_logits, own_T1], dim=1))
+        layer.gathered_slots = logits[:, -1:].to(torch.int32)
+        return hidden_states, logits[:, :-1].contiguous()
+
+    runner._maybe_dispatch = dispatch_with_slots

@@ -1,224 +1,250 @@
-"""What one worker knows of the profiles: the place where a switch happens.
+"""One worker's part in the profiles: the slot of every token, and what each slot computes.
 
-The truth lives here, on every rank alike, since several API servers may stand before one engine.
-The engine delivers the calls of all of them in one order to all ranks, and what a call does depends
-on its arguments and on this state alone: ranks decide alike without asking each other. Only time is
-not theirs to judge: a lease is reported, and whoever displaces its owner names that owner.
+A model runner is followed, instance by instance: what the scheduler sends tells which request has
+which slot, and once the runner has put a batch in its final order, every token's slot is written
+into one buffer that all layers read.
 
-Calls come through `collective_rpc` as `atomic_moe_control(verb, arguments)` and never raise: an
-exception, or a call that ends early, would leave the other ranks' replies in the queue for the
-next one. Every reply is plain data, `{"ok": true, …}` or `{"ok": false, "error": "…"}`.
+Calls of the engine core come through `collective_rpc` as `atomic_moe_rank(verb, arguments)` and
+never raise: an exception would leave the other ranks' replies in the queue for the next call. Every
+reply is plain data, `{"ok": true, …}` or `{"ok": false, "error": "…"}`.
 """
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from vllm_atomic_moe.engine.options import (
+    ResidentProfiles,
+    check_profile,
+    missing_atoms,
+    read_profile,
+)
+from vllm_atomic_moe.engine.requests import profile_of, slot_of
+from vllm_atomic_moe.experts.packing import SLOTS
+from vllm_atomic_moe.files.profiles import ProfileStore
+
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
-    from vllm_atomic_moe.engine.options import ResidentProfiles
 
 logger = init_logger(f"vllm.{__name__}")
 
-CONTROL = "atomic_moe_control"
+RANK = "atomic_moe_rank"
 ATTRIBUTE = "atomic_moe_profiles"
 NOT_OURS = "the model was not loaded with --load-format atomic-pruned"
-VERBS = (
-    *("status", "profiles", "profile"),
-    *("begin", "prepare", "commit", "rollback", "settle", "release", "fail"),
-)
+VERBS = ("describe", "memory", "load", "free")
 
 Reply = dict[str, Any]
 
 
-class DisplacedError(Exception):
-    """Another switch took the place of the one that calls."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A switch under way.
-
-    Attributes:
-        owner: who began it; every further call names it.
-        profile: what it switches to.
-        expires: `time.monotonic()` of this process after which others may displace the owner.
-    """
-
-    owner: str
-    profile: str
-    expires: float
-
-
-class WorkerProfiles:
-    """The profiles of one rank's layers, and the switch that is under way.
-
-    Attributes:
-        active: name of the profile that the last settled switch, or the start, made active.
-        generation: number of settled switches.
-        lease: the switch under way, or None.
-        failure: why a switch could neither finish nor go back, or None. Then it stays so.
-        last_switch: what `settle` was told about the last switch that began, or None.
-    """
+class RankProfiles:
+    """The profiles of one rank's layers."""
 
     def __init__(
-        self, resident: ResidentProfiles, layers: Sequence[AtomicRoutedExperts], atom_bytes: int
+        self,
+        resident: ResidentProfiles,
+        layers: Sequence[AtomicRoutedExperts],
+        token_slots: torch.Tensor,
+        model_directory: Path,
+        directory: Path,
+        atom_bytes: int,
     ) -> None:
         """Describe what is loaded.
 
         Args:
-            resident: the profiles held in memory, and the catalogue of all there are.
+            resident: the profiles listed at start, in the order of their slots.
             layers: this rank's packed layers, loaded.
+            token_slots: int32, the buffer that the layers read.
+            model_directory: of the checkpoint.
+            directory: of the profile files.
             atom_bytes: of one atom in the serving dtype.
         """
         self._resident = resident
         self._layers = layers
+        self._token_slots = token_slots
+        self._model_directory = model_directory
+        self._directory = directory
         self._atom_bytes = atom_bytes
-        self._digests = {name: resident.digest(name) for name in resident.profiles}
-        self.active = resident.active
-        self.generation = 0
-        self.lease: Lease | None = None
-        self.failure: str | None = None
-        self.last_switch: dict[str, Any] | None = None
+        self._union = resident.union()
+        self._slots: dict[str, int] = {}
 
-    def status(self) -> Reply:
-        """The state, and this rank's share of the memory in bytes."""
-        lease = self.lease
-        profiles = self._resident.profiles
+    # --- calls of the engine core -----------------------------------------------------------------
+
+    def describe(self) -> Reply:
+        """What was loaded at start: the active profile, digests and sizes by name, the union of
+        the masks as the bits of every layer, and where the files are.
+        """
+        resident = self._resident
         return {
-            "active": self.active,
-            "generation": self.generation,
-            "state": "failed" if self.failure else "switching" if lease else "serving",
-            "failure": self.failure,
-            "owner": lease and lease.owner,
-            "lease_s": lease and lease.expires - time.monotonic(),
-            "resident": list(profiles),
-            "known": list(self._resident.catalogue),
-            "dense_bytes": self._resident.model.atoms * self._atom_bytes,
-            "active_bytes": profiles[self.active].kept_atoms * self._atom_bytes,
-            "resident_bytes": sum(layer.packed.weight_bytes for layer in self._layers),
-            "index_bytes": sum(layer.index_bytes for layer in self._layers),
-            "last_switch": self.last_switch,
+            "active": resident.active,
+            "profiles": {
+                name: {"digest": profile.digest(), "kept_atoms": profile.kept_atoms}
+                for name, profile in resident.profiles.items()
+            },
+            "directory": str(self._directory),
+            "model": str(self._model_directory),
+            "atom_bytes": self._atom_bytes,
+            "masks_routing": bool(resident.masking),
+            "dense_bytes": resident.model.atoms * self._atom_bytes,
+            "union": {
+                str(layer): np.packbits(mask.numpy()).tobytes()
+                for layer, mask in self._union.items()
+            },
         }
 
-    def profiles(self) -> Reply:
-        """Every valid profile, resident or not."""
+    def memory(self) -> Reply:
+        """Bytes on this rank, and by slot how many tiles of 32 atoms are live."""
+        layers = self._layers
+        live_S = torch.zeros(SLOTS, dtype=torch.int64)
+        for layer in layers:
+            live_S += (layer.packed.bits_SW != 0).sum(dim=1).cpu()
         return {
-            "profiles": [
-                {
-                    "name": name,
-                    "method": summary.method,
-                    "kept": summary.kept,
-                    "bytes": summary.kept_atoms * self._atom_bytes,
-                    "resident": name in self._resident.profiles,
-                    "active": name == self.active,
-                }
-                for name, summary in self._resident.catalogue.items()
-            ]
+            "resident_bytes": sum(layer.packed.weight_bytes for layer in layers),
+            "index_bytes": sum(layer.index_bytes for layer in layers),
+            "tiles": sum(layer.packed.bits_SW.shape[1] for layer in layers),
+            "live_tiles": live_S.tolist(),
         }
 
-    def profile(self, name: str) -> Reply:
-        """Widths of one profile: layer index -> per expert."""
-        summary = self._resident.catalogue[name]
-        return {"widths": {str(layer): list(widths) for layer, widths in summary.widths.items()}}
-
-    def begin(
-        self, owner: str, profile: str, generation: int, displaced: str | None, lease_s: float
-    ) -> Reply:
-        """Take the switch: compare and swap on generation and owner.
+    def load(self, name: str, slot: int, digest: str) -> Reply:
+        """Make a free slot compute a profile of the directory, all of whose atoms are resident.
 
         Args:
-            owner: name of the switch, never used before.
-            profile: resident profile to switch to.
-            generation: what the caller saw.
-            displaced: the owner that the caller saw, whose lease has run out; None for nobody.
-            lease_s: seconds that the switch may take.
+            name: of the profile.
+            slot: 0..SLOTS-1; no request uses it.
+            digest: what the profile's must be; another rank may see another file.
         """
-        if self.failure:
-            raise ValueError(f"an earlier switch failed: {self.failure}")
-        holder = self.lease and self.lease.owner
-        if (self.generation, holder) != (generation, displaced):
-            return {"ok": False, "error": "another switch came first"}
-        if profile not in self._resident.profiles:
-            raise ValueError(f"profile {profile!r} is not resident")
-        self.lease = Lease(owner, profile, time.monotonic() + lease_s)
+        model = self._resident.model
+        profile = read_profile(ProfileStore(self._directory), name, model)
+        check_profile(profile, model)
+        if profile.digest() != digest:
+            raise ValueError(f"profile {name!r}: its file is not the same everywhere, or changed")
+        if missing := missing_atoms(profile, self._union):
+            raise ValueError(f"profile {name!r} keeps {missing} atoms that are not in memory")
+        try:
+            for layer in self._layers:
+                layer.set_slot(slot, profile)
+        except Exception:
+            self.free(slot)
+            raise
         return {}
 
-    def prepare(self, owner: str) -> Reply:
-        """Check that the profile can be made active here; gives the digest that ranks compare."""
-        profile = self._held_by(owner).profile
+    def free(self, slot: int) -> Reply:
+        """Make `slot` compute nothing."""
         for layer in self._layers:
-            layer.check_prepared(profile)
-        return {"digest": self._digests[profile]}
-
-    def commit(self, owner: str) -> Reply:
-        """Make the profile the one that this rank computes. No weight moves."""
-        self._activate(self._held_by(owner).profile)
+            layer.set_slot(slot, None)
         return {}
 
-    def rollback(self, owner: str) -> Reply:
-        """Go back to the active profile, wherever the switch was interrupted."""
-        self._held_by(owner)
-        self._activate(self.active)
-        return {}
+    # --- batches ----------------------------------------------------------------------------------
 
-    def settle(self, owner: str, switched: bool, record: dict[str, Any]) -> Reply:
-        """Decide the switch: the profile is active from now on, or still the one before.
+    def note(self, scheduler_output: Any) -> None:
+        """Learn the slots of new requests, and take their marks off.
+
+        Model runner V1 counts LoRAs in its batch without asking whether LoRA is on.
+        """
+        for request in scheduler_output.finished_req_ids:
+            self._slots.pop(request, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            if profile_of(new.lora_request) is not None:
+                self._slots[new.req_id] = slot_of(new.lora_request)
+                new.lora_request = None
+
+    def slots_of(self, requests: Sequence[str]) -> np.ndarray:
+        """Slots of a batch's requests: int32 [R].
+
+        Raises:
+            KeyError: the scheduler never sent one of them with a mark.
+        """
+        return np.fromiter((self._slots[name] for name in requests), np.int32, len(requests))
+
+    def fill_by_counts(self, requests: Sequence[str], counts_R: np.ndarray) -> None:
+        """Write the slots of a batch whose tokens lie request after request.
 
         Args:
-            owner: of the switch.
-            switched: whether it was committed on every rank.
-            record: what `last_switch` shows from now on.
+            requests: in the batch's order.
+            counts_R: how many tokens of each.
         """
-        profile = self._held_by(owner).profile
-        if switched:
-            self.active = profile
-            self.generation += 1
-        self.last_switch = record
-        return {}
+        slots_T = torch.from_numpy(np.repeat(self.slots_of(requests), counts_R))
+        if self._token_slots.is_cuda:  # a source of its own for every batch: the last may be read
+            slots_T = slots_T.pin_memory()
+        self._token_slots[: len(slots_T)].copy_(slots_T, non_blocking=True)
 
-    def release(self, owner: str) -> Reply:
-        """End the switch: another may begin."""
-        self._held_by(owner)
-        self.lease = None
-        return {}
+    def fill_by_offsets(self, requests: Sequence[str], first_R1: torch.Tensor, tokens: int) -> None:
+        """Write the slots of a batch whose division is known on the device alone.
 
-    def fail(self, owner: str, failure: str, record: dict[str, Any]) -> Reply:
-        """Remember that a switch could neither finish nor go back, for every API server to see."""
-        if self.lease is not None:
-            self._held_by(owner)
-        self.failure = failure
-        self.last_switch = record
-        return {}
-
-    def _held_by(self, owner: str) -> Lease:
-        if self.lease is None or self.lease.owner != owner:
-            raise DisplacedError(f"the switch of {owner} was displaced by another")
-        return self.lease
-
-    def _activate(self, profile: str) -> None:
-        for layer in self._layers:
-            layer.activate(profile)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        Args:
+            requests: in the batch's order.
+            first_R1: integer, at least one more than there are requests: where each one's begin.
+            tokens: how many there are.
+        """
+        device = self._token_slots.device
+        slots_R = torch.from_numpy(self.slots_of(requests))
+        if device.type == "cuda":
+            slots_R = slots_R.pin_memory()
+        slots_R = slots_R.to(device, non_blocking=True)
+        places_T = torch.arange(tokens, dtype=first_R1.dtype, device=device)
+        request_T = torch.searchsorted(first_R1[1 : len(requests)], places_T, right=True)
+        self._token_slots[:tokens] = slots_R[request_T]
 
 
-def control(worker: Any, verb: str, arguments: Mapping[str, Any]) -> Reply:
-    """`atomic_moe_control` of vLLM's workers: answer one call; never raises."""
+def rank(worker: Any, verb: str, arguments: Mapping[str, Any]) -> Reply:
+    """`atomic_moe_rank` of vLLM's workers: answer one call; never raises."""
     try:
         assert verb in VERBS, verb
         profiles = getattr(worker.get_model(), ATTRIBUTE, None)
         if profiles is None:
             return {"ok": False, "error": NOT_OURS}
+        if verb == "describe":
+            follow_batches(worker.model_runner, profiles)
         return {"ok": True, **getattr(profiles, verb)(**arguments)}
-    except DisplacedError as error:
-        return {"ok": False, "error": str(error), "displaced": True}
     except Exception as error:
-        logger.exception("Profile switch: %s failed", verb)
-        return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        logger.error("Profiles: %s failed: %s", verb, error, exc_info=not _expected(error))
+        return {"ok": False, "error": " ".join(f"{error}".split()) or type(error).__name__}
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, ValueError | OSError)
+
+
+def follow_batches(runner: Any, profiles: RankProfiles) -> None:
+    """Keep the slots of `runner`'s batches written, from now on; once per runner.
+
+    Reason for wrapping its methods: the order of a batch is known between the two of them, at the
+    places where vLLM fills the buffers of its own LoRA, and has no hook. Model runner V1 has
+    `_prepare_inputs`, V2 `prepare_inputs`.
+    """
+    if "execute_model" in vars(runner):
+        return
+    execute = runner.execute_model
+
+    @functools.wraps(execute)
+    def execute_model(scheduler_output: Any, *rest: Any, **named: Any) -> Any:
+        profiles.note(scheduler_output)
+        return execute(scheduler_output, *rest, **named)
+
+    runner.execute_model = execute_model
+    if hasattr(runner, "_prepare_inputs"):
+        prepare = runner._prepare_inputs
+
+        @functools.wraps(prepare)
+        def prepare_inputs_v1(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+            prepared = prepare(scheduler_output, num_scheduled_tokens)
+            profiles.fill_by_counts(runner.input_batch.req_ids, num_scheduled_tokens)
+            return prepared
+
+        runner._prepare_inputs = prepare_inputs_v1
+    else:
+        prepare = runner.prepare_inputs
+
+        @functools.wraps(prepare)
+        def prepare_inputs_v2(*given: Any, **named: Any) -> Any:
+            batch = prepare(*given, **named)
+            profiles.fill_by_offsets(batch.req_ids, batch.query_start_loc, batch.num_tokens)
+            return batch
+
+        runner.prepare_inputs = prepare_inputs_v2

@@ -14,7 +14,7 @@ rows, F_e resident atoms of an expert, S slots, W words.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, Protocol, Self
 
@@ -58,6 +58,20 @@ class PackedLayout:
     def num_rows(self) -> int:
         """P."""
         return self.atoms_P.numel()
+
+    def bits_of(self, mask_EI: torch.Tensor) -> torch.Tensor:
+        """The bits of any mask, int32 [W]; of its atoms, those that are not resident are left out.
+
+        Args:
+            mask_EI: bool [E, I], on the CPU.
+        """
+        with torch.device("cpu"):
+            experts_P = torch.repeat_interleave(self.offsets_E1.diff())
+            row_P = torch.arange(len(self.atoms_P)) - self.offsets_E1[experts_P]
+            word_P = self.words_E1[experts_P] + row_P // WORD_BITS
+            words_W = torch.zeros(int(self.words_E1[-1]), dtype=torch.int64)
+            kept_P = mask_EI[experts_P, self.atoms_P].long()
+            return words_W.index_add_(0, word_P, kept_P << row_P % WORD_BITS).to(torch.int32)
 
     def slot_bits(self) -> torch.Tensor:
         """The bits of every slot: int32 [16, W], zero for slots without a profile."""
@@ -108,21 +122,8 @@ def _build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
     experts_P, atoms_P = experts_P[order_P], atoms_P[order_P]
     offsets_E1 = packed_offsets(resident_EI)
     words_E1 = _first_words(offsets_E1)
-    row_P = torch.arange(len(atoms_P)) - offsets_E1[experts_P]
-    word_P, bit_P = words_E1[experts_P] + row_P // WORD_BITS, row_P % WORD_BITS
-
-    def bits(mask_EI: torch.Tensor) -> torch.Tensor:
-        words_W = torch.zeros(int(words_E1[-1]), dtype=torch.int64)
-        words_W.index_add_(0, word_P, mask_EI[experts_P, atoms_P].long() << bit_P)
-        return words_W.to(torch.int32)
-
-    return PackedLayout(
-        intermediate_size=intermediate_size,
-        offsets_E1=offsets_E1,
-        atoms_P=atoms_P,
-        words_E1=words_E1,
-        bits={name: bits(mask_EI) for name, mask_EI in keep.items()},
-    )
+    layout = PackedLayout(intermediate_size, offsets_E1, atoms_P, words_E1, bits={})
+    return replace(layout, bits={name: layout.bits_of(mask_EI) for name, mask_EI in keep.items()})
 
 
 def _first_words(offsets_E1: torch.Tensor) -> torch.Tensor:
@@ -362,6 +363,19 @@ class PackedExperts(nn.Module):
     def index_bytes(self) -> int:
         """Bytes of what is not weights."""
         return sum(index.nbytes for index in self.index)
+
+    @torch.no_grad()
+    def set_slot(self, slot: int, mask_EI: torch.Tensor | None) -> None:
+        """Make `slot` compute the atoms of a mask, all of them resident somewhere; None clears it.
+
+        Args:
+            slot: 0..SLOTS-1; no token that is being computed carries it.
+            mask_EI: bool [E, I], on the CPU; atoms that other ranks hold are left out.
+        """
+        if mask_EI is None:
+            self.bits_SW[slot].zero_()
+        else:
+            self.bits_SW[slot].copy_(self.layout.bits_of(mask_EI))
 
     def slot(self, name: str) -> int:
         """The slot of one of the layout's profiles."""

@@ -10,6 +10,7 @@ Legend: E experts, I full intermediate size, K experts per token.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -119,6 +120,21 @@ class PruningProfile:
             "name": self.name,
         }
         write_safetensors(tensors, metadata, path)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over name and masks: the same for profiles that compute the same."""
+        digest = hashlib.sha256(self.name.encode())
+        for layer, mask in self.keep.items():
+            digest.update(f" {layer} {list(mask.shape)} ".encode())
+            digest.update(mask.numpy().tobytes())
+            digest.update(self.routable_experts(layer).numpy().tobytes())
+        return digest.hexdigest()
+
+    def in_memory(self) -> PruningProfile:
+        """A copy that does not change with its file."""
+        keep = {layer: mask.clone() for layer, mask in self.keep.items()}
+        routable = {layer: mask.clone() for layer, mask in self.routable.items()}
+        return PruningProfile(self.name, keep, routable, self.metadata)
 
     @property
     def kept(self) -> float:

@@ -3,7 +3,7 @@
 Starts one server after another with the same flags. vLLM's load generator (`vllm bench serve`)
 drives each over the same random prompts, so its definitions of throughput, TTFT (time to first
 token) and TPOT (time per output token) hold. Ratios are against the dense server of the same run.
-One more server, the first, holds all profiles and switches between them.
+One more server, the first, loads all profiles and makes one after another active.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoi
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
 from vllm_atomic_moe.measure.server_process import HOST, Server, failure_in, free_port, running
 from vllm_atomic_moe.measure.server_report import (
+    Changes,
     Latency,
     Phase,
     PhaseRun,
@@ -38,7 +40,6 @@ from vllm_atomic_moe.measure.server_report import (
     ServerReport,
     ServerRun,
     Spread,
-    Switching,
     summarize,
 )
 
@@ -101,7 +102,7 @@ def measure_servers(
     def report(what: str) -> None:
         progress(next(steps_done), steps, what)
 
-    switching = bench.switch(pruned, report) if len(pruned) > 1 else None
+    changes = bench.change(pruned, report) if len(pruned) > 1 else None
     for number in range(rounds):
         for profile in chosen:
             runs.append(bench.run(profile.name, number, report))
@@ -113,7 +114,7 @@ def measure_servers(
         plan=plan,
         profiles=summarize(chosen, runs, plan),
         runs=tuple(runs),
-        switching=switching,
+        changes=changes,
     )
 
 
@@ -163,9 +164,9 @@ class _Bench:
             phases=tuple(phases),
         )
 
-    def switch(self, profiles: Sequence[str], report: Callable[[str], None]) -> Switching:
-        """Start a server that holds `profiles`, and switch to one after another."""
-        report(f"switching between {', '.join(profiles)}")
+    def change(self, profiles: Sequence[str], report: Callable[[str], None]) -> Changes:
+        """Start a server with `profiles`, and make one after another active."""
+        report(f"changing between {', '.join(profiles)}")
         key = secrets.token_hex(16)
         plugins = os.environ.get("VLLM_PLUGINS", "atomic_moe")
         environment = {
@@ -174,19 +175,16 @@ class _Bench:
         }
         extra = {"active": profiles[0], "resident": list(profiles)}
         with (
-            self._server("switching", extra, **environment) as server,
+            self._server("changes", extra, **environment) as server,
             AdminClient(server.url, key) as client,
         ):
             resident_bytes = client.status()["memory"]["resident_bytes"]
-            answers = [
-                client.activate(profiles[number % len(profiles)], "wait", timeout_s=60)
-                for number in range(1, self.plan.switches + 1)
-            ]
-        spreads = (
-            Spread.of([answer[part] for answer in answers])
-            for part in ("commit_ms", "drain_ms", "total_ms")
-        )
-        return Switching(tuple(profiles), resident_bytes, *spreads)
+            times_ms = []
+            for number in range(1, self.plan.changes + 1):
+                start = time.perf_counter()
+                client.activate(profiles[number % len(profiles)], "finish")
+                times_ms.append(1000 * (time.perf_counter() - start))
+        return Changes(tuple(profiles), resident_bytes, Spread.of(times_ms))
 
     def _server(
         self, name: str, extra: Mapping[str, Any], **environment: str

@@ -45,7 +45,7 @@ class ServerPlan:
         phases: in this order.
         repeats: of every phase on one server.
         warmups: requests before every phase that are not counted.
-        switches: switches of profile on an idle server.
+        changes: of the active profile on an idle server.
         seed: of the prompts.
         start_timeout_s: how long a server may take to become healthy.
     """
@@ -53,7 +53,7 @@ class ServerPlan:
     phases: tuple[Phase, ...] = PHASES
     repeats: int = 1
     warmups: int = 2
-    switches: int = 20
+    changes: int = 20
     seed: int = 0
     start_timeout_s: float = 1800.0
 
@@ -136,22 +136,18 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Switching:
-    """Switches between resident profiles of one idle server.
+class Changes:
+    """Changes of the active profile on an idle server.
 
     Attributes:
-        resident: names of the profiles.
+        profiles: names of the loaded profiles.
         resident_bytes: memory of the atoms that any of them keeps.
-        commit_ms: computing with the other profile.
-        drain_ms: waiting for running requests; here there are none.
-        total_ms: the whole switch.
+        change_ms: from request to answer of the admin endpoint.
     """
 
-    resident: tuple[str, ...]
+    profiles: tuple[str, ...]
     resident_bytes: int
-    commit_ms: Spread
-    drain_ms: Spread
-    total_ms: Spread
+    change_ms: Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +218,7 @@ class ServerReport:
         plan: what every server was asked.
         profiles: summaries, dense first.
         runs: every server, in order.
-        switching: between the measured profiles; None if there is only one.
+        changes: between the measured profiles; None if there is only one.
     """
 
     model: str
@@ -230,7 +226,7 @@ class ServerReport:
     plan: ServerPlan
     profiles: tuple[ProfileSummary, ...]
     runs: tuple[ServerRun, ...]
-    switching: Switching | None
+    changes: Changes | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -1,0 +1,176 @@
+"""Several engines: all of them agree, or the answer says which do not.
+
+vLLM's CPU ranks lack two collectives that data parallel MoE needs; a plug-in of these tests lends
+them. The tests share one server with two engines and two API servers, in this order; the last one
+ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import DEMO, ENVIRONMENT, ROOT, admin_server, free_port, serve_command
+from tests.e2e.faults import GATHERS
+from vllm_atomic_moe.measure.server_process import processes_of_group
+
+ACTIVE, OTHER, EXTRA = "heapr-20", "heapr-40", "heapr-60"
+PROFILES = {"active": ACTIVE, "resident": [OTHER, "shape-20"]}
+NAMES = [ACTIVE, OTHER, "shape-20"]
+PROMPTS = ["import os\nimport sys\n\n\ndef main(", "The moon was", '{\n  "name":']
+RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", GATHERS: "1"}
+FLAGS = ("--data-parallel-size=2", "--api-server-count=2")
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """Of one engine: (profile, prompt) -> log-probabilities."""
+    with admin_server(tmp_path_factory.mktemp("one"), PROFILES) as server:
+        assert server.load(EXTRA).status_code == 200
+        return scores_of(server, [*NAMES, EXTRA])
+
+
+def scores_of(server, names):
+    """All profiles and prompts at once, several times, so that every engine gets some of each."""
+    jobs = [(name, prompt) for name in names for prompt in PROMPTS] * 3
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda job: server.scores(job[1], job[0]), jobs))
+    first = dict(zip(jobs, found, strict=False))
+    for job, values in zip(jobs, found, strict=True):
+        assert values == pytest.approx(first[job], abs=1e-4), job
+    return first
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, scores):
+    directory = tmp_path_factory.mktemp("server")
+    with admin_server(directory, PROFILES, *FLAGS, **RANKS) as server:
+        yield server
+
+
+def check(server, scores, names):
+    found = scores_of(server, names)
+    for job, values in found.items():
+        assert values == pytest.approx(scores[job], abs=1e-4), job
+
+
+def test_engines_answer_as_one(server, scores):
+    status = server.status()
+    assert (status["engines"], status["agreed"]) == (2, True)
+    check(server, scores, NAMES)
+    status = server.status()
+    assert {it["admitted"] for it in status["profiles"].values()} == {9}
+    memory = status["memory"]
+    assert len(memory["rank_resident_bytes"]) == 2
+    # Without expert parallelism vLLM splits every expert over the engines.
+    one, two = memory["rank_resident_bytes"]
+    assert abs(one - two) < 0.02 * memory["resident_bytes"]
+    assert memory["resident_bytes"] < 1.02 * memory["dense_bytes"]
+
+
+def test_changes_reach_all_engines_and_api_servers(server, scores):
+    server.changed(OTHER)
+    for _ in range(8):  # connections to either API server, requests to either engine
+        found = server.scores(PROMPTS[0])
+        assert found == pytest.approx(scores[OTHER, PROMPTS[0]], abs=1e-4)
+    assert server.load(EXTRA).status_code == 200
+    check(server, scores, [*NAMES, EXTRA])
+    assert server.unload(EXTRA).status_code == 200
+    assert list(server.status()["profiles"]) == NAMES
+    server.changed(ACTIVE)
+
+
+def test_operators_at_once_leave_one_outcome_everywhere(server, scores):
+    names = [OTHER, "shape-20", ACTIVE] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(server.changed, names))
+    status = server.status()
+    assert status["agreed"]
+    last = max(answers, key=lambda answer: answer["generation"])
+    assert (status["generation"], status["active"]) == (last["generation"], last["active"])
+    for _ in range(8):
+        found = server.scores(PROMPTS[0])
+        assert found == pytest.approx(scores[status["active"], PROMPTS[0]], abs=1e-4)
+    server.changed(ACTIVE)
+
+
+def test_one_engine_that_cannot_load_takes_all_back(server, scores):
+    before = server.status()
+    with server.fault("load", "fail@1"):
+        answer = server.load(EXTRA)
+    assert answer.status_code in (409, 503)
+    assert "injected: fail" in answer.json()["error"]["message"]
+    after = server.status()
+    assert after["agreed"]
+    assert after["profiles"] == before["profiles"]
+    assert server.load(EXTRA).status_code == 200
+    check(server, scores, [EXTRA])
+    assert server.unload(EXTRA).status_code == 200
+
+
+def engine(server, number):
+    """The process of one engine core."""
+    for process in processes_of_group(server.server.process.pid):
+        title = Path(f"/proc/{process}/cmdline").read_text().rstrip("\0")
+        if title == f"VLLM::EngineCore_DP{number}":
+            return process
+    raise AssertionError(f"no process of engine {number}")
+
+
+def test_an_engine_that_is_stopped_is_named_and_agrees_afterwards(server, scores):
+    process = engine(server, 1)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        answer = server.activate(OTHER)
+        assert answer.status_code == 503, answer.text
+        error = answer.json()["error"]
+        assert error["type"] == "EngineUnavailableError"
+        assert "engine 1 does not answer within 30 s; nothing was changed" in error["message"]
+    finally:
+        os.kill(process, signal.SIGCONT)
+    status = server.status()
+    assert (status["active"], status["agreed"]) == (ACTIVE, True)
+    check(server, scores, NAMES)
+    assert server.changed(OTHER)["previous"] == ACTIVE
+    server.changed(ACTIVE)
+
+
+def test_an_engine_that_dies_ends_the_server(server):
+    """As stock vLLM's."""
+    os.kill(engine(server, 1), signal.SIGKILL)
+    deadline = time.monotonic() + 90
+    while server.server.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_experts_on_several_engines(tmp_path, scores, eager):
+    flags = ("--data-parallel-size=2", "--enable-expert-parallel")
+    with admin_server(tmp_path, PROFILES, *flags, eager=eager, **RANKS) as server:
+        check(server, scores, NAMES)
+        assert server.load(EXTRA).status_code == 200
+        check(server, scores, [*NAMES, EXTRA])
+
+
+def test_stock_vllm_on_cpus_is_refused():
+    port = free_port()
+    done = subprocess.run(
+        serve_command(DEMO, PROFILES, f"--port={port}", "--data-parallel-size=2"),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    printed = done.stdout + done.stderr
+    line = "not served by this version: data parallelism on CPU (vLLM's own: its CPU ranks cannot"
+    assert line in printed, printed[-4000:]

@@ -1,0 +1,117 @@
+"""The profiles of the server's directory, read afresh for every question."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_atomic_moe.control.errors import AdminError
+from vllm_atomic_moe.engine.options import check_profile, missing_atoms, read_profile
+from vllm_atomic_moe.engine.requests import Served
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
+
+
+class Catalogue:
+    """What could be served. Reads files: call it from a thread."""
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        """Look up where the files are.
+
+        Args:
+            description: of `CoreProfiles.describe`.
+        """
+        self._directory = Path(description["directory"])
+        self._checkpoint = Path(description["model"])
+        self._atom_bytes = description["atom_bytes"]
+        self._packed = description["union"]
+        self._masks_routing = description["masks_routing"]
+
+    def profiles(self, served: Served) -> list[dict[str, Any]]:
+        """Every valid profile, by name."""
+        found = {}
+        store = self._store()
+        for name in (*store.names(), DENSE):
+            try:
+                found[name] = self._read(store, name)
+            except ValueError:  # `atomic-moe check` says what is wrong with it
+                continue
+        return [self._entry(found[name], served) for name in sorted(found)]
+
+    def profile(self, name: str, served: Served) -> dict[str, Any]:
+        """One profile with its widths.
+
+        Raises:
+            AdminError: 404, there is none; 409, its file is not valid.
+        """
+        profile = self.read(name)
+        widths = {str(layer): profile.widths(layer).tolist() for layer in profile.keep}
+        return {**self._entry(profile, served), "widths": widths}
+
+    def read(self, name: str) -> PruningProfile:
+        """A profile whose file is valid. Raises as `profile`."""
+        store = self._store()
+        known = [*store.names(), DENSE]
+        if name not in known:
+            broken = "".join(f"; not valid: {reason}" for reason in store.invalid.values())
+            raise AdminError(
+                404,
+                "NotFoundError",
+                f"profile {name[:80]!r} is unknown; known are {', '.join(known)}{broken}",
+            )
+        try:
+            return self._read(store, name)
+        except ValueError as error:
+            raise AdminError(409, "ProfileNotValidError", str(error)) from None
+
+    def missing(self, profile: PruningProfile) -> int:
+        """How many of its atoms are not in memory."""
+        return missing_atoms(profile, self._union)
+
+    def _read(self, store: ProfileStore, name: str) -> PruningProfile:
+        try:
+            profile = read_profile(store, name, self._model)
+        except OSError as error:  # it vanished meanwhile
+            raise ValueError(f"profile {name!r} cannot be read: {error}") from None
+        check_profile(profile, self._model)
+        return profile
+
+    def _store(self) -> ProfileStore:
+        try:
+            return ProfileStore(self._directory)
+        except (ValueError, OSError) as error:
+            raise AdminError(409, "ProfileNotValidError", str(error)) from None
+
+    def _entry(self, profile: PruningProfile, served: Served) -> dict[str, Any]:
+        loaded = served.loaded.get(profile.name)
+        return {
+            "name": profile.name,
+            "method": DENSE if profile.name == DENSE else profile.metadata.get("method", ""),
+            "kept": profile.kept,
+            "bytes": profile.kept_atoms * self._atom_bytes,
+            "loaded": loaded is not None and loaded.offered,
+            "servable": self.missing(profile) == 0
+            and (self._masks_routing or not profile.masks_routing),
+            "active": profile.name == served.active,
+        }
+
+    @functools.cached_property
+    def _model(self) -> CheckpointInfo:
+        return describe_checkpoint(self._checkpoint)
+
+    @functools.cached_property
+    def _union(self) -> dict[int, torch.Tensor]:
+        shape = self._model.num_experts, self._model.intermediate_size
+        return {
+            int(layer): torch.from_numpy(
+                np.unpackbits(np.frombuffer(packed, np.uint8), count=shape[0] * shape[1])
+            )
+            .bool()
+            .view(shape)
+            for layer, packed in self._packed.items()
+        }

@@ -1,0 +1,349 @@
+"""The engine core's part in the profiles: which one a request gets, and changes of what is served.
+
+All changes begin at the first engine, which numbers them (`Served.generation`); the others take a
+state whose number is higher than theirs. So the engines of a data parallel server end alike,
+whatever the order in which two operators' changes reach them. A state is offered to requests
+(`publish`) once every engine has it: each API server keeps one call open at the first engine
+(`follow`), which answers when there is news, and asking again says that the news was taken.
+
+Calls come as `atomic_moe(verb, arguments)`, one at a time, in the core's own loop; requests are
+admitted in its input thread, which therefore reads one immutable state. Replies are plain data, as
+those of the workers, or a Future of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_atomic_moe.engine.requests import Loaded, Served, argument_of, profile_of
+from vllm_atomic_moe.engine.worker import NOT_OURS, RANK, Reply
+from vllm_atomic_moe.experts.packing import SLOTS
+
+logger = init_logger(f"vllm.{__name__}")
+
+CORE = "atomic_moe"
+VERBS = ("describe", "status", "change", "apply", "publish", "follow", "taken", "laggards", "abort")
+
+
+class RefusedError(Exception):
+    """A change that cannot be made; nothing is changed.
+
+    Attributes:
+        kind: stable name of the reason.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(slots=True)
+class Follower:
+    """An API server.
+
+    Attributes:
+        taken: generation of the last state that it said it has taken.
+        held: profiles of the HTTP requests that it is answering.
+        waiting: its open call, or None.
+    """
+
+    taken: int = -1
+    held: list[str] = field(default_factory=list)
+    waiting: Future[Reply] | None = None
+
+
+class CoreProfiles:
+    """The profiles of one engine core.
+
+    Attributes:
+        served: what its workers compute.
+        published: what API servers offer; the first engine's only is asked for.
+        admitted: requests since the start, by profile.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._description = self._ranks("describe")[0]
+        loaded = {
+            name: Loaded(slot, **fields)
+            for slot, (name, fields) in enumerate(self._description["profiles"].items())
+        }
+        self.served = self.published = Served(0, self._description["active"], loaded)
+        self.admitted: Counter[str] = Counter()
+        self._memory = self._ranks("memory")
+        self._followers: dict[int, Follower] = {}
+        self._waiting: list[tuple[int, Future[Reply]]] = []
+
+    def admit(self, request: Any) -> None:
+        """Give one request its mark: the one that it has, in the form that all API servers share;
+        the one of the profile that its arguments name; or the active profile's.
+
+        Args:
+            request: vLLM's EngineCoreRequest.
+
+        Raises:
+            ValueError: its profile is not loaded.
+        """
+        served, given = self.served, request.lora_request
+        name = profile_of(given) if given else argument_of(request.sampling_params)
+        if name is None:
+            name = served.active
+        if name not in served.loaded:
+            raise ValueError(f"profile {name!r} is not loaded")
+        mark = served.mark(name)
+        if given and given.lora_path != mark.lora_path:
+            raise ValueError(f"profile {name!r} was loaded anew from another file")
+        request.lora_request = mark
+        self.admitted[name] += 1
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def describe(self) -> Reply:
+        """What the workers told at start, and what is served."""
+        return {**self._description, "served": self.published.plain()}
+
+    def status(self) -> Reply:
+        """What is served, requests by profile, and the memory of every rank."""
+        served, requests = self.served.plain(), self._requests()
+        return {"served": served, "requests": requests, "ranks": self._memory}
+
+    def change(
+        self,
+        verb: str,
+        profile: str,
+        digest: str = "",
+        kept_atoms: int = 0,
+        instead_of: str | None = None,
+        publish: bool = False,
+    ) -> Reply:
+        """Make a change at the first engine, and number it.
+
+        Args:
+            verb: activate; load; withdraw (offer it no more); offer (again); free.
+            profile: its name.
+            digest: for load, that of the file which the other engines must find too.
+            kept_atoms: for load.
+            instead_of: for activate: do nothing where another profile than this is active by now.
+            publish: let API servers know at once; there is no other engine.
+
+        Raises:
+            RefusedError: it cannot be made.
+        """
+        before = self.served
+        there = before.loaded.get(profile)
+        if verb == "load":
+            changed = self._load(profile, digest, kept_atoms)
+        elif there is None:
+            raise RefusedError(
+                "NotFoundError" if verb == "withdraw" else "ProfileNotLoadedError",
+                f"profile {profile!r} is not loaded, {', '.join(before.loaded)} are",
+            )
+        elif verb == "activate":
+            if not there.offered:
+                raise RefusedError(
+                    "ProfileNotLoadedError", f"profile {profile!r} is being unloaded; try again"
+                )
+            if instead_of in (None, before.active):
+                changed = replace(before, active=profile)
+            else:
+                changed = before
+        elif verb == "offer":
+            changed = self._with(profile, replace(there, offered=True))
+        else:
+            if profile == before.active:
+                raise RefusedError(
+                    "ProfileActiveError",
+                    f"profile {profile!r} is active; activate another one first",
+                )
+            changed = self._with(profile, replace(there, offered=False))
+            if verb == "free":
+                rest = {name: before.loaded[name] for name in before.loaded if name != profile}
+                changed = replace(before, loaded=rest)
+        if changed != before:
+            self._become(replace(changed, generation=before.generation + 1))
+        if publish:
+            self.publish(self.served.plain())
+        return {"served": self.served.plain(), "previous": before.active}
+
+    def apply(self, served: Mapping[str, Any]) -> Reply:
+        """Take another engine's state, if its generation is higher."""
+        state = Served.of(served)
+        if state.generation > self.served.generation:
+            self._become(state)
+        return {"served": self.served.plain()}
+
+    def publish(self, served: Mapping[str, Any]) -> Reply:
+        """Let API servers know of a state that every engine has."""
+        state = Served.of(served)
+        if state.generation > self.published.generation:
+            self.published = state
+            for follower in self._followers.values():
+                if follower.waiting is not None:
+                    follower.waiting.set_result(self._news())
+                    follower.waiting = None
+        return {}
+
+    def follow(self, server: int, taken: int, held: list[str]) -> Reply | Future[Reply]:
+        """Answer an API server as soon as there is something new.
+
+        Args:
+            server: index of the API server.
+            taken: generation of the state that it has.
+            held: profiles of the HTTP requests that it is answering.
+        """
+        follower = self._followers.setdefault(server, Follower())
+        follower.taken, follower.held = taken, held
+        self._tell_waiting()
+        if self.published.generation > taken:
+            return self._news()
+        follower.waiting = Future()
+        return follower.waiting
+
+    def taken(self, generation: int) -> Reply | Future[Reply]:
+        """Answer when every API server has taken the state of this generation.
+
+        The reply says what they were answering then: the profiles of their HTTP requests (`held`),
+        and this engine's requests by profile.
+        """
+        answer: Future[Reply] = Future()
+        self._waiting.append((generation, answer))
+        self._tell_waiting()
+        return answer
+
+    def abort(self, profile: str) -> Reply:
+        """End the requests of all other profiles, as vLLM ends those of a client that is gone."""
+        from vllm.v1.request import RequestStatus
+
+        requests = self._core.scheduler.requests.values()
+        others = [request.request_id for request in requests if _name(request) != profile]
+        ended = self._core.scheduler.finish_requests(others, RequestStatus.FINISHED_ABORTED)
+        if hasattr(self._core, "_send_abort_outputs"):  # not where the core is in the same process
+            self._core._send_abort_outputs(ended)
+        return {"aborted": len(ended)}
+
+    def laggards(self, generation: int) -> Reply:
+        """API servers that have not taken the state of this generation, by index."""
+        return {
+            "servers": [
+                server
+                for server, follower in self._followers.items()
+                if follower.taken < generation
+            ]
+        }
+
+    # --- changes ----------------------------------------------------------------------------------
+
+    def _load(self, name: str, digest: str, kept_atoms: int) -> Served:
+        there = self.served.loaded.get(name)
+        if there is not None:
+            if there.digest != digest:
+                raise RefusedError(
+                    "ProfileChangedError",
+                    f"profile {name!r} is loaded from another file; unload it first",
+                )
+            if not there.offered:
+                raise RefusedError(
+                    "ProfileInUseError", f"profile {name!r} is being unloaded; try again"
+                )
+            return self.served
+        taken = {profile.slot for profile in self.served.loaded.values()}
+        free = [slot for slot in range(SLOTS) if slot not in taken]
+        if not free:
+            raise RefusedError(
+                "NoFreeSlotError", f"all {SLOTS} slots are in use; unload a profile first"
+            )
+        return self._with(name, Loaded(free[0], digest, kept_atoms))
+
+    def _requests(self) -> dict[str, dict[str, int]]:
+        """Requests by profile: admitted since the start, running and waiting."""
+        scheduler = self._core.scheduler
+        running = Counter(map(_name, scheduler.running))
+        present = Counter(map(_name, scheduler.requests.values()))
+        return {
+            name: {
+                "admitted": self.admitted[name],
+                "running": running[name],
+                "waiting": present[name] - running[name],
+            }
+            for name in self.served.loaded
+        }
+
+    def _with(self, name: str, profile: Loaded) -> Served:
+        return replace(self.served, loaded={**self.served.loaded, name: profile})
+
+    def _become(self, state: Served) -> None:
+        """Let the workers compute `state`, and admit requests by it.
+
+        Raises:
+            RefusedError: a worker cannot load a profile; nothing is changed.
+        """
+        before, after = (
+            {profile.slot: (name, profile.digest) for name, profile in served.loaded.items()}
+            for served in (self.served, state)
+        )
+        fresh = {slot: after[slot] for slot in after if after[slot] != before.get(slot)}
+        gone = before.keys() - after.keys()
+        try:
+            for slot, (name, digest) in fresh.items():
+                self._ranks("load", name=name, slot=slot, digest=digest)
+        except RefusedError:
+            for slot in fresh.keys() - before.keys():
+                self._ranks("free", slot=slot)
+            raise
+        for slot in gone:
+            self._ranks("free", slot=slot)
+        if gone or fresh:
+            self._memory = self._ranks("memory")
+        self.served = state
+        logger.info(
+            "Profiles: generation %d, active %s, loaded %s",
+            state.generation,
+            state.active,
+            ", ".join(state.loaded),
+        )
+
+    def _ranks(self, verb: str, **arguments: Any) -> list[Reply]:
+        """What every rank answers.
+
+        Raises:
+            RefusedError: one of them cannot.
+        """
+        replies = self._core.model_executor.collective_rpc(RANK, args=(verb, arguments))
+        for index, reply in enumerate(replies):
+            if not reply["ok"]:
+                raise RefusedError("RankError", f"rank {index}: {reply['error']}")
+        return replies
+
+    def _news(self) -> Reply:
+        return {"ok": True, "served": self.published.plain()}
+
+    def _tell_waiting(self) -> None:
+        held = sorted({name for follower in self._followers.values() for name in follower.held})
+        for generation, answer in list(self._waiting):
+            if not self.laggards(generation)["servers"]:
+                self._waiting.remove((generation, answer))
+                requests = self._requests()
+                answer.set_result({"ok": True, "held": held, "requests": requests})
+
+
+def _name(request: Any) -> str | None:
+    return profile_of(request.lora_request)
+
+
+def core_call(core: Any, verb: str, arguments: Mapping[str, Any]) -> Reply | Future[Reply]:
+    """`atomic_moe` of vLLM's engine cores: answer one call; a refusal is an answer too."""
+    profiles = getattr(core, "atomic_moe_profiles", None)
+    if profiles is None:
+        return {"ok": False, "kind": "EngineUnavailableError", "error": NOT_OURS}
+    try:
+        assert verb in VERBS, verb
+        reply = getattr(profiles, verb)(**arguments)
+    except RefusedError as error:
+        return {"ok": False, "kind": error.kind, "error": str(error)}
+    return reply if isinstance(reply, Future) else {"ok": True, **reply}
