@@ -23,6 +23,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm-a
 TESTS = (
     "tests/serving/test_compat.py",
     "tests/serving/test_parity.py",
+    "tests/serving/test_admission.py",
+    "tests/serving/test_batches_of_profiles.py",
     "tests/serving/test_profiles_of_requests.py",
     "tests/serving/test_routing.py",
     "tests/e2e/test_admin.py",

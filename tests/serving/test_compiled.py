@@ -1,6 +1,7 @@
 """The demo, compiled: two profile sets one after another through one compile cache, float32.
 
-The second set holds profiles that mask routing too, made active in place.
+The second set holds profiles that mask routing too. Each is made active, then one more is loaded,
+and all are computed in one batch.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from tests.checkpoints import write_routing_profiles, zero_pruned
 from tests.serving.conftest import (
     DEMO,
     activate,
+    core,
     engine,
     logprobs_of,
     masked_transformers_logprobs,
+    mixed_logprobs,
     prompt_logprobs,
 )
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 RESIDENT = {"heapr-20": [], "heapr-40": ["whole", "ragged"]}
+LATER = "heapr-60"  # its atoms are among those of the others
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +39,8 @@ def profiles(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory, profiles):
-    """Per active profile: what a compiled engine gives for it and for its other resident profiles,
-    name -> log-probabilities, and its configuration's hash.
+    """Per active profile: what a compiled engine gives for it and for its other profiles, name ->
+    log-probabilities, each as the active one and all in one batch; and its configuration's hash.
     """
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -59,8 +63,18 @@ def compiled(tmp_path_factory, profiles):
                 for name in others:
                     activate(llm, name)
                     logprobs[name] = prompt_logprobs(llm)
-                found[active] = (logprobs, config.compute_hash())
+                load(llm, profiles)
+                mixed = mixed_logprobs(llm, [active, *others, LATER])
+                found[active] = (logprobs, mixed, config.compute_hash())
     return found
+
+
+def load(llm, profiles):
+    later = PruningProfile.read(profiles / f"{LATER}.safetensors")
+    known = {"digest": later.digest(), "kept_atoms": later.kept_atoms}
+    reply = core(llm, "change", verb="load", profile=LATER, **known)
+    assert reply["ok"], reply
+    activate(llm, reply["served"]["active"])
 
 
 @pytest.mark.parametrize("profile", RESIDENT)
@@ -72,19 +86,30 @@ def test_compiled_and_eager_equal_zeroed_dense(compiled, tmp_path, profile):
         DEMO, load_format="atomic-pruned", model_loader_extra_config={"active": profile}
     )
     assert (eager - wanted).abs().max() < 1e-4
-    assert (compiled[profile][0][profile] - wanted).abs().max() < 1e-4
+    for found in compiled[profile][:2]:
+        assert (found[profile] - wanted).abs().max() < 1e-4
 
 
-def test_compiled_equals_masked_dense_after_a_switch_in_place(compiled, profiles):
-    found = compiled["heapr-40"][0]
+def test_compiled_equals_masked_dense_whatever_is_active_or_in_the_batch(compiled, profiles):
+    active, mixed, _ = compiled["heapr-40"]
     for name in RESIDENT["heapr-40"]:
         profile = PruningProfile.read(profiles / f"{name}.safetensors")
         assert profile.masks_routing
-        assert (found[name] - masked_transformers_logprobs(DEMO, profile)).abs().max() < 1e-4
-    assert (found["whole"] - found["ragged"]).abs().max() > 0.01
+        wanted = masked_transformers_logprobs(DEMO, profile)
+        for found in (active, mixed):
+            assert (found[name] - wanted).abs().max() < 1e-4
+    assert (active["whole"] - active["ragged"]).abs().max() > 0.01
+
+
+def test_compiled_computes_what_was_loaded_later(compiled, profiles):
+    profile = PruningProfile.read(profiles / f"{LATER}.safetensors")
+    wanted = masked_transformers_logprobs(DEMO, profile)
+    for active, mixed, _ in compiled.values():
+        assert (mixed[LATER] - wanted).abs().max() < 1e-4
+        assert all((found - wanted).abs().max() > 0.01 for found in active.values())
 
 
 def test_profiles_have_their_own_compile_cache_keys(compiled):
-    (first, first_hash), (second, second_hash) = compiled.values()
+    (first, _, first_hash), (second, _, second_hash) = compiled.values()
     assert first_hash != second_hash
     assert (first["heapr-20"] - second["heapr-40"]).abs().max() > 0.01

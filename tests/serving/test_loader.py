@@ -154,11 +154,9 @@ def test_what_was_never_tried_is_named(model):
 
     config = configure(model)
     assert list(unverified(config.parallel_config)) == []
-    config.parallel_config.nnodes = 2
     config.parallel_config.distributed_executor_backend = "ray"
     check_config(config, config.model_config)
     assert list(unverified(config.parallel_config)) == [
-        "several nodes (--nnodes 2)",
         "the executor ray (--distributed-executor-backend)",
     ]
 

@@ -1,15 +1,18 @@
-"""Pruned serving equals a dense model whose pruned atoms are zeroed, in float32."""
+"""Two profiles in one batch equal dense models whose pruned atoms are zeroed, in float32."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint, write_profile, zero_pruned
-from tests.serving.conftest import PROMPTS, logprobs_of
+from tests.serving.conftest import PROMPTS, engine, logprobs_of, mixed_logprobs
 
 TOLERANCE = 1e-4
+NAMES = ["ragged", "second"]
 
 
 # `make test` takes two: a plain one, and one with groups, correction bias and shared experts.
@@ -24,20 +27,21 @@ def test_pruned_equals_zeroed_dense(tmp_path, architecture):
     model, fused = tmp_path / "model", tmp_path / "fused"
     info = make_checkpoint(architecture, model)
     assert make_checkpoint(architecture, fused, layout="fused") == info
-    profile = write_profile(info, "ragged", model / "atomic_profiles", seed=1)
-    zero_pruned(model, tmp_path / "zeroed", profile)
+    wanted = {}
+    for seed, name in enumerate(NAMES, start=1):
+        profile = write_profile(info, name, model / "atomic_profiles", seed)
+        zero_pruned(model, tmp_path / name, profile)
+        wanted[name] = logprobs_of(tmp_path / name)
 
-    wanted = logprobs_of(tmp_path / "zeroed")
-
-    unpruned = transformers_logprobs(model)
-    assert (unpruned - wanted).abs().max() > 0.01, "the masks change nothing: the test is blind"
+    alike = (transformers_logprobs(model), *wanted.values())
+    for one, other in combinations(alike, 2):
+        assert (one - other).abs().max() > 0.01, "the masks change nothing: the test is blind"
+    extra = {"profiles": str(model / "atomic_profiles"), "active": NAMES[0], "resident": NAMES[1:]}
     for layout in (model, fused):
-        found = logprobs_of(
-            layout,
-            load_format="atomic-pruned",
-            model_loader_extra_config={"profiles": str(model / "atomic_profiles")},
-        )
-        assert (found - wanted).abs().max() < TOLERANCE, layout.name
+        with engine(layout, load_format="atomic-pruned", model_loader_extra_config=extra) as llm:
+            found = mixed_logprobs(llm, NAMES)
+        for name in NAMES:
+            assert (found[name] - wanted[name]).abs().max() < TOLERANCE, (layout.name, name)
 
 
 @torch.inference_mode()

@@ -317,10 +317,11 @@ def test_a_name_is_loaded_anew_from_a_changed_file(llm, model):
         assert answers(llm, [LONG], ["moving"])[0][2] == 0
         expected = masked_transformers_logprobs(model.directory, new)
         assert close(mixed_logprobs(llm, ["moving", "other"])["moving"], expected)
-        with pytest.raises(ValueError, match="'moving' was loaded anew from another file"):
-            llm.llm_engine.engine_core.engine_core.atomic_moe_profiles.admit(
-                SimpleNamespace(lora_request=stale)
-            )
+        request = SimpleNamespace(lora_request=stale, sampling_params=None, pooling_params=None)
+        with pytest.raises(ValueError, match="'moving' is not loaded, or from another file"):
+            llm.llm_engine.engine_core.engine_core.atomic_moe_profiles.admit(request)
+        with pytest.raises(VLLMNotFoundError, match="not loaded any more"):
+            llm.generate([{"prompt_token_ids": LONG}], lora_request=stale, use_tqdm=False)
     finally:
         path.unlink(missing_ok=True)
 

@@ -122,6 +122,7 @@ def test_widths_and_kept():
 
 def test_digest_is_of_the_name_and_what_the_masks_compute():
     masks = {1: torch.ones(4, 6).bool(), 3: torch.zeros(4, 6).bool()}
+    masks[1][2] = False
     everyone = {layer: torch.ones(4).bool() for layer in masks}
     fewer = {1: torch.tensor([True, True, False, True])}
     one = PruningProfile("one", masks)

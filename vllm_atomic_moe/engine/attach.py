@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_atomic_moe.engine import LOAD_FORMAT
@@ -110,6 +110,16 @@ def _ask_core(client: Any, verb: str) -> Mapping[str, Any]:
     if hasattr(client, "call_utility"):
         return client.call_utility("atomic_moe", verb, {})
     return client.engine_core.atomic_moe(verb, {})
+
+
+def end_requests(core: Any, requests: Sequence[str]) -> int:
+    """End requests of an engine core, and tell their API servers; gives how many there were."""
+    from vllm.v1.request import RequestStatus
+
+    ended = core.scheduler.finish_requests(requests, RequestStatus.FINISHED_ABORTED)
+    if hasattr(core, "_send_abort_outputs"):  # not where the core is in its caller's process
+        core._send_abort_outputs(ended)
+    return len(ended)
 
 
 def engines_of(client: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_atomic_moe.engine.attach import end_requests
 from vllm_atomic_moe.engine.requests import Loaded, Served, argument_of, profile_of
 from vllm_atomic_moe.engine.worker import NOT_OURS, RANK, Reply
 from vllm_atomic_moe.experts.packing import SLOTS
@@ -91,15 +92,13 @@ class CoreProfiles:
             ValueError: its profile is not loaded.
         """
         served, given = self.served, request.lora_request
-        name = profile_of(given) if given else argument_of(request.sampling_params)
+        params = request.sampling_params or request.pooling_params
+        name = profile_of(given) if given else argument_of(params)
         if name is None:
             name = served.active
-        if name not in served.loaded:
-            raise ValueError(f"profile {name!r} is not loaded")
-        mark = served.mark(name)
-        if given and given.lora_path != mark.lora_path:
-            raise ValueError(f"profile {name!r} was loaded anew from another file")
-        request.lora_request = mark
+        if name not in served.loaded or (given and not served.holds(given)):
+            raise ValueError(f"profile {name!r} is not loaded, or from another file by now")
+        request.lora_request = served.mark(name)
         self.admitted[name] += 1
 
     # --- calls ------------------------------------------------------------------------------------
@@ -218,14 +217,9 @@ class CoreProfiles:
 
     def abort(self, profile: str) -> Reply:
         """End the requests of all other profiles, as vLLM ends those of a client that is gone."""
-        from vllm.v1.request import RequestStatus
-
         requests = self._core.scheduler.requests.values()
         others = [request.request_id for request in requests if _name(request) != profile]
-        ended = self._core.scheduler.finish_requests(others, RequestStatus.FINISHED_ABORTED)
-        if hasattr(self._core, "_send_abort_outputs"):  # not where the core is in the same process
-            self._core._send_abort_outputs(ended)
-        return {"aborted": len(ended)}
+        return {"aborted": end_requests(self._core, others)}
 
     def laggards(self, generation: int) -> Reply:
         """API servers that have not taken the state of this generation, by index."""
@@ -293,8 +287,11 @@ class CoreProfiles:
             for slot, (name, digest) in fresh.items():
                 self._ranks("load", name=name, slot=slot, digest=digest)
         except RefusedError:
-            for slot in fresh.keys() - before.keys():
+            for slot in fresh:
                 self._ranks("free", slot=slot)
+            for slot in fresh.keys() & before.keys():
+                name, digest = before[slot]
+                self._ranks("load", name=name, slot=slot, digest=digest)
             raise
         for slot in gone:
             self._ranks("free", slot=slot)

@@ -139,8 +139,6 @@ def _parallel_features(parallel: ParallelConfig) -> Iterator[tuple[bool, str, st
 
 def unverified(parallel: ParallelConfig) -> Iterator[str]:
     """What is served, since nothing of ours depends on it, and was never tried."""
-    if parallel.nnodes > 1:
-        yield f"several nodes (--nnodes {parallel.nnodes})"
     if (executor := parallel.distributed_executor_backend) not in ("uni", "mp"):
         yield f"the executor {executor} (--distributed-executor-backend)"
 

@@ -77,6 +77,13 @@ class Served:
         path = f"{MARK}{name}:{profile.digest}"
         return LoRARequest(shown or path, profile.slot + 1, path)
 
+    def holds(self, mark: LoRARequest) -> bool:
+        """Whether the profile of a mark is loaded, from the file that it was marked for."""
+        name = profile_of(mark)
+        if name is None or name not in self.loaded:
+            return False
+        return self.mark(name).lora_path == mark.lora_path
+
     def named(self, name: Any) -> str:
         """`name`, if requests may name it.
 
@@ -132,9 +139,12 @@ class Admission:
             params: sampling or pooling parameters, which may name a profile.
 
         Raises:
-            VLLMValidationError, VLLMNotFoundError: as `Served.named`.
+            VLLMValidationError: as `Served.named`.
+            VLLMNotFoundError: as `Served.named`; or the profile of a mark was unloaded meanwhile.
         """
         if given is not None:
+            if (marked := profile_of(given)) is not None and not self.served.holds(given):
+                raise VLLMNotFoundError(f"The profile `{marked}` is not loaded any more.")
             return given
         wanted = argument_of(params)
         name = self.served.active if wanted is None else self.served.named(wanted)
