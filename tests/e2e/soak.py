@@ -2,7 +2,8 @@
 
 Clients ask without a pause, streaming and not, prompts that share prefixes; each request names one
 of the profiles, by model name or by `vllm_xargs`, or none. Some clients hang up. Meanwhile the
-active profile is changed, and one more profile is loaded and unloaded. References come from servers
+active profile is changed, and one more profile is loaded and unloaded, which clients name as well:
+they get its answer, or vLLM's 404. References come from servers
 with one profile each, one request at a time, and only prompts are used whose greedy choices are
 clear: the best token leads the second by more than `MARGIN` in log-probability at every step, so
 that how requests are batched cannot change it. An answer is right if the text is the profile's and
@@ -83,6 +84,8 @@ class SoakReport:
         errors: what went wrong otherwise, in words.
         changes: of the active profile.
         loads: how often the extra profile was loaded, asked and unloaded.
+        in_use: how often unloading it was refused, since clients were using it.
+        unknown: requests for it that were refused, since it was not loaded.
         change_ms: milliseconds of each change.
         prefix_hits: tokens that vLLM took from its prefix cache.
         preemptions: requests that vLLM preempted.
@@ -97,6 +100,8 @@ class SoakReport:
     errors: list[str] = field(default_factory=list)
     changes: int = 0
     loads: int = 0
+    in_use: int = 0
+    unknown: int = 0
     change_ms: list[float] = field(default_factory=list)
     prefix_hits: float = 0
     preemptions: float = 0
@@ -227,7 +232,10 @@ class Soak:
                 self.references[prompt][EXTRA]
             ):
                 report.wrong.append(f"{EXTRA}: {profile} {reason}: {found}")
-            answer = self.server.unload(EXTRA)
+            while (answer := self.server.unload(EXTRA)).status_code == 409:
+                assert answer.json()["error"]["type"] == "ProfileInUseError", answer.text
+                report.in_use += 1
+                time.sleep(0.02)
             assert answer.status_code == 200, answer.text
             report.loads += 1
         except Exception as error:
@@ -237,7 +245,7 @@ class Soak:
         choose = random.Random(number)
         while not done.is_set():
             prompt = choose.choice(list(self.references))
-            named = choose.choice([*PROFILES, None])
+            named = choose.choice([*PROFILES, EXTRA, None])
             try:
                 if choose.random() < HANG_UP:
                     self._hang_up(prompt, named)
@@ -247,6 +255,13 @@ class Soak:
                 found, reason, profile = self._ask(
                     prompt, named, stream=choose.random() < 0.5, by_argument=choose.random() < 0.3
                 )
+            except openai.NotFoundError:
+                if named != EXTRA:
+                    report.errors.append(f"404 for {named}")
+                    return
+                report.unknown += 1
+                time.sleep(0.05)
+                continue
             except Exception as error:
                 report.errors.append(f"{type(error).__name__}: {error}")
                 return

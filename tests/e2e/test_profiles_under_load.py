@@ -50,6 +50,7 @@ def check(server, report, requests, changes):
     assert min(report.answers[profile] for profile in PROFILES) > 0
     assert report.unnamed > 0
     assert report.loads > 0
+    assert report.unknown > 0
     assert report.prefix_hits > 0
     assert report.grown_files <= 2 * CLIENTS
     status = server.status()

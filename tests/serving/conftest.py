@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,9 @@ def check_resident(layers: Sequence[Any], masks: Mapping[int, torch.Tensor]) -> 
 
 
 def core(llm: Any, question: str, **arguments: Any) -> dict[str, Any]:
-    """What the engine core of this process answers."""
+    """What the engine core of this process answers; a change is published at once."""
+    if question == "change":
+        arguments = {"turn": uuid.uuid4().hex, "publish": True, **arguments}
     return llm.llm_engine.engine_core.engine_core.atomic_moe(question, arguments)
 
 

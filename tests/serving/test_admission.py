@@ -13,7 +13,7 @@ import torch
 from vllm import PoolingParams, SamplingParams
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
-from vllm_atomic_moe.engine.core import CoreProfiles
+from vllm_atomic_moe.engine.core import CoreProfiles, core_call
 from vllm_atomic_moe.engine.requests import Admission, Loaded, Served, profile_of, slot_of
 from vllm_atomic_moe.engine.worker import RankProfiles
 
@@ -117,11 +117,11 @@ def test_states_are_numbered_and_the_highest_holds():
     profiles = CoreProfiles(fake)
     start = profiles.served
     assert (start.generation, start.active) == (0, "a")
-    profiles.change("load", "c", digest="d", kept_atoms=1)
-    assert profiles.change("load", "c", digest="d", kept_atoms=1)["served"]["generation"] == 1
-    assert profiles.change("activate", "b")["previous"] == "a"
-    undone = profiles.change("activate", "a", instead_of="c")  # `b` came meanwhile
-    assert (undone["served"]["active"], undone["served"]["generation"]) == ("b", 2)
+    load = {"digest": "d", "kept_atoms": 1, "publish": True}
+    assert profiles.change("1", "load", "c", **load)["changed"]
+    again = profiles.change("2", "load", "c", **load)
+    assert (again["served"]["generation"], again["changed"]) == (1, False)
+    assert profiles.change("3", "activate", "b", publish=True)["previous"] == "a"
     reached = profiles.served
     for older in (start, replace(start, generation=2)):
         profiles.apply(older.plain())
@@ -148,20 +148,66 @@ def test_what_a_rank_cannot_load_changes_nothing():
     before = profiles.served
     fake.asked.clear()
     with pytest.raises(Exception, match="rank 1: no") as refused:
-        profiles.change("load", "c", digest="d")
+        profiles.change("1", "load", "c", digest="d", kept_atoms=1)
     assert refused.value.kind == "RankError"
     assert profiles.served == before
     assert fake.asked == [("load", "c", 2), ("free", None, 2)]
 
 
+def test_changes_take_turns():
+    """The next one begins where the last one has ended, published or undone."""
+    profiles = CoreProfiles(FakeCore())
+    first = profiles.change("1", "activate", "b")
+    second = profiles.change("2", "withdraw", "b")
+    third = profiles.change("3", "load", "c", digest="d", kept_atoms=1)
+    given_up = profiles.change("4", "activate", "a")
+    assert [isinstance(it, Future) and not it.done() for it in (second, third, given_up)] == [
+        True
+    ] * 3
+    assert (profiles.served.active, profiles.published.active) == ("b", "a")
+    profiles.undo("4")
+    assert profiles.undo("nobody's")["served"] == first["served"]
+    profiles.undo("1")
+    assert profiles.served.active == profiles.published.active == "a"
+    assert profiles.served.generation > first["served"]["generation"]
+    withdrawn = second.result()["served"]
+    assert withdrawn["loaded"]["b"]["offered"] is False
+    assert not third.done()
+    profiles.publish("2", withdrawn)
+    assert list(third.result()["served"]["loaded"]) == ["a", "b", "c"]
+    profiles.publish("3", third.result()["served"])
+    assert not given_up.done()
+    assert profiles.served == profiles.published
+
+
+def test_nobody_frees_what_is_in_use():
+    fake = FakeCore()
+    profiles = CoreProfiles(fake)
+
+    def refused(verb):
+        reply = core_call(SimpleNamespace(atomic_moe_profiles=profiles), "change", verb)
+        return reply["kind"], reply["error"]
+
+    free = {"turn": "1", "verb": "free", "profile": "b", "publish": True}
+    assert refused(free) == ("ProfileInUseError", "profile 'b' is offered to requests")
+    withdraw = {**free, "verb": "withdraw"}
+    profiles.change(**withdraw)
+    assert refused(withdraw) == ("ProfileInUseError", "profile 'b' is being unloaded already")
+    running = SimpleNamespace(lora_request=SERVED.mark("b"))
+    fake.scheduler = SimpleNamespace(running=[running], requests={"r": running})
+    assert refused(free) == ("ProfileInUseError", "profile 'b' has 1 requests; try again")
+    fake.scheduler = SimpleNamespace(running=[], requests={})
+    assert list(profiles.change(**free)["served"]["loaded"]) == ["a"]
+
+
 def test_api_servers_are_told_when_there_is_news():
     profiles = CoreProfiles(FakeCore())
     first, second = profiles.follow(0, 0, []), profiles.follow(1, 0, ["b"])
-    profiles.change("activate", "b")
+    profiles.change("1", "activate", "b")
     assert not first.done(), "not yet published"
     state = profiles.served.plain()
     taken = profiles.taken(1)
-    profiles.publish(state)
+    profiles.publish("1", state)
     for call in (first, second):
         assert call.result() == {"ok": True, "served": state}
     assert isinstance(profiles.follow(0, 1, []), Future)

@@ -30,7 +30,7 @@ class Catalogue:
         self._checkpoint = Path(description["model"])
         self._atom_bytes = description["atom_bytes"]
         self._packed = description["union"]
-        self._masks_routing = description["masks_routing"]
+        self._routing = description["routing"]
 
     def profiles(self, served: Served) -> list[dict[str, Any]]:
         """Every valid profile, by name."""
@@ -69,9 +69,33 @@ class Catalogue:
         except ValueError as error:
             raise AdminError(409, "ProfileNotValidError", str(error)) from None
 
-    def missing(self, profile: PruningProfile) -> int:
-        """How many of its atoms are not in memory."""
-        return missing_atoms(profile, self._union)
+    def servable(self, name: str) -> PruningProfile:
+        """A profile that can be loaded.
+
+        Raises:
+            AdminError: as `profile`; 409, its atoms are not all in memory, or the routers were not
+                prepared for the experts that it excludes.
+        """
+        profile = self.read(name)
+        if missing := missing_atoms(profile, self._union):
+            reason = "AtomsNotResidentError", f"keeps {missing} atoms that are not in memory"
+        elif not self._can_route(profile):
+            reason = "RoutingMaskError", "excludes experts that the routers were not prepared for"
+        else:
+            return profile
+        kind, words = reason
+        remedy = "list it in `resident` and restart the server"
+        raise AdminError(409, kind, f"profile {name!r} {words}; {remedy}")
+
+    def _can_route(self, profile: PruningProfile) -> bool:
+        """Whether the routers can follow its masks; those with a correction bias know a few."""
+        if not self._routing["masks"]:
+            return not profile.masks_routing
+        return not self._routing["biased"] or all(
+            np.packbits(profile.routable_experts(layer).numpy()).tobytes()
+            in self._routing["masks"][str(layer)]
+            for layer in profile.keep
+        )
 
     def _read(self, store: ProfileStore, name: str) -> PruningProfile:
         try:
@@ -95,8 +119,7 @@ class Catalogue:
             "kept": profile.kept,
             "bytes": profile.kept_atoms * self._atom_bytes,
             "loaded": loaded is not None and loaded.offered,
-            "servable": self.missing(profile) == 0
-            and (self._masks_routing or not profile.masks_routing),
+            "servable": not missing_atoms(profile, self._union) and self._can_route(profile),
             "active": profile.name == served.active,
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ logger = init_logger(f"vllm.{__name__}")
 ENGINE_TIMEOUT_S = 30.0
 # An API server takes what is new as soon as its event loop is free.
 SERVER_TIMEOUT_S = 10.0
+# Long enough for engines that answer to take a change back.
+UNDO_S = 2.0
 # While waiting: how often to see whether the engines are still alive.
 WATCH_S = 1.0
 
@@ -125,44 +128,40 @@ class Changes:
         """
         if profile not in self._offered.served.loaded:
             await asyncio.to_thread(self.catalogue.read, profile)  # 404 where there is none
-        back = {"verb": "activate", "profile": self._offered.served.active, "instead_of": profile}
-        state, previous = await self._change("activate", profile, undo=back)
-        await self._spread(state, undo={**back, "profile": previous})
-        taken = await self._offer(state)
+        change = await self._change("activate", profile)
         if running == "abort":
-            await self._all("abort", profile=profile)
+            try:
+                await self._all("abort", profile=profile)
+            except AdminError as error:
+                raise unavailable(
+                    f"{profile} is active now; requests of others may go on: {error}"
+                ) from None
         return {
-            "active": state["active"],
-            "previous": previous,
-            "generation": state["generation"],
-            "running": await self._running(taken if running == "finish" else None),
+            "active": change["served"]["active"],
+            "previous": change["previous"],
+            "generation": change["served"]["generation"],
+            "running": await self._running(change if running == "finish" else None),
         }
 
     async def load(self, name: str) -> State:
         """Load a profile of the directory into a free slot.
 
         Raises:
-            AdminError: 404 unknown; 409 its file is not valid, its atoms are not all in memory, no
-                slot is free, or another file was loaded under the name; 503 as `activate`.
+            AdminError: 404 unknown; 409 its file is not valid, its atoms are not all in memory, the
+                routers cannot follow it, no slot is free, or another file was loaded under the
+                name; 503 as `activate`.
         """
-        profile = await asyncio.to_thread(self.catalogue.read, name)
-        if missing := await asyncio.to_thread(self.catalogue.missing, profile):
-            raise AdminError(
-                409,
-                "AtomsNotResidentError",
-                f"profile {name!r} keeps {missing} atoms that are not in memory; "
-                "list it in `resident` and restart the server",
-            )
-        back = {"verb": "free", "profile": name}
-        more = {"digest": profile.digest(), "kept_atoms": profile.kept_atoms}
-        before = self._offered.served.generation
-        state, _ = await self._change("load", name, undo=back, **more)
-        await self._spread(state, undo=back)
-        await self._offer(state)
-        slot = state["loaded"][name]["slot"]
-        changed = state["generation"] != before
-        answer = {"profile": name, "slot": slot, "generation": state["generation"]}
-        return {**answer, "changed": changed}
+        profile = await asyncio.to_thread(self.catalogue.servable, name)
+        change = await self._change(
+            "load", name, digest=profile.digest(), kept_atoms=profile.kept_atoms
+        )
+        served = change["served"]
+        return {
+            "profile": name,
+            "slot": served["loaded"][name]["slot"],
+            "generation": served["generation"],
+            "changed": change["changed"],
+        }
 
     async def unload(self, name: str) -> State:
         """Withdraw a profile's name everywhere, then free its slot.
@@ -171,48 +170,18 @@ class Changes:
             AdminError: 404 not loaded; 409 active, or requests of it run or wait; 503 as
                 `activate`.
         """
-        back = {"verb": "offer", "profile": name}
-        state, _ = await self._change("withdraw", name, undo=back)
-        await self._spread(state, undo=back)
+        self._refuse_in_use(name, (await self._running(None)).get(name, 0))
+        change = await self._change("withdraw", name)
         try:
-            taken = await self._offer(state)
-            present = (await self._running(taken)).get(name, 0)
-            if present or name in taken["held"]:
-                raise AdminError(
-                    409,
-                    "ProfileInUseError",
-                    f"profile {name!r} has {present or 'some'} requests that run or wait; "
-                    "try again when they have ended",
-                )
+            present = (await self._running(change)).get(name, 0)
+            self._refuse_in_use(name, present or name in change["held"])
         except AdminError:
-            state, _ = await self._change("offer", name)
-            await self._spread(state, undo=None)
-            if not self._alone:
-                await self._first("publish", served=state)
+            await self._change("offer", name)
             raise
-        state, _ = await self._change("free", name)
-        await self._spread(state, undo=None)
-        await self._offer(state)
-        return {"profile": name, "generation": state["generation"]}
+        change = await self._change("free", name)
+        return {"profile": name, "generation": change["served"]["generation"]}
 
     # --- their steps ------------------------------------------------------------------------------
-
-    async def _change(
-        self, verb: str, profile: str, undo: Mapping[str, Any] | None = None, **more: Any
-    ) -> tuple[State, str]:
-        """Make a change at the first engine; gives the state, and what was active before.
-
-        Where it does not answer, it finds the change and `undo` in its queue, in order.
-        """
-        change = {"verb": verb, "profile": profile, **more, "publish": self._alone}
-        try:
-            reply = await self._first("change", **change)
-        except AdminError as error:
-            if error.status == 503 and undo is not None:
-                back = {**undo, "publish": self._alone}
-                self._keep(asyncio.ensure_future(self._call(0, "change", back)))
-            raise
-        return reply["served"], reply["previous"]
 
     @property
     def _alone(self) -> bool:
@@ -221,59 +190,68 @@ class Changes:
         """
         return len(engines_of(self._client)) == 1
 
-    async def _running(self, taken: State | None) -> dict[str, int]:
-        """Requests that run or wait, by profile.
-
-        Args:
-            taken: what `_offer` gave, which is enough where there is one engine.
-        """
-        if taken is not None and self._alone:
-            counted = taken["requests"]
-        else:
-            counted = (await self.status())["profiles"]
-        return {name: counts["running"] + counts["waiting"] for name, counts in counted.items()}
-
-    async def _spread(self, state: State, undo: Mapping[str, Any] | None) -> None:
-        """Give a state to the other engines.
-
-        Args:
-            state: of the first engine.
-            undo: the change that takes it back, if there is a way back.
-
-        Raises:
-            AdminError: 503, not all of them took it; it was taken back where `undo` says how.
-        """
-        others = range(1, len(engines_of(self._client)))
-        taken = (self._ask(index, "apply", served=state) for index in others)
-        replies = await asyncio.gather(*taken, return_exceptions=True)
-        errors = [reply for reply in replies if isinstance(reply, BaseException)]
-        if not errors:
-            return
-        if undo is not None:
-            back, _ = await self._change(**undo)
-            # Whoever is stopped finds both in its queue, in order.
-            calls = (self._call(index, "apply", {"served": back}) for index in others)
-            for call in calls:
-                self._keep(asyncio.ensure_future(call))
-            await self._first("publish", served=back)
-        message = "; ".join(str(error) for error in errors)
-        message += "; nothing was changed" if undo else "; ask for the status"
-        if isinstance(errors[0], AdminError) and errors[0].status != 503:  # it answers, and refuses
-            raise AdminError(errors[0].status, errors[0].kind, message)
-        raise unavailable(message)
-
-    async def _offer(self, state: State) -> State:
-        """Publish a state and wait until every API server has taken it.
+    async def _change(self, verb: str, profile: str, **details: Any) -> State:
+        """Make a change everywhere, or nowhere.
 
         Returns:
-            What `CoreProfiles.taken` answers.
+            What `CoreProfiles.change` and `CoreProfiles.taken` answer.
+
+        Raises:
+            AdminError: 404 or 409, an engine refuses; 503, an engine or API server does not answer.
+        """
+        turn = uuid.uuid4().hex
+        call = {"turn": turn, "verb": verb, "profile": profile, "publish": self._alone}
+        try:
+            change = await self._first("change", **call, **details)
+            served = change["served"]
+            if not self._alone:
+                await self._spread(served)
+                await self._first("publish", turn=turn, served=served)
+        except AdminError as error:
+            if not self._alone:
+                await self._undo(turn)
+            elif error.status == 503:
+                error.message += "; when it does, the change is made"
+            raise
+        return {**change, **await self._taken(served["generation"])}
+
+    async def _spread(self, served: State) -> None:
+        """Give a state to the other engines.
+
+        Raises:
+            AdminError: not all of them took it.
+        """
+        others = range(1, len(engines_of(self._client)))
+        asked = (self._ask(index, "apply", served=served) for index in others)
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        errors = [reply for reply in replies if isinstance(reply, BaseException)]
+        if errors:
+            message = "; ".join(str(error) for error in errors)
+            first = errors[0] if isinstance(errors[0], AdminError) else unavailable(message)
+            raise AdminError(first.status, first.kind, f"{message}; nothing was changed")
+
+    async def _undo(self, turn: str) -> None:
+        """Take a change back. An engine that is stopped finds both in its queue, in order; nobody
+        waits for it.
+        """
+
+        async def everywhere() -> None:
+            served = (await self._call(0, "undo", {"turn": turn}))["served"]
+            others = range(1, len(engines_of(self._client)))
+            await asyncio.gather(
+                *(self._call(index, "apply", {"served": served}) for index in others)
+            )
+
+        task = asyncio.ensure_future(everywhere())
+        self._keep(task)
+        await asyncio.wait({task}, timeout=UNDO_S)
+
+    async def _taken(self, generation: int) -> State:
+        """Wait until every API server has taken a state.
 
         Raises:
             AdminError: 503, it names API servers that have not.
         """
-        if not self._alone:
-            await self._first("publish", served=state)
-        generation = state["generation"]
         call = self._call(0, "taken", {"generation": generation})
         try:
             return await self._within(SERVER_TIMEOUT_S, call)
@@ -283,6 +261,27 @@ class Changes:
         raise unavailable(
             f"the engines have the change, API servers {names} have not taken it yet; ask again"
         )
+
+    @staticmethod
+    def _refuse_in_use(name: str, present: int) -> None:
+        if present:
+            raise AdminError(
+                409,
+                "ProfileInUseError",
+                f"profile {name!r} has requests that run or wait; try again when they have ended",
+            )
+
+    async def _running(self, taken: State | None) -> dict[str, int]:
+        """Requests that run or wait, by profile.
+
+        Args:
+            taken: what `_taken` gave, which is enough where there is one engine.
+        """
+        if taken is not None and self._alone:
+            counted = taken["requests"]
+        else:
+            counted = (await self.status())["profiles"]
+        return {name: counts["running"] + counts["waiting"] for name, counts in counted.items()}
 
     async def _first(self, question: str, **arguments: Any) -> State:
         return await self._ask(0, question, **arguments)

@@ -29,6 +29,7 @@ logger = init_logger(f"vllm.{__name__}")
 HEADER = "x-atomic-moe-profile"
 SEPARATOR = ":"
 METRICS_EVERY_S = 2.0
+RETRY_S = 1.0
 
 
 class HttpRequest:
@@ -136,11 +137,13 @@ class ServerProfiles(Admission):
             }
             try:
                 reply = await call_engine(client, first, "follow", known)
-            except Exception as error:  # the engine is dead, and so will this server be
-                logger.error("Profiles: changes do not arrive any more: %s", error)
-                return
-            self.served = Served.of(reply["served"])
-            self._list_models()
+                self.served = Served.of(reply["served"])
+                self._list_models()
+            except Exception as error:
+                if client.errored:  # the engine is dead, and so will this server be
+                    return
+                logger.error("Profiles: changes do not arrive: %s", error)
+                await asyncio.sleep(RETRY_S)
 
     async def _show_metrics(self) -> None:
         """Keep the gauges fresh: all API servers' are one, so the first one sets them."""
@@ -162,12 +165,9 @@ class ServerProfiles(Admission):
                 mark.base_model_name = base.name
                 listed[name] = mark
 
-    def mark_for(self, given: LoRARequest | None, params: Any) -> LoRARequest | None:
-        """See `Admission`; counts the request."""
-        mark = super().mark_for(given, params)
-        if (profile := profile_of(mark)) is not None:
-            profile_metrics().count_request(profile)
-        return mark
+    def admitted(self, profile: str) -> None:
+        """See `Admission`: counts the request."""
+        profile_metrics().count_request(profile)
 
     def known(self, request: Any) -> LoRARequest | None:
         """The mark of a request of this HTTP request that was resolved before, or None."""

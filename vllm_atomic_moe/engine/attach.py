@@ -8,6 +8,7 @@ loaded with another load format.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -51,26 +52,36 @@ def attach_to_engines() -> None:
             profiles.admit(request)  # ahead of the block hashes
         return preprocess(self, request)
 
+    add = EngineCore.add_request
+
+    @functools.wraps(add)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
+        profiles = getattr(self, "atomic_moe_profiles", None)
+        if profiles is None or profiles.served.holds(request.lora_request):
+            return add(self, request, request_wave)
+        # Unloaded between the input thread and here: its client is gone, or lost the race.
+        if hasattr(self, "_send_error_outputs_to_client"):
+            self._send_error_outputs_to_client([request.request_id], request.client_index)
+        return None
+
     process = InputProcessor.process_inputs
 
+    signature = inspect.signature(process)
+
     @functools.wraps(process)
-    def process_inputs(
-        self: Any,
-        request_id: str,
-        prompt: Any,
-        params: Any,
-        *rest: Any,
-        lora_request: Any = None,
-        **named: Any,
-    ) -> Any:
+    def process_inputs(self: Any, *given: Any, **named: Any) -> Any:
         admission = getattr(self, "atomic_moe_admission", None)
-        if admission is not None:
-            lora_request = admission.mark_for(lora_request, params)
-        if requests.profile_of(lora_request) is None:
-            named["lora_request"] = lora_request
-            return process(self, request_id, prompt, params, *rest, **named)
-        request = process(self, request_id, prompt, params, *rest, **named)
-        request.lora_request = lora_request  # past the check that LoRA is on
+        if admission is None:
+            return process(self, *given, **named)
+        call = signature.bind(self, *given, **named)
+        mark = admission.mark_for(call.arguments.get("lora_request"), call.arguments["params"])
+        profile = requests.profile_of(mark)
+        if profile is not None:
+            call.arguments["lora_request"] = None  # past the check that LoRA is on
+        request = process(*call.args, **call.kwargs)
+        if profile is not None:
+            request.lora_request = mark
+            admission.admitted(profile)
         return request
 
     init_processor = InputProcessor.__init__
@@ -95,6 +106,7 @@ def attach_to_engines() -> None:
 
     EngineCore._initialize_kv_caches = initialize_kv_caches
     EngineCore.preprocess_add_request = preprocess_add_request
+    EngineCore.add_request = add_request
     InputProcessor.__init__ = init_input_processor
     InputProcessor.process_inputs = process_inputs
     LLMEngine.__init__ = init_llm_engine

@@ -1,10 +1,10 @@
 """The engine core's part in the profiles: which one a request gets, and changes of what is served.
 
-All changes begin at the first engine, which numbers them (`Served.generation`); the others take a
-state whose number is higher than theirs. So the engines of a data parallel server end alike,
-whatever the order in which two operators' changes reach them. A state is offered to requests
-(`publish`) once every engine has it: each API server keeps one call open at the first engine
-(`follow`), which answers when there is news, and asking again says that the news was taken.
+All changes begin at the first engine, one after another, which numbers them (`Served.generation`);
+the others take a state whose number is higher than theirs. A change ends when it is published, that
+is, offered to requests, once every engine has it, or undone, back to what was published last. So
+engines end alike, whatever two operators do. Each API server keeps one call open at the first
+engine (`follow`), which answers when there is news; asking again says that the news was taken.
 
 Calls come as `atomic_moe(verb, arguments)`, one at a time, in the core's own loop; requests are
 admitted in its input thread, which therefore reads one immutable state. Replies are plain data, as
@@ -13,8 +13,8 @@ those of the workers, or a Future of them.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +29,10 @@ from vllm_atomic_moe.experts.packing import SLOTS
 logger = init_logger(f"vllm.{__name__}")
 
 CORE = "atomic_moe"
-VERBS = ("describe", "status", "change", "apply", "publish", "follow", "taken", "laggards", "abort")
+VERBS = (
+    *("describe", "status", "change", "apply", "publish", "undo"),
+    *("follow", "taken", "laggards", "abort"),
+)
 
 
 class RefusedError(Exception):
@@ -78,6 +81,8 @@ class CoreProfiles:
         self.served = self.published = Served(0, self._description["active"], loaded)
         self.admitted: Counter[str] = Counter()
         self._memory = self._ranks("memory")
+        self._turn: str | None = None
+        self._queue: deque[tuple[Future[Reply], tuple[Any, ...]]] = deque()
         self._followers: dict[int, Follower] = {}
         self._waiting: list[tuple[int, Future[Reply]]] = []
 
@@ -113,62 +118,45 @@ class CoreProfiles:
         return {"served": served, "requests": requests, "ranks": self._memory}
 
     def change(
-        self,
-        verb: str,
-        profile: str,
-        digest: str = "",
-        kept_atoms: int = 0,
-        instead_of: str | None = None,
-        publish: bool = False,
-    ) -> Reply:
-        """Make a change at the first engine, and number it.
+        self, turn: str, verb: str, profile: str, publish: bool = False, **details: Any
+    ) -> Reply | Future[Reply]:
+        """Make a change at the first engine, and number it, when those before have ended.
 
         Args:
+            turn: name of the change, never used before; `publish` or `undo` with it ends it.
             verb: activate; load; withdraw (offer it no more); offer (again); free.
             profile: its name.
-            digest: for load, that of the file which the other engines must find too.
-            kept_atoms: for load.
-            instead_of: for activate: do nothing where another profile than this is active by now.
-            publish: let API servers know at once; there is no other engine.
-
-        Raises:
-            RefusedError: it cannot be made.
+            publish: let API servers know at once, and end; there is no other engine.
+            details: arguments of the verb.
         """
+        if self._turn is None:
+            return self._make(turn, verb, profile, publish, details)
+        answer: Future[Reply] = Future()
+        self._queue.append((answer, (turn, verb, profile, publish, details)))
+        return answer
+
+    def _make(
+        self, turn: str, verb: str, profile: str, publish: bool, details: Mapping[str, Any]
+    ) -> Reply:
         before = self.served
-        there = before.loaded.get(profile)
-        if verb == "load":
-            changed = self._load(profile, digest, kept_atoms)
-        elif there is None:
-            raise RefusedError(
-                "NotFoundError" if verb == "withdraw" else "ProfileNotLoadedError",
-                f"profile {profile!r} is not loaded, {', '.join(before.loaded)} are",
-            )
-        elif verb == "activate":
-            if not there.offered:
-                raise RefusedError(
-                    "ProfileNotLoadedError", f"profile {profile!r} is being unloaded; try again"
-                )
-            if instead_of in (None, before.active):
-                changed = replace(before, active=profile)
-            else:
-                changed = before
-        elif verb == "offer":
-            changed = self._with(profile, replace(there, offered=True))
-        else:
-            if profile == before.active:
-                raise RefusedError(
-                    "ProfileActiveError",
-                    f"profile {profile!r} is active; activate another one first",
-                )
-            changed = self._with(profile, replace(there, offered=False))
-            if verb == "free":
-                rest = {name: before.loaded[name] for name in before.loaded if name != profile}
-                changed = replace(before, loaded=rest)
+        changed = getattr(self, f"_{verb}")(profile, **details)
         if changed != before:
             self._become(replace(changed, generation=before.generation + 1))
+            self._turn = turn
+        reply = {
+            "served": self.served.plain(),
+            "previous": before.active,
+            "changed": changed != before,
+        }
         if publish:
-            self.publish(self.served.plain())
-        return {"served": self.served.plain(), "previous": before.active}
+            self.publish(turn, self.served.plain())
+        return reply
+
+    def _next(self) -> None:
+        """Make the changes that waited for their turn."""
+        while self._turn is None and self._queue:
+            answer, arguments = self._queue.popleft()
+            answer.set_result(_answered(self._make, *arguments))
 
     def apply(self, served: Mapping[str, Any]) -> Reply:
         """Take another engine's state, if its generation is higher."""
@@ -177,8 +165,8 @@ class CoreProfiles:
             self._become(state)
         return {"served": self.served.plain()}
 
-    def publish(self, served: Mapping[str, Any]) -> Reply:
-        """Let API servers know of a state that every engine has."""
+    def publish(self, turn: str, served: Mapping[str, Any]) -> Reply:
+        """Let API servers know of a state that every engine has; that change has ended."""
         state = Served.of(served)
         if state.generation > self.published.generation:
             self.published = state
@@ -186,7 +174,21 @@ class CoreProfiles:
                 if follower.waiting is not None:
                     follower.waiting.set_result(self._news())
                     follower.waiting = None
+        self._end(turn)
         return {}
+
+    def undo(self, turn: str) -> Reply:
+        """Take a change back that has not ended: go back to what was published last."""
+        if self._turn == turn:
+            self._become(replace(self.published, generation=self.served.generation + 1))
+            self.publish(turn, self.served.plain())
+        self._queue = deque(item for item in self._queue if item[1][0] != turn)
+        return {"served": self.served.plain()}
+
+    def _end(self, turn: str) -> None:
+        if self._turn == turn:
+            self._turn = None
+            self._next()
 
     def follow(self, server: int, taken: int, held: list[str]) -> Reply | Future[Reply]:
         """Answer an API server as soon as there is something new.
@@ -233,6 +235,13 @@ class CoreProfiles:
 
     # --- changes ----------------------------------------------------------------------------------
 
+    def _activate(self, name: str) -> Served:
+        if not self._there(name).offered:
+            raise RefusedError(
+                "ProfileNotLoadedError", f"profile {name!r} is being unloaded; try again"
+            )
+        return replace(self.served, active=name)
+
     def _load(self, name: str, digest: str, kept_atoms: int) -> Served:
         there = self.served.loaded.get(name)
         if there is not None:
@@ -253,6 +262,33 @@ class CoreProfiles:
                 "NoFreeSlotError", f"all {SLOTS} slots are in use; unload a profile first"
             )
         return self._with(name, Loaded(free[0], digest, kept_atoms))
+
+    def _withdraw(self, name: str) -> Served:
+        there = self._there(name, "NotFoundError")
+        if name == self.served.active:
+            raise RefusedError(
+                "ProfileActiveError",
+                f"profile {name!r} is active; activate another one first",
+            )
+        if not there.offered:
+            raise RefusedError("ProfileInUseError", f"profile {name!r} is being unloaded already")
+        return self._with(name, replace(there, offered=False))
+
+    def _offer(self, name: str) -> Served:
+        return self._with(name, replace(self._there(name), offered=True))
+
+    def _free(self, name: str) -> Served:
+        if self._there(name).offered:
+            raise RefusedError("ProfileInUseError", f"profile {name!r} is offered to requests")
+        rest = {other: self.served.loaded[other] for other in self.served.loaded if other != name}
+        return replace(self.served, loaded=rest)
+
+    def _there(self, name: str, kind: str = "ProfileNotLoadedError") -> Loaded:
+        there = self.served.loaded.get(name)
+        if there is None:
+            loaded = ", ".join(self.served.loaded)
+            raise RefusedError(kind, f"profile {name!r} is not loaded, {loaded} are")
+        return there
 
     def _requests(self) -> dict[str, dict[str, int]]:
         """Requests by profile: admitted since the start, running and waiting."""
@@ -275,7 +311,8 @@ class CoreProfiles:
         """Let the workers compute `state`, and admit requests by it.
 
         Raises:
-            RefusedError: a worker cannot load a profile; nothing is changed.
+            RefusedError: a worker cannot load a profile, or one that is to go has requests;
+                nothing is changed.
         """
         before, after = (
             {profile.slot: (name, profile.digest) for name, profile in served.loaded.items()}
@@ -283,6 +320,13 @@ class CoreProfiles:
         )
         fresh = {slot: after[slot] for slot in after if after[slot] != before.get(slot)}
         gone = before.keys() - after.keys()
+        counts = self._requests()
+        for slot in {slot for slot in before if before[slot] != after.get(slot)}:
+            name = before[slot][0]
+            if present := counts[name]["running"] + counts[name]["waiting"]:
+                raise RefusedError(
+                    "ProfileInUseError", f"profile {name!r} has {present} requests; try again"
+                )
         try:
             for slot, (name, digest) in fresh.items():
                 self._ranks("load", name=name, slot=slot, digest=digest)
@@ -338,9 +382,13 @@ def core_call(core: Any, verb: str, arguments: Mapping[str, Any]) -> Reply | Fut
     profiles = getattr(core, "atomic_moe_profiles", None)
     if profiles is None:
         return {"ok": False, "kind": "EngineUnavailableError", "error": NOT_OURS}
+    assert verb in VERBS, verb
+    return _answered(getattr(profiles, verb), **arguments)
+
+
+def _answered(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
     try:
-        assert verb in VERBS, verb
-        reply = getattr(profiles, verb)(**arguments)
+        reply = call(*given, **named)
     except RefusedError as error:
         return {"ok": False, "kind": error.kind, "error": str(error)}
     return reply if isinstance(reply, Future) else {"ok": True, **reply}

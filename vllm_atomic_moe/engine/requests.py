@@ -149,3 +149,6 @@ class Admission:
         wanted = argument_of(params)
         name = self.served.active if wanted is None else self.served.named(wanted)
         return self.served.mark(name)
+
+    def admitted(self, profile: str) -> None:
+        """Called for every request that vLLM has accepted, before it is fanned out."""

@@ -88,8 +88,10 @@ class RoutingMask(nn.Module):
         Raises:
             ValueError: the router was not prepared at start for masks, or not for this one.
         """
-        if routable_E is None:
-            routable_E = torch.ones_like(self.routable_SE[0], device="cpu")
+        if routable_E is None:  # no token carries it
+            self.routable_SE[slot] = True
+            self.variant_S[slot] = 0
+            return
         variants = (self.distinct_VE == routable_E).all(dim=1).nonzero().flatten().tolist()
         if not self.masks_routing and not bool(routable_E.all()):
             raise ValueError(

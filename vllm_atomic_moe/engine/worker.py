@@ -78,7 +78,7 @@ class RankProfiles:
 
     def describe(self) -> Reply:
         """What was loaded at start: the active profile, digests and sizes by name, the union of
-        the masks as the bits of every layer, and where the files are.
+        the masks and the routing masks as bits by layer, and where the files are.
         """
         resident = self._resident
         return {
@@ -90,7 +90,17 @@ class RankProfiles:
             "directory": str(self._directory),
             "model": str(self._model_directory),
             "atom_bytes": self._atom_bytes,
-            "masks_routing": bool(resident.masking),
+            "routing": {
+                "biased": any(layer.routing.biased for layer in self._layers),
+                "masks": {
+                    str(layer): [
+                        np.packbits(mask.numpy()).tobytes()
+                        for mask in resident.routing_masks(layer).values()
+                    ]
+                    for layer in resident.model.layers
+                    if resident.masking
+                },
+            },
             "dense_bytes": resident.model.atoms * self._atom_bytes,
             "union": {
                 str(layer): np.packbits(mask.numpy()).tobytes()
