@@ -123,7 +123,8 @@ def engine(server, number):
     raise AssertionError(f"no process of engine {number}")
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.full), 1])
+@pytest.mark.full
+@pytest.mark.parametrize("number", [0, 1])
 def test_an_engine_that_is_stopped_is_named_and_agrees_afterwards(server, scores, number):
     process = engine(server, number)
     os.kill(process, signal.SIGSTOP)
@@ -163,6 +164,7 @@ def test_experts_on_several_engines(tmp_path, scores, eager):
         check(server, scores, [*NAMES, EXTRA])
 
 
+@pytest.mark.full
 def test_stock_vllm_on_cpus_is_refused():
     port = free_port()
     done = subprocess.run(

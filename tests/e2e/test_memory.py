@@ -9,6 +9,7 @@ from vllm_atomic_moe.measure.server_benchmark import measure_servers
 from vllm_atomic_moe.measure.server_report import Phase, ServerPlan
 from vllm_atomic_moe.measure.synthetic import Sizes, make_checkpoint
 
+pytestmark = pytest.mark.full
 SIZES = Sizes(layers=3)
 SLACK_BYTES = 64 * 2**20  # what vLLM's model and loader allocate besides the weights
 PLAN = ServerPlan(

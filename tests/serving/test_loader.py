@@ -7,7 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +133,14 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
         (lambda c: c.parallel_config.__setattr__("enable_elastic_ep", True), r"--enable-elastic"),
         (lambda c: c.__setattr__("kv_transfer_config", object()), r"--kv-transfer-config"),
         (
+            lambda c: c.parallel_config.__setattr__("data_parallel_external_lb", True),
+            r"do not reach all data parallel engines \(--data-parallel-rank",
+        ),
+        (
+            lambda c: c.parallel_config.__setattr__("data_parallel_hybrid_lb", True),
+            r"--data-parallel-hybrid-lb.*; let vLLM balance the load",
+        ),
+        (
             lambda c: c.offload_config.uva.__setattr__("cpu_offload_gb", 1.0),
             r"--cpu-offload-gb",
         ),
@@ -147,6 +155,22 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
     change(config)
     with pytest.raises(ValueError, match=words):
         check_config(config, config.model_config)
+
+
+def test_front_ends_that_know_no_profiles_are_refused(model, monkeypatch):
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_atomic_moe.engine.refusals import check_config
+
+    config = configure(model)
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+        with pytest.raises(ValueError, match="the Rust front end"):
+            check_config(config, config.model_config)
+    name = "vllm.entrypoints.launchers.grpc_server"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ValueError, match="the gRPC front end"):
+        InputProcessor(config)
 
 
 def test_what_was_never_tried_is_named(model):
