@@ -114,10 +114,12 @@ class SoakReport:
         return sum(self.answers.values()) + len(self.wrong)
 
 
-def clear_answers(server: AdminServer, profile: str | None, tokens: int) -> dict[str, Answer]:
-    """What a profile answers, to the prompts that it answers clearly."""
+def clear_answers(
+    server: AdminServer, profile: str | None, tokens: int, prompts: int = 48
+) -> dict[str, Answer]:
+    """What a profile answers, to those of so many prompts that it answers clearly."""
     found = {}
-    for prompt in candidate_prompts():
+    for prompt in candidate_prompts(prompts):
         answer = server.complete(prompt, profile, max_tokens=tokens, logprobs=2, ignore_eos=True)[
             "choices"
         ][0]
