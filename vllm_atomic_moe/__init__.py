@@ -18,14 +18,19 @@ def register() -> None:
         return
     _registered = True
     try:
-        from vllm_atomic_moe.control import attach_to_api_servers
         from vllm_atomic_moe.engine import register_load_format
 
-        register_load_format()
-        attach_to_api_servers()
+        register_load_format(_offer_profiles)
     except Exception:
         import logging
 
         logging.getLogger(__name__).exception(
             "atomic-moe %s could not register its load format with the installed vLLM", __version__
         )
+
+
+def _offer_profiles() -> None:
+    """Where requests are admitted to a pruned model: API servers import much, others do not."""
+    from vllm_atomic_moe.control import attach_to_api_servers
+
+    attach_to_api_servers()

@@ -253,7 +253,7 @@ def test_a_profile_is_loaded_and_unloaded(server, profiles, scores):
     generation = server.status()["generation"]
     answer = server.load("heapr-60").json()
     assert answer == {"profile": "heapr-60", "slot": 4, "generation": generation + 1}
-    assert server.load("heapr-60").json() == answer  # again is no work
+    assert server.load("heapr-60").json() == answer  # a repeated load changes nothing
     for _ in range(6):  # connections to either API server
         models = server.ask("GET", "/v1/models", key=SERVING_KEY).json()["data"]
         assert model in [listed["id"] for listed in models]

@@ -180,6 +180,32 @@ def test_changes_take_turns():
     assert profiles.served == profiles.published
 
 
+def test_a_change_that_cannot_be_taken_back_ends_all_the_same():
+    """Freed, then to be undone, and its file is gone: what is left is published."""
+    fake = FakeCore()
+    profiles = CoreProfiles(fake)
+    profiles.change("1", "withdraw", "b", publish=True)
+    profiles.change("2", "free", "b")
+    waiting = profiles.change("3", "load", "c", digest="d", kept_atoms=1)
+    fake.broken = "b"
+    left = profiles.undo("2")["served"]
+    assert list(left["loaded"]) == ["a"]
+    assert profiles.published.plain() == left
+    assert list(waiting.result()["served"]["loaded"]) == ["a", "c"]
+
+
+def test_loading_offers_what_was_only_withdrawn():
+    """As an unloading leaves it that was cut short."""
+    profiles = CoreProfiles(FakeCore())
+    known = {"digest": SERVED.loaded["b"].digest, "kept_atoms": SERVED.loaded["b"].kept_atoms}
+    profiles.change("1", "withdraw", "b", publish=True)
+    assert profiles.served.offered == ["a"]
+    assert profiles.change("2", "load", "b", **known, publish=True)["changed"]
+    assert profiles.served.offered == ["a", "b"]
+    with pytest.raises(Exception, match="'b' is offered to requests"):
+        profiles.change("3", "free", "b", publish=True)
+
+
 def test_nobody_frees_what_is_in_use():
     fake = FakeCore()
     profiles = CoreProfiles(fake)

@@ -240,7 +240,7 @@ def test_a_profile_is_loaded_and_unloaded_while_the_engine_serves(llm, model, wa
     assert reply["ok"]
     slot = reply["served"]["loaded"]["absent"]["slot"]
     assert slot == len(NAMES)
-    assert load(llm, absent)["served"] == reply["served"], "the same again is no change"
+    assert load(llm, absent)["served"] == reply["served"], "a repeated load changes nothing"
     for name, found in mixed_logprobs(llm, [*NAMES, "absent"]).items():
         assert close(found, wanted[name]), name
     for verb, kind in (("withdraw", "ProfileActiveError"), ("free", "ProfileInUseError")):

@@ -74,6 +74,8 @@ def test_register_loads_no_layer():
     assert "vllm_atomic_moe.engine.loader" in loaded
     assert "vllm_atomic_moe.engine.layer" not in loaded
     assert "vllm.model_executor.layers.fused_moe.routed_experts" not in loaded
+    assert "vllm_atomic_moe.control.names" not in loaded
+    assert "vllm.entrypoints.openai.models.serving" not in loaded
 
 
 def test_calibration_never_imports_vllm():

@@ -13,15 +13,24 @@ from vllm_atomic_moe import control, engine
 def test_is_idempotent(monkeypatch):
     calls = []
     monkeypatch.setattr(vllm_atomic_moe, "_registered", False)
-    monkeypatch.setattr(engine, "register_load_format", lambda: calls.append("engine"))
+    front_ends = []
+
+    def register_load_format(on_front_end):
+        calls.append("engine")
+        front_ends.append(on_front_end)
+
+    monkeypatch.setattr(engine, "register_load_format", register_load_format)
     monkeypatch.setattr(control, "attach_to_api_servers", lambda: calls.append("control"))
     vllm_atomic_moe.register()
     vllm_atomic_moe.register()
+    assert calls == ["engine"], "few processes admit requests to a pruned model"
+    for on_front_end in front_ends:
+        on_front_end()
     assert calls == ["engine", "control"]
 
 
 def test_never_raises_but_says_so(monkeypatch, caplog):
-    def broken() -> None:
+    def broken(on_front_end) -> None:
         raise ImportError("no such internal")
 
     monkeypatch.setattr(vllm_atomic_moe, "_registered", False)

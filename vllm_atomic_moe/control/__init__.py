@@ -1,6 +1,9 @@
 """The API server's side: model names, the admin endpoint, its access and metrics, its client."""
 
+import functools
 
+
+@functools.cache
 def attach_to_api_servers() -> None:
     """Let API servers of vLLM offer the profiles of the model that they serve."""
     from vllm_atomic_moe.control.names import ProfileHeader, ServerProfiles

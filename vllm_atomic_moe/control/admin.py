@@ -43,7 +43,7 @@ REASONS = {
     403: "No admin key is configured.",
     404: "Unknown profile.",
     409: "It cannot be done as things stand; `type` says why.",
-    503: "An engine or API server does not answer, or there is no engine; the message names it.",
+    503: "No engine, or an engine or API server that does not answer; the message names it.",
 }
 
 
@@ -70,7 +70,7 @@ def _changes(request: Request) -> Changes:
     """
     changes = request.app.state.atomic_moe_changes
     if changes is None:
-        raise unavailable("there is no engine with --load-format atomic-pruned behind this server")
+        raise unavailable("this server has no engine that runs with --load-format atomic-pruned")
     return changes
 
 

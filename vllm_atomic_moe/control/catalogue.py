@@ -39,7 +39,7 @@ class Catalogue:
         for name in (*store.names(), DENSE):
             try:
                 found[name] = self._read(store, name)
-            except ValueError:  # `atomic-moe check` says what is wrong with it
+            except ValueError:  # invalid: `atomic-moe check` prints the reason
                 continue
         return [self._entry(found[name], served) for name in sorted(found)]
 

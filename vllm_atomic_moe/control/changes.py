@@ -175,10 +175,10 @@ class Changes:
         try:
             present = (await self._running(change)).get(name, 0)
             self._refuse_in_use(name, present or name in change["held"])
+            change = await self._change("free", name)
         except AdminError:
             await self._change("offer", name)
             raise
-        change = await self._change("free", name)
         return {"profile": name, "generation": change["served"]["generation"]}
 
     # --- their steps ------------------------------------------------------------------------------

@@ -19,16 +19,13 @@ from vllm_atomic_moe.engine import LOAD_FORMAT
 def attach_to_engines() -> None:
     """Give requests their profiles, and workers and engine cores the methods that changes call.
 
-    Reasons: `worker_extension_cls`, the public way for workers, is an option of the user's; there
-    is none for the engine core, where block hashes are made and waiting requests are known; and
-    vLLM's own way to carry a name with a request is refused where LoRA is off.
+    Reasons: `worker_extension_cls`, the public way for workers, is an option of the user's, and
+    there is none for the engine core, where block hashes are made and waiting requests are known.
     """
     from vllm.v1.engine.core import EngineCore
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_atomic_moe.engine import core, requests, worker
+    from vllm_atomic_moe.engine import core, worker
 
     setattr(WorkerBase, worker.RANK, worker.rank)
     setattr(EngineCore, core.CORE, core.core_call)
@@ -64,8 +61,25 @@ def attach_to_engines() -> None:
             self._send_error_outputs_to_client([request.request_id], request.client_index)
         return None
 
-    process = InputProcessor.process_inputs
+    EngineCore._initialize_kv_caches = initialize_kv_caches
+    EngineCore.preprocess_add_request = preprocess_add_request
+    EngineCore.add_request = add_request
 
+
+def attach_to_front_ends(on_front_end: Callable[[], None]) -> None:
+    """Let the processes that admit requests mark them.
+
+    Reason: vLLM's own way to carry a name with a request is refused where LoRA is off.
+
+    Args:
+        on_front_end: called in such a process, before its engine starts.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from vllm_atomic_moe.engine import requests
+
+    process = InputProcessor.process_inputs
     signature = inspect.signature(process)
 
     @functools.wraps(process)
@@ -94,6 +108,8 @@ def attach_to_engines() -> None:
                 "use vLLM's Python API server"
             )
         init_processor(self, vllm_config, *rest, **named)
+        if is_ours(vllm_config):
+            on_front_end()
 
     start = LLMEngine.__init__
 
@@ -104,9 +120,6 @@ def attach_to_engines() -> None:
             served = requests.Served.of(_ask_core(self.engine_core, "describe")["served"])
             self.input_processor.atomic_moe_admission = requests.Admission(served)
 
-    EngineCore._initialize_kv_caches = initialize_kv_caches
-    EngineCore.preprocess_add_request = preprocess_add_request
-    EngineCore.add_request = add_request
     InputProcessor.__init__ = init_input_processor
     InputProcessor.process_inputs = process_inputs
     LLMEngine.__init__ = init_llm_engine

@@ -126,7 +126,7 @@ class CoreProfiles:
             turn: name of the change, never used before; `publish` or `undo` with it ends it.
             verb: activate; load; withdraw (offer it no more); offer (again); free.
             profile: its name.
-            publish: let API servers know at once, and end; there is no other engine.
+            publish: publish and end the change in the same call: there is only one engine.
             details: arguments of the verb.
         """
         if self._turn is None:
@@ -180,10 +180,15 @@ class CoreProfiles:
     def undo(self, turn: str) -> Reply:
         """Take a change back that has not ended: go back to what was published last."""
         if self._turn == turn:
-            self._become(replace(self.published, generation=self.served.generation + 1))
-            self.publish(turn, self.served.plain())
+            try:
+                self._become(replace(self.published, generation=self.served.generation + 1))
+            except RefusedError as error:  # of a profile that was freed the file is gone
+                logger.error("Profiles: the change cannot be taken back: %s", error)
         self._queue = deque(item for item in self._queue if item[1][0] != turn)
-        return {"served": self.served.plain()}
+        served = self.served.plain()
+        if self._turn == turn:
+            self.publish(turn, served)  # the next change may begin here
+        return {"served": served}
 
     def _end(self, turn: str) -> None:
         if self._turn == turn:
@@ -250,11 +255,7 @@ class CoreProfiles:
                     "ProfileChangedError",
                     f"profile {name!r} is loaded from another file; unload it first",
                 )
-            if not there.offered:
-                raise RefusedError(
-                    "ProfileInUseError", f"profile {name!r} is being unloaded; try again"
-                )
-            return self.served
+            return self._offer(name)  # also one whose unloading was cut short
         taken = {profile.slot for profile in self.served.loaded.values()}
         free = [slot for slot in range(SLOTS) if slot not in taken]
         if not free:

@@ -42,7 +42,7 @@ class Served:
     """What a server serves: one immutable state, replaced as a whole.
 
     Attributes:
-        generation: number of changes since the start; of two states the higher one holds.
+        generation: grows with every change; of two states the higher one holds.
         active: the profile of requests that name none.
         loaded: name -> profile.
     """
