@@ -210,13 +210,13 @@ def test_other_routes_say_the_profile_too(url):
 
 @pytest.mark.full
 def test_batch_files(tmp_path):
-    """`vllm run-batch`."""
+    """`vllm run-batch`, which knows chat but no completions."""
     lines = [
         {
             "custom_id": str(number),
             "method": "POST",
-            "url": "/v1/completions",
-            "body": {"model": model, "prompt": PROMPT, **GREEDY, **extra},
+            "url": "/v1/chat/completions",
+            "body": {"model": model, "messages": MESSAGES, **GREEDY, **extra},
         }
         for number, (model, extra) in enumerate(
             [
@@ -245,7 +245,8 @@ def test_batch_files(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = {answer["custom_id"]: answer for answer in map(json.loads, told.open())}
-    texts = [found[str(i)]["response"]["body"]["choices"][0]["text"] for i in range(4)]
+    choices = [found[str(i)]["response"]["body"]["choices"][0] for i in range(4)]
+    texts = [choice["message"]["content"] for choice in choices]
     assert texts[0] == texts[1] != texts[2] == texts[3]
     assert "does not exist" in json.dumps(found["4"])
 
