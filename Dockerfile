@@ -61,7 +61,8 @@ USER 2000:0
 WORKDIR /home/vllm
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
-    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/health')"]
+    CMD ["python3", "-c", "from urllib.request import ProxyHandler, build_opener; \
+build_opener(ProxyHandler({})).open('http://localhost:8000/health')"]
 # Eager, because torch would need a compiler to compile the model.
 ENTRYPOINT ["/opt/atomic-moe/serve", "--load-format atomic-pruned --enforce-eager"]
 CMD ["/opt/atomic-moe/demo", "--served-model-name", "demo", "--model-loader-extra-config", \
@@ -96,7 +97,8 @@ USER 2000:0
 WORKDIR /home/vllm
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
-    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/health')"]
+    CMD ["python3", "-c", "from urllib.request import ProxyHandler, build_opener; \
+build_opener(ProxyHandler({})).open('http://localhost:8000/health')"]
 ENTRYPOINT ["/opt/atomic-moe/serve", "--load-format atomic-pruned"]
 CMD ["/opt/atomic-moe/demo", "--served-model-name", "demo", "--model-loader-extra-config", \
      "{\"active\": \"heapr-20\", \"resident\": [\"heapr-40\"]}"]

@@ -65,11 +65,15 @@ def test_rows_and_numbers(tmp_path):
     assert dense["tokens"]["all"] == sum(dense["tokens"][domain] for domain in texts)
 
 
-def test_refusals_come_before_the_engine(tmp_path, monkeypatch):
-    # The command sets them for its process.
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command sets them for its process."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
+def test_refusals_come_before_the_engine(tmp_path, in_process):
     (tmp_path / "t.txt").write_text("word " * 600)
     # The first profile is good, the second has a good header only.
     shutil.copytree(DEMO / "atomic_profiles", tmp_path / "profiles")
@@ -87,3 +91,45 @@ def test_refusals_come_before_the_engine(tmp_path, monkeypatch):
         assert done.exit_code == 1
         assert "[1/" not in done.stderr
         assert words in done.stderr.splitlines()[-1]
+
+
+def test_code_runs_only_when_trusted(tmp_path, in_process):
+    (tmp_path / "t.txt").write_text("word " * 600)
+    shutil.copytree(DEMO, tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    command = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "t.txt")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].endswith("allow it with --trust-remote-code")
+    trusted = CliRunner().invoke(app, [*command, "--trust-remote-code"])
+    assert "no tokenizer can be read" in trusted.stderr, trusted.output
+
+
+@pytest.mark.parametrize("part", ["engine", "picture"])
+def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
+    """An engine ends the command; a picture does not, for the table took an hour."""
+    from vllm_atomic_moe.measure import evaluation, plots
+
+    (tmp_path / "t.txt").write_text("word " * 600)
+
+    def fail(*_, **__):
+        raise RuntimeError("no more")
+
+    if part == "engine":
+        monkeypatch.setattr(evaluation, "LLM", fail)
+    else:
+        monkeypatch.setattr(evaluation, "_score", lambda *_, **__: ({"t": [-1.0, -2.0]}, 2))
+        monkeypatch.setattr(plots, "plot_perplexity", fail)
+    command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]
+    done = CliRunner().invoke(app, [*command, "--plot", str(tmp_path / "x.png")])
+    last = done.stderr.splitlines()[-1]
+    if part == "engine":
+        assert done.exit_code == 1
+        assert last.startswith("error: dense: vLLM fails (RuntimeError: no more)")
+    else:
+        assert done.exit_code == 0, done.output
+        assert "heapr-20" in done.stdout
+        assert last == f"warning: plot {tmp_path / 'x.png'} was not drawn (RuntimeError: no more)"

@@ -18,8 +18,8 @@ from tests.serving.conftest import (
     packed_layers_of,
     prompt_logprobs,
 )
-from vllm_atomic_moe.files.checkpoint import ExpertGroups
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.router import ExpertGroups
 
 TOLERANCE = 1e-4
 ATOM_BYTES = 3 * 128 * 4
@@ -404,7 +404,6 @@ def test_groups_that_only_the_router_tells_are_checked():
 
 def test_groups_that_the_configuration_tells_are_checked_first(tmp_path, no_weights_read):
     """By `atomic-moe check` and the loader alike."""
-    from vllm_atomic_moe.engine.options import check_profile
 
     model = tmp_path / "model"
     info = make_checkpoint("glm4_moe", model)
@@ -418,7 +417,7 @@ def test_groups_that_the_configuration_tells_are_checked_first(tmp_path, no_weig
     profile.write(model / "atomic_profiles" / "one.safetensors")
     words = r"profile 'one': layers.1.routable leaves \[1, 4\] experts .* at least two of a group"
     with pytest.raises(ValueError, match=words):
-        check_profile(profile, info)
+        profile.check(info)
     with pytest.raises(ValueError, match=words), engine(model, load_format="atomic-pruned"):
         pass
 

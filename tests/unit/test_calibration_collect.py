@@ -17,21 +17,20 @@ from tests.unit.tiny_models import (
     random_text,
     random_windows,
 )
-from vllm_atomic_moe.calibration.collect import (
-    CalibrationOptions,
-    calibrate,
+from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate, collect
+from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
+from vllm_atomic_moe.calibration.model import (
     check_config,
     check_offload,
     check_vocabulary,
-    collect,
     load_model,
     resolve_device,
     resolve_dtype,
 )
-from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.router import RouterIdentity
 from vllm_atomic_moe.files.statistics import SUMS, Statistics, merge
 
 CPU = {"": "cpu"}
@@ -64,7 +63,7 @@ def info_of(**changes) -> CheckpointInfo:
         "intermediate_size": 64,
         "hidden_size": 128,
         "layers": (0, 1, 2),
-        "router_sha256": "",
+        "router": RouterIdentity(""),
     }
     return CheckpointInfo(**{**fields, **changes})
 
@@ -299,6 +298,7 @@ def test_calibrate_records_what_it_did(tiny, text_file):
         "dtype": "bfloat16",
         "experts_per_token": 2,
         "gradients": True,
+        "field": None,
     }
 
 
@@ -412,7 +412,7 @@ def test_a_loss_that_is_not_finite_is_refused(tiny):
     model = AutoModelForCausalLM.from_pretrained(directory)
     model.lm_head.weight.data[0, 0] = torch.nan
     text = CalibrationText({"a": random_windows(1, 8)}, ())
-    with pytest.raises(ValueError, match=r"loss of a window is nan in torch.float32"):
+    with pytest.raises(ValueError, match=r"loss of a window is nan in float32"):
         collect(model, find_experts(model, info), info, text, 1)
     assert model.config._experts_implementation != "atomic_moe_calibration"
 

@@ -1,5 +1,6 @@
 """Files become windows: what is read, how it is cut and drawn, what is refused."""
 
+import gzip
 import hashlib
 import json
 
@@ -9,7 +10,8 @@ import torch
 from pyarrow import parquet
 
 from tests.unit.tiny_models import EOS_ID, character_tokenizer, random_text
-from vllm_atomic_moe.calibration.text import DataFile, draw_windows, parse_data, read_documents
+from vllm_atomic_moe.calibration.documents import read_documents
+from vllm_atomic_moe.calibration.text import DataFile, draw_windows, parse_data, parse_files
 
 TOKENIZER = character_tokenizer()
 
@@ -64,7 +66,7 @@ def test_parse_data(name, argument, domain, tmp_path, monkeypatch):
         ("missing.txt", "missing.txt does not exist"),
         ("missing.txt:code", "missing.txt does not exist"),
         ("there.txt:", "the domain after the colon is empty"),
-        ("there.csv", "suffix '.csv' is not known; wanted .txt, .jsonl, .parquet"),
+        ("there.csv", "suffix '.csv' is not known; wanted .txt, .jsonl, .json, .parquet, and all"),
         ("folder", "folder is a directory"),
     ],
 )
@@ -103,10 +105,12 @@ def test_a_txt_file_is_one_document_without_special_tokens(letters):
 def test_empty_documents_and_null_rows_are_skipped(tmp_path):
     table = write_parquet(tmp_path / "x.parquet", text=["abcd", "", None, "ef"])
     jsonl = tmp_path / "x.jsonl"
-    jsonl.write_text('{"text": "abcd"}\n\n{"text": ""}\n{"text": "ef"}\n')
+    jsonl.write_text('{"text": "abcd"}\n\n{"text": ""}\n{"text": null}\n{"text": "ef"}\n')
     wanted = [*encode("abcd"), EOS_ID, *encode("ef")]
     for path in (table, jsonl):
-        assert draw(path, seq_len=7).windows["d"].flatten().tolist() == wanted
+        text = draw(path, seq_len=7)
+        assert text.windows["d"].flatten().tolist() == wanted
+        assert text.warnings == [f"{path.name}: 2 records without text were skipped"]
 
 
 def test_files_of_one_domain_are_joined_in_the_order_given(tmp_path):
@@ -166,9 +170,12 @@ def test_documents_need_an_eos_to_join_them(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "ok"}\n{"body": "x"}\n', "line 2 has no string field `text`"),
-        ('{"text": 3}\n', "line 1 has no string field `text`"),
-        ('["text"]\n', "line 1 has no string field `text`"),
+        (
+            '{"text": "ok"}\n{"body": "x"}\n',
+            "line 2 has no field `text`; its fields are body: name",
+        ),
+        ('{"text": 3}\n', "line 1: `text` is a int, wanted a string or a list of messages"),
+        ('["text"]\n', "line 1 is a list, wanted an object with a text"),
         ('{"text": "ok"}\nnope\n', "line 2 is not JSON"),
     ],
 )
@@ -181,7 +188,9 @@ def test_broken_jsonl_is_refused(content, message, tmp_path):
 
 def test_parquet_without_a_text_column_is_refused(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", body=["a"])
-    with pytest.raises(ValueError, match=r"no string column `text` among body \(string\)"):
+    with pytest.raises(
+        ValueError, match=r"no column `text` of strings or messages among body \(string\)"
+    ):
         list(read_documents(path))
     path = write_parquet(tmp_path / "y.parquet", text=[1])
     with pytest.raises(ValueError, match=r"among text \(int64\)"):
@@ -197,3 +206,108 @@ def test_text_that_is_not_utf8_is_refused(suffix, tmp_path):
     path.write_bytes(b"abc \xff\xfe")
     with pytest.raises(ValueError, match=r"not UTF-8 at byte 4"):
         list(read_documents(path))
+
+
+TEXTS = ["hello there", "a", "général"]
+
+
+def compressed(path, content):
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, "list") for name in ("x.json", "x.JSON.GZ")),
+        *((name, "lines") for name in ("x.json", "x.jsonl.gz", "X.JSONL")),
+        *((name, "text") for name in ("x.txt.gz", "x.TXT")),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte order mark"])
+def test_text_and_json_in_every_form(name, content, mark, tmp_path):
+    records = [{"text": text} for text in TEXTS]
+    contents = {
+        "list": json.dumps(records, indent=1),
+        "lines": "\n".join(map(json.dumps, records)),
+        "text": "".join(TEXTS),
+    }
+    path = compressed(tmp_path / name, (mark + contents[content]).encode())
+    wanted = ["".join(TEXTS)] if content == "text" else TEXTS
+    assert list(read_documents(path)) == wanted
+    assert parse_data(str(path)).domain.lower() == "x"
+
+
+def test_what_is_no_gzip_or_ends_early_is_refused(tmp_path):
+    whole = gzip.compress(b'{"text": "abc"}\n' * 100)
+    for content in (whole[:-9], b"abc", whole[:30] + b"\0" * 40):
+        path = tmp_path / "x.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x.jsonl.gz: not a complete gzip file"):
+            list(read_documents(path))
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(r'{"text": "a\ud83d b\ud83d\ude00"}' + "\n")
+    assert list(read_documents(path)) == ["a\ufffd b\U0001f600"]
+    assert draw(path).num_windows
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ],
+    ids=str,
+)
+def test_parquet_columns_of_every_kind_of_string(kind, tmp_path):
+    column = pyarrow.array([*TEXTS, None]).cast(kind)
+    path = write_parquet(tmp_path / "x.PARQUET", text=column)
+    assert list(read_documents(path)) == [*TEXTS, None]
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def test_messages_go_through_the_chat_template(tmp_path):
+    chatty = character_tokenizer()
+    chatty.chat_template = TEMPLATE
+    lines = write_jsonl(tmp_path / "x.jsonl")
+    lines.write_text(json.dumps({"id": 1, "messages": MESSAGES}) + "\n")
+    table = write_parquet(tmp_path / "x.parquet", messages=[MESSAGES], n=[1])
+    for path in (lines, table):
+        assert list(read_documents(path, chatty)) == ["<user>hi<assistant>yes"]
+        with pytest.raises(ValueError, match="holds messages, and the model's tokenizer has no"):
+            list(read_documents(path, TOKENIZER))
+    chatty.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ValueError, match=r"line 1, `messages`: .* template refuses it \(never\)"):
+        list(read_documents(lines, chatty))
+
+
+def test_a_field_may_be_named(tmp_path):
+    lines = tmp_path / "x.jsonl"
+    lines.write_text('{"text": "no", "body": "yes"}\n')
+    table = write_parquet(tmp_path / "x.parquet", text=["no"], body=["yes"])
+    for path in (lines, table):
+        assert list(read_documents(path, field="body")) == ["yes"]
+        with pytest.raises(ValueError, match=r"`other`.*text.*body.*name one with --field"):
+            list(read_documents(path, field="other"))
+
+
+def test_files_of_one_name_are_two_domains_or_named(tmp_path):
+    for name in ("c4", "code"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").touch()
+    one, two = (str(tmp_path / name / "train.jsonl") for name in ("c4", "code"))
+    with pytest.raises(ValueError, match=r"would both be domain 'train'; name .*jsonl:c4"):
+        parse_files([one, two])
+    with pytest.raises(ValueError, match="would both be domain 'train'"):
+        parse_files([one, f"{two}:train"])
+    assert [file.domain for file in parse_files([one, f"{two}:code"])] == ["train", "code"]
+    assert [file.domain for file in parse_files([f"{one}:d", f"{two}:d"])] == ["d", "d"]
+    with pytest.raises(ValueError, match="is given twice"):
+        parse_files([one, one])

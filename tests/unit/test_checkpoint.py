@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
-from vllm_atomic_moe.files.checkpoint import ExpertGroups, describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
+from vllm_atomic_moe.files.router import ExpertGroups
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -109,7 +110,7 @@ def test_digest_covers_a_correction_bias_beside_the_gate(tmp_path):
             for layer in range(3)
         }
         save_file({**tensors, **bias}, path)
-        digests.add(describe_checkpoint(tmp_path).router_sha256)
+        digests.add(describe_checkpoint(tmp_path).router.sha256)
     assert len(digests) == 2
 
 

@@ -1,7 +1,10 @@
 """The command line end to end on a tiny model: exit codes, one line on stderr, what is printed."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.cli.console import MESSAGE_LENGTH, print_error, print_warning
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.scoring import METHODS
 
@@ -180,6 +184,22 @@ def test_every_method_scope_and_option_prunes(work, tmp_path):
     assert json.loads(profile.metadata["selection"]) == {"scope": "layer"}
 
 
+def test_what_prune_writes_for_a_router_with_groups_passes_check(tmp_path):
+    """Two groups of four experts, of which a token uses one."""
+    make_model("deepseek_v3", tmp_path / "model")
+    (tmp_path / "t.txt").write_text(random_text(3000))
+    command = ("calibrate", tmp_path / "model", "--data", tmp_path / "t.txt", "-o", tmp_path / "s")
+    result = run(*command, *SMALL, "--no-gradients")
+    assert result.exit_code == 0, result.output
+    for method in ("shape", "reap"):
+        for ratio in (0.25, 0.5):
+            command = ("prune", tmp_path / "s", "--method", method, "--ratio", ratio)
+            result = run(*command, "-o", tmp_path / "profiles")
+            assert result.exit_code == 0, result.output
+    result = run("check", tmp_path / "model", tmp_path / "profiles")
+    assert result.exit_code == 0, result.output
+
+
 def test_calibrate_shows_experts_with_few_tokens(work, tmp_path):
     base = ("calibrate", work / "model", "--data", work / "one.txt", "-o", tmp_path / "s")
     result = run(*base, "--samples", 1, "--seq-len", 32)
@@ -300,3 +320,28 @@ def test_score_and_prune_refuse_in_one_line(work, tmp_path):
 def test_check_refuses_paths_that_are_not_there(work, tmp_path):
     assert "does not exist" in refused("check", work / "model", tmp_path / "nothing")
     assert "holds no *.safetensors profile" in refused("check", work / "model", tmp_path)
+
+
+def test_messages_are_short_and_keep_their_ends(capsys):
+    print_error(ValueError("/a/path: " + "what another library says " * 100 + "; do this"))
+    print_warning("x" * 300)
+    first, second = capsys.readouterr().err.splitlines()
+    assert len(first) == len("error: ") + MESSAGE_LENGTH
+    assert first.startswith("error: /a/path: what another")
+    assert first.endswith("says ; do this")
+    assert second == "warning: " + "x" * 300
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    keep = {0: torch.ones(2, 4).bool()}
+    PruningProfile("p", keep).write(tmp_path / "caf\xe9" / "p.safetensors")
+    command = [sys.executable, "-c", "from vllm_atomic_moe.cli import app; app()", "show"]
+    for name, code in (("caf\xe9", 0), (os.fsdecode(b"none \xe9"), 1)):
+        done = subprocess.run(
+            [*command, tmp_path / name],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr

@@ -432,7 +432,7 @@ E0 = "model.layers.1.mlp.experts.0"
         ),
         (
             lambda t: {n: x for n, x in t.items() if n != f"{E0}.gate_proj.weight"},
-            "experts.0.gate_proj.weight is missing; fetch the checkpoint again",
+            "layer 1 has 8 experts and 7 gate projections; fetch the checkpoint again",
         ),
         (
             lambda t: t | {f"{E0}.up_proj.weight": torch.zeros(32, 128)},

@@ -19,6 +19,7 @@ from tests.unit.test_cli import refused, run
 from vllm_atomic_moe.convert.importing import FORMATS, import_profile
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.router import RouterIdentity
 
 EXAMPLES = (
     "pruned-experts",
@@ -30,13 +31,13 @@ EXAMPLES = (
     "expert-mask",
 )
 # A model on paper: layer 0 dense, as the first layers of many are.
-MODEL = CheckpointInfo("PaperForCausalLM", 4, 2, 3, 8, (1, 2), "0" * 64)
+MODEL = CheckpointInfo("PaperForCausalLM", 4, 2, 3, 8, (1, 2), RouterIdentity("0" * 64))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    return directory, make_checkpoint("glm4_moe", directory)
+    return directory, make_checkpoint("glm4_moe", directory, n_group=1, topk_group=1)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,17 @@ def test_json_says_what_the_table_says(checkpoint, examples, tmp_path):
     assert printed["excluded_from_routing"] == 4 * len(checkpoint[1].layers)
     assert printed["kept"] == 0.5
     assert printed["widths"]["zero_width_experts"] == 4 * len(checkpoint[1].layers)
+
+
+def test_experts_that_a_router_with_groups_needs_are_not_given_up(checkpoint, examples, tmp_path):
+    directory = tmp_path / "model"
+    info = make_checkpoint("glm4_moe", directory)
+    assert info.groups is not None
+    line = refused(
+        "import", "shape", examples["shape"].path, "--model", directory, "-o", tmp_path / "out"
+    )
+    assert "experts in the router's groups, which it scores by their two best" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_refuses_in_one_line_and_writes_nothing(checkpoint, examples, tmp_path):

@@ -3,7 +3,9 @@
 import dataclasses
 import subprocess
 import sys
+from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -177,6 +179,16 @@ def test_methods_keep_their_colors_from_picture_to_picture(tmp_path):
         ]
         top[first] = [color for color in shown if color != "#000000"]
     assert top == {"alpha": [LINES[0][0]], "beta": [LINES[1][0]]}
+
+
+def test_labels_are_verbatim(tmp_path):
+    """Neither formulas nor hidden labels, whatever another tool calls its method."""
+    methods = [r"a$\foo$b", "_mine", r"c\$d", "$$", "e_1^{2}", "<&>"]
+    rows = [PerplexityPoint(method, 0.8, 16.0 + i) for i, method in enumerate(methods)]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_perplexity(points("dense", (1, 15.1)) + rows, tmp_path / "plot.svg")
+    texts = ElementTree.parse(tmp_path / "plot.svg").getroot().itertext()
+    assert set(methods) <= {text.strip("\u200b") for text in texts}
 
 
 def test_no_pyplot_and_no_display(tmp_path):

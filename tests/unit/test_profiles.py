@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import ProfileStore, PruningProfile
+from vllm_atomic_moe.files.router import RouterIdentity
 
 MODEL = CheckpointInfo(
     architecture="Qwen3MoeForCausalLM",
@@ -23,7 +24,7 @@ MODEL = CheckpointInfo(
     intermediate_size=6,
     hidden_size=8,
     layers=(1, 3),
-    router_sha256="ab" * 32,
+    router=RouterIdentity("ab" * 32),
 )
 HEADER = {"format": "atomic-moe-profile", "format_version": "1", "name": "code-25"}
 REUSE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -278,7 +279,7 @@ def test_wrong_tensors_are_refused(tmp_path, tensors, words):
         ({"layers": (0, 3)}, "lacks layers [0] and has unknown layers [1]"),
         ({"intermediate_size": 7}, "layers.1.keep is [4, 6], the model has [4, 7]"),
         ({"num_experts": 5}, "layers.1.keep is [4, 6], the model has [5, 6]"),
-        ({"router_sha256": "cd" * 32}, "made for router_sha256"),
+        ({"router": RouterIdentity("cd" * 32)}, "made for router_sha256"),
         ({"hidden_size": 9}, "made for hidden_size 8, the model has 9"),
         ({"architecture": "MixtralForCausalLM"}, "made for architecture"),
     ],
@@ -286,6 +287,22 @@ def test_wrong_tensors_are_refused(tmp_path, tensors, words):
 def test_profile_of_another_model_is_refused(changes, words):
     assert profile().check(MODEL) == []
     assert words in refusal(lambda: profile().check(replace(MODEL, **changes)))
+
+
+def test_a_router_in_another_dtype_is_the_same_or_differs_by_rounding():
+    """Profiles of version 0.1 carry the digest of the stored bytes; neither is a sample."""
+    stored = replace(MODEL, router=RouterIdentity("cd" * 32, stored_sha256="ab" * 32))
+    assert profile().check(stored) == []
+    made = replace(MODEL, router=RouterIdentity("cd" * 32, sample=(0.1, -2.0, 1e-9, 0.0)))
+    of_copy = profile(metadata={"model": json.dumps(made.identity())})
+    copies = {(0.1004, -2.0078, 0.0, 0.0): True, (0.1, -2.02, 0.0, 0.0): False, (0.1,): False}
+    for sample, same in copies.items():
+        copy = replace(MODEL, router=RouterIdentity("ef" * 32, sample=sample))
+        if same:
+            (warning,) = of_copy.check(copy)
+            assert "differs by rounding only" in warning
+        else:
+            assert "made for router_sha256" in refusal(lambda copy=copy: of_copy.check(copy))
 
 
 def test_fewer_routable_experts_than_a_token_uses_are_refused():

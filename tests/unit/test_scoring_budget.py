@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from vllm_atomic_moe.files.router import ExpertGroups, RouterNeeds
 from vllm_atomic_moe.scoring import METHODS, select_masks, selection_options
 from vllm_atomic_moe.scoring.budget import align_widths, prune_atoms
 from vllm_atomic_moe.scoring.masks import LayerScores
@@ -41,7 +42,7 @@ SCOPES = st.sampled_from(["global", "layer", "expert"])
 
 
 def prune(scores, ratio, **options):
-    return prune_atoms(scores, ratio, 1, **options).keep
+    return prune_atoms(scores, ratio, **options).keep
 
 
 def removed(masks):
@@ -93,8 +94,8 @@ def test_every_method_that_only_ranks_gives_nested_masks(method, data):
         scores = whole(scores)
     one, other = sorted((data.draw(st.floats(0, 0.5)), data.draw(st.floats(0, 0.5))))
     options = selection_options(method, {})
-    wide = select_masks(method, scores, one, 1, options)
-    narrow = select_masks(method, scores, other, 1, options)
+    wide = select_masks(method, scores, one, RouterNeeds(1), options)
+    narrow = select_masks(method, scores, other, RouterNeeds(1), options)
     for layer, mask in narrow.keep.items():
         assert not (mask & ~wide.keep[layer]).any()
         if layer in narrow.routable:
@@ -183,15 +184,15 @@ def test_the_scores_are_not_modified_and_layers_compete():
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 25, float("nan"), float("inf")])
 def test_ratios_out_of_range_are_refused(ratio):
     with pytest.raises(ValueError, match=r"0 <= ratio < 1 \(25 percent is 0.25\)"):
-        select_masks("heapr", {0: LayerScores(torch.ones(2, 2))}, ratio, 1, {})
+        select_masks("heapr", {0: LayerScores(torch.ones(2, 2))}, ratio, RouterNeeds(1), {})
 
 
 def test_nan_and_no_scores_are_refused():
     bad = {3: LayerScores(torch.tensor([[1.0, torch.nan]]))}
     with pytest.raises(ValueError, match=r"layers\.3\.score holds NaN"):
-        select_masks("heapr", bad, 0.5, 1, {})
+        select_masks("heapr", bad, 0.5, RouterNeeds(1), {})
     with pytest.raises(ValueError, match="no layers to prune"):
-        select_masks("heapr", {}, 0.5, 1, {})
+        select_masks("heapr", {}, 0.5, RouterNeeds(1), {})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,9 @@ def test_protected_experts_stay_whole_or_the_budget_is_refused():
 
 
 def tenp(scores, ratio, **options):
-    return select_masks("tenp", scores, ratio, 1, selection_options("tenp", options)).keep
+    return select_masks(
+        "tenp", scores, ratio, RouterNeeds(1), selection_options("tenp", options)
+    ).keep
 
 
 @given(layer_scores(least_experts=2), st.floats(0, 0.9), st.sampled_from([1, 2, 4]))
@@ -371,7 +374,7 @@ def test_shape_finds_the_alpha_that_bisection_finds(seed, layers, ratio, top_k):
         layer: LayerScores.whole(torch.rand(9, generator=generator) ** 3, SIZE)
         for layer in range(layers)
     }
-    masks = select_masks("shape", scores, ratio, top_k, {})
+    masks = select_masks("shape", scores, ratio, RouterNeeds(top_k), {})
     wanted, count = literal_shape(scores, ratio, top_k)
     found = {
         layer: set(mask.nonzero().flatten().tolist()) for layer, mask in masks.routable.items()
@@ -394,11 +397,11 @@ def test_whole_expert_methods_never_leave_fewer_than_k_experts():
         ("reap", {"scope": "global"}),
         ("reap", {"scope": "layer"}),
     ):
-        masks = select_masks(method, scores, 0.5, 2, scope)
+        masks = select_masks(method, scores, 0.5, RouterNeeds(2), scope)
         assert [int(mask.sum()) for mask in masks.routable.values()] == [2, 2, 2], method
         assert masks.routable[0][0]
         with pytest.raises(ValueError, match=r"use at most 0\.5"):
-            select_masks(method, scores, 0.75, 2, scope)
+            select_masks(method, scores, 0.75, RouterNeeds(2), scope)
 
 
 def test_reap_removes_the_lowest_scores():
@@ -406,13 +409,56 @@ def test_reap_removes_the_lowest_scores():
         0: LayerScores.whole(torch.tensor([5.0, 1, 2, 9]), SIZE),
         1: LayerScores.whole(torch.tensor([7.0, 8, 6, 3]), SIZE),
     }
-    routable = select_masks("reap", scores, 3 / 8, 1, {"scope": "global"}).routable
+    routable = select_masks("reap", scores, 3 / 8, RouterNeeds(1), {"scope": "global"}).routable
     assert [mask.tolist() for mask in routable.values()] == [
         [True, False, False, True], [True, True, True, False]
     ]  # fmt: skip
-    routable = select_masks("reap", scores, 0.5, 1, {"scope": "layer"}).routable
+    routable = select_masks("reap", scores, 0.5, RouterNeeds(1), {"scope": "layer"}).routable
     assert [mask.tolist() for mask in routable.values()] == [
         [True, False, False, True], [True, True, False, False]
     ]  # fmt: skip
     with pytest.raises(ValueError, match="experts go whole; wanted global or layer"):
-        select_masks("reap", scores, 0.5, 1, {"scope": "expert"})
+        select_masks("reap", scores, 0.5, RouterNeeds(1), {"scope": "expert"})
+
+
+@given(
+    st.integers(0, 1000),
+    st.sampled_from(["shape", "reap"]),
+    st.sampled_from([(4, 1), (4, 2), (2, 1), (8, 3)]),
+    st.booleans(),
+    st.integers(2, 4),
+    st.floats(0, 0.95),
+)
+def test_whole_experts_leave_a_router_with_groups_what_it_needs(
+    seed, method, groups, biased, top_k, ratio
+):
+    """Or are refused: `atomic-moe check` never refuses what `prune` wrote."""
+    number, chosen = groups
+    if top_k > chosen * 16 // number:
+        return
+    router = RouterNeeds(top_k, ExpertGroups(number, chosen, biased))
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        layer: LayerScores.whole(torch.rand(16, generator=generator).round(decimals=1), SIZE)
+        for layer in range(3)
+    }
+    try:
+        masks = select_masks(method, scores, ratio, router, selection_options(method, {}))
+    except ValueError as error:
+        assert "must stay for the router's choice" in str(error)
+        return
+    gone = sum(int((~mask).sum()) for mask in masks.routable.values())
+    assert gone == round(ratio * 48)
+    for mask in masks.routable.values():
+        assert router.groups.fault(mask, top_k) is None
+
+
+def test_groups_of_the_report():
+    """16 experts in 4 groups, 2 of 4 allowed, 4 a token: half of them go, 70 % cannot."""
+    router = RouterNeeds(4, ExpertGroups(4, 2, biased=False))
+    scores = {0: LayerScores.whole(torch.arange(16.0), SIZE)}
+    for method in ("shape", "reap"):
+        masks = select_masks(method, scores, 0.5, router, {})
+        assert masks.routable[0].view(4, 4).sum(dim=1).tolist() == [2, 2, 2, 2]
+        with pytest.raises(ValueError, match=r"8 must stay for the router's .*use at most 0\.5"):
+            select_masks(method, scores, 0.7, router, {})

@@ -12,8 +12,9 @@ from vllm_atomic_moe.cli import eval as evaluation
 from vllm_atomic_moe.cli.console import print_table
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.router import RouterIdentity
 
-MODEL = CheckpointInfo("PaperForCausalLM", 4, 2, 8, 1024, (1, 2), "0" * 64)
+MODEL = CheckpointInfo("PaperForCausalLM", 4, 2, 8, 1024, (1, 2), RouterIdentity("0" * 64))
 
 
 def atoms(*widths):
@@ -106,11 +107,37 @@ def test_refusals(directory, tmp_path):
     assert "does not exist" in refused("show", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "holds no *.safetensors profile" in refused("show", tmp_path / "empty")
+    broken = directory / "zzz.safetensors"
+    broken.write_bytes(b"not a profile")
+    assert "zzz.safetensors: not a complete safetensors file" in refused("show", broken)
+    PruningProfile("odd", {0: atoms(1)}, metadata={"model": "[1]"}).write(broken)
+    assert "metadata `model` is not a JSON object" in refused("show", broken)
+
+
+def test_an_unreadable_file_is_left_out_and_named(directory):
+    """Hidden files are not ours: macOS puts `._x` beside every x on foreign disks."""
+    (directory / "._atoms.safetensors").write_bytes(b"AppleDouble")
+    assert run("show", directory).exit_code == 0
     (directory / "zzz.safetensors").write_bytes(b"not a profile")
-    assert "zzz.safetensors: not a complete safetensors file" in refused("show", directory)
-    metadata = {"model": "[1]"}
-    PruningProfile("odd", {0: atoms(1)}, metadata=metadata).write(directory / "zzz.safetensors")
-    assert "metadata `model` is not a JSON object" in refused("show", directory)
+    for output in ((), ("--json",)):
+        result = run("show", directory, *output)
+        assert result.exit_code == 1
+        assert "atoms" in result.stdout
+        assert "whole" in result.stdout
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: left out: ")
+        assert "zzz.safetensors: not a complete safetensors file" in line
+
+
+def test_a_picture_that_fails_leaves_the_table(directory, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("vllm_atomic_moe.measure.plots.plot_widths", fail)
+    result = run("show", directory, "--plot", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "62.50%" in result.stdout
+    assert "x.png was not drawn (RuntimeError: no font)" in result.stderr
 
 
 @pytest.mark.parametrize("command", [("show", "nothing"), ("eval", "model", "--data", "t.txt")])

@@ -79,6 +79,18 @@ class LayerAccumulator:
         if sums.g2 is not None:
             rows.h.register_hook(partial(_add_squares, sums.g2[at]))
 
+    def not_finite(self, domain: int) -> str | None:
+        """Which of a domain's sums are not finite, in words; None if all are."""
+        if self.sums is None:
+            return None
+        sums = self.sums
+        forward = (sums.h2, sums.contribution, sums.output_norm, sums.output_change)
+        if not all(bool(total[domain].isfinite().all()) for total in forward):
+            return "activations"
+        if sums.g2 is not None and not bool(sums.g2[domain].isfinite().all()):
+            return "gradients"
+        return None
+
     def result(self) -> LayerSums:
         """The sums on the CPU, with the table of sets."""
         assert self.sums is not None, "no batch was seen"

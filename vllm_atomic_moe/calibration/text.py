@@ -7,7 +7,7 @@ is dropped, so that nothing is ever padded.
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+from vllm_atomic_moe.calibration.documents import SUFFIXES, read_documents, split_name
+
 DOCUMENTS_PER_BATCH = 256
 
 
@@ -25,12 +26,15 @@ class DataFile:
     """One `FILE[:DOMAIN]` argument.
 
     Attributes:
-        path: an existing .txt, .jsonl or .parquet file.
-        domain: what its text is counted as; the file's stem, if nothing else was said.
+        path: an existing file with one of SUFFIXES.
+        domain: what its text is counted as; the file's name without suffixes, if nothing else was
+            said.
+        named: whether the domain was said.
     """
 
     path: Path
     domain: str
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class Corpus:
         domain: the domain it belongs to.
         documents: documents with text in them.
         tokens: tokens of those documents, without the EOS that joins them.
+        skipped: records whose text is null or empty.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Corpus:
     domain: str
     documents: int
     tokens: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +81,34 @@ class CalibrationText:
         """Tokens of all windows of all domains, without padding."""
         return sum(int((ids >= 0).sum()) for ids in self.windows.values())
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know of the files, one line each."""
+        return [
+            f"{corpus.name}: {corpus.skipped} records without text were skipped"
+            for corpus in self.corpora
+            if corpus.skipped
+        ]
+
+
+def parse_files(arguments: Sequence[str]) -> list[DataFile]:
+    """Read `FILE[:DOMAIN]` arguments.
+
+    Raises:
+        ValueError: as `parse_data`; or files share a domain that only their name gave them.
+    """
+    files = [parse_data(argument) for argument in arguments]
+    for file in files:
+        others = [other.path for other in files if other.domain == file.domain and other != file]
+        if others and not file.named:
+            raise ValueError(
+                f"data {file.path} and {others[0]} would both be domain {file.domain!r}; name "
+                f"their domains, as in {file.path}:{file.path.parent.name or 'NAME'}"
+            )
+        if files.count(file) > 1:
+            raise ValueError(f"data {file.path} is given twice; give every file once")
+    return files
+
 
 def parse_data(argument: str) -> DataFile:
     """Read `FILE[:DOMAIN]`. A path may contain colons: what exists as a whole is a file.
@@ -93,30 +127,22 @@ def parse_data(argument: str) -> DataFile:
         raise ValueError(
             f"data {argument!r}: {path} {what}; wanted FILE[:DOMAIN] with an existing file"
         )
-    if path.suffix not in SUFFIXES:
+    stem, suffix, _ = split_name(path)
+    if suffix not in SUFFIXES:
         raise ValueError(
-            f"data {argument!r}: suffix {path.suffix!r} is not known; wanted {', '.join(SUFFIXES)}"
+            f"data {argument!r}: suffix {path.suffix!r} is not known; wanted "
+            f"{', '.join(SUFFIXES)}, and all but the last also with .gz"
         )
-    return DataFile(path, domain or path.stem)
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a file: a .txt is one, else field or column `text`, one per line or row.
-
-    Raises:
-        ValueError: not UTF-8, broken JSON or parquet, or no string field `text`.
-    """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start} of what was read; convert it"
-        ) from None
+    return DataFile(path, domain or stem, bool(domain))
 
 
 def draw_windows(
-    files: Sequence[DataFile], tokenizer: Any, seq_len: int, samples: int, seed: int
+    files: Sequence[DataFile],
+    tokenizer: Any,
+    seq_len: int,
+    samples: int,
+    seed: int,
+    field: str | None = None,
 ) -> CalibrationText:
     """Tokenise the files and draw windows, per domain.
 
@@ -127,6 +153,7 @@ def draw_windows(
         samples: windows per domain, drawn without replacement; all of them, in order, when there
             are no more.
         seed: of the drawing; a domain's draw does not depend on the other domains.
+        field: as in `read_documents`.
 
     Raises:
         ValueError: a domain has less text than one window, or several documents and the tokenizer
@@ -142,7 +169,7 @@ def draw_windows(
     windows: dict[str, torch.Tensor] = {}
     for domain in dict.fromkeys(file.domain for file in files):
         of_domain = [file for file in files if file.domain == domain]
-        ids, read = _tokenize_domain(of_domain, tokenizer)
+        ids, read = _tokenize_domain(of_domain, tokenizer, field)
         corpora += read
         windows[domain] = _draw(_cut(ids, domain, seq_len), samples, seed)
     return CalibrationText(windows, tuple(corpora))
@@ -198,14 +225,16 @@ def _draw(windows: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
 
 
 def _tokenize_domain(
-    files: Sequence[DataFile], tokenizer: Any
+    files: Sequence[DataFile], tokenizer: Any, field: str | None
 ) -> tuple[torch.Tensor, list[Corpus]]:
     """Token ids of all documents, joined by EOS: int32 [tokens]; and what each file gave."""
     pieces: list[torch.Tensor] = []
     corpora: list[Corpus] = []
     for file in files:
         documents = tokens = 0
-        for ids in _tokenize(read_documents(file.path), tokenizer):
+        skipped = Counter[bool]()
+        texts = _with_text(read_documents(file.path, tokenizer, field), skipped)
+        for ids in _tokenize(texts, tokenizer):
             if pieces:
                 pieces.append(_end_of_sequence(tokenizer, file))
             pieces.append(torch.tensor(ids, dtype=torch.int32))
@@ -217,14 +246,23 @@ def _tokenize_domain(
             )
         with file.path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        corpora.append(Corpus(file.path.name, sha256, file.domain, documents, tokens))
+        corpora.append(
+            Corpus(file.path.name, sha256, file.domain, documents, tokens, skipped[True])
+        )
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32), corpora
 
 
-def _tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of every document that is not empty."""
-    filled = (document for document in documents if document)
-    while batch := list(islice(filled, DOCUMENTS_PER_BATCH)):
+def _with_text(documents: Iterable[str | None], skipped: Counter[bool]) -> Iterator[str]:
+    """The documents that are not empty; the others are counted."""
+    for document in documents:
+        skipped[not document] += 1
+        if document:
+            yield document
+
+
+def _tokenize(documents: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of every document."""
+    while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
         # verbose=False: no warning about documents longer than the context, they are cut anyway.
         yield from tokenizer(
             batch, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -238,39 +276,3 @@ def _end_of_sequence(tokenizer: Any, file: DataFile) -> torch.Tensor:
             "EOS token; give one .txt file per domain"
         )
     return torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}: line {number} has no string field `text`")
-            yield text
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    """Column `text`; null rows are skipped."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        field = file.schema_arrow.field("text") if "text" in file.schema_arrow.names else None
-        if field is None or field.type not in (pyarrow.string(), pyarrow.large_string()):
-            columns = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow)
-            raise ValueError(f"{path}: no string column `text` among {columns}")
-        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from None

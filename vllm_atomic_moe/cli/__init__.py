@@ -39,6 +39,10 @@ def main(
         bool,
         typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True),
     ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show full traces, and what transformers reports."),
+    ] = False,
 ) -> None:
     """Prune Mixture-of-Experts models inside their experts; vLLM serves the result."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,15 +33,25 @@ KeyFile = Annotated[
         show_default="ATOMIC_MOE_ADMIN_KEY or ATOMIC_MOE_ADMIN_KEY_FILE",
     ),
 ]
+Proxy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Go through this HTTP proxy; none of the environment is used. To an http:// server it "
+        "sees the key.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 KINDS = ("active", "resident", "dense")
 
 
-def show_status(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+def show_status(
+    urls: Urls, key_file: KeyFile = None, proxy: Proxy = None, as_json: AsJson = False
+) -> None:
     """Show what servers answer with now, and the memory of their experts."""
-    found, errors = _ask_all(urls, key_file, lambda server: server.status())
+    found, errors = _ask_all(_servers(urls, key_file, proxy), lambda server: server.status())
     if as_json:
         print_json([{"url": url, **answer} for url, answer in found.items()])
     elif found:
@@ -77,9 +87,11 @@ def _print_statuses(found: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def list_profiles(urls: Urls, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+def list_profiles(
+    urls: Urls, key_file: KeyFile = None, proxy: Proxy = None, as_json: AsJson = False
+) -> None:
     """List the profiles of servers' directories, and which of them are loaded."""
-    found, errors = _ask_all(urls, key_file, lambda server: server.profiles())
+    found, errors = _ask_all(_servers(urls, key_file, proxy), lambda server: server.profiles())
     if as_json:
         print_json([{"url": url, "profiles": answer} for url, answer in found.items()])
     elif found:
@@ -118,6 +130,7 @@ def activate(
     mode: Annotated[str | None, typer.Option(hidden=True)] = None,
     timeout: Annotated[float | None, typer.Option(hidden=True)] = None,
     key_file: KeyFile = None,
+    proxy: Proxy = None,
     as_json: AsJson = False,
 ) -> None:
     """Give requests that name no profile another one, on servers one after another."""
@@ -126,39 +139,40 @@ def activate(
             "--mode and --timeout are of version 0.1 and go with the next one; see --running"
         )
         running = "abort" if mode == "abort" else running
-    _change(urls, key_file, as_json, lambda server: server.activate(name, running))
+    _change(_servers(urls, key_file, proxy), as_json, lambda server: server.activate(name, running))
 
 
 def load(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A profile of the directory.")],
     urls: Urls,
     key_file: KeyFile = None,
+    proxy: Proxy = None,
     as_json: AsJson = False,
 ) -> None:
     """Load a profile of the servers' directory while they serve; its atoms must be in memory."""
-    _change(urls, key_file, as_json, lambda server: server.load(name))
+    _change(_servers(urls, key_file, proxy), as_json, lambda server: server.load(name))
 
 
 def unload(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A loaded profile.")],
     urls: Urls,
     key_file: KeyFile = None,
+    proxy: Proxy = None,
     as_json: AsJson = False,
 ) -> None:
     """Unload a profile that is not active and that no request uses."""
-    _change(urls, key_file, as_json, lambda server: server.unload(name))
+    _change(_servers(urls, key_file, proxy), as_json, lambda server: server.unload(name))
 
 
 def _change(
-    urls: list[str],
-    key_file: Path | None,
+    fleet: AbstractContextManager[list[AdminClient]],
     as_json: bool,
     change: Callable[[AdminClient], dict[str, Any]],
 ) -> None:
     """Change servers one after another; at the first failure say which were changed."""
     from vllm_atomic_moe.control.client import change_fleet
 
-    with _servers(urls, key_file) as servers:
+    with fleet as servers:
         show = status_lines() if len(servers) > 1 else lambda done, total, url: None
         results = change_fleet(servers, change, show)
     failed = [result.error for result in results if result.error]
@@ -174,12 +188,12 @@ def _change(
 
 
 def _ask_all(
-    urls: list[str], key_file: Path | None, question: Callable[[AdminClient], Any]
+    fleet: AbstractContextManager[list[AdminClient]], question: Callable[[AdminClient], Any]
 ) -> tuple[dict[str, Any], list[ValueError]]:
     """URL -> answer of those that answer, and what the others' failures are."""
     found: dict[str, Any] = {}
     errors: list[ValueError] = []
-    with _servers(urls, key_file) as servers:
+    with fleet as servers:
         for server in servers:
             try:
                 found[server.url] = question(server)
@@ -197,12 +211,14 @@ def _raise_first(errors: list[ValueError]) -> None:
 
 
 @contextmanager
-def _servers(urls: list[str], key_file: Path | None) -> Iterator[list[AdminClient]]:
+def _servers(
+    urls: list[str], key_file: Path | None, proxy: str | None
+) -> Iterator[list[AdminClient]]:
     from vllm_atomic_moe.control.client import fleet
     from vllm_atomic_moe.control.key import KEY_FILE, read_key
 
     key = read_key({KEY_FILE: str(key_file)} if key_file else os.environ)
-    with fleet(urls, key) as servers:
+    with fleet(urls, key, proxy) as servers:
         yield servers
 
 

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_plot, print_json, print_table, status_lines
+from vllm_atomic_moe.cli.calibrate import TrustRemoteCode
+from vllm_atomic_moe.cli.console import check_plot, draw, print_json, print_table, status_lines
 
 # What is measured -> its options.
 OPTIONS = {
     "layers": ("shape", "tokens", "pruned", "dtype", "rounds", "seconds", "kernel", "plot"),
-    "servers": ("profiles", "profile", "serve", "rounds", "plot"),
-    "calibration": ("dtype", "rounds"),
+    "servers": ("profiles", "profile", "serve", "rounds", "trust_remote_code", "plot"),
+    "calibration": ("dtype", "rounds", "trust_remote_code"),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -90,6 +91,7 @@ def bench(
     kernel: Annotated[
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Annotated[int, typer.Option(help="Of everything random but --synthetic.")] = 0,
     plot: Annotated[
         Path | None,
@@ -105,10 +107,11 @@ def bench(
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
     load generator; throughput and latency, whole load from a warm page cache, memory, and changes
-    between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot.
+    between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot,
+    --trust-remote-code.
 
     Calibration: `atomic-moe calibrate` beside the HEAPr paper's two forward passes; time and
-    memory. Options: --dtype, --rounds.
+    memory. Options: --dtype, --rounds, --trust-remote-code.
     """
     if plot is not None:
         check_plot(plot)
@@ -125,6 +128,7 @@ def bench(
         "rounds": rounds,
         "seconds": seconds,
         "kernel": kernel,
+        "trust_remote_code": trust_remote_code or None,
         "plot": plot,
     }
     options = {name: value for name, value in given.items() if value not in (None, [])}
@@ -143,7 +147,7 @@ def bench(
 
 
 def _check_options(what: str, given: Mapping[str, Any]) -> None:
-    foreign = [f"--{name}" for name in given if name not in OPTIONS[what]]
+    foreign = [f"--{name.replace('_', '-')}" for name in given if name not in OPTIONS[what]]
     if foreign:
         raise ValueError(
             f"{', '.join(foreign)} does not apply to {what}; MODEL measures servers, MODEL "
@@ -163,7 +167,7 @@ def _directory(model: str | None) -> Iterator[Path]:
         return
     from vllm_atomic_moe.measure.synthetic import make_checkpoint
 
-    with tempfile.TemporaryDirectory(prefix="atomic-moe-") as parent:
+    with tempfile.TemporaryDirectory(prefix="atomic-moe-", ignore_cleanup_errors=True) as parent:
         directory = Path(parent, "synthetic")
         make_checkpoint(directory)
         yield directory
@@ -198,9 +202,7 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
             and c.ratio_low is not None
             and c.ratio_high is not None
         ]
-        plot_layers(points, plot)
-        if not as_json:
-            typer.echo(f"\nwrote {plot}")
+        draw(plot, lambda: plot_layers(points, plot), quiet=as_json)
 
 
 def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json: bool) -> None:
@@ -214,7 +216,10 @@ def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json:
         names=options.get("profile", ()),
         rounds=options.get("rounds", 1),
         plan=ServerPlan(seed=seed),
-        serve_arguments=shlex.split(options.get("serve", "")),
+        serve_arguments=[
+            *shlex.split(options.get("serve", "")),
+            *(["--trust-remote-code"] if "trust_remote_code" in options else []),
+        ],
         progress=status_lines(),
     )
     if as_json:
@@ -229,9 +234,7 @@ def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json:
             for row in report.profiles
             for phase in row.phases
         ]
-        plot_servers(points, plot)
-        if not as_json:
-            typer.echo(f"\nwrote {plot}")
+        draw(plot, lambda: plot_servers(points, plot), quiet=as_json)
 
 
 def _print_servers(report: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,26 @@ import typer
 
 from vllm_atomic_moe.cli.console import (
     check_output,
+    debugging,
     print_json,
     print_table,
     print_warning,
     progress_bar,
 )
 
+Field = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field or column of the files: text, or chat messages, which go through the model's "
+        "template.",
+        show_default="text, else messages",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python files that come with MODEL."),
+]
 SHOWN_EXPERTS = 20
 
 
@@ -28,13 +43,14 @@ def calibrate(
         typer.Option(
             "--data",
             metavar="FILE[:DOMAIN]",
-            help="Text: .txt (one document), .jsonl (field text) or .parquet (column text). "
-            "Repeat for more files; DOMAIN defaults to the file's stem.",
+            help="Text: .txt (one document), .jsonl, .json (a list or lines), each also .gz, or "
+            ".parquet. Repeat for more files; DOMAIN defaults to the file's name.",
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Statistics file to write (or replace).")
     ],
+    field: Field = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows per domain.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     batch_size: Annotated[
@@ -60,6 +76,7 @@ def calibrate(
         str | None,
         typer.Option(metavar="i/N", help="Run this part of the windows only; then `merge`."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a model over text and sum up what the atoms of its experts do.
@@ -72,17 +89,48 @@ def calibrate(
     from vllm_atomic_moe.calibration.collect import CalibrationOptions
     from vllm_atomic_moe.calibration.collect import calibrate as run
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not debugging():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     options = CalibrationOptions(
-        samples, seq_len, batch_size, dtype, device, seed, gradients, shard
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        gradients=gradients,
+        shard=shard,
+        field=field,
+        trust_remote_code=trust_remote_code,
     )
     with progress_bar("reading text and model", "calibrating, windows") as show:
         statistics, warnings = run(model, data, options, show)
-    statistics.write(output)
+    write_statistics(statistics, output)
     for warning in warnings:
         print_warning(warning)
     report(output, statistics, as_json)
+
+
+def write_statistics(statistics: Any, output: Path) -> None:
+    """Write what took long to compute: where `output` has no room, into the temporary directory.
+
+    Raises:
+        ValueError: `output` cannot be written; names the file that was written in its place.
+    """
+    from vllm_atomic_moe.files.plain_files import NotInPlaceError
+    from vllm_atomic_moe.files.tensors import one_line
+
+    try:
+        statistics.write(output)
+    except NotInPlaceError:
+        raise
+    except ValueError as error:
+        rescued = Path(tempfile.mkdtemp(prefix="atomic-moe-"), output.name)
+        statistics.write(rescued)
+        raise ValueError(
+            f"{one_line(error, 140)}; the statistics are in {rescued}: move them"
+        ) from error
 
 
 def report(output: Path, statistics: Any, as_json: bool) -> None:

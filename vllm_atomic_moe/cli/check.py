@@ -56,7 +56,6 @@ def check(
 
 
 def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
-    from vllm_atomic_moe.engine.options import check_profile
     from vllm_atomic_moe.files.profiles import PruningProfile
 
     result: dict[str, Any] = {
@@ -70,7 +69,7 @@ def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
     try:
         profile = PruningProfile.read(file)
         result |= {"name": profile.name, "kept": profile.kept}
-        result |= {"warnings": check_profile(profile, checkpoint), "ok": True}
+        result |= {"warnings": profile.check(checkpoint), "ok": True}
     except ValueError as error:
         text = str(error)
         result["error"] = text if str(file) in text else f"{file}: {text}"

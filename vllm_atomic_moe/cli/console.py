@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+MESSAGE_LENGTH = 300
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -21,6 +25,12 @@ class OneLineErrors(TyperGroup):
     """A refusal anywhere below (ValueError, OSError) is one line on stderr and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        # A path or a name may hold what the terminal's encoding does not.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -30,14 +40,29 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(1) from None
 
 
+def debugging() -> bool:
+    """Whether `atomic-moe --debug` asks for traces and for what libraries log."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().params.get("debug"))
+
+
 def print_error(error: Exception | str) -> None:
     """`error: …` on stderr, one line however the message was laid out."""
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"error: {_one_line(str(error))}", err=True)
 
 
 def print_warning(line: str) -> None:
     """`warning: …` on stderr."""
-    typer.echo(f"warning: {' '.join(line.split())}", err=True)
+    typer.echo(f"warning: {_one_line(line)}", err=True)
+
+
+def _one_line(text: str) -> str:
+    """On one line, and cut in the middle: the place stands first, the remedy last."""
+    line = " ".join(text.split())
+    if len(line) <= MESSAGE_LENGTH:
+        return line
+    tail = MESSAGE_LENGTH // 2
+    return f"{line[: MESSAGE_LENGTH - tail - 3]} … {line[-tail:]}"
 
 
 def print_json(value: Any) -> None:
@@ -130,6 +155,29 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ValueError(f"plot {path}: wanted a name that ends in {', '.join(PLOT_SUFFIXES)}")
     check_output(path)
+
+
+def draw(path: Path, picture: Callable[[], None], quiet: bool = False) -> bool:
+    """Draw a picture; one that fails is a warning, so that what was measured is still shown.
+
+    Args:
+        path: where to.
+        picture: draws and writes it.
+        quiet: do not say that it was written.
+
+    Returns:
+        Whether it was written.
+    """
+    try:
+        picture()
+    except Exception as error:  # matplotlib raises what its parts raise.
+        if debugging():
+            raise
+        print_warning(f"plot {path} was not drawn ({type(error).__name__}: {error})")
+        return False
+    if not quiet:
+        typer.echo(f"\nwrote {path}")
+    return True
 
 
 def show_version(wanted: bool) -> None:

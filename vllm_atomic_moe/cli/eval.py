@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_plot, print_json, print_table, status_lines
+from vllm_atomic_moe.cli.calibrate import Field, TrustRemoteCode
+from vllm_atomic_moe.cli.console import check_plot, draw, print_json, print_table, status_lines
 
 
 def evaluate(
@@ -37,8 +38,10 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Tokens per window.", show_default="the context, 2048 at most"),
     ] = None,
+    field: Field = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows per domain at most.")] = 128,
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -67,6 +70,8 @@ def evaluate(
         seq_len=seq_len,
         samples=samples,
         dtype=dtype,
+        field=field,
+        trust_remote_code=trust_remote_code,
         on_progress=status_lines(),
     )
     if as_json:
@@ -76,17 +81,11 @@ def evaluate(
     if plot is not None:
         from vllm_atomic_moe.measure.plots import PerplexityPoint, plot_perplexity
 
-        plot_perplexity(
-            [
-                PerplexityPoint(
-                    row.method, row.kept, row.perplexity["all"], row.settings, row.profile
-                )
-                for row in rows
-            ],
-            plot,
-        )
-        if not as_json:
-            typer.echo(f"\nwrote {plot}")
+        points = [
+            PerplexityPoint(row.method, row.kept, row.perplexity["all"], row.settings, row.profile)
+            for row in rows
+        ]
+        draw(plot, lambda: plot_perplexity(points, plot), quiet=as_json)
 
 
 def _print(rows: Sequence[Any]) -> None:

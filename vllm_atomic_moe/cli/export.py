@@ -32,10 +32,9 @@ def export(
     answers, and is smaller on disk by what was pruned.
     """
     from vllm_atomic_moe.convert.exporting.export import export as run
-    from vllm_atomic_moe.engine.options import check_profile
 
     with progress_bar("reading headers", "exporting", in_bytes=True) as show:
-        result = run(model, profile, output, check=check_profile, on_progress=show)
+        result = run(model, profile, output, on_progress=show)
     for warning in result.warnings:
         print_warning(warning)
     if as_json:

@@ -7,7 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_plot, print_json, print_table
+from vllm_atomic_moe.cli.console import (
+    check_plot,
+    draw,
+    print_error,
+    print_json,
+    print_table,
+)
 from vllm_atomic_moe.cli.profiles import profile_files, summarize_widths
 from vllm_atomic_moe.files.layouts import atom_bytes
 
@@ -30,18 +36,33 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what profiles keep: widths per layer, and the bytes that saves at 16 bits a weight."""
+    """Show what profiles keep: widths per layer, and the bytes that saves at 16 bits a weight.
+
+    Exit code 1 if a file is unreadable (each is one line on stderr) or the picture was not drawn.
+    """
     if plot is not None:
         check_plot(plot)
     from vllm_atomic_moe.files.profiles import PruningProfile
 
-    read = [(file, PruningProfile.read(file)) for file in profile_files(profiles)]
-    described = [_describe(file, profile) for file, profile in read]
+    read: list[tuple[Path, PruningProfile]] = []
+    described: list[dict[str, Any]] = []
+    left_out: list[ValueError] = []
+    for file in profile_files(profiles):
+        try:
+            profile = PruningProfile.read(file)
+            described.append(_describe(file, profile))
+            read.append((file, profile))
+        except ValueError as error:
+            left_out.append(error)
+    if not read:
+        raise left_out[0]
+    drawn = True
     if plot is not None:
         from vllm_atomic_moe.measure.plots import plot_widths
 
         # Before anything is printed: a reader such as `head` may end the command early.
-        plot_widths([profile for _, profile in read], plot)
+        shown = [profile for _, profile in read]
+        drawn = draw(plot, lambda: plot_widths(shown, plot), quiet=True)
     if as_json:
         print_json({"profiles": described})
     else:
@@ -49,8 +70,12 @@ def show(
             if index:
                 typer.echo()
             _print(description)
-    if plot is not None and not as_json:
+    if plot is not None and drawn and not as_json:
         typer.echo(f"\nwrote {plot}")
+    for reason in left_out:
+        print_error(f"left out: {reason}")
+    if left_out or not drawn:
+        raise typer.Exit(1)
 
 
 def _describe(file: Path, profile: Any) -> dict[str, Any]:

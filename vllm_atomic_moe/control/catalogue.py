@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_atomic_moe.control.errors import AdminError
-from vllm_atomic_moe.engine.options import check_profile, missing_atoms, read_profile
+from vllm_atomic_moe.engine.options import missing_atoms, read_profile
 from vllm_atomic_moe.engine.requests import Served
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
@@ -102,7 +102,7 @@ class Catalogue:
             profile = read_profile(store, name, self._model)
         except OSError as error:  # it vanished meanwhile
             raise ValueError(f"profile {name!r} cannot be read: {error}") from None
-        check_profile(profile, self._model)
+        profile.check(self._model)
         return profile
 
     def _store(self) -> ProfileStore:

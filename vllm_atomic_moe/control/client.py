@@ -22,17 +22,30 @@ class AdminClient:
     Args:
         url: http://host:port, with a path if the server has one.
         key: the admin key, or None.
+        proxy: http:// or https:// URL of a proxy to go through, which then reads the key on the way
+            to an http:// server; None for the server itself.
 
     Raises:
-        ValueError: the URL is not an HTTP URL.
+        ValueError: a URL is not an HTTP URL.
     """
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, proxy: str | None = None) -> None:
         self.url = url.rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"URL {url!r} does not start with http:// or https://")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False)
+        for name, one in (("URL", url), ("proxy", proxy or url)):
+            try:
+                sound = httpx.URL(one).scheme in ("http", "https") and bool(httpx.URL(one).host)
+            except httpx.InvalidURL:
+                sound = False
+            if not sound:
+                raise ValueError(f"{name} {one!r}: wanted http://host:port or https://host:port")
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=ANSWER_TIMEOUT_S,
+            trust_env=False,
+            # Of the environment only certificates (SSL_CERT_FILE, SSL_CERT_DIR).
+            verify=httpx.create_ssl_context(),
+            proxy=proxy,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -51,7 +64,7 @@ class AdminClient:
 
     def profiles(self) -> list[dict[str, Any]]:
         """`GET /atomic/v1/profiles`. Raises as `activate`."""
-        return self._ask("GET", "profiles")["profiles"]
+        return self._ask("GET", "profiles", wanted="profiles")["profiles"]
 
     def activate(self, profile: str, running: str) -> dict[str, Any]:
         """`PUT /atomic/v1/active`.
@@ -69,22 +82,37 @@ class AdminClient:
         """`DELETE /atomic/v1/profiles/{profile}`. Raises as `activate`."""
         return self._ask("DELETE", f"profiles/{profile}")
 
-    def _ask(self, method: str, path: str, **options: Any) -> Any:
+    def _ask(self, method: str, path: str, *, wanted: str = "generation", **options: Any) -> Any:
+        """The content of an answer that has the key `wanted`."""
         try:
             answer = self._client.request(method, f"{self.url}/atomic/v1/{path}", **options)
         except httpx.HTTPError as error:
             raise ValueError(f"{self.url}: {error or type(error).__name__}") from None
         try:
             content = answer.json()
-            if answer.is_success:
-                return content
-            said = f"{content['error']['type']}: {content['error']['message']}"
-        except (ValueError, KeyError, TypeError):
-            said = (
+        except ValueError:  # not JSON, or in another encoding than it says
+            content = None
+        if answer.is_success and isinstance(content, dict) and wanted in content:
+            return content
+        raise ValueError(f"{self.url}: {answer.status_code} {_refusal(answer, content)}")
+
+
+def _refusal(answer: httpx.Response, content: Any) -> str:
+    """What an answer says that is not the one asked for."""
+    error = content.get("error") if isinstance(content, dict) else None
+    if answer.status_code == 404 and (error or {}).get("type", "Not Found") == "Not Found":
+        if content is not None:
+            return (
                 "no admin endpoint here; start the server with "
                 "VLLM_PLUGINS=atomic_moe,atomic_moe_admin"
             )
-        raise ValueError(f"{self.url}: {answer.status_code} {said}")
+    elif isinstance(error, dict) and {"type", "message"} <= error.keys():
+        return f"{error['type']}: {error['message']}"
+    kind = answer.headers.get("content-type", "no content type")
+    return (
+        f"the answer is not of a vLLM server ({kind}, {answer.text[:60]!r}); "
+        "is a proxy or another service at this address?"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +133,12 @@ class ServerResult:
 
 
 @contextmanager
-def fleet(urls: Sequence[str], key: str | None) -> Iterator[list[AdminClient]]:
+def fleet(
+    urls: Sequence[str], key: str | None, proxy: str | None = None
+) -> Iterator[list[AdminClient]]:
     """Clients of several servers, each URL once."""
     with ExitStack() as stack:
-        yield [stack.enter_context(AdminClient(url, key)) for url in dict.fromkeys(urls)]
+        yield [stack.enter_context(AdminClient(url, key, proxy)) for url in dict.fromkeys(urls)]
 
 
 def change_fleet(

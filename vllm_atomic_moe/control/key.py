@@ -23,7 +23,7 @@ def read_key(environment: Mapping[str, str] = os.environ) -> str | None:
         raise ValueError(f"{KEY} and {KEY_FILE} are both set; keep one")
     if path:
         try:
-            key = Path(path).read_text(encoding="utf-8").strip()
+            key = Path(path).read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             raise ValueError(f"{KEY_FILE}: {path} cannot be read ({error})") from None
         if not key:

@@ -161,7 +161,7 @@ def select_profiles(
     for name in names:
         try:
             profile = read_profile(store, name, model)
-            warnings = check_profile(profile, model)
+            warnings = profile.check(model)
         except ValueError as error:
             if name == active or not everything:
                 raise
@@ -218,25 +218,8 @@ def profiles_to_measure(
     wanted = dict.fromkeys(names or store.names())
     chosen = [store.load(name) for name in wanted if name != DENSE]
     for profile in chosen:
-        for warning in check_profile(profile, model):
+        for warning in profile.check(model):
             logger.warning("%s", warning)
     for reason in store.invalid.values():
         logger.warning("left out: %s", reason)
     return [PruningProfile.dense(model), *chosen]
-
-
-def check_profile(profile: PruningProfile, model: CheckpointInfo) -> list[str]:
-    """Everything the server checks about a profile: does it fit, can the router follow it?
-
-    Returns:
-        Warnings, one line each.
-
-    Raises:
-        ValueError: it does not fit, or its routing mask leaves the model's expert groups too few.
-    """
-    warnings = profile.check(model)
-    for layer, routable in profile.routable.items():
-        fault = model.groups and model.groups.fault(routable, model.experts_per_token)
-        if fault:
-            raise ValueError(f"profile {profile.name!r}: layers.{layer}.routable {fault}")
-    return warnings

@@ -29,7 +29,7 @@ from vllm_atomic_moe.engine.compat import (
     cpu_ranks_can_gather,
 )
 from vllm_atomic_moe.experts.backends import Backend
-from vllm_atomic_moe.files.checkpoint import ExpertGroups
+from vllm_atomic_moe.files.router import ExpertGroups
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts

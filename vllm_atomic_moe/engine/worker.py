@@ -22,7 +22,6 @@ from vllm.logger import init_logger
 
 from vllm_atomic_moe.engine.options import (
     ResidentProfiles,
-    check_profile,
     missing_atoms,
     read_profile,
 )
@@ -131,7 +130,7 @@ class RankProfiles:
         """
         model = self._resident.model
         profile = read_profile(ProfileStore(self._directory), name, model)
-        check_profile(profile, model)
+        profile.check(model)
         if profile.digest() != digest:
             raise ValueError(f"profile {name!r}: its file is not the same everywhere, or changed")
         if missing := missing_atoms(profile, self._union):

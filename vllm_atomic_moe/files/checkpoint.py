@@ -9,9 +9,7 @@ Legend: E experts, H hidden size, I full intermediate size, K experts per token,
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,72 +17,39 @@ from typing import Any
 
 import torch
 
+from vllm_atomic_moe.files.agreement import (
+    LayerFacts,
+    check_dense_layers,
+    check_layout,
+    check_routers,
+    count_experts,
+    is_prediction,
+)
+from vllm_atomic_moe.files.config import (
+    experts_per_token,
+    read_config,
+)
 from vllm_atomic_moe.files.export_format import (
     INDEX,
     stored_masks,
     weights_directory,
 )
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
-from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
+from vllm_atomic_moe.files.plain_files import read_json_object
+from vllm_atomic_moe.files.router import (
+    CORRECTION_BIAS,
+    ExpertGroups,
+    RouterIdentity,
+    identify_router,
+    router_names,
+)
+from vllm_atomic_moe.files.tensors import one_line, open_safetensors, safetensors_files
 
 # Files to fetch from a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
     *("*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md"),
 )
-# Inside a MoE block: modules of the router, and the correction bias where it stands beside them.
-ROUTER_MODULES = ("gate.", "router.", "moe_statics.", "e_score_correction_bias", "expert_bias")
-EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-)
-
-# The correction bias among them: it takes part in the choice of experts, not in their weights.
-CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertGroups:
-    """A router that first chooses groups of neighboring experts, then experts inside them.
-
-    Attributes:
-        number: groups; each holds E / number experts.
-        chosen: groups a token may use.
-        biased: a group's score is the sum of its two best scores, correction bias included; without
-            a bias it is the best score.
-    """
-
-    number: int
-    chosen: int
-    biased: bool
-
-    def fault(self, routable_E: torch.Tensor, experts_per_token: int) -> str | None:
-        """What a routing mask leaves too little of, in words; None if every choice is right.
-
-        Groups without routable experts score lowest, so that they are chosen only where fewer than
-        `chosen` others exist. Wrong is a choice of groups that holds fewer than K routable experts
-        (the rest would be pruned ones), and a group whose score counts a pruned expert.
-        """
-        if routable_E.numel() % self.number:
-            return None
-        counts = routable_E.view(self.number, -1).sum(dim=1).tolist()
-        selectable = sorted(count for count in counts if count)
-        if self.biased and len(selectable) > self.chosen and selectable[0] == 1:
-            return (
-                f"leaves {counts} experts in the router's groups, which it scores by their two "
-                "best; keep at least two of a group, or none"
-            )
-        fewest = sum(selectable[: self.chosen])
-        if fewest < experts_per_token:
-            return (
-                f"leaves {counts} experts in the router's groups; the {self.chosen} it chooses may "
-                f"hold {fewest}, a token uses {experts_per_token}: keep at least as many"
-            )
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +63,7 @@ class CheckpointInfo:
         intermediate_size: I, atoms per expert.
         hidden_size: H.
         layers: decoder layer indices that hold routed experts, ascending.
-        router_sha256: SHA-256 (hex) over the router tensors' stored bytes, in layer order.
+        router: what tells its routers from another model's.
         groups: the router's expert groups; None where it chooses among all experts.
         blocks: layer index -> name of its MoE block; its experts are under `{block}.experts.`.
         stored: of an exported checkpoint, layer index -> bool [E, I], the atoms it holds; None for
@@ -111,7 +76,7 @@ class CheckpointInfo:
     intermediate_size: int
     hidden_size: int
     layers: tuple[int, ...]
-    router_sha256: str
+    router: RouterIdentity
     groups: ExpertGroups | None = None
     blocks: Mapping[int, str] = field(default_factory=dict, compare=False)
     stored: Mapping[int, torch.Tensor] | None = field(default=None, compare=False)
@@ -129,18 +94,9 @@ class CheckpointInfo:
             "intermediate_size": self.intermediate_size,
             "hidden_size": self.hidden_size,
             "layers": list(self.layers),
-            "router_sha256": self.router_sha256,
+            "router_sha256": self.router.sha256,
+            "router_sample": list(self.router.sample),
         }
-
-
-@dataclass(slots=True)
-class _Layer:
-    """Facts gathered about one MoE layer while walking the tensor names."""
-
-    block: str
-    experts: set[int] = field(default_factory=set)
-    num_fused: int = 0
-    intermediate_sizes: set[int] = field(default_factory=set)
 
 
 def resolve_model(model: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -150,7 +106,8 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
     fetched, into `cache_dir` or the default cache.
 
     Raises:
-        ValueError: MODEL is neither a directory nor a model the hub (or its cache) has.
+        ValueError: MODEL is neither a directory nor a model the hub (or its cache) has, or the hub
+            cannot be asked (a proxy of the environment that httpx does not take, say).
     """
     if Path(model).is_dir():
         return Path(model)
@@ -172,35 +129,12 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
             f"model {model!r} is neither a directory nor a model on the Hugging Face Hub "
             f"({type(error).__name__}); check the path or the id"
         ) from error
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of the text model, with `architectures` of the outer one.
-
-    Raises:
-        ValueError: the file is missing, not a JSON object, or does not say `hidden_size`.
-    """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a model configuration ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds {type(config).__name__}, wanted a JSON object")
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        config = {**text, "architectures": config.get("architectures", text.get("architectures"))}
-    if not isinstance(config.get("hidden_size"), int):
-        raise ValueError(f"{path}: `hidden_size` is {config.get('hidden_size')!r}, wanted a number")
-    for key, kind, wanted in (
-        ("num_hidden_layers", int, "a number"),
-        ("architectures", list, "a list of names"),
-    ):
-        if config.get(key) is None:
-            config.pop(key, None)
-        elif not isinstance(config[key], kind):
-            raise ValueError(f"{path}: `{key}` is {config[key]!r:.80}, wanted {wanted}")
-    return config
+    except Exception as error:  # httpx: ImportError of a SOCKS library, InvalidURL, ValueError.
+        raise ValueError(
+            f"model {model!r} is not a directory, and the Hugging Face Hub cannot be asked "
+            f"({type(error).__name__}: {one_line(error)}); check the path, or HTTP_PROXY, "
+            "ALL_PROXY and NO_PROXY"
+        ) from error
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -212,9 +146,10 @@ def checkpoint_files(directory: Path) -> list[Path]:
     directory = weights_directory(directory)
     index = directory / INDEX
     if index.is_file():
+        content = read_json_object(index)
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(content["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{index}: no index with a weight_map ({type(error).__name__}); fetch it again"
             ) from None
@@ -222,7 +157,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{index}: names {missing[0]}, which is not there; fetch it again")
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    files = safetensors_files(directory)
     if not files:
         raise ValueError(
             f"{directory}: holds no *.safetensors file; atomic profiles need a safetensors "
@@ -235,35 +170,35 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     """Describe the routed experts of the checkpoint in `directory`.
 
     Raises:
-        ValueError: no routed experts, experts of unequal number or width, no router tensors, or a
-            configuration that does not say how many experts a token uses; an exported checkpoint
-            whose packed rows, offsets and masks do not fit together.
+        ValueError: no routed experts, or in a layout that is not known, or quantized; experts of
+            unequal width, or not as many as the router or config.json say, or in other layers; no
+            router tensors; an exported checkpoint whose packed rows, offsets and masks do not fit
+            together.
     """
     config = read_config(directory)
     where = locate_tensors(directory)
     num_layers = int(config.get("num_hidden_layers", 1 << 30))
     layers = _gather_layers(where, config["hidden_size"], num_layers)
-    if not layers:
-        raise ValueError(
-            f"{directory}: no routed experts among {len(where)} tensors; "
-            "atomic profiles apply to Mixture-of-Experts checkpoints"
-        )
-    num_experts = {layer.num_fused or len(layer.experts) for layer in layers.values()}
+    check_layout(directory, config, where, layers, num_layers)
+    num_experts = count_experts(directory, config, layers)
     sizes = {size for layer in layers.values() for size in layer.intermediate_sizes}
-    if len(num_experts) != 1 or len(sizes) != 1:
+    if len(sizes) != 1:
         raise ValueError(
-            f"{directory}: layers have {sorted(num_experts)} experts of intermediate size "
-            f"{sorted(sizes)}; one number and one size for all layers are supported"
+            f"{directory}: experts of intermediate size {sorted(sizes)}; one size for all layers "
+            "is supported"
         )
+    check_dense_layers(directory, config, layers)
     blocks = {index: layer.block for index, layer in sorted(layers.items())}
+    routers = router_names(where, blocks)
+    check_routers(directory, config, where, routers, num_experts)
     return CheckpointInfo(
         architecture=(config.get("architectures") or ["unknown"])[0],
-        num_experts=num_experts.pop(),
-        experts_per_token=_experts_per_token(config, directory),
+        num_experts=num_experts,
+        experts_per_token=experts_per_token(directory, config),
         intermediate_size=sizes.pop(),
         hidden_size=config["hidden_size"],
         layers=tuple(sorted(layers)),
-        router_sha256=_router_digest(where, layers),
+        router=identify_router(where, [name for names in routers.values() for name in names]),
         groups=_expert_groups(config, where),
         blocks=blocks,
         stored=(
@@ -274,17 +209,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     )
 
 
-def _experts_per_token(config: dict[str, Any], directory: Path) -> int:
-    for key in EXPERTS_PER_TOKEN:
-        if isinstance(config.get(key), int):
-            return config[key]
-    raise ValueError(
-        f"{directory}/config.json: none of {', '.join(EXPERTS_PER_TOKEN)} says how many experts "
-        "a token uses"
-    )
-
-
-def _expert_groups(config: dict[str, Any], where: dict[str, Path]) -> ExpertGroups | None:
+def _expert_groups(config: Mapping[str, Any], where: Mapping[str, Path]) -> ExpertGroups | None:
     number, chosen = config.get("n_group"), config.get("topk_group")
     if not isinstance(number, int) or not isinstance(chosen, int) or number < 2:
         return None
@@ -304,21 +229,27 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     return where
 
 
-def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) -> dict[int, _Layer]:
+def _gather_layers(
+    where: dict[str, Path], hidden_size: int, num_layers: int
+) -> dict[int, LayerFacts]:
     """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`)."""
-    layers: dict[int, _Layer] = {}
+    layers: dict[int, LayerFacts] = {}
     by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
+    parts: dict[int, Counter[str]] = defaultdict(Counter)
     for name, path in where.items():
         tensor = expert_tensor(name)
-        # In every layout one of these shapes says how many experts there are, and their size.
-        if tensor is None or tensor.part not in ("down", "keep"):
+        if tensor is None or tensor.layer >= num_layers or is_prediction(name):
             continue
-        if tensor.layer < num_layers and "mtp" not in name.split("."):
+        parts[tensor.layer][tensor.part] += 1
+        # In every layout one of these shapes says how many experts there are, and their size.
+        if tensor.part in ("down", "keep"):
             by_file[path].append((name, tensor))
     for path, entries in by_file.items():
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
-                layer = layers.setdefault(tensor.layer, _Layer(tensor.block))
+                layer = layers.setdefault(
+                    tensor.layer, LayerFacts(tensor.block, parts=parts[tensor.layer])
+                )
                 if layer.block != tensor.block:
                     raise ValueError(
                         f"layer {tensor.layer}: routed experts under {layer.block} and "
@@ -333,21 +264,3 @@ def _gather_layers(where: dict[str, Path], hidden_size: int, num_layers: int) ->
                 upright = tensor.part == "keep" or rows == hidden_size
                 layer.intermediate_sizes.add(columns if upright else rows)
     return layers
-
-
-def _router_digest(where: dict[str, Path], layers: dict[int, _Layer]) -> str:
-    """SHA-256 over the stored bytes of the router tensors, layers ascending, names ascending."""
-    digest = hashlib.sha256()
-    for index in sorted(layers):
-        block = layers[index].block
-        prefixes = tuple(f"{block}.{module}" for module in ROUTER_MODULES)
-        names = sorted(name for name in where if name.startswith(prefixes))
-        if not names:
-            raise ValueError(
-                f"layer {index}: no router tensor under {block}.gate or {block}.router; "
-                "this architecture's router is not known"
-            )
-        for name in names:
-            stored = read_tensor(where[name], name).contiguous().view(-1).view(torch.uint8)
-            digest.update(stored.numpy().tobytes())
-    return digest.hexdigest()

@@ -9,14 +9,14 @@ Legend: E experts, H hidden size, I full intermediate size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from vllm_atomic_moe.files.layouts import PACKED, PACKED_ROWS, packed_name
-from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
+from vllm_atomic_moe.files.plain_files import read_json_object
+from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor, safetensors_files
 
 EXPORT_DIRECTORY = "atomic_weights"
 EXPORT_FORMAT = "atomic-moe-export"
@@ -42,9 +42,9 @@ def weights_directory(directory: Path) -> Path:
     if not folder.exists():
         return directory
     try:
-        metadata = json.loads((folder / INDEX).read_text())["metadata"]
+        metadata = read_json_object(folder / INDEX)["metadata"]
         found = (metadata["format"], metadata["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: holds no readable {INDEX} of an export ({type(error).__name__}); "
             "export the model again"
@@ -55,7 +55,7 @@ def weights_directory(directory: Path) -> Path:
             f"{EXPORT_FORMAT!r} version {EXPORT_VERSION!r}; was it made by this version of "
             "atomic-moe?"
         )
-    if any(directory.glob("*.safetensors")):
+    if safetensors_files(directory):
         raise ValueError(
             f"{directory}: holds *.safetensors files beside the exported ones in {folder.name}/; "
             "remove either"

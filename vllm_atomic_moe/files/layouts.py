@@ -72,6 +72,13 @@ def expert_tensor(name: str) -> ExpertTensor | None:
     return ExpertTensor(block, layer, _PARTS[match["own"]], expert=int(match["expert"]))
 
 
+def decoder_layer(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to; None if its name has none, or several."""
+    found = _LAYER.findall(name)
+    return int(found[0]) if len(found) == 1 else None
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
 _PARTS = {spelling: part for names in PER_EXPERT for part, spelling in names.items()}
 _FUSED_PARTS = {spelling: part for names in FUSED for part, spelling in names.items()}
 _NAME = re.compile(

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.router import RouterIdentity, differ_by_rounding
 from vllm_atomic_moe.files.tensors import (
     check_format,
     open_safetensors,
+    safetensors_files,
     shorten,
     write_safetensors,
 )
@@ -41,7 +43,6 @@ IDENTITY_KEYS = (
     "intermediate_size",
     "hidden_size",
     "layers",
-    "router_sha256",
 )
 
 
@@ -188,8 +189,8 @@ class PruningProfile:
 
         Raises:
             ValueError: a layer is missing or extra, a mask has the wrong shape, fewer than K
-                experts are routable in a layer, the profile was made for another model, or it keeps
-                atoms that an exported checkpoint does not hold.
+                experts are routable in a layer or too few in the router's groups, the profile was
+                made for another model, or it keeps atoms that an exported checkpoint does not hold.
         """
         found, wanted = tuple(self.keep), model.layers
         if found != wanted:
@@ -218,6 +219,9 @@ class PruningProfile:
                     f"profile {self.name!r}: layers.{layer}.routable leaves {int(routable.sum())} "
                     f"experts, a token uses {model.experts_per_token}; keep at least as many"
                 )
+            fault = model.groups and model.groups.fault(routable, model.experts_per_token)
+            if fault:
+                raise ValueError(f"profile {self.name!r}: layers.{layer}.routable {fault}")
         warnings = self._check_origin(model)
         self._check_stored(model)
         return warnings
@@ -249,7 +253,23 @@ class PruningProfile:
                     f"the model has {shorten(wanted[key])}; "
                     "make a profile for this model (a fine-tuned sibling is another model)"
                 )
-        return []
+        return self._check_router(model.router, origin)
+
+    def _check_router(self, router: RouterIdentity, origin: Mapping[str, Any]) -> list[str]:
+        digest = origin.get("router_sha256", router.sha256)
+        # Version 0.1 wrote the digest of the bytes as they are stored.
+        if digest in (router.sha256, router.stored_sha256):
+            return []
+        if differ_by_rounding(origin.get("router_sample"), list(router.sample)):
+            return [
+                f"profile {self.name!r}: the model's router differs by rounding only from the one "
+                "it was made for, as in a copy in another dtype; its masks fit"
+            ]
+        raise ValueError(
+            f"profile {self.name!r}: made for router_sha256 {shorten(digest)}, the model has "
+            f"{shorten(router.sha256)}; make a profile for this model (a fine-tuned sibling is "
+            "another model)"
+        )
 
 
 class ProfileStore:
@@ -273,7 +293,7 @@ class ProfileStore:
                 f"profile directory {directory} does not exist; make profiles with "
                 "`atomic-moe prune`, or name another directory"
             )
-        for path in sorted(directory.glob("*.safetensors")):
+        for path in safetensors_files(directory):
             try:
                 with open_safetensors(path) as (metadata, _):
                     name = _check_header(path, metadata)

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from vllm_atomic_moe.files.plain_files import NotInPlaceError, allow_reading, check_not_pointer
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def open_safetensors(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
         with safe_open(path, framework="pt") as file:
             yield dict(file.metadata() or {}), file
     except (SafetensorError, OSError, RuntimeError, UnicodeDecodeError) as error:
+        check_not_pointer(path)
         raise ValueError(
             f"{path}: not a complete safetensors file ({one_line(error)}); copy or make it again"
         ) from None
@@ -46,26 +49,62 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
+def safetensors_files(directory: Path) -> list[Path]:
+    """The safetensors files in a directory, by name; hidden ones (`._x` of macOS) are not ours."""
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+
+
 def write_safetensors(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path
 ) -> None:
-    """Write a safetensors file, complete or not at all, with mode 0644."""
+    """Write a safetensors file, complete or not at all, with mode 0644 where modes can be set.
+
+    Raises:
+        ValueError: it cannot be written; one line with the path.
+    """
     with replaced_file(path) as temporary:
         save_file(dict(tensors), temporary, metadata=dict(metadata))
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` at the end, with mode 0644, or is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """A file to write that takes the place of `path` at the end, with mode 0644, or is gone.
+
+    What was written completely and cannot take that place stays, and the error names it.
+
+    Raises:
+        ValueError: it cannot be written.
+        NotInPlaceError: it cannot take the place of `path`.
+    """
     try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError | SafetensorError):
+            raise _cannot_write(path, error) from None
+        raise
+    allow_reading(temporary)
+    try:
         os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise NotInPlaceError(
+            f"{path}: cannot be replaced ({error.strerror}); what was to be there is complete in "
+            f"{temporary}: move it"
+        ) from None
+
+
+def _cannot_write(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: cannot be written ({one_line(error)}); make room, or name another place"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +163,7 @@ def stream_safetensors(
                     "was the checkpoint changed meanwhile?"
                 )
         file.flush()
-        os.fchmod(file.fileno(), 0o644)
+        allow_reading(file.fileno())
         os.fsync(file.fileno())
 
 
@@ -251,10 +290,10 @@ def check_tensor(
         )
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, limit: int = 160) -> str:
     """The message of `error` on one line, cut to a readable length."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def shorten(value: Any, limit: int = 80) -> str:

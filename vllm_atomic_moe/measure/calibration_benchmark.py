@@ -23,14 +23,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_atomic_moe.calibration.accumulator import sum_of_squares
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import ExpertRows, find_experts, observe
+from vllm_atomic_moe.calibration.model import check_model_code, load_model
 from vllm_atomic_moe.calibration.text import CalibrationText
-from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint, read_config
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.config import read_config
 from vllm_atomic_moe.measure.server_report import Spread
 
 PAPER = "two forwards"
@@ -50,6 +52,7 @@ class CalibrationPlan:
         seq_len: S.
         rounds: how often every way runs.
         seed: of the tokens.
+        trust_remote_code: whether Python files of the model's directory may run.
     """
 
     dtype: str = "bfloat16"
@@ -57,6 +60,7 @@ class CalibrationPlan:
     seq_len: int = 512
     rounds: int = 3
     seed: int = 0
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ def measure_calibration(
     Raises:
         ValueError: the model or the windows are refused, or memory ran out.
     """
+    check_model_code(model, plan.trust_remote_code)
     context = read_config(model).get("max_position_embeddings", plan.seq_len)
     if plan.seq_len > context:
         raise ValueError(
@@ -158,7 +163,7 @@ def _run(directory: Path, way: str, plan: CalibrationPlan) -> CalibrationRun:
     """One way in this process."""
     disable_progress_bar()
     info = describe_checkpoint(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, plan.dtype))
+    model = load_model(directory, plan.dtype, {"": "cpu"}, plan.trust_remote_code)
     generator = torch.Generator().manual_seed(plan.seed)
     windows = torch.randint(
         model.config.vocab_size,

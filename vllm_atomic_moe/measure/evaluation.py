@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,12 +20,17 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_data
+from vllm_atomic_moe.calibration.model import ALL_OF_IT, check_tokenizer_code, load_tokenizer
+from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_files
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
-from vllm_atomic_moe.files.checkpoint import describe_checkpoint, read_config, resolve_model
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.config import read_config
 from vllm_atomic_moe.files.layouts import atom_bytes
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
+from vllm_atomic_moe.files.tensors import one_line
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL_DOMAINS = "all"
 MAX_SEQ_LEN = 2048
@@ -99,6 +105,8 @@ def evaluate(
     seq_len: int | None = None,
     samples: int = 128,
     dtype: str = "auto",
+    field: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Progress = lambda done, total, name: None,
 ) -> list[Row]:
     """Measure the dense model and every profile on the same text.
@@ -111,14 +119,15 @@ def evaluate(
         seq_len: tokens per window; None stands for the model's context, 2048 at most.
         samples: windows per domain at most, drawn with seed 0.
         dtype: as vLLM's --dtype.
+        field: field or column of the data files; None for `text`, else `messages`.
+        trust_remote_code: whether Python files of the model's directory may run.
         on_progress: called before every row and at the end.
 
     Raises:
-        ValueError: text, model, profile or sequence length is refused, before any engine starts.
+        ValueError: text, model, profile or sequence length is refused, before any engine starts;
+            or vLLM fails.
     """
-    from transformers import AutoTokenizer
-
-    files = [parse_data(argument) for argument in data]
+    files = parse_files(data)
     if any(file.domain == ALL_DOMAINS for file in files):
         raise ValueError(
             f"domain {ALL_DOMAINS!r} stands for all text together; give the file's domain another "
@@ -129,14 +138,27 @@ def evaluate(
     store = ProfileStore(Path(profiles or directory / "atomic_profiles"))
     chosen = profiles_to_measure(store, checkpoint, names)
     length = _window_length(read_config(directory), seq_len)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    text = draw_windows(files, tokenizer, length, samples, seed=0)
+    check_tokenizer_code(directory, trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code)
+    text = draw_windows(files, tokenizer, length, samples, 0, field)
+    for warning in text.warnings:
+        logger.warning("%s", warning)
 
     rows: list[Row] = []
     for profile in chosen:
         on_progress(len(rows), len(chosen), profile.name)
         options: dict[str, Any] = {} if profile.name == DENSE else _load_options(store, profile)
-        scores, itemsize = _score(directory, text, dtype=dtype, max_model_len=length + 1, **options)
+        options |= {"dtype": dtype, "max_model_len": length + 1}
+        try:
+            scores, itemsize = _score(
+                directory, text, trust_remote_code=trust_remote_code, **options
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # vLLM raises what its parts raise.
+            raise ValueError(
+                f"{profile.name}: vLLM fails ({type(error).__name__}: {one_line(error)}){ALL_OF_IT}"
+            ) from error
         kept_bytes = profile.kept_atoms * atom_bytes(checkpoint.hidden_size, itemsize)
         rows.append(_summarize(profile, kept_bytes, scores))
     on_progress(len(rows), len(chosen), "")

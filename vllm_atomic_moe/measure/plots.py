@@ -276,6 +276,14 @@ def _median(group: Sequence[PerplexityPoint]) -> float:
     return statistics.median(point.perplexity for point in group)
 
 
+def _verbatim(label: str) -> str:
+    """A label that matplotlib shows as it is: no formula between dollars, none left out.
+
+    Legends leave out what begins with an underscore, so a space without width stands before it.
+    """
+    return ("\u200b" if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
 def _draw_method(
     panel: Any,
     method: str,
@@ -298,7 +306,7 @@ def _draw_method(
         marker=marker,
         markersize=6,
         markevery=range(len(start), len(start) + len(kept)),
-        label=method or "method not known",
+        label=_verbatim(method or "method not known"),
         zorder=3,
     )
     if lowest != highest:

@@ -30,7 +30,14 @@ from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
 from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoint
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
-from vllm_atomic_moe.measure.server_process import HOST, Server, failure_in, free_port, running
+from vllm_atomic_moe.measure.server_process import (
+    HOST,
+    Server,
+    asking_directly,
+    failure_in,
+    free_port,
+    running,
+)
 from vllm_atomic_moe.measure.server_report import (
     Changes,
     Latency,
@@ -107,7 +114,7 @@ def measure_servers(
         for profile in chosen:
             runs.append(bench.run(profile.name, number, report))
     progress(steps, steps, "")
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
     return ServerReport(
         model=str(model),
         serve_arguments=tuple(serve_arguments),
@@ -231,6 +238,7 @@ class _Bench:
             "result-filename": result.name,
         }
         flags = [f"--{name}={value}" for name, value in options.items()]
+        flags += [flag for flag in self.serve_arguments if flag == "--trust-remote-code"]
         done = subprocess.run(
             [*VLLM, "bench", "serve", *flags, "--ignore-eos", "--save-result", "--disable-tqdm"],
             capture_output=True,
@@ -251,7 +259,11 @@ class _Bench:
 
 def _environment() -> dict[str, str]:
     # The figures stand in vLLM's INFO lines, whatever this process itself logs.
-    return {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1"}
+    return {
+        **asking_directly(os.environ),
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_CONFIGURE_LOGGING": "1",
+    }
 
 
 def _loading(server: Server) -> tuple[float, int, int]:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOST = "127.0.0.1"
+# Through no proxy of the environment.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 POLL_S = 0.1
 SAMPLE_S = 0.025
 END_TIMEOUT_S = 30.0
@@ -78,6 +80,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def asking_directly(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for child processes that ask servers on this machine: through no proxy."""
+    hosts = [environment.get("NO_PROXY") or environment.get("no_proxy", ""), HOST, "localhost"]
+    without = ",".join(filter(None, hosts))
+    return {**environment, "NO_PROXY": without, "no_proxy": without}
+
+
 @contextmanager
 def running(
     command: Sequence[str],
@@ -127,7 +136,7 @@ def _wait_until_healthy(server: Server, deadline: float) -> None:
                 f"the server ended with code {code} before it was healthy: "
                 f"{failure_in(server.log.read_text(errors='replace'))} (log: {server.log})"
             )
-        with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5):
+        with suppress(OSError), DIRECT.open(f"{server.url}/health", timeout=5):
             return
         time.sleep(POLL_S)
     raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vllm_atomic_moe.files.router import RouterNeeds
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.budget import check_ratio, prune_atoms
 from vllm_atomic_moe.scoring.camera import score_camera
@@ -39,11 +40,12 @@ class Method:
 
     Attributes:
         score_layer: (sums of the layer, layer index, **options) -> LayerScores.
-        select: (LayerScores by layer, ratio, K, **selection) -> Masks.
+        select: (LayerScores by layer, ratio, **selection) -> Masks; with `whole_experts`,
+            (LayerScores by layer, ratio, RouterNeeds, **selection) -> Masks.
         options: options of `score_layer` with their defaults; a method that has `allow_unseen`
             protects experts with few tokens unless it is set.
         selection: options of `select` with their defaults.
-        whole_experts: it removes whole experts, and K of a layer must stay.
+        whole_experts: it removes whole experts, and the router must be left what it needs.
     """
 
     score_layer: Callable[..., LayerScores]
@@ -122,7 +124,7 @@ def select_masks(
     method: str,
     scores: Mapping[int, LayerScores],
     ratio: float,
-    experts_per_token: int,
+    router: RouterNeeds,
     options: Mapping[str, Any],
 ) -> Masks:
     """The masks that remove `ratio` of the atoms (or experts) by the method's rule.
@@ -131,7 +133,7 @@ def select_masks(
         method: the method that made the scores.
         scores: not modified.
         ratio: 0 <= ratio < 1.
-        experts_per_token: K, the fewest experts that a layer may route to.
+        router: what must stay where experts go whole.
         options: what `selection_options` returned.
 
     Raises:
@@ -144,7 +146,9 @@ def select_masks(
         if of_layer.has_nan():
             raise ValueError(f"layers.{layer}.score holds NaN; calibrate and score again")
     ordered = dict(sorted(scores.items()))
-    return METHODS.get(method, FOREIGN).select(ordered, ratio, experts_per_token, **options)
+    kind = METHODS.get(method, FOREIGN)
+    needs = (router,) if kind.whole_experts else ()
+    return kind.select(ordered, ratio, *needs, **options)
 
 
 def _override(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

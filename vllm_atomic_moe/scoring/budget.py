@@ -20,17 +20,15 @@ SCOPES = ("global", "layer", "expert")
 def prune_atoms(
     scores: Mapping[int, LayerScores],
     ratio: float,
-    experts_per_token: int,
     scope: str = "global",
     align: int = 1,
     min_width: int = 0,
 ) -> Masks:
-    """Remove the atoms with the lowest scores.
+    """Remove the atoms with the lowest scores; an expert without any stays routable.
 
     Args:
         scores: layer index -> scores, layers ascending; not modified.
         ratio: fraction of atoms to remove; round(ratio · atoms) go, counted by `scope`.
-        experts_per_token: not used; a narrow expert stays routable.
         scope: "global", all layers compete; "layer", every layer loses the same; "expert", every
             expert does.
         align: every width becomes a multiple of it (see `align_widths`).

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.router import ExpertGroups, RouterNeeds
 from vllm_atomic_moe.files.statistics import FORMAT as STATISTICS_FORMAT
 from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.files.tensors import open_safetensors, shorten
@@ -109,18 +110,32 @@ def make_profile(
             met, or the name is not allowed.
     """
     options = selection_options(scores.method, given)
-    experts_per_token = scores.calibration.get("experts_per_token")
-    if not isinstance(experts_per_token, int):
-        if METHODS.get(scores.method, FOREIGN).whole_experts:
-            raise ValueError(
-                f"calibration metadata `experts_per_token` is {shorten(experts_per_token)}, wanted "
-                f"how many experts of a layer {scores.method} must leave; score again"
-            )
-        experts_per_token = 1
-    masks = select_masks(scores.method, scores.layers, ratio, experts_per_token, options)
+    masks = select_masks(scores.method, scores.layers, ratio, _router_needs(scores), options)
     name = name or f"{scores.method}-{ratio * 100:g}"
     profile = PruningProfile(name, masks.keep, masks.routable)
     metadata = {"ratio": str(ratio), "kept": str(profile.kept), **scores.metadata()}
     if options:
         metadata["selection"] = json.dumps(options)
     return replace(profile, metadata=metadata)
+
+
+def _router_needs(scores: Scores) -> RouterNeeds:
+    """What calibration noted of the router; methods that prune atoms do without.
+
+    Statistics of version 0.1 do not tell groups; `atomic-moe check` tells what they lack.
+    """
+    top_k, told = (scores.calibration.get(key) for key in ("experts_per_token", "expert_groups"))
+    if not METHODS.get(scores.method, FOREIGN).whole_experts:
+        return RouterNeeds(1)
+    if not isinstance(top_k, int):
+        raise ValueError(
+            f"calibration metadata `experts_per_token` is {shorten(top_k)}, wanted how many "
+            f"experts of a layer {scores.method} must leave; score again"
+        )
+    try:
+        return RouterNeeds(top_k, None if told is None else ExpertGroups(**told))
+    except TypeError:
+        raise ValueError(
+            f"calibration metadata `expert_groups` is {shorten(told)}, which no calibration "
+            "writes; calibrate again"
+        ) from None

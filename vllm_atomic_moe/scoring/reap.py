@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.files.router import RouterNeeds
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 
@@ -25,16 +26,16 @@ def score_reap(sums: LayerSums, layer: int) -> LayerScores:
 
 
 def prune_reap(
-    scores: Mapping[int, LayerScores], ratio: float, experts_per_token: int, scope: str = "global"
+    scores: Mapping[int, LayerScores], ratio: float, router: RouterNeeds, scope: str = "global"
 ) -> Masks:
-    """Remove the experts with the lowest scores; every layer keeps at least K.
+    """Remove the experts with the lowest scores; every layer keeps what its router needs.
 
     Of equal scores the one in the lower layer, then the lower expert goes first.
 
     Args:
         scores: layer index -> scores, layers ascending; not modified.
         ratio: fraction of experts to remove; round(ratio · experts) go, counted by `scope`.
-        experts_per_token: K.
+        router: what must stay.
         scope: "global", all layers compete; or "layer", every layer loses the same.
 
     Raises:
@@ -43,30 +44,30 @@ def prune_reap(
     experts = {layer: of_layer.atoms[:, 0] for layer, of_layer in scores.items()}
     size = next(iter(scores.values())).atoms.shape[1]
     if scope == "global":
-        return Masks.whole(_remove(experts, ratio, experts_per_token), size)
+        return Masks.whole(_remove(experts, ratio, router), size)
     if scope == "layer":
         routable: dict[int, torch.Tensor] = {}
         for layer, score_E in experts.items():
-            routable |= _remove({layer: score_E}, ratio, experts_per_token)
+            routable |= _remove({layer: score_E}, ratio, router)
         return Masks.whole(routable, size)
     raise ValueError(f"scope {scope!r}: experts go whole; wanted global or layer")
 
 
 def _remove(
-    experts: Mapping[int, torch.Tensor], ratio: float, at_least: int
+    experts: Mapping[int, torch.Tensor], ratio: float, router: RouterNeeds
 ) -> dict[int, torch.Tensor]:
     """Routable experts, bool [E] per layer."""
-    order = torch.cat([score.argsort(stable=True).argsort() for score in experts.values()])
     counts = [score.numel() for score in experts.values()]
-    # The `at_least` best of every layer stay: rank from the top, within the layer.
-    from_top = torch.repeat_interleave(torch.tensor(counts), torch.tensor(counts)) - order
-    fixed = from_top <= at_least
-    count = round(ratio * sum(counts))
-    if count > int((~fixed).sum()):
+    # Of equal scores the lower expert goes first, so the best are the last of the ascending order.
+    fixed = torch.cat(
+        [router.must_stay(score.argsort(stable=True).flip(0)) for score in experts.values()]
+    )
+    count, removable = round(ratio * sum(counts)), int((~fixed).sum())
+    if count > removable:
         raise ValueError(
-            f"ratio {ratio} removes {count} of {sum(counts)} experts, and {at_least} of every "
-            f"layer must stay because a token uses so many; use at most "
-            f"{int((~fixed).sum()) / sum(counts):.4g}"
+            f"ratio {ratio} removes {count} of {sum(counts)} experts, and "
+            f"{int(fixed.sum())} must stay for the router's choice of "
+            f"{router.experts_per_token} a token; use at most {removable / sum(counts):.4g}"
         )
     keep = torch.ones(sum(counts), dtype=torch.bool)
     flat = torch.cat(list(experts.values())).masked_fill(fixed, torch.inf)

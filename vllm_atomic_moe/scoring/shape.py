@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_atomic_moe.files.router import RouterNeeds
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 
@@ -45,8 +46,10 @@ def score_shape(sums: LayerSums, layer: int) -> LayerScores:
     return LayerScores.whole(phi_E / phi_E.sum().clamp_min(torch.finfo(phi_E.dtype).tiny), size)
 
 
-def prune_shape(scores: Mapping[int, LayerScores], ratio: float, experts_per_token: int) -> Masks:
-    """Per layer the shortest prefix, by φ, that reaches α of the layer's total; at least K experts.
+def prune_shape(scores: Mapping[int, LayerScores], ratio: float, router: RouterNeeds) -> Masks:
+    """Per layer the shortest prefix, by φ, that reaches α of the layer's total.
+
+    What the router needs stays as well.
 
     The one α of all layers is the one at which 1 − `ratio` of all experts stay. An expert joins its
     layer's prefix as soon as α exceeds what those before it sum up to; so sorting the experts of
@@ -56,7 +59,7 @@ def prune_shape(scores: Mapping[int, LayerScores], ratio: float, experts_per_tok
     Args:
         scores: layer index -> scores, layers ascending; not modified.
         ratio: fraction of experts to remove.
-        experts_per_token: K.
+        router: what must stay.
 
     Raises:
         ValueError: more experts would have to go than may.
@@ -69,17 +72,17 @@ def prune_shape(scores: Mapping[int, LayerScores], ratio: float, experts_per_tok
         before_E = phi_E[order_E].cumsum(0) - phi_E[order_E]
         # A layer whose scores are all zero is reached by the empty prefix.
         joins_E = before_E / phi_E.sum() if phi_E.sum() > 0 else torch.ones_like(before_E)
-        joins_E[:experts_per_token] = -1
+        joins_E[router.must_stay(order_E)[order_E]] = -1
         joins.append(joins_E)
         orders.append(order_E)
     joins_LE = torch.stack(joins)
     wanted = joins_LE.numel() - round(ratio * joins_LE.numel())
-    least = len(joins) * experts_per_token
+    least = int((joins_LE == -1).sum())
     if wanted < least:
         raise ValueError(
-            f"ratio {ratio} leaves {wanted} of {joins_LE.numel()} experts, and "
-            f"{experts_per_token} of every layer must stay because a token uses so many; use at "
-            f"most {1 - least / joins_LE.numel():.4g}"
+            f"ratio {ratio} leaves {wanted} of {joins_LE.numel()} experts, and {least} must stay "
+            f"for the router's choice of {router.experts_per_token} a token; use at most "
+            f"{1 - least / joins_LE.numel():.4g}"
         )
     stays = torch.zeros(joins_LE.numel(), dtype=torch.bool)
     stays[joins_LE.flatten().argsort(stable=True)[:wanted]] = True

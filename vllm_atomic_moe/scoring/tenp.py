@@ -38,7 +38,6 @@ def score_tenp(sums: LayerSums, layer: int) -> LayerScores:
 def prune_tenp(
     scores: Mapping[int, LayerScores],
     ratio: float,
-    experts_per_token: int,
     alpha: float | None = None,
     trapezoid: str = "1:2",
     align: int = 1,
@@ -52,7 +51,6 @@ def prune_tenp(
     Args:
         scores: layer index -> scores with `experts`, layers ascending; not modified.
         ratio: fraction of atoms to remove.
-        experts_per_token: not used; a narrow expert stays routable.
         alpha: fraction of all experts that stay whole, 0 <= α <= ρ; None stands for ρ/2.
         trapezoid: FIRST:LAST, how many whole experts the first and the last layer get in
             proportion, linear between.

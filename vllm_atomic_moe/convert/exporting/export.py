@@ -47,6 +47,7 @@ from vllm_atomic_moe.files.export_format import (
     packed_offsets,
 )
 from vllm_atomic_moe.files.layouts import PACKED_ROWS, packed_name
+from vllm_atomic_moe.files.plain_files import allow_reading
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.tensors import StreamedTensor, stream_safetensors
 
@@ -56,9 +57,6 @@ WEIGHT_FILES = re.compile(
     r"|.*\.(safetensors|bin|h5|msgpack)\.index\.json"
 )
 FOLDERS_LEFT_OUT = ("original", "onnx", "atomic_profiles", EXPORT_DIRECTORY)
-
-Check = Callable[[PruningProfile, CheckpointInfo], list[str]]
-"""Returns warnings; raises ValueError."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
@@ -92,7 +90,6 @@ def export(
     profile: Path,
     output: Path,
     *,
-    check: Check = PruningProfile.check,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress = lambda done, total: None,
 ) -> ExportResult:
@@ -102,7 +99,6 @@ def export(
         model: a local directory or a Hugging Face id; it may be an export itself.
         profile: the profile file.
         output: the directory to make; an export of the same model and profile is replaced.
-        check: what the profile must pass.
         shard_bytes: size of a shard at most, unless one tensor is larger.
         on_progress: called after every piece written.
 
@@ -115,7 +111,7 @@ def export(
     check_place(directory, output)
     info = describe_checkpoint(directory)
     chosen = PruningProfile.read(profile)
-    warnings = check(chosen, info)
+    warnings = chosen.check(info)
     with Shards(directory) as source:
         tensors = plan_tensors(source, info, chosen)
         files = plan_files(directory, profile, chosen.name)
@@ -293,5 +289,5 @@ def _write_file(path: Path, content: bytes | Path) -> None:
         else:
             file.write(content)
         file.flush()
-        os.fchmod(file.fileno(), 0o644)
+        allow_reading(file.fileno())
         os.fsync(file.fileno())

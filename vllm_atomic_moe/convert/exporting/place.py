@@ -2,13 +2,12 @@
 
 An export is built in a hidden directory beside its place and renamed when it is complete. A lock on
 the hidden directory keeps two exports to one place apart and ends with the process, so that what a
-killed export leaves is known for what it is, and cleared away by the next.
+killed export leaves is known for what it is, and cleared away by the next. On a mount without locks
+(some NFS and Lustre) nothing keeps them apart.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,9 @@ import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY, INDEX
+from vllm_atomic_moe.files.plain_files import NotInPlaceError, allow_reading, lock, read_json_object
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.tensors import one_line
 
 SHARD = re.compile(rf"{EXPORT_DIRECTORY}/model-\d+-of-\d+\.safetensors")
 
@@ -67,7 +68,7 @@ def check_replaced(
         found = None
     if found is None or found.stored is None:
         raise ValueError(f"output {output} holds something that is not a finished export; {remedy}")
-    index = json.loads((output / EXPORT_DIRECTORY / INDEX).read_text())
+    index = read_json_object(output / EXPORT_DIRECTORY / INDEX)
     name = index["metadata"].get("profile")
     if found != info or name != profile.name or not _equal(found.stored, profile.keep):
         raise ValueError(
@@ -114,24 +115,42 @@ def working_directory(output: Path) -> Iterator[Path]:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _move_back(output)
         yield work
-    except BaseException:
+    except NotInPlaceError:
+        _move_back(output)
+        raise
+    except BaseException as error:
         _move_back(output)
         shutil.rmtree(work, ignore_errors=True)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
+        if isinstance(error, OSError) and str(error.filename or work).startswith(str(work)):
+            raise ValueError(
+                f"output {output}: cannot be written ({one_line(error)}); make room, or name a "
+                "directory elsewhere"
+            ) from error
         raise
     finally:
         os.close(handle)
 
 
 def publish(work: Path, output: Path) -> None:
-    """Rename `work` to `output`; an earlier export there goes when the new one is in its place."""
-    work.chmod(0o755)
-    if output.exists():
-        shutil.rmtree(_aside(output), ignore_errors=True)
-        output.rename(_aside(output))
-    work.rename(output)
+    """Rename `work` to `output`; an earlier export there goes when the new one is in its place.
+
+    Raises:
+        NotInPlaceError: it cannot be renamed; `work` is complete and stays.
+    """
+    allow_reading(work, 0o755)
+    try:
+        if output.exists():
+            shutil.rmtree(_aside(output), ignore_errors=True)
+            output.rename(_aside(output))
+        work.rename(output)
+    except OSError as error:
+        raise NotInPlaceError(
+            f"output {output}: the export is complete, but {work} cannot be renamed to it "
+            f"({error.strerror}); move it there"
+        ) from error
     shutil.rmtree(_aside(output), ignore_errors=True)
 
 
@@ -142,7 +161,7 @@ def _lock(work: Path, output: Path) -> int:
         with suppress(FileNotFoundError):
             handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, wait=False)
                 # Its owner may just have finished: then the directory is `output` by now.
                 if os.path.samestat(os.fstat(handle), os.stat(work)):
                     return handle
@@ -154,6 +173,8 @@ def _lock(work: Path, output: Path) -> int:
                 ) from None
             except BaseException:
                 os.close(handle)
+                with suppress(OSError):
+                    work.rmdir()
                 raise
             os.close(handle)
 

@@ -25,6 +25,7 @@ from vllm_atomic_moe.convert.importing.pruned_experts import read_pruned_experts
 from vllm_atomic_moe.convert.importing.ranked import read_ranked
 from vllm_atomic_moe.convert.importing.shape import read_shape
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.plain_files import check_not_pointer
 from vllm_atomic_moe.files.profiles import DENSE, PruningProfile
 from vllm_atomic_moe.files.tensors import shorten
 from vllm_atomic_moe.scoring.budget import check_ratio
@@ -89,6 +90,7 @@ def import_profile(
     _check_ratio(format_name, kind, ratio)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
+    check_not_pointer(path)
     name = name or _default_name(path, ratio)
     masks = kind.read(path, model, ratio) if kind.needs_ratio else kind.read(path, model)
     profile = PruningProfile(name, masks.keep, masks.routable)

@@ -15,7 +15,6 @@ import ctypes
 import functools
 import logging
 import mmap
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -194,23 +193,3 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
     if size > 0:  # only advice: what the kernel answers does not matter
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-
-
-def main() -> int:
-    """Build every variant for this architecture, so that no compiler is needed later.
-
-    Returns:
-        0, or 1 where none was built; an old compiler may not know the newest variant.
-    """
-    built = 0
-    for variant in cpu_library.variants_of_machine():
-        try:
-            print(cpu_library.build(variant))
-            built += 1
-        except VariantError as reason:
-            print(f"{variant.name}: {reason}", file=sys.stderr)
-    return 0 if built else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,6 @@ expert, W words.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 import torch
 
 from vllm_atomic_moe.experts.packing import PROJECTIONS, SLOTS, Projection
+from vllm_atomic_moe.files.plain_files import allow_reading, lock
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
@@ -167,15 +167,15 @@ def build(variant: Variant, again: bool = False) -> Path:
         if library.exists() and not again:
             return library
         # Many workers start at once: one compiles, the others wait for it.
-        with open(library.with_suffix(".lock"), "a", opener=_open_no_link) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(library.with_suffix(".lock"), "a", opener=_open_no_link) as turn:
+            lock(turn.fileno())
             if again or not library.exists():
                 with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                     built = Path(directory) / library.name
                     _compile(
                         [*compiler, *flags, *include, str(SOURCES[0]), "-o", str(built), *openmp]
                     )
-                    built.chmod(0o755)
+                    allow_reading(built, 0o755)
                     built.replace(library)
     except OSError as error:
         raise VariantError(

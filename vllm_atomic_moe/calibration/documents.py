@@ -1,0 +1,163 @@
+"""Files of text: plain, JSON, lines of JSON, parquet, compressed or not -> documents."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from vllm_atomic_moe.files.plain_files import check_not_pointer
+from vllm_atomic_moe.files.tensors import one_line
+
+# Each of the first three also with .gz behind it; upper case or lower.
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+FIELDS = ("text", "messages")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def split_name(path: Path) -> tuple[str, str, bool]:
+    """Stem, suffix in lower case, and whether the file is compressed."""
+    name = Path(path.name)
+    compressed = name.suffix.lower() == ".gz"
+    if compressed:
+        name = Path(name.stem)
+    suffix = name.suffix.lower()
+    # There is no such thing as a compressed parquet file: parquet compresses itself.
+    known = suffix in SUFFIXES and not (compressed and suffix == ".parquet")
+    return (name.stem, suffix, compressed) if known else (path.stem, "", False)
+
+
+def read_documents(
+    path: Path, tokenizer: Any = None, field: str | None = None
+) -> Iterator[str | None]:
+    """Documents of a file: a .txt is one, else one per line, entry or row; None without text.
+
+    Args:
+        path: the file, with one of SUFFIXES.
+        tokenizer: whose chat template turns a list of messages into text.
+        field: field or column to read; None stands for the first of FIELDS that is there.
+
+    Raises:
+        ValueError: a Git LFS pointer, not UTF-8, broken JSON, gzip or parquet, no such field, or
+            something else in it.
+    """
+    check_not_pointer(path)
+    _, suffix, _ = split_name(path)
+    try:
+        if suffix == ".txt":
+            with _open_text(path) as file:
+                yield file.read()
+            return
+        records = _read_parquet(path, field) if suffix == ".parquet" else _read_json(path)
+        for place, record in records:
+            yield _document(record, field, tokenizer, f"{path}: {place}")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {error.start} of what was read; convert it"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a complete gzip file ({error}); fetch it again") from None
+
+
+def _open_text(path: Path) -> IO[str]:
+    """A text file, compressed or not; a byte order mark is dropped."""
+    opened = gzip.open if split_name(path)[2] else open
+    return opened(path, "rt", encoding="utf-8-sig")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and record: the entries of a file that is one list, else one record per line."""
+    with _open_text(path) as file:
+        head = file.read(4096)
+        file.seek(0)
+        if split_name(path)[1] == ".json" and head.lstrip().startswith("["):
+            try:
+                entries = json.load(file)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: not a JSON list ({error})") from None
+            yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+
+
+def _document(record: Any, field: str | None, tokenizer: Any, place: str) -> str | None:
+    """The text of one record; None if it is null."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is a {type(record).__name__}, wanted an object with a text")
+    name = next((name for name in ((field,) if field else FIELDS) if name in record), None)
+    if name is None:
+        there = ", ".join(map(str, record))[:100] or "none"
+        raise ValueError(
+            f"{place} has no field `{field or FIELDS[0]}`; its fields are {there}: name one with "
+            "--field"
+        )
+    value = record[name]
+    if isinstance(value, list) and value:
+        value = _render_chat(value, tokenizer, f"{place}, `{name}`")
+    if value is None or value == []:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{place}: `{name}` is a {type(value).__name__}, wanted a string or a list of messages"
+        )
+    return LONE_SURROGATE.sub("\ufffd", value)
+
+
+def _render_chat(messages: list[Any], tokenizer: Any, place: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{place} holds messages, and the model's tokenizer has no chat template; name a field "
+            "of text with --field"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # The template is a program of the model's.
+        raise ValueError(
+            f"{place}: the model's chat template refuses it ({one_line(error)})"
+        ) from error
+
+
+def _read_parquet(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    """Place and record of every row, with the one column that is read."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = {column.name: column.type for column in file.schema_arrow}
+        wanted = (field,) if field else FIELDS
+        name = next((name for name in wanted if _holds_text(columns.get(name))), None)
+        if name is None:
+            there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+            raise ValueError(
+                f"{path}: no column `{field or FIELDS[0]}` of strings or messages among "
+                f"{there[:160]}; name one with --field"
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[name]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield f"row {number}", {name: value}
+    except ArrowException as error:
+        raise ValueError(f"{path}: not a readable parquet file ({one_line(error)})") from None
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a column's type is of strings, plain, indexed or viewed, or of lists (messages)."""
+    from pyarrow import types
+
+    if kind is None:
+        return False
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(test(kind) for test in (*strings, types.is_list, types.is_large_list))

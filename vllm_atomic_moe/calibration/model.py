@@ -1,0 +1,222 @@
+"""The model and its tokenizer, through transformers: loaded, or refused in one line.
+
+What transformers raises has many types and any length; here it becomes one line with the directory
+and a remedy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from vllm_atomic_moe.calibration.text import CalibrationText
+from vllm_atomic_moe.files.checkpoint import locate_tensors
+from vllm_atomic_moe.files.config import quantization, read_config
+from vllm_atomic_moe.files.plain_files import check_not_pointer, read_json_object
+from vllm_atomic_moe.files.tensors import one_line, read_tensor, shorten
+
+# What ends a message that was cut short, or whose cause the libraries told their own log.
+ALL_OF_IT = " (all of it: atomic-moe --debug)"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_device(device: str) -> str | dict[str, str]:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as transformers' `device_map`.
+
+    Raises:
+        ValueError: it is something else, or torch sees no such device.
+    """
+    if device == "auto":
+        return "auto" if torch.cuda.is_available() else {"": "cpu"}
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"device {device!r}: wanted auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices; use --device cpu"
+        )
+    return {"": device}
+
+
+def check_config(directory: Path, seq_len: int) -> None:
+    """Refuse, before weights are read, what config.json already rules out.
+
+    Raises:
+        ValueError: `seq_len` exceeds the model's context, or the checkpoint is quantized.
+    """
+    config = read_config(directory)
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int) and seq_len > context:
+        raise ValueError(
+            f"sequence length {seq_len} exceeds the model's context of {context} tokens; "
+            f"use --seq-len {context} or less"
+        )
+    if method := quantization(directory, config):
+        raise ValueError(
+            f"{directory}: quantized checkpoint ({method}), calibration needs a gradient through "
+            "plain weights; calibrate the original checkpoint"
+        )
+
+
+def check_model_code(directory: Path, trusted: bool) -> None:
+    """Refuse a model that transformers runs from Python files of its own, unless trusted.
+
+    Raises:
+        ValueError: one line that names them.
+    """
+    if trusted:
+        return
+    config = read_json_object(directory / "config.json")
+    told = config.get("auto_map")
+    classes = told if isinstance(told, dict) else {}
+    kind = config.get("model_type")
+    has_model = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    code = classes.get("AutoModelForCausalLM") or classes.get("AutoConfig")
+    if code and not has_model:
+        raise ValueError(
+            f"{directory}: its config.json runs code of its own ({shorten(code)}); read that code, "
+            "then allow it with --trust-remote-code"
+        )
+
+
+def check_tokenizer_code(directory: Path, trusted: bool) -> None:
+    """Refuse a tokenizer that needs Python files of its own, unless trusted.
+
+    Raises:
+        ValueError: one line that names them.
+    """
+    path = directory / "tokenizer_config.json"
+    if trusted or not path.is_file() or (directory / "tokenizer.json").is_file():
+        return
+    told = read_json_object(path).get("auto_map")
+    code = told.get("AutoTokenizer") if isinstance(told, dict) else told
+    if code:
+        raise ValueError(
+            f"{directory}: its tokenizer runs code of its own ({shorten(code)}), and transformers "
+            "would take another in its place; read that code, then allow it with "
+            "--trust-remote-code"
+        )
+
+
+def resolve_dtype(
+    dtype: str, directory: Path, device_map: str | dict[str, str], trusted: bool = False
+) -> str | torch.dtype:
+    """The dtype to load the checkpoint in; `auto` leaves the choice to transformers.
+
+    Raises:
+        ValueError: it is not one of DTYPES.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    on_cpu = device_map == {"": "cpu"}
+    return torch.float32 if on_cpu and slow_on_cpu(stored_dtype(directory, trusted)) else "auto"
+
+
+def stored_dtype(directory: Path, trusted: bool = False) -> torch.dtype:
+    """The dtype in config.json, else that of the checkpoint's first float tensor."""
+    told = AutoConfig.from_pretrained(directory, trust_remote_code=trusted).dtype
+    tensors = (read_tensor(path, name) for name, path in locate_tensors(directory).items())
+    return told or next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+
+
+def slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU lacks instructions for `dtype`, so that float32 is much faster."""
+    if dtype == torch.bfloat16:
+        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # torch does not say whether a CPU has AVX512-FP16.
+    return dtype == torch.float16
+
+
+def load_model(
+    directory: Path, dtype: str, device_map: str | dict[str, str], trusted: bool = False
+) -> PreTrainedModel:
+    """The model of a checkpoint, for inference, placed by `device_map` (see `resolve_device`).
+
+    Raises:
+        ValueError: an unknown dtype, whatever transformers refuses or fails at, or weights that the
+            checkpoint lacks (transformers would make them up).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=resolve_dtype(dtype, directory, device_map, trusted),
+            device_map=device_map,
+            output_loading_info=True,
+            trust_remote_code=trusted,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{directory}: transformers cannot load it ({type(error).__name__}: "
+            f"{one_line(error)}); is config.json of this checkpoint?{ALL_OF_IT}"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        remedy = "fetch the checkpoint again"
+        if all("lm_head" in name for name in missing):
+            remedy += (
+                ", or, if its head is the word embedding, say so in config.json: "
+                '"tie_word_embeddings": true'
+            )
+        raise ValueError(
+            f"{directory}: lacks {len(missing)} weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; {remedy}"
+        )
+    return model
+
+
+def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ValueError: there is none, or its files are broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
+    except Exception as error:  # The tokenizers library raises plain Exception.
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+            check_not_pointer(directory / name)
+        raise ValueError(f"{directory}: no tokenizer can be read ({one_line(error)})") from None
+
+
+def check_offload(model: PreTrainedModel, gradients: bool) -> None:
+    """Refuse a backward pass through offloaded weights: it would keep them all on the device.
+
+    Raises:
+        ValueError: the model does not fit the devices, and gradients are wanted.
+    """
+    offloaded = sum(parameter.device.type == "meta" for parameter in model.parameters())
+    if offloaded and gradients:
+        raise ValueError(
+            f"{offloaded} weights do not fit the devices and are offloaded to host memory, where a "
+            "backward pass cannot use them; use more or larger devices, --device cpu, or "
+            "--no-gradients (every method but heapr)"
+        )
+
+
+def check_vocabulary(text: CalibrationText, model: PreTrainedModel) -> None:
+    """Refuse token ids without an embedding.
+
+    Raises:
+        ValueError: the tokenizer is of another model.
+    """
+    largest = max(int(ids.max()) for ids in text.windows.values() if ids.numel())
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer gives token id {largest}, the model has {rows} embeddings; "
+            "is the tokenizer of another model?"
+        )

@@ -1,0 +1,167 @@
+"""The routers of a checkpoint: what identifies the model, and what they need of a routing mask.
+
+Legend: E experts, H hidden size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.files.tensors import read_tensor
+
+# Inside a MoE block: modules of the router, and the correction bias where it stands beside them.
+ROUTER_MODULES = ("gate.", "router.", "moe_statics.", "e_score_correction_bias", "expert_bias")
+# The correction bias among them: it takes part in the choice of experts, not in their weights.
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+SAMPLE = 64
+# Twice the rounding of bfloat16, the coarsest of plain dtypes; and the least of float16.
+ROUNDING, LEAST = 2**-7, 2**-24
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """A router that first chooses groups of neighboring experts, then experts inside them.
+
+    Attributes:
+        number: groups; each holds E / number experts.
+        chosen: groups a token may use.
+        biased: a group's score is the sum of its two best scores, correction bias included; without
+            a bias it is the best score.
+    """
+
+    number: int
+    chosen: int
+    biased: bool
+
+    def fault(self, routable_E: torch.Tensor, experts_per_token: int) -> str | None:
+        """What a routing mask leaves too little of, in words; None if every choice is right.
+
+        Groups without routable experts score lowest, so that they are chosen only where fewer than
+        `chosen` others exist. Wrong is a choice of groups that holds fewer than K routable experts
+        (the rest would be pruned ones), and a group whose score counts a pruned expert.
+        """
+        if routable_E.numel() % self.number:
+            return None
+        counts = routable_E.view(self.number, -1).sum(dim=1).tolist()
+        selectable = sorted(count for count in counts if count)
+        if self.biased and len(selectable) > self.chosen and selectable[0] == 1:
+            return (
+                f"leaves {counts} experts in the router's groups, which it scores by their two "
+                "best; keep at least two of a group, or none"
+            )
+        fewest = sum(selectable[: self.chosen])
+        if fewest < experts_per_token:
+            return (
+                f"leaves {counts} experts in the router's groups; the {self.chosen} it chooses may "
+                f"hold {fewest}, a token uses {experts_per_token}: keep at least as many"
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterNeeds:
+    """Which experts a router cannot do without, whatever else is pruned whole.
+
+    Attributes:
+        experts_per_token: K.
+        groups: its expert groups; None where it chooses among all experts.
+    """
+
+    experts_per_token: int
+    groups: ExpertGroups | None = None
+
+    def must_stay(self, order_E: torch.Tensor) -> torch.Tensor:
+        """The best K experts; with groups the best of every group, so that any choice has K.
+
+        Args:
+            order_E: int64 [E], the experts from the best to the worst.
+
+        Returns:
+            bool [E], by expert. What stays passes `ExpertGroups.fault`, with or without others.
+        """
+        experts, number, least = order_E.numel(), 1, self.experts_per_token
+        if self.groups is not None and experts % self.groups.number == 0:
+            number = self.groups.number
+            least = math.ceil(self.experts_per_token / self.groups.chosen)
+            least = max(least, 2 if self.groups.biased else 1)
+        group_E = order_E // (experts // number)
+        in_group_EG = torch.nn.functional.one_hot(group_E, number)
+        rank_E = in_group_EG.cumsum(dim=0).gather(1, group_E[:, None]).squeeze(1)
+        stays = torch.zeros(experts, dtype=torch.bool)
+        stays[order_E] = rank_E <= least
+        return stays
+
+
+@dataclass(frozen=True, slots=True)
+class RouterIdentity:
+    """What tells a model's routers from others'.
+
+    Attributes:
+        sha256: SHA-256 (hex) over their values in float32, in layer order: copies of one model in
+            dtypes that hold its values are one model.
+        stored_sha256: over their bytes as stored, which earlier profiles carry.
+        sample: some of the values, spread evenly.
+    """
+
+    sha256: str
+    stored_sha256: str = field(default="", compare=False)
+    sample: tuple[float, ...] = field(default=(), compare=False)
+
+
+def router_names(where: Mapping[str, Path], blocks: Mapping[int, str]) -> dict[int, list[str]]:
+    """Layer index -> names of its router's tensors, both ascending.
+
+    Args:
+        where: tensor name -> shard.
+        blocks: layer index -> name of its MoE block.
+
+    Raises:
+        ValueError: a layer has none that is known.
+    """
+    names: dict[int, list[str]] = {}
+    for layer, block in sorted(blocks.items()):
+        prefixes = tuple(f"{block}.{module}" for module in ROUTER_MODULES)
+        names[layer] = sorted(name for name in where if name.startswith(prefixes))
+        if not names[layer]:
+            raise ValueError(
+                f"layer {layer}: no router tensor under {block}.gate or {block}.router; "
+                "this architecture's router is not known"
+            )
+    return names
+
+
+def identify_router(where: Mapping[str, Path], names: Sequence[str]) -> RouterIdentity:
+    """The identity of routers, of whose tensors only one is in memory at a time.
+
+    Args:
+        where: tensor name -> shard.
+        names: of the routers' tensors, in layer order.
+    """
+    values, stored = hashlib.sha256(), hashlib.sha256()
+    sample: list[float] = []
+    for name in names:
+        tensor = read_tensor(where[name], name).contiguous().view(-1)
+        stored.update(tensor.view(torch.uint8).numpy().tobytes())
+        tensor = tensor.float()
+        values.update(tensor.numpy().tobytes())
+        count = min(max(1, SAMPLE // len(names)), tensor.numel())
+        at = torch.arange(count) * tensor.numel() // max(1, count)
+        sample += [float(f"{value:.7g}") for value in tensor[at].tolist()]
+    return RouterIdentity(values.hexdigest(), stored.hexdigest(), tuple(sample))
+
+
+def differ_by_rounding(one: Any, two: Any) -> bool:
+    """Whether two samples could be of one router, stored in two dtypes."""
+    if not (isinstance(one, list) and isinstance(two, list) and len(one) == len(two) > 0):
+        return False
+    return all(
+        isinstance(a, float | int) and math.isclose(a, b, rel_tol=ROUNDING, abs_tol=LEAST)
+        for a, b in zip(one, two, strict=True)
+    )
