@@ -10,25 +10,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn import functional
 
+from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import backend_module
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
     SLOTS,
     PackedExperts,
     build_layout,
+    projections_of,
     tensor_parallel_share,
     with_slots,
 )
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
+ACTIVATIONS = (
+    SILU,
+    Activation(limit=1.5),
+    Activation(limit=7.0, alpha=1.702, beta=1.0),
+    Activation("gelu_tanh"),
+    Activation("swiglustep", limit=0.75),
+    Activation("situ", alpha=2.0),
+    Activation("situ", alpha=0.5, beta=3.0),
+    Activation("relu2"),
+)
 # Largest ‖found − wanted‖ in proportion to the norm that `Experts.wanted` returns, against float64
 # on the rounded weights and activations.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -40,15 +52,17 @@ class Experts:
 
     Attributes:
         packed: what the kernel computes.
-        dense: gate, up, down_t, [E, I, H] on the CPU.
+        dense: gate, up, down_t, [E, I, H] on the CPU; without a gate up and down_t.
+        biases: of gate, up [E, I] and down [E, H]; of up and down without a gate; or none.
         masks: profile name -> bool [E, I].
         backend: name of the kernel.
     """
 
     packed: PackedExperts
-    dense: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    dense: tuple[torch.Tensor, ...]
     masks: Mapping[str, torch.Tensor]
     backend: str
+    biases: tuple[torch.Tensor, ...] = ()
 
     def __call__(
         self,
@@ -69,10 +83,12 @@ class Experts:
         out_TH = fused_experts(
             x_TH.to(device),
             self.packed.weights,
+            self.packed.biases,
             *self.packed.index,
             topk_weights_TK.to(device),
             with_slots(topk_ids_TK, slots_T1).to(device),
             self.packed.widest,
+            self.packed.activation.spec,
             self.backend,
         )
         assert out_TH.dtype == x_TH.dtype
@@ -91,25 +107,31 @@ class Experts:
             The sum [T, H], and the norm that it would have if the terms' signs were random: what
             rounding errors are in proportion to, also where the terms happen to cancel.
         """
-        gate, up, down_t = (matrix.double() for matrix in self.dense)
+        act = self.packed.activation
+        *rows, down_t = (matrix.double() for matrix in self.dense)
         names = [profiles] * len(x_TH) if isinstance(profiles, str) else profiles
         kept_TEI = torch.stack(
             [*(self.masks[name] for name in names), next(iter(self.masks.values()))]
         )
         x = x_TH.double()
-        h = functional.silu(torch.einsum("th,eih->tei", x, gate))
-        h = h * torch.einsum("th,eih->tei", x, up) * kept_TEI[: len(x_TH)]
+        sums = [torch.einsum("th,eih->tei", x, matrix) for matrix in rows]
+        for index, bias in enumerate(self.biases[:-1]):
+            sums[index] = sums[index] + bias.double()
+        h = (act(*sums) if act.gated else act(None, *sums)) * kept_TEI[: len(x_TH)]
         y = torch.einsum("tei,eih->teh", h, down_t)
-        # Sums over H may cancel too: their norms, with SiLU's slope of one half at zero.
-        h_squares = torch.einsum("th,eih->tei", x**2, gate**2) / 4
-        h_squares = h_squares * torch.einsum("th,eih->tei", x**2, up**2)
+        if self.biases:
+            y = y + self.biases[-1].double()
+        # Sums over H may cancel too: their norms, with SiLU's slope of one half at zero. What the
+        # other activations add to, or square, has no such bound that is simple; theirs are loose.
+        h_squares = torch.einsum("th,eih->tei", x**2, rows[0] ** 2) / 4
+        h_squares = h_squares * (torch.einsum("th,eih->tei", x**2, rows[-1] ** 2) + act.beta**2)
         h_squares = torch.maximum(h**2, h_squares * kept_TEI[: len(x_TH)])
         squares = torch.einsum("tei,eih->te", h_squares, down_t**2)
         out = torch.zeros(x_TH.shape, dtype=torch.float64)
         square = torch.zeros((), dtype=torch.float64)
         for token, ids in enumerate(topk_ids_TK.tolist()):
             for k, expert in enumerate(ids):
-                if 0 <= expert < len(gate):
+                if 0 <= expert < len(down_t):
                     weight = topk_weights_TK[token, k].double()
                     out[token] += weight * y[token, expert]
                     square += weight**2 * squares[token, expert]
@@ -139,24 +161,39 @@ def make_experts(
     backend: str,
     device: str = "cpu",
     hidden_size: int = 24,
+    activation: Activation = SILU,
+    has_bias: bool = False,
 ) -> Experts:
-    """Experts of random weights, of which `masks` keep some."""
+    """Experts of random weights and biases, of which `masks` keep some."""
     generator = torch.Generator().manual_seed(0)
     num_experts, full = next(iter(masks.values())).shape
     shape = (num_experts, full, hidden_size)
     scale = hidden_size**-0.5
-    gate, up, down_t = (
-        (torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(3)
-    )
-    storage = backend_module(backend).STORAGE
+    projections = projections_of(activation.gated)
+    dense = tuple((torch.randn(shape, generator=generator) * scale).to(dtype) for _ in projections)
     packed = PackedExperts(
-        build_layout(masks), hidden_size, dtype, torch.device(device), storage=storage
+        build_layout(masks),
+        hidden_size,
+        dtype,
+        torch.device(device),
+        storage=backend_module(backend).STORAGE,
+        activation=activation,
+        has_bias=has_bias,
+    )
+    biases = tuple(
+        torch.randn(num_experts, hidden_size if name == "down" else full, generator=generator)
+        for name in projections
+        if has_bias
     )
     for expert in range(num_experts):
-        packed.load_expert(expert, "gate", gate[expert])
-        packed.load_expert(expert, "up", up[expert])
-        packed.load_expert(expert, "down", down_t[expert].t().contiguous())
-    return Experts(packed, (gate, up, down_t), masks, backend)
+        for projection, matrix in zip(projections, dense, strict=True):
+            rows = matrix[expert]
+            packed.load_expert(
+                expert, projection, rows.t().contiguous() if projection == "down" else rows
+            )
+        for projection, bias in zip(projections if has_bias else (), biases, strict=True):
+            packed.load_bias(expert, projection, bias[expert])
+    return Experts(packed, dense, masks, backend, biases)
 
 
 def ragged(seed: int = 0) -> torch.Tensor:
@@ -214,7 +251,7 @@ class KernelSuite:
             if reason is not None:
                 pytest.skip(f"{self.backend} in {dtype}: {reason}")
 
-    def make(self, masks: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: int) -> Experts:
+    def make(self, masks: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: Any) -> Experts:
         """Experts for this backend and device."""
         return make_experts(masks, dtype, self.backend, self.device, **more)
 
@@ -223,6 +260,26 @@ class KernelSuite:
         """Every width, repeated ids, −1 and foreign ids."""
         for dtype in self.dtypes:
             self.make({"a": ragged()}, dtype).check(*routed(tokens, 12, len(WIDTHS), dtype))
+
+    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda it: it.spec)
+    def test_what_an_expert_computes(self, activation: Activation, has_bias: bool) -> None:
+        """Every activation, with and without biases, two profiles in a batch; every width."""
+        masks = {"a": ragged(), "b": ragged(1)}
+        for dtype in self.dtypes:
+            experts = self.make(masks, dtype, activation=activation, has_bias=has_bias)
+            for tokens in (1, 20):
+                x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype)
+                names = [("a", "b")[token % 2] for token in range(tokens)]
+                experts.check(5 * x, weights, ids, names)
+
+    def test_a_bias_stays_where_no_atom_does(self) -> None:
+        """Of down, weighted by the router, once."""
+        for dtype in self.dtypes:
+            experts = self.make({"a": torch.zeros(3, FULL).bool()}, dtype, has_bias=True)
+            for tokens in (1, 9):
+                x, weights, ids = routed(tokens, 2, 3, dtype)
+                assert experts.check(x, weights, ids).any()
 
     def test_each_width_alone(self) -> None:
         """K = 1; every other expert is without tokens; width 0 gives exactly zero."""
@@ -303,10 +360,9 @@ class KernelSuite:
             assert found[~empty].any(dim=1).all()
             device = experts.packed.bits_SW.device
             unused = with_slots(ids, torch.tensor([[SLOTS - 1]], dtype=torch.int32)).to(device)
-            arguments = (experts.packed.weights, *experts.packed.index)
-            nothing = fused_experts(
-                x.to(device), *arguments, weights.to(device), unused, FULL, experts.backend
-            )
+            arguments = (experts.packed.weights, [], *experts.packed.index)
+            routing = weights.to(device), unused, FULL, SILU.spec
+            nothing = fused_experts(x.to(device), *arguments, *routing, experts.backend)
             assert not nothing.any()
 
     def test_last_words_are_partial(self) -> None:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
 from vllm_atomic_moe.experts.packing import build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
@@ -52,8 +53,8 @@ class Call:
     def run(self, tiles: backend.Tiles, one_kernel: bool) -> torch.Tensor:
         """The kernels, with these tiles."""
         return backend.launch(
-            self.x_TH, self.weights, *self.index, self.topk_weights_TK, self.ids_TK,
-            self.widest, tiles, one_kernel,
+            self.x_TH, self.weights, [], *self.index, self.topk_weights_TK, self.ids_TK,
+            self.widest, SILU.spec, tiles, one_kernel,
         )  # fmt: skip
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_memory, ragged, routed
+from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
 from vllm_atomic_moe.experts.backends import triton as triton_backend
 from vllm_atomic_moe.experts.packing import SLOTS, build_layout, unpack_bits, with_slots
@@ -74,10 +75,10 @@ def test_real_shapes(model, tokens, dtype):
     x_TH = torch.randn(tokens, H, **random).to(dtype)
     topk_weights_TK, ids_TK = torch.rand(tokens, E, **random).topk(K)
     slots_T1 = (torch.arange(tokens, dtype=torch.int32, device="cuda") % len(masks))[:, None]
-    arguments = (x_TH, weights, *index, topk_weights_TK, with_slots(ids_TK, slots_T1))
+    arguments = (x_TH, weights, [], *index, topk_weights_TK, with_slots(ids_TK, slots_T1))
     with poisoned_memory():
-        two = triton_backend.fused_experts(*arguments, full)
-    chosen = triton_backend.fused_experts(*arguments, full)
+        two = triton_backend.fused_experts(*arguments, full, SILU.spec)
+    chosen = triton_backend.fused_experts(*arguments, full, SILU.spec)
     wanted = exact(*arguments)
     for found in (two, chosen):
         assert (found.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
@@ -86,6 +87,7 @@ def test_real_shapes(model, tokens, dtype):
 def exact(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
@@ -121,8 +123,9 @@ def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
 
         def call() -> torch.Tensor:
             return torch.ops.atomic_moe.fused_experts(
-                still[0], packed.weights, *packed.index, *still[1:], packed.widest, "triton"
-            )
+                still[0], packed.weights, [], *packed.index, *still[1:], packed.widest, SILU.spec,
+                "triton",
+            )  # fmt: skip
 
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):

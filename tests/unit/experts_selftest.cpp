@@ -39,7 +39,7 @@ double check(int dtype) {
     std::vector<int64_t> atoms;
     for (int64_t row = offsets[e]; row < offsets[e + 1]; ++row) atoms.push_back(row);
     for (int projection = 0; projection < 3; ++projection)
-      failed += atomic_moe_pack(packed.data() + 3 * H * padded, projection,
+      failed += atomic_moe_pack(packed.data() + 3 * H * padded, projection, 2,
                                 matrices[projection].data(), H, 1, atoms.data(), atoms.size(), H,
                                 dtype, 2, 2);
     padded += round_up(kWidths[e], 2);
@@ -57,9 +57,10 @@ double check(int dtype) {
     ids[n] = (int32_t(random() % (E + 2)) - 1) * kSlots + n / kTop % kSlots;
   }
   std::vector<Element> out(kTokens * H);
-  failed += atomic_moe_fused_experts(packed.data(), bits.data(), words.data(), offsets.data(), E, W,
-                                     H, dtype, x.data(), weights.data(), ids.data(), out.data(),
-                                     kTokens, kTop, false, 3, 2);
+  failed += atomic_moe_fused_experts(packed.data(), nullptr, nullptr, nullptr, bits.data(),
+                                     words.data(), offsets.data(), E, W, H, dtype, 0, INFINITY, 1,
+                                     0, x.data(), weights.data(), ids.data(), out.data(), kTokens,
+                                     kTop, false, 3, 2);
   if (failed) return 1;  // a relative error that is far too large
   double error = 0, size = 0;
   for (int64_t t = 0; t < kTokens; ++t) {

@@ -8,6 +8,7 @@ import torch
 from tests.kernel_suite import KernelSuite, make_experts, ragged, routed
 from vllm_atomic_moe.engine.options import LoaderOptions
 from vllm_atomic_moe.experts import backends
+from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
 from vllm_atomic_moe.experts.packing import with_slots
 
@@ -29,10 +30,12 @@ def test_op_is_opaque_and_has_a_faithful_fake():
     arguments = (
         x,
         rows,
+        packed.biases,
         *packed.index,
         weights,
         with_slots(ids, torch.zeros(1).int()),
         packed.widest,
+        SILU.spec,
         "reference",
     )
     torch.library.opcheck(torch.ops.atomic_moe.fused_experts.default, arguments)

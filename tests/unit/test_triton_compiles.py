@@ -17,7 +17,10 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from tests.kernel_suite import ACTIVATIONS
+from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.packing import projections_of
 
 # What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
 SHARED_MEMORY = 99 * 1024
@@ -43,7 +46,13 @@ class Target:
         return self.target
 
 
-def compile_all(capability: int, dtype: torch.dtype, tokens: tuple[int, ...]) -> list:
+def compile_all(
+    capability: int,
+    dtype: torch.dtype,
+    tokens: tuple[int, ...],
+    activation: Activation = SILU,
+    has_bias: bool = False,
+) -> list:
     """The compiled kernels of calls with so many tokens."""
     kernels: list = []
     run = jit.JITFunction.run
@@ -54,14 +63,24 @@ def compile_all(capability: int, dtype: torch.dtype, tokens: tuple[int, ...]) ->
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         patch.setattr(jit.JITFunction, "run", compile_only)
         patch.setattr(driver, "_active", Target(capability))
-        weights = [torch.empty(E * WIDEST, H, dtype=dtype) for _ in range(3)]
+        vectors = len(projections_of(activation.gated))
+        weights = [torch.empty(E * WIDEST, H, dtype=dtype) for _ in range(vectors)]
+        biases = [*[torch.empty(E * WIDEST)] * (vectors - 1), torch.empty(E, H)]
         bits_SW = torch.empty(16, E * WIDEST // 32, dtype=torch.int32)
         words_E1, offsets_E1 = torch.empty(2, E + 1, dtype=torch.int64)
         index = bits_SW, words_E1, offsets_E1
         for T in tokens:
             routing = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
             x_TH = torch.empty(T, H, dtype=dtype)
-            backend.fused_experts(x_TH, weights, *index, *routing, WIDEST)
+            backend.fused_experts(
+                x_TH,
+                weights,
+                biases if has_bias else [],
+                *index,
+                *routing,
+                WIDEST,
+                activation.spec,
+            )
     return kernels
 
 
@@ -83,3 +102,10 @@ def test_compiles(capability, dtype):
         # Rows come in 16-byte vectors, ahead of their use: what makes the kernels fast.
         if kernel.metadata.name in ("fused_kernel", "gate_up_kernel", "down_kernel"):
             assert "cp.async.cg.shared.global" in kernel.asm["ptx"], kernel.metadata
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=lambda it: it.spec)
+def test_every_activation_compiles_with_biases(activation):
+    kernels = compile_all(90, torch.bfloat16, (TOKENS[0], TOKENS[-1]), activation, has_bias=True)
+    assert {"fused_kernel", "gate_up_kernel"} <= {kernel.metadata.name for kernel in kernels}
+    assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in kernels)

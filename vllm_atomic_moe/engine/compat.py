@@ -10,6 +10,7 @@ those.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.layers.quantization.base_config import resolve_quant_method
 from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_atomic_moe.experts.activation import Activation
 
 # Routers that choose by logits and correction bias alone, so that a mask on both holds. We read
 # the code of these; masked logits are not safe with any other.
@@ -60,6 +63,31 @@ def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[Non
         yield
     finally:
         del op_registry_oot[name]
+
+
+def activation_of(config: FusedMoEConfig) -> Activation | None:
+    """What a layer's experts compute between their projections; None if kernels do not know it.
+
+    Reason: vLLM says it by an enumeration and numbers of which each kind takes some; gpt-oss's and
+    Step's are constants of its kernels.
+    """
+    kind = config.activation
+    limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
+    if kind == MoEActivation.SILU:
+        return Activation(limit=limit)
+    if kind == MoEActivation.SWIGLUOAI:
+        return Activation(limit=7.0, alpha=1.702, beta=1.0)
+    if kind == MoEActivation.SWIGLUOAI_UNINTERLEAVE and config.swiglu_limit is not None:
+        alpha = 1.0 if config.swiglu_alpha is None else config.swiglu_alpha
+        return Activation(limit=limit, alpha=alpha, beta=config.swiglu_beta or 0.0)
+    if kind == MoEActivation.GELU_TANH:
+        return Activation("gelu_tanh")
+    if kind == MoEActivation.SWIGLUSTEP:
+        return Activation("swiglustep", limit=7.0)
+    if kind == MoEActivation.SITU and config.activation_situ_beta is not None:
+        beta = config.activation_situ_linear_beta or 0.0
+        return Activation("situ", alpha=config.activation_situ_beta, beta=beta)
+    return Activation("relu2") if kind == MoEActivation.RELU2_NO_MUL else None
 
 
 def cpu_ranks_can_gather() -> bool:

@@ -23,6 +23,7 @@ from vllm_atomic_moe.engine.compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
     RoutedExperts,
+    activation_of,
     extract_layer_index,
     resolve_quant_method,
     routed_experts_replaced_by,
@@ -33,10 +34,10 @@ from vllm_atomic_moe.engine.routing import RoutingMask
 from vllm_atomic_moe.experts.backends import Backend
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
-    PROJECTIONS,
     PackedExperts,
     Projection,
     build_layout,
+    projections_of,
     tensor_parallel_share,
     with_slots,
 )
@@ -126,7 +127,11 @@ class AtomicRoutedExperts(RoutedExperts):
             filter(self.expert_map_manager.is_local_expert, range(self.global_num_experts))
         )
         layout = build_layout(self._share(resident.masks(self.index)))
-        self.packed = PackedExperts(layout, hidden_size, dtype, storage=self.backend.storage)
+        activation = activation_of(config)
+        assert activation is not None, "refused by check_layer"
+        self.packed = PackedExperts(
+            layout, hidden_size, dtype, storage=self.backend.storage, activation=activation
+        )
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.gathered_slots: torch.Tensor | None = None
         self.loaded: set[tuple[int, Projection]] = set()
@@ -162,7 +167,13 @@ class AtomicRoutedExperts(RoutedExperts):
     def bind(self) -> None:
         """Look up what every call passes; module attributes cost more than a small routing."""
         packed = self.packed
-        self.bound = (packed.weights, *packed.index, packed.widest)
+        self.bound = (
+            packed.weights,
+            packed.biases,
+            *packed.index,
+            packed.widest,
+            packed.activation.spec,
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         token_slots = self.token_slots
@@ -249,7 +260,7 @@ class AtomicRoutedExperts(RoutedExperts):
         return [
             f"layers.{self.index}.experts.{expert}.{projection}_proj"
             for expert in sorted(self.own_experts)
-            for projection in PROJECTIONS
+            for projection in projections_of(self.packed.activation.gated)
             if (expert, projection) not in self.loaded
         ]
 
@@ -292,9 +303,22 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights, bits_SW, words_E1, offsets_E1, widest = layer.bound
+        weights, biases, bits_SW, words_E1, offsets_E1, widest, activation = layer.bound
         ids = with_slots(topk_ids, layer.slots_of(x))
+        if layer.apply_router_weight_on_input:  # of one expert a token
+            x = x * topk_weights.to(x.dtype)
+            topk_weights = torch.ones_like(topk_weights)
         name = layer.backend.name
         return fused_experts(
-            x, weights, bits_SW, words_E1, offsets_E1, topk_weights, ids, widest, name
+            x,
+            weights,
+            biases,
+            bits_SW,
+            words_E1,
+            offsets_E1,
+            topk_weights,
+            ids,
+            widest,
+            activation,
+            name,
         )

@@ -22,10 +22,10 @@ from vllm.platforms import current_platform
 from vllm_atomic_moe.engine.compat import (
     KNOWN_ROUTERS,
     FusedMoERouter,
-    MoEActivation,
     MoERunner,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
+    activation_of,
     cpu_ranks_can_gather,
 )
 from vllm_atomic_moe.experts.backends import Backend
@@ -181,7 +181,6 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
         ValueError: one line naming the property.
     """
     config = layer.moe_config
-    gate_parameters = (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
     refused: tuple[tuple[bool, str], ...] = (
         (
             not isinstance(quant_method, UnquantizedFusedMoEMethod | None),
@@ -189,11 +188,13 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
         ),
         (config.has_bias, "expert biases"),
         (
-            config.activation != MoEActivation.SILU
-            or any(value is not None for value in gate_parameters),
-            f"the activation {config.activation.value} with limit, alpha, beta {gate_parameters}",
+            activation_of(config) is None,
+            f"the activation {config.activation.value} with limit {config.swiglu_limit}",
         ),
-        (layer.apply_router_weight_on_input, "router weights applied to the input"),
+        (
+            layer.apply_router_weight_on_input and config.experts_per_token > 1,
+            "router weights applied to the input of several experts a token",
+        ),
         (config.moe_parallel_config.is_sequence_parallel, "experts with sequence parallelism"),
         (
             layer.expert_map_manager.num_fused_shared_experts > 0,

@@ -18,21 +18,25 @@ from vllm_atomic_moe.experts.backends import backend_module
 def _fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
+    activation: str,
     backend: str,
 ) -> torch.Tensor:
-    """Sum over a token's experts of weight · down(SiLU(gate x) ⊙ (up x)), experts of any width.
+    """Sum over a token's experts of weight · (down(act(gate x, up x)) + bias), of any width.
 
     Args:
         x_TH: activations, [T, H].
         weights: packed rows of x's dtype, as the backend's storage keeps them
             (`PackedExperts.weights`). Finite: of down_proj, infinite atoms that a slot leaves out
             may still reach its tokens, as 0 · ∞.
+        biases: float32, of gate and up by atom, of down by expert (`PackedExperts.biases`); or
+            none.
         bits_SW: int32 [16, W], which packed rows every slot uses (`PackedExperts`).
         words_E1: int64 [E+1], where every expert's words begin.
         offsets_E1: int64 [E+1], where every expert's packed rows begin.
@@ -40,13 +44,23 @@ def _fused_experts(
         topk_ids_TK: expert ids that carry slots (`packing.with_slots`), int32 or int64 [T, K]; a
             negative id, or one beyond E, is skipped.
         widest: packed rows of the widest expert.
+        activation: `Activation.spec`.
         backend: name of the chosen `Backend`.
 
     Returns:
-        [T, H] in x's dtype, accumulated in float32. Experts without atoms contribute zero.
+        [T, H] in x's dtype, accumulated in float32. Experts without atoms contribute down's bias.
     """
     return backend_module(backend).fused_experts(
-        x_TH, weights, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest
+        x_TH,
+        weights,
+        biases,
+        bits_SW,
+        words_E1,
+        offsets_E1,
+        topk_weights_TK,
+        topk_ids_TK,
+        widest,
+        activation,
     )
 
 

@@ -1,10 +1,11 @@
 """Packed rows: the atoms that stay, of every expert, one after another.
 
 An atom is three vectors of length H: its rows of `gate_proj` and `up_proj` and its column of
-`down_proj`. Resident atoms are stored expert by expert, row-major in three matrices [P, H] or in
-the order that a kernel reads best (`Storage`). With several resident profiles P counts their
-union. Which of the rows a profile uses is one bit a row: a *slot* is one profile's bits, in 32-bit
-words that begin at every expert's own first row. Expert ids carry the slot of their token
+`down_proj`; without a gate it is two. Where there are biases, those of gate and up are the atom's,
+that of down is the expert's. Resident atoms are stored expert by expert, row-major in matrices
+[P, H] or in the order that a kernel reads best (`Storage`). With several resident profiles P counts
+their union. Which of the rows a profile uses is one bit a row: a *slot* is one profile's bits, in
+32-bit words that begin at every expert's own first row. Expert ids carry the slot of their token
 (`with_slots`), so that one batch may mix profiles; no weight moves, and shapes never change.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size, P packed
@@ -21,6 +22,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import nn
 
+from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.files.export_format import packed_offsets
 
 Projection = Literal["gate", "up", "down"]
@@ -28,6 +30,8 @@ PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
 SLOTS = 16
 WORD_BITS = 32
+# Numbers behind the last bias of an atom that vectors may read.
+BIAS_SLACK = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,6 +226,11 @@ def _gray_rank(code: torch.Tensor, bits: int) -> torch.Tensor:
     return rank
 
 
+def projections_of(gated: bool) -> tuple[Projection, ...]:
+    """The projections of an expert with or without a gate."""
+    return PROJECTIONS if gated else PROJECTIONS[1:]
+
+
 class Storage(Protocol):
     """How a kernel keeps the packed rows: one copy of the weights, in an order of its own."""
 
@@ -231,6 +240,7 @@ class Storage(Protocol):
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | None,
+        gated: bool = True,
     ) -> dict[str, torch.Tensor]:
         """Room for the rows of all experts, by name, in the order in which the kernel takes them.
 
@@ -238,6 +248,7 @@ class Storage(Protocol):
             offsets_E1: as in `PackedLayout`.
             dtype: of the weights.
             device: where; None stands for the default device.
+            gated: whether there is a gate_proj.
         """
 
     def write(
@@ -248,6 +259,7 @@ class Storage(Protocol):
         projection: Projection,
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
+        gated: bool = True,
     ) -> None:
         """Put `rows_SH[atoms_F]` where the rows of one expert's projection are.
 
@@ -255,11 +267,14 @@ class Storage(Protocol):
             weights: what `allocate` made.
             rows_SH: any float dtype, strides and device; of down_proj the columns. Not modified.
             atoms_F: int64 [F_e], on the CPU.
+            gated: as for `allocate`.
         """
 
 
 class RowStorage:
-    """Plain rows: gate, up and down_t, [P, H] each; down_t is down_proj transposed."""
+    """Plain rows: gate (if there is one), up and down_t, [P, H] each; down_t is down_proj
+    transposed.
+    """
 
     def allocate(
         self,
@@ -267,13 +282,12 @@ class RowStorage:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | None,
+        gated: bool = True,
     ) -> dict[str, torch.Tensor]:
         """See `Storage`."""
         shape = (int(offsets_E1[-1]), hidden_size)
-        return {
-            name: torch.empty(shape, dtype=dtype, device=device)
-            for name in ("gate", "up", "down_t")
-        }
+        names = ("gate", "up", "down_t") if gated else ("up", "down_t")
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name in names}
 
     def write(
         self,
@@ -283,10 +297,11 @@ class RowStorage:
         projection: Projection,
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
+        gated: bool = True,
     ) -> None:
         """See `Storage`."""
         start, end = offsets_E1[expert : expert + 2].tolist()
-        target_FH = weights[PROJECTIONS.index(projection)][start:end]
+        target_FH = weights[projections_of(gated).index(projection)][start:end]
         atoms_F = atoms_F.to(rows_SH.device)
         if rows_SH.is_contiguous():
             target_FH.copy_(rows_SH.index_select(0, atoms_F))
@@ -297,13 +312,17 @@ class RowStorage:
 class PackedExperts(nn.Module):
     """The resident atoms of one MoE layer, and which of them every slot uses.
 
-    The weights are Parameters, named and ordered by `storage`. Buffers: bits_SW, int32 [16, W],
+    The weights are Parameters, named and ordered by `storage`; so are the biases, if there are any,
+    in float32. Buffers: bits_SW, int32 [16, W],
     zero for slots without a profile; words_E1 and offsets_E1, int64, as in `PackedLayout`. Widths
     may be 0, 1 or anything up to I. The dtype cannot be changed: storages order the rows by it.
 
     Attributes:
         layout: which atoms are resident, and where.
         widest: number of resident atoms of the widest expert.
+        activation: what experts compute between their projections.
+        biases: nothing, or by atom those of gate (if there is one) and up, each [P + BIAS_SLACK],
+            and that of down, [E, H], zero until loaded; float32.
     """
 
     bits_SW: torch.Tensor
@@ -317,16 +336,23 @@ class PackedExperts(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         storage: Storage | None = None,
+        activation: Activation = SILU,
+        has_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.layout = layout
         self.hidden_size = hidden_size
         self.widest = int(layout.offsets_E1.diff().max())
         self._storage: Storage = storage or RowStorage()
         device = device or torch.get_default_device()
-        allocated = self._storage.allocate(layout.offsets_E1, hidden_size, dtype, device)
+        allocated = self._storage.allocate(
+            layout.offsets_E1, hidden_size, dtype, device, activation.gated
+        )
         self._names = tuple(allocated)
-        for name, tensor in allocated.items():
+        biases = self._allocate_biases(device) if has_bias else {}
+        self._bias_names = tuple(biases)
+        for name, tensor in {**allocated, **biases}.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         for name, tensor in (
             ("bits_SW", layout.slot_bits()),
@@ -334,6 +360,15 @@ class PackedExperts(nn.Module):
             ("offsets_E1", layout.offsets_E1),
         ):
             self.register_buffer(name, tensor.to(device), persistent=False)
+
+    def _allocate_biases(self, device: torch.device) -> dict[str, torch.Tensor]:
+        atoms = self.layout.num_rows + BIAS_SLACK
+        shapes = {f"{name}_bias": (atoms,) for name in projections_of(self.activation.gated)}
+        shapes["down_bias"] = (self.layout.num_experts, self.hidden_size)  # type: ignore[assignment]
+        return {
+            name: torch.zeros(shape, dtype=torch.float32, device=device)
+            for name, shape in shapes.items()
+        }
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         dtype = self.weights[0].dtype
@@ -350,14 +385,19 @@ class PackedExperts(nn.Module):
         return [getattr(self, name) for name in self._names]
 
     @property
+    def biases(self) -> list[torch.Tensor]:
+        """What the kernel takes beside the weights; empty where experts have none."""
+        return [getattr(self, name) for name in self._bias_names]
+
+    @property
     def index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the kernel takes beside the weights: bits_SW, words_E1, offsets_E1."""
         return self.bits_SW, self.words_E1, self.offsets_E1
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights, padding included, indices not: what is resident."""
-        return sum(weight.nbytes for weight in self.weights)
+        """Bytes of weights and biases, padding included, indices not: what is resident."""
+        return sum(weight.nbytes for weight in [*self.weights, *self.biases])
 
     @property
     def index_bytes(self) -> int:
@@ -404,6 +444,32 @@ class PackedExperts(nn.Module):
         self._write(expert, projection, rows_IH, atoms_F)
 
     @torch.no_grad()
+    def load_bias(self, expert: int, projection: Projection, bias: torch.Tensor) -> None:
+        """Take one expert's bias of a projection.
+
+        Args:
+            expert: 0..E-1.
+            projection: gate or up, [I], of which the resident atoms' are taken; or down, [H].
+            bias: any float dtype and device.
+
+        Raises:
+            ValueError: it does not have the model's shape.
+        """
+        wanted = self.hidden_size if projection == "down" else self.layout.intermediate_size
+        if tuple(bias.shape) != (wanted,):
+            raise ValueError(
+                f"expert {expert}: checkpoint {projection}_proj bias is {list(bias.shape)}, the "
+                f"model has {wanted}"
+            )
+        target = getattr(self, f"{projection}_bias")
+        if projection == "down":
+            target[expert].copy_(bias)
+            return
+        start, end = self.layout.offsets_E1[expert : expert + 2].tolist()
+        atoms_F = self.layout.expert_atoms(expert).to(bias.device)
+        target[start:end].copy_(bias.index_select(0, atoms_F))
+
+    @torch.no_grad()
     def load_rows(
         self, projection: Projection, rows_SH: torch.Tensor, stored_EI: torch.Tensor
     ) -> None:
@@ -432,4 +498,12 @@ class PackedExperts(nn.Module):
         self, expert: int, projection: Projection, rows_SH: torch.Tensor, atoms_F: torch.Tensor
     ) -> None:
         offsets_E1 = self.layout.offsets_E1
-        self._storage.write(self.weights, offsets_E1, expert, projection, rows_SH, atoms_F)
+        self._storage.write(
+            self.weights,
+            offsets_E1,
+            expert,
+            projection,
+            rows_SH,
+            atoms_F,
+            self.activation.gated,
+        )

@@ -386,7 +386,15 @@ def _compute(
     backend: Backend,
 ) -> torch.Tensor:
     return fused_experts(
-        x_TH, packed.weights, *packed.index, weights_TK, ids_TK, packed.widest, backend.name
+        x_TH,
+        packed.weights,
+        packed.biases,
+        *packed.index,
+        weights_TK,
+        ids_TK,
+        packed.widest,
+        packed.activation.spec,
+        backend.name,
     )
 
 

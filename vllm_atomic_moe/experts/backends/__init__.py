@@ -42,12 +42,14 @@ class BackendModule(Protocol):
         self,
         x_TH: torch.Tensor,
         weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
         bits_SW: torch.Tensor,
         words_E1: torch.Tensor,
         offsets_E1: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         topk_ids_TK: torch.Tensor,
         widest: int,
+        activation: str,
     ) -> torch.Tensor:
         """As the op of this name, into a new tensor."""
 

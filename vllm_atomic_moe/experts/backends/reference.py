@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
+from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.packing import SLOTS, RowStorage, unpack_bits
 
 STORAGE = RowStorage()
@@ -27,14 +27,17 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
+    activation: str,
 ) -> torch.Tensor:
-    """Arguments and result as those of the op; weights are gate, up, down_t [P, H]."""
+    """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H]."""
+    act = Activation.parse(activation)
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     experts_TK, slots_TK = topk_ids_TK // SLOTS, topk_ids_TK % SLOTS  # both rounded down
     offsets, words = offsets_E1.tolist(), words_E1.tolist()
@@ -46,10 +49,15 @@ def fused_experts(
         bits_SW_e = bits_SW[:, words[expert] : words[expert + 1]]
         used_nF = unpack_bits(bits_SW_e, end - first)[slots_TK[tokens_n, ks_n].long()]
         atoms_F = used_nF.any(dim=0).nonzero().flatten()
-        gate_FH, up_FH, down_t_FH = (rows_PH[first:end][atoms_F].float() for rows_PH in weights)
+        *rows, down_t_FH = (rows_PH[first:end][atoms_F].float() for rows_PH in weights)
         x_nH = x_TH[tokens_n].float()
-        h_nF = functional.silu(x_nH @ gate_FH.t()) * (x_nH @ up_FH.t())
-        h_nF = torch.where(used_nF[:, atoms_F], h_nF, 0)
+        sums = [x_nH @ rows_FH.t() for rows_FH in rows]
+        if biases:
+            sums = [sum_nF + b[first:end][atoms_F] for sum_nF, b in zip(sums, biases, strict=False)]
+        h_nF = act(*sums) if act.gated else act(None, *sums)
+        y_nH = torch.where(used_nF[:, atoms_F], h_nF, 0) @ down_t_FH
+        if biases:
+            y_nH += biases[-1][expert]
         weights_n1 = topk_weights_TK[tokens_n, ks_n, None].float()
-        out_TH.index_add_(0, tokens_n, (h_nF @ down_t_FH) * weights_n1)
+        out_TH.index_add_(0, tokens_n, y_nH * weights_n1)
     return out_TH.to(x_TH.dtype)

@@ -13,12 +13,14 @@ S slots, W words of all experts, B row blocks, U words of the widest expert.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.packing import WORD_BITS, RowStorage
 
 STORAGE = RowStorage()
@@ -103,14 +105,16 @@ class _Routing(NamedTuple):
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
+    activation: str,
 ) -> torch.Tensor:
-    """Arguments and result as those of the op; weights are gate, up, down_t [P, H].
+    """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H].
 
     Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; in a server
     `triton_deterministic` is the way to that.
@@ -118,8 +122,8 @@ def fused_experts(
     one_kernel = rows_per_expert(topk_ids_TK, offsets_E1) <= ONE_KERNEL_ROWS
     one_kernel &= not torch.are_deterministic_algorithms_enabled()
     return launch(
-        x_TH, weights, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest,
-        None, one_kernel,
+        x_TH, weights, biases, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest,
+        activation, None, one_kernel,
     )  # fmt: skip
 
 
@@ -142,17 +146,19 @@ def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
 def launch(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
+    activation: str,
     tiles: Tiles | None,
     one_kernel: bool,
 ) -> torch.Tensor:
     """`fused_experts` in a given form, with given tiles or the table's."""
-    if not topk_ids_TK.numel() or not widest:
+    if not topk_ids_TK.numel() or not (widest or biases):
         return x_TH.new_zeros(x_TH.shape)
     tiles = tiles or choose_tiles(rows_per_expert(topk_ids_TK, offsets_E1), x_TH.dtype)
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
@@ -160,9 +166,45 @@ def launch(
     form = _one_kernel if one_kernel else _two_kernels
     with torch.cuda.device_of(x_TH):
         routing = _sort_rows(ids_TK, offsets_E1.numel() - 1, tiles)
+        experts = _Experts.of(weights, biases, activation)
         return form(
-            x_TH, weights, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK, widest, tiles, routing
+            x_TH, experts, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK, widest, tiles, routing
         )
+
+
+class _Experts(NamedTuple):
+    """Weights, biases and activation, as the GEMM kernels take them.
+
+    Attributes:
+        gate, up, down: [P, H]; `gate` is `up` where there is no gate, and is not read.
+        biases: of gate, up and down; weights in their place where there are none.
+        constants: of the kernels, for the activation.
+        biased: whether there are biases.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    biases: Sequence[torch.Tensor]
+    constants: dict[str, str | float]
+    biased: bool
+
+    @classmethod
+    def of(
+        cls, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
+    ) -> _Experts:
+        act = Activation.parse(activation)
+        gate, up, down = weights if act.gated else (weights[0], *weights)
+        all_biases: Sequence[torch.Tensor] = (up, up, up)
+        if biases:
+            all_biases = biases if act.gated else (biases[0], *biases)
+        constants: dict[str, str | float] = {
+            "KIND": act.kind,
+            "LIMIT": 0.0 if math.isinf(act.limit) else act.limit,
+            "A": act.alpha,
+            "B": act.beta,
+        }
+        return cls(gate, up, down, all_biases, constants, bool(biases))
 
 
 def _sort_rows(ids_TK: torch.Tensor, E: int, tiles: Tiles) -> _Routing:
@@ -192,7 +234,7 @@ def _sort_rows(ids_TK: torch.Tensor, E: int, tiles: Tiles) -> _Routing:
 
 def _two_kernels(
     x_TH: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    experts: _Experts,
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
@@ -204,7 +246,8 @@ def _two_kernels(
 ) -> torch.Tensor:
     from vllm_atomic_moe.experts.backends import triton_kernels
 
-    (gate_PH, up_PH, down_t_PH), (T, H), K = weights, x_TH.shape, ids_TK.shape[1]
+    (T, H), K = x_TH.shape, ids_TK.shape[1]
+    gate_bias, up_bias, down_bias = experts.biases
     num_tiles = -(-widest // tiles.atoms)
     h_NF = x_TH.new_empty(T * K, -(-widest // WORD_BITS) * WORD_BITS)
     unions_BU = ids_TK.new_empty(
@@ -212,17 +255,20 @@ def _two_kernels(
     )
     y_NH = x_TH.new_empty(T * K, H)
     out_TH = x_TH.new_empty(T, H)
-    triton_kernels.gate_up_kernel[(routing.num_blocks * num_tiles,)](
-        x_TH, gate_PH, up_PH, h_NF, unions_BU, bits_SW, words_E1, offsets_E1, ids_TK,
-        routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles,
-        bits_SW.shape[1], unions_BU.shape[1], x_TH.stride(0), h_NF.stride(0), H,
-        K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden, **routing.constants,
-    )  # fmt: skip
+    if num_tiles:
+        triton_kernels.gate_up_kernel[(routing.num_blocks * num_tiles,)](
+            x_TH, experts.gate, experts.up, gate_bias, up_bias, h_NF, unions_BU, bits_SW, words_E1,
+            offsets_E1, ids_TK, routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles,
+            bits_SW.shape[1], unions_BU.shape[1], x_TH.stride(0), h_NF.stride(0), H,
+            K=K, BIASED=experts.biased, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden,
+            **experts.constants, **routing.constants,
+        )  # fmt: skip
     num_tiles = -(-H // tiles.out_hidden)
     triton_kernels.down_kernel[(routing.num_blocks * num_tiles,)](
-        h_NF, down_t_PH, y_NH, unions_BU, offsets_E1, weights_TK, routing.rows, routing.experts,
-        T * K, routing.num_blocks, num_tiles, unions_BU.shape[1], h_NF.stride(0), H,
-        BLOCK_F=tiles.out_atoms, BLOCK_D=tiles.out_hidden, **routing.constants,
+        h_NF, experts.down, down_bias, y_NH, unions_BU, offsets_E1, weights_TK, routing.rows,
+        routing.experts, T * K, routing.num_blocks, num_tiles, unions_BU.shape[1], h_NF.stride(0),
+        H, BIASED=experts.biased, BLOCK_F=tiles.out_atoms, BLOCK_D=tiles.out_hidden,
+        **routing.constants,
     )  # fmt: skip
     triton_kernels.sum_rows_kernel[(T, -(-H // 1024))](
         y_NH, ids_TK, out_TH, H, E=offsets_E1.numel() - 1, K=K, BLOCK_D=1024
@@ -232,7 +278,7 @@ def _two_kernels(
 
 def _one_kernel(
     x_TH: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    experts: _Experts,
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
@@ -246,12 +292,14 @@ def _one_kernel(
 
     (T, H), K = x_TH.shape, ids_TK.shape[1]
     out_TH = x_TH.new_zeros(T, H, dtype=torch.float32)
-    num_tiles = -(-widest // tiles.atoms)
+    num_tiles = max(1, -(-widest // tiles.atoms))  # the first also adds the bias
+    gate_bias, up_bias, down_bias = experts.biases
     triton_kernels.fused_kernel[(routing.num_blocks * num_tiles,)](
-        x_TH, *weights, out_TH, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK,
+        x_TH, experts.gate, experts.up, gate_bias, up_bias, experts.down, down_bias, out_TH,
+        bits_SW, words_E1, offsets_E1, weights_TK, ids_TK,
         routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles, bits_SW.shape[1],
         x_TH.stride(0), H,
-        K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden, BLOCK_D=tiles.out_hidden,
-        **routing.constants,
+        K=K, BIASED=experts.biased, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden,
+        BLOCK_D=tiles.out_hidden, **experts.constants, **routing.constants,
     )  # fmt: skip
     return out_TH.to(x_TH.dtype)

@@ -14,15 +14,17 @@ __all__ = ["STORAGE", "fused_experts", "unavailable"]
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
+    activation: str,
 ) -> torch.Tensor:
-    """Arguments and result as those of the op; weights are gate, up, down_t [P, H]."""
+    """Arguments and result as those of the op; weights as for `triton`."""
     return launch(
-        x_TH, weights, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest,
-        None, one_kernel=False,
+        x_TH, weights, biases, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest,
+        activation, None, one_kernel=False,
     )  # fmt: skip

@@ -151,24 +151,66 @@ def _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
+def _tanh(x):
+    """2σ(2x) − 1, and near zero, where that loses digits, a polynomial."""
+    square = x * x
+    near = x + x * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
+    return tl.where(square < 0.04, near, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def _activate(gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """h of what gate and up give; kinds and numbers are those of `Activation`, LIMIT 0 for none."""
+    if KIND == "relu2":
+        positive = tl.maximum(up, 0.0)
+        h = positive * positive
+    elif KIND == "gelu_tanh":
+        h = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    elif KIND == "swiglustep":
+        h = gate * tl.sigmoid(gate)
+        if LIMIT > 0:
+            h = tl.minimum(h, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        h = h * up
+    elif KIND == "situ":
+        if B > 0:
+            up = B * _tanh(up / B)
+        h = A * _tanh(gate / A) * tl.sigmoid(gate) * up
+    else:
+        if LIMIT > 0:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        h = gate * tl.sigmoid(A * gate) * (up + B)
+    return h
+
+
+@triton.jit
 def _activations(
     x_ptr,
     gate_ptr,
     up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
     tokens_n,
     live_n,
     packed_f,
     kept_f,
     stride_x,
     H,
+    KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """SiLU(x gateᵀ) ⊙ (x upᵀ) of a tile, unmasked: [BLOCK_N, BLOCK_F] of x's dtype.
+    """act(x gateᵀ, x upᵀ) of a tile, unmasked: [BLOCK_N, BLOCK_F] of x's dtype.
 
     Computed in float32.
     """
+    GATED: tl.constexpr = KIND != "relu2"
     columns_h = tl.arange(0, BLOCK_H)
     x_ptrs_nh = x_ptr + tokens_n.to(tl.int64)[:, None] * stride_x + columns_h[None, :]
     weights_hf = packed_f[None, :] * H + columns_h[:, None]
@@ -178,18 +220,25 @@ def _activations(
         inside_h = columns_h < H - start
         x_nh = tl.load(x_ptrs_nh + start, mask=live_n[:, None] & inside_h[None, :], other=0.0)
         inside_hf = kept_f[None, :] & inside_h[:, None]
-        gate_hf = tl.load(gate_ptr + weights_hf + start, mask=inside_hf, other=0.0)
+        if GATED:
+            gate_hf = tl.load(gate_ptr + weights_hf + start, mask=inside_hf, other=0.0)
+            gate_nf = tl.dot(x_nh, gate_hf, gate_nf, input_precision="ieee")
         up_hf = tl.load(up_ptr + weights_hf + start, mask=inside_hf, other=0.0)
-        gate_nf = tl.dot(x_nh, gate_hf, gate_nf, input_precision="ieee")
         up_nf = tl.dot(x_nh, up_hf, up_nf, input_precision="ieee")
-    return (gate_nf * tl.sigmoid(gate_nf) * up_nf).to(x_ptr.dtype.element_ty)
+    if BIASED:
+        if GATED:
+            gate_nf += tl.load(gate_bias_ptr + packed_f, mask=kept_f, other=0.0)[None, :]
+        up_nf += tl.load(up_bias_ptr + packed_f, mask=kept_f, other=0.0)[None, :]
+    return _activate(gate_nf, up_nf, KIND, LIMIT, A, B).to(x_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def gate_up_kernel(
     x_ptr,  # [T, H], rows stride_x apart
-    gate_ptr,  # [P, H]
+    gate_ptr,  # [P, H], not read without a gate
     up_ptr,  # [P, H]
+    gate_bias_ptr,  # [P], read where BIASED, as the other biases
+    up_bias_ptr,  # [P]
     h_ptr,  # out [N, 32 U], rows stride_h apart; words outside the union stay as they are
     unions_ptr,  # out [B, num_unions], of whole tiles
     bits_ptr,  # [S, num_words]
@@ -208,6 +257,11 @@ def gate_up_kernel(
     H,
     E: tl.constexpr,
     K: tl.constexpr,
+    KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BIASED: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -235,8 +289,9 @@ def gate_up_kernel(
         return
     kept_f = (((union_f >> (atoms_f % 32)) & 1) != 0) & (atoms_f < width)
     h_nf = _activations(
-        x_ptr, gate_ptr, up_ptr, rows_n // K, live_n, first + atoms_f, kept_f, stride_x, H,
-        BLOCK_N, BLOCK_F, BLOCK_H,
+        x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, rows_n // K, live_n,
+        first + atoms_f, kept_f, stride_x, H,
+        KIND, LIMIT, A, B, BIASED, BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
     h_nf = _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F)
     h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_h + atoms_f[None, :]
@@ -249,6 +304,7 @@ def gate_up_kernel(
 def down_kernel(
     h_ptr,  # [N, 32 U], rows stride_h apart
     down_t_ptr,  # [P, H]
+    down_bias_ptr,  # [E, H]
     y_ptr,  # out [N, H]: what each routed row adds to its token
     unions_ptr,  # [B, num_unions]
     offsets_ptr,  # [E+1]
@@ -262,6 +318,7 @@ def down_kernel(
     stride_h,
     H,
     E: tl.constexpr,
+    BIASED: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -312,6 +369,9 @@ def down_kernel(
                 other=0.0,
             )
             y_nd = tl.dot(h_nf, down_fd, y_nd, input_precision="ieee")
+    if BIASED:
+        bias_ptrs_d = down_bias_ptr + expert.to(tl.int64) * H + columns_d
+        y_nd += tl.load(bias_ptrs_d, mask=inside_d, other=0.0)[None, :]
     y_nd *= tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)[:, None]
     y_ptrs_nd = y_ptr + rows_n.to(tl.int64)[:, None] * H + columns_d[None, :]
     tl.store(y_ptrs_nd, y_nd.to(y_ptr.dtype.element_ty), mask=live_n[:, None] & inside_d[None, :])
@@ -340,12 +400,34 @@ def sum_rows_kernel(
     tl.store(out_ptr + token * H + columns_d, out_d, mask=columns_d < H)
 
 
+@triton.jit
+def _add_bias(
+    out_ptr, bias_ptr, weights_ptr, rows_n, live_n, H, K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Adds an expert's bias, weighted, to the tokens of its rows."""
+    weights_n = tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)
+    out_ptrs_n = out_ptr + (rows_n // K).to(tl.int64) * H
+    for start in range(0, H, BLOCK_D):
+        columns_d = start + tl.arange(0, BLOCK_D)
+        inside_d = columns_d < H
+        bias_d = tl.load(bias_ptr + columns_d, mask=inside_d, other=0.0)
+        tl.atomic_add(
+            out_ptrs_n[:, None] + columns_d[None, :],
+            weights_n[:, None] * bias_d[None, :],
+            mask=live_n[:, None] & inside_d[None, :],
+            sem="relaxed",
+        )
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def fused_kernel(
     x_ptr,  # [T, H], rows stride_x apart
-    gate_ptr,  # [P, H]
+    gate_ptr,  # [P, H], not read without a gate
     up_ptr,  # [P, H]
+    gate_bias_ptr,  # [P], read where BIASED, as the other biases
+    up_bias_ptr,  # [P]
     down_t_ptr,  # [P, H]
+    down_bias_ptr,  # [E, H]
     out_ptr,  # in and out [T, H], float32
     bits_ptr,  # [S, num_words]
     words_ptr,  # [E+1]
@@ -362,6 +444,11 @@ def fused_kernel(
     H,
     E: tl.constexpr,
     K: tl.constexpr,
+    KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BIASED: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -371,17 +458,24 @@ def fused_kernel(
 ):
     """Both GEMMs for a row block and a tile of its expert's atoms, added into the output.
 
-    Atomic additions: the order, and with it the last bit, changes from run to run.
+    Atomic additions: the order, and with it the last bit, changes from run to run. The first tile
+    of an expert, or of one without atoms, also adds its bias.
     """
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
     expert = _block_expert(experts_ptr, block, SORTED)
     if (expert < 0) | (expert >= E):
         return
     first, width = _first_row_and_width(offsets_ptr, expert)
-    if tile * BLOCK_F >= width:
-        return
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
+    if BIASED:  # noqa: SIM102 (known when it is compiled, unlike the tile)
+        if tile == 0:
+            _add_bias(
+                out_ptr, down_bias_ptr + expert.to(tl.int64) * H, weights_ptr, rows_n, live_n, H,
+                K, BLOCK_D,
+            )  # fmt: skip
+    if tile * BLOCK_F >= width:
+        return
     words_ptrs_n = _row_words(bits_ptr, words_ptr, ids_ptr, expert, rows_n, live_n, num_words)
     words_ptrs_n += tile * (BLOCK_F // 32)
     atoms_left = width - tile * BLOCK_F
@@ -393,8 +487,9 @@ def fused_kernel(
     packed_f = first + atoms_f
     tokens_n = rows_n // K
     h_nf = _activations(
-        x_ptr, gate_ptr, up_ptr, tokens_n, live_n, packed_f, kept_f, stride_x, H,
-        BLOCK_N, BLOCK_F, BLOCK_H,
+        x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, tokens_n, live_n,
+        packed_f, kept_f, stride_x, H,
+        KIND, LIMIT, A, B, BIASED, BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
     h_nf = _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F)
     weights_n = tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
@@ -26,6 +27,7 @@ from vllm_atomic_moe.experts.packing import (
     PROJECTIONS,
     Projection,
     build_layout,
+    projections_of,
     with_slots,
 )
 
@@ -62,7 +64,10 @@ def _load() -> Library | str:
 
 
 class TiledStorage:
-    """Packed rows in tiles: one tensor "packed" of 3 · H · padded P numbers and 64 bytes."""
+    """Packed rows in tiles: one tensor "packed" of 3 · H · padded P numbers and 64 bytes.
+
+    Without a gate it is 2 · H · padded P.
+    """
 
     def allocate(
         self,
@@ -70,6 +75,7 @@ class TiledStorage:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | None,
+        gated: bool = True,
     ) -> dict[str, torch.Tensor]:
         """Uninitialized weights; `write` fills an expert's padding too.
 
@@ -81,7 +87,9 @@ class TiledStorage:
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
                 "choose the kernel `reference`"
             )
-        numel = 3 * hidden_size * _first_atom(offsets_E1, len(offsets_E1) - 1)
+        numel = (
+            len(projections_of(gated)) * hidden_size * _first_atom(offsets_E1, len(offsets_E1) - 1)
+        )
         slack = cpu_library.SLACK_BYTES // dtype.itemsize
         packed = torch.empty(numel + slack, dtype=dtype, device=device)
         if packed.device.type == "cpu":
@@ -97,6 +105,7 @@ class TiledStorage:
         projection: Projection,
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
+        gated: bool = True,
     ) -> None:
         """See `Storage`; the weights are on the CPU."""
         packed = weights[0]
@@ -105,7 +114,7 @@ class TiledStorage:
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
         threads = torch.get_num_threads()
-        _library().pack(packed, first_atom, projection, rows_SH, atoms_F, threads)
+        _library().pack(packed, first_atom, projection, rows_SH, atoms_F, threads, gated)
 
 
 STORAGE = TiledStorage()
@@ -114,12 +123,14 @@ STORAGE = TiledStorage()
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     widest: int,
+    activation: str,
 ) -> torch.Tensor:
     """Arguments and result as those of the op; the same bits for any number of threads."""
     return _library().fused_experts(
@@ -131,6 +142,8 @@ def fused_experts(
         topk_weights_TK,
         topk_ids_TK,
         torch.get_num_threads(),
+        biases,
+        activation,
     )
 
 
@@ -172,7 +185,14 @@ def _check(library: Library) -> None:
                     library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
             found_TH = library.fused_experts(x, packed, *index, topk_weights_TK, ids_TK, 1)
             wanted_TH = reference.fused_experts(
-                x, rounded_3PH.float().unbind(), *index, topk_weights_TK, ids_TK, max(widths)
+                x,
+                rounded_3PH.float().unbind(),
+                [],
+                *index,
+                topk_weights_TK,
+                ids_TK,
+                max(widths),
+                SILU.spec,
             ).float()
             error = float((found_TH.float() - wanted_TH).norm() / wanted_TH.norm())
             if not error <= tolerance:

@@ -9,7 +9,7 @@
 // F atoms of an expert, padded to an even number.
 //
 // An expert is (for units and panels see panels.h)
-//   ⌈F/32⌉ panels that sum over H: gate of 32 atoms | up of the same atoms, then
+//   ⌈F/32⌉ panels that sum over H: gate of 32 atoms (if there is one) | up of the same atoms, then
 //   ⌈H/64⌉ panels that sum over F: 64 columns of the output,
 // the last of each as narrow as what is left.
 
@@ -94,9 +94,21 @@ void share(std::atomic<int64_t>& next, int64_t count, const Threads& threads, co
 
 // ---- what one call has to do --------------------------------------------------------------------
 
+// What an expert computes between its projections: Activation of activation.py, kinds in its order.
+struct Activation {
+  enum Kind { kSwish, kGeluTanh, kSwigluStep, kSitu, kRelu2 };
+  int kind;
+  float limit, alpha, beta;
+
+  int sides() const { return kind == kRelu2 ? 1 : 2; }  // gate and up, or up alone
+};
+
 struct Call {
   const void* x_TH;
   const void* packed;
+  // By atom, by atom, by expert [E, H]; all null, or gate's alone.
+  const float *gate_bias, *up_bias, *down_bias;
+  Activation activation;
   const int32_t* bits_SW;
   const int64_t *words_E1, *offsets_E1;
   const float* weights_TK;
@@ -234,13 +246,14 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
   int64_t padded = 0, first = 0;
   for (int64_t id = 0; id < call.E; ++id) {
     const int64_t atoms = round_up(call.width(id), 2);
+    const int sides = call.activation.sides();
     const auto* units = static_cast<const typename D::Unit*>(call.packed) +
-                        3 * padded * call.H / D::kPerUnit;
+                        (sides + 1) * padded * call.H / D::kPerUnit;
     padded += atoms;
     const int64_t rows = bounds[(id + 1) * ranges * num_slots - 1] - first;
     if (!rows) continue;
     const int64_t index = plan.experts.size(), first_block = plan.blocks.size();
-    plan.experts.push_back({id, rows, atoms, units, units + 2 * atoms * call.H / D::kPerUnit});
+    plan.experts.push_back({id, rows, atoms, units, units + sides * atoms * call.H / D::kPerUnit});
     const int at_once = rows_at_once<D>(rows);
     for (int64_t part = 0; part < ranges; ++part) {
       plan.blocks_ER1.push_back(plan.blocks.size());
@@ -308,14 +321,61 @@ void point_to_rows(Plan<D>& plan, const Call& call, int64_t begin, bool prepared
 
 // ---- the two GEMMs ------------------------------------------------------------------------------
 
-// h = SiLU(gate x) ⊙ (up x) of one tile for all rows of its expert; zero for atoms that a row's slot
-// does not use, whatever was computed there.
+// h of what gate and up give (the same where there is no gate), for one kind of activation.
+template <int kKind>
+Vec activate(const Activation& to, const Vec& gate, const Vec& up) {
+  const Vec limit(to.limit), alpha(to.alpha), beta(to.beta);
+  if constexpr (kKind == Activation::kSwish) {
+    const Vec low = at::vec::minimum(gate, limit);
+    return times_logistic(low, alpha * low) * (at::vec::clamp(up, limit.neg(), limit) + beta);
+  } else if constexpr (kKind == Activation::kGeluTanh) {
+    // ½(1 + tanh z) is the logistic function of 2z.
+    const Vec cube = gate * gate * gate;
+    return times_logistic(gate, Vec(1.5957691216f) * fmadd(Vec(0.044715f), cube, gate)) * up;
+  } else if constexpr (kKind == Activation::kSwigluStep) {
+    const Vec low = at::vec::minimum(times_logistic(gate, gate), limit);
+    return low * at::vec::clamp(up, limit.neg(), limit);
+  } else if constexpr (kKind == Activation::kSitu) {
+    const Vec bent = times_logistic(alpha * tanh(gate / alpha), gate);
+    return bent * (to.beta > 0 ? beta * tanh(up / beta) : up);
+  } else {
+    const Vec positive = at::vec::maximum(up, Vec(0.f));
+    return positive * positive;
+  }
+}
+
+// Calls `body` with an activation's kind as a constant.
+template <class Body>
+void with_kind(const Activation& activation, const Body& body) {
+  switch (activation.kind) {
+    case Activation::kSwish:
+      return body(std::integral_constant<int, Activation::kSwish>());
+    case Activation::kGeluTanh:
+      return body(std::integral_constant<int, Activation::kGeluTanh>());
+    case Activation::kSwigluStep:
+      return body(std::integral_constant<int, Activation::kSwigluStep>());
+    case Activation::kSitu:
+      return body(std::integral_constant<int, Activation::kSitu>());
+    case Activation::kRelu2:
+      return body(std::integral_constant<int, Activation::kRelu2>());
+  }
+}
+
+alignas(64) constexpr float kNoBias[kTileAtoms] = {};
+
+// h of one tile for all rows of its expert; zero for atoms that a row's slot does not use, whatever
+// was computed there.
 template <class D>
 void gate_up_tile(Plan<D>& plan, const Call& call, int64_t ranges, const Tile& tile) {
   const Expert<D>& expert = plan.experts[tile.expert];
   const int64_t half = std::min<int64_t>(kTileAtoms, expert.atoms - tile.index * kTileAtoms);
   const int64_t steps = call.H / D::kPerUnit;
-  const Panel<D> panel{expert.gate_up + tile.index * kPanelColumns * steps, steps, 2 * half};
+  const int sides = call.activation.sides();
+  const Panel<D> panel{expert.gate_up + tile.index * sides * kTileAtoms * steps, steps,
+                       sides * half};
+  const int64_t first_atom = call.offsets_E1[expert.id] + tile.index * kTileAtoms;
+  const float* up_bias = call.up_bias ? call.up_bias + first_atom : kNoBias;
+  const float* gate_bias = call.gate_bias ? call.gate_bias + first_atom : up_bias;
   const int32_t* words = call.bits_SW + call.words_E1[expert.id] + tile.index;
   const int at_once = rows_at_once<D>(expert.rows);
   const int64_t* bounds = plan.blocks_ER1.data() + tile.expert * (ranges + 1);
@@ -330,13 +390,29 @@ void gate_up_tile(Plan<D>& plan, const Call& call, int64_t ranges, const Tile& t
       const uint32_t used = words[plan.slots_N[row] * call.W] & by_any;
       auto* hidden =
           plan.hidden_NF.data() + row * plan.hidden_stride + tile.index * kTileAtoms;
-      const float *gate = product + r * kPanelColumns, *up = gate + half;
-      for (int j = 0; j < kTileAtoms; j += kWidth) {
-        const Vec h = silu(Vec::loadu(gate + j)) * Vec::loadu(up + j);
-        store_row(hidden + j, Vec::blendv(Vec(0.f), h, lane_mask(used >> j)));
-      }
+      const float *gate = product + r * kPanelColumns, *up = gate + (sides - 1) * half;
+      with_kind(call.activation, [&](auto kind) {
+        for (int j = 0; j < kTileAtoms; j += kWidth) {
+          const Vec h =
+              activate<decltype(kind)::value>(call.activation, Vec::loadu(gate + j) + Vec::loadu(gate_bias + j),
+                             Vec::loadu(up + j) + Vec::loadu(up_bias + j));
+          store_row(hidden + j, Vec::blendv(Vec(0.f), h, lane_mask(used >> j)));
+        }
+      });
     }
   }
+}
+
+// Adds 64 columns of an expert's bias, weighted, to the sums of the tokens of some blocks.
+template <class D>
+void add_bias(const Plan<D>& plan, const float* bias, int64_t columns, int64_t begin,
+              const int64_t* bounds, float* sums) {
+  for (int64_t index = bounds[0]; index < bounds[1]; ++index)
+    for (int r = 0; r < plan.blocks[index].count; ++r) {
+      const int64_t row = plan.blocks[index].first + r;
+      float* sum = sums + (plan.tokens_N[row] - begin) * kPanelColumns;
+      for (int64_t j = 0; j < columns; ++j) sum[j] += plan.weights_N[row] * bias[j];
+    }
 }
 
 // 64 columns of the output of one range of tokens: experts in ascending order, whoever computes.
@@ -353,6 +429,8 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
     const int at_once = rows_at_once<D>(expert.rows);
     const int64_t* bounds = plan.blocks_ER1.data() + which * (ranges + 1) + range;
     const auto* units = expert.down + column * expert.atoms / D::kPerUnit;
+    if (call.down_bias)
+      add_bias(plan, call.down_bias + expert.id * call.H + column, columns, begin, bounds, sums);
     for (int64_t stretch = 0; stretch < expert.atoms; stretch += kStretchAtoms)
       for (int64_t index = bounds[0]; index < bounds[1]; ++index) {
         const Block& block = plan.blocks[index];
@@ -439,6 +517,7 @@ void fused_experts(const Call& call) {
 // The rows atoms[0..count) of a matrix, the atoms of one expert; strides in elements.
 template <class D>
 struct Source {
+  int sides;  // of a tile: gate and up, or up alone
   using Element = std::conditional_t<sizeof(typename D::Element) == 2, uint16_t, uint32_t>;
   const Element* rows;
   int64_t row_stride, column_stride;
@@ -470,12 +549,13 @@ void pack_square(const void* const* lines, int64_t steps, Bits<D>* to, int64_t s
     for (int64_t i = 0; i < columns; ++i) to[i] = square[i][step];
 }
 
-// The gate half (0) or the up half (1) of one tile.
+// The gate half or the up half of one tile, or all of it: the first or the second of its sides.
 template <class D>
 void pack_tile(const Source<D>& source, Bits<D>* gate_up, int64_t tile, int side) {
   const int64_t half = std::min<int64_t>(kTileAtoms, source.padded() - tile * kTileAtoms);
   const int64_t steps = source.H / D::kPerUnit;
-  Bits<D>* panel = gate_up + tile * kPanelColumns * steps + side * half;
+  const int64_t width = source.sides * half;
+  Bits<D>* panel = gate_up + tile * source.sides * kTileAtoms * steps + side * half;
   for (int64_t column = 0; column < half; column += kSquare) {
     const int64_t columns = std::min<int64_t>(kSquare, half - column);
     for (int64_t step = 0; step < steps; step += kSquare) {
@@ -487,7 +567,7 @@ void pack_tile(const Source<D>& source, Bits<D>* gate_up, int64_t tile, int side
                                        : nullptr;
       }
       pack_square<D>(lines, std::min<int64_t>(kSquare, steps - step),
-                     panel + step * 2 * half + column, 2 * half, columns);
+                     panel + step * width + column, width, columns);
     }
   }
 }
@@ -551,7 +631,7 @@ void pack_block(const Source<D>& source, Bits<D>* down, int64_t block,
 template <class D>
 void pack(const Source<D>& source, void* expert, int projection, const Threads& threads) {
   auto* gate_up = static_cast<Bits<D>*>(expert);
-  auto* down = gate_up + 2 * source.padded() * source.H / D::kPerUnit;
+  auto* down = gate_up + source.sides * source.padded() * source.H / D::kPerUnit;
   const int64_t parts =
       projection == 2 ? ceil_div(source.H, kPanelColumns) : ceil_div(source.count, kTileAtoms);
   // Parallel regions allocate nothing: an exception could not leave them.
@@ -564,7 +644,7 @@ void pack(const Source<D>& source, void* expert, int projection, const Threads& 
       if (projection == 2)
         pack_block(source, down, part, mine);
       else
-        pack_tile(source, gate_up, part, projection);
+        pack_tile(source, gate_up, part, source.sides == 1 ? 0 : projection);
     });
   });
 }
@@ -586,14 +666,18 @@ void with_type(int dtype, const Body& body) {
 
 extern "C" {
 
-// Arguments as those of the op, all contiguous; H is even. Returns 0, or 1 where memory is short.
-int atomic_moe_fused_experts(const void* packed, const int32_t* bits_SW, const int64_t* words_E1,
-                             const int64_t* offsets_E1, int64_t E, int64_t W, int64_t H, int dtype,
-                             const void* x_TH, const float* weights_TK, const void* ids_TK,
-                             void* out_TH, int64_t T, int64_t K, int wide_ids, int threads,
-                             int workers) try {
-  const Call call{x_TH,          packed, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK,
-                  wide_ids != 0, out_TH, T,       K,        E,          W,          H,
+// Arguments as those of the op, all contiguous; H is even, biases may be null. Returns 0, or 1 where
+// memory is short.
+int atomic_moe_fused_experts(const void* packed, const float* gate_bias, const float* up_bias,
+                             const float* down_bias, const int32_t* bits_SW,
+                             const int64_t* words_E1, const int64_t* offsets_E1, int64_t E,
+                             int64_t W, int64_t H, int dtype, int kind, float limit, float alpha,
+                             float beta, const void* x_TH, const float* weights_TK,
+                             const void* ids_TK, void* out_TH, int64_t T, int64_t K, int wide_ids,
+                             int threads, int workers) try {
+  const Call call{x_TH,     packed,     gate_bias,  up_bias, down_bias,     {kind, limit, alpha, beta},
+                  bits_SW,  words_E1,   offsets_E1, weights_TK, ids_TK,     wide_ids != 0,
+                  out_TH,   T,          K,          E,          W,          H,
                   {threads, workers}};
   with_type(dtype, [&](auto type) { fused_experts<decltype(type)>(call); });
   return 0;
@@ -601,14 +685,14 @@ int atomic_moe_fused_experts(const void* packed, const int32_t* bits_SW, const i
   return 1;
 }
 
-// Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`; strides in
-// elements. Returns as above.
-int atomic_moe_pack(void* expert, int projection, const void* rows, int64_t row_stride,
+// Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`, with gate and up
+// or up alone; strides in elements. Returns as above.
+int atomic_moe_pack(void* expert, int projection, int sides, const void* rows, int64_t row_stride,
                     int64_t column_stride, const int64_t* atoms, int64_t count, int64_t H,
                     int dtype, int threads, int workers) try {
   with_type(dtype, [&](auto type) {
     using D = decltype(type);
-    pack(Source<D>{static_cast<const typename Source<D>::Element*>(rows), row_stride,
+    pack(Source<D>{sides, static_cast<const typename Source<D>::Element*>(rows), row_stride,
                    column_stride, atoms, count, H},
          expert, projection, Threads{threads, workers});
   });

@@ -23,12 +23,20 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.experts.packing import PROJECTIONS, SLOTS, Projection
+from vllm_atomic_moe.experts.activation import KINDS, SILU, Activation
+from vllm_atomic_moe.experts.packing import (
+    BIAS_SLACK,
+    PROJECTIONS,
+    SLOTS,
+    Projection,
+    projections_of,
+)
 from vllm_atomic_moe.files.plain_files import allow_reading, lock
 
 SOURCES = tuple(
@@ -250,7 +258,7 @@ class Library:
             VariantError: it brings a second OpenMP runtime.
         """
         # Layers by addresses, sizes and dtype: memory of one that is gone may serve another.
-        self._checked: set[tuple[tuple[int, ...], int]] = set()
+        self._checked: set[tuple[tuple[float, ...], int]] = set()
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
@@ -261,14 +269,16 @@ class Library:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         pack = self.functions.atomic_moe_pack
         pack.argtypes = [
-            *(pointer, number, pointer, size, size, pointer, size, size, number, number, number)
+            *(pointer, number, number, pointer, size, size, pointer, size, size),
+            *[number] * 3,
         ]
         pack.restype = number
         fused_experts = self.functions.atomic_moe_fused_experts
         fused_experts.argtypes = [
-            *[pointer] * 4,
+            *[pointer] * 7,
             *[size] * 3,
-            number,
+            *[number] * 2,
+            *[ctypes.c_float] * 3,
             *[pointer] * 4,
             *[size] * 2,
             *[number] * 3,
@@ -283,6 +293,7 @@ class Library:
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
         threads: int,
+        gated: bool = True,
     ) -> None:
         """Put rows_SH[atoms_F] where the projection of the expert at `first_atom` lies.
 
@@ -291,6 +302,7 @@ class Library:
             first_atom: atoms before the expert, padding included.
             rows_SH: of packed's dtype, any strides.
             atoms_F: int64, indices into rows_SH.
+            gated: whether there is a gate_proj.
 
         Raises:
             MemoryError: there is none for what is gathered.
@@ -300,13 +312,15 @@ class Library:
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert rows_SH.dtype == packed.dtype in DTYPES, f"{rows_SH.dtype} into {packed.dtype}"
         assert atoms_F.dtype == torch.int64, f"atoms are {atoms_F.dtype}, wanted int64"
-        assert 3 * atoms * rows_SH.shape[1] <= packed.numel(), "the atoms lie beyond the tensor"
+        vectors = len(projections_of(gated))
+        assert vectors * atoms * rows_SH.shape[1] <= packed.numel(), "atoms lie beyond the tensor"
         if projection != "down" and rows_SH.stride(1) != 1:
             rows_SH = rows_SH.contiguous()
         atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
         failed = self.functions.atomic_moe_pack(
-            packed.data_ptr() + 3 * first_atom * hidden_size * packed.element_size(),
+            packed.data_ptr() + vectors * first_atom * hidden_size * packed.element_size(),
             PROJECTIONS.index(projection),
+            vectors - 1,
             rows_SH.data_ptr(),
             *rows_SH.stride(),
             atoms_F.data_ptr(),
@@ -329,6 +343,8 @@ class Library:
         topk_weights_TK: torch.Tensor,
         topk_ids_TK: torch.Tensor,
         threads: int,
+        biases: Sequence[torch.Tensor] = (),
+        activation: str = SILU.spec,
     ) -> torch.Tensor:
         """Arguments as those of the op; x has packed's dtype.
 
@@ -337,13 +353,18 @@ class Library:
         """
         tokens, hidden_size = x_TH.shape
         ids, top_k = topk_ids_TK.shape
-        pointers = packed.data_ptr(), bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
+        act = Activation.parse(activation)
+        bias_pointers = [0] * (3 - len(biases)) + [bias.data_ptr() for bias in biases]
+        pointers = bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
         sizes = offsets_E1.numel() - 1, bits_SW.shape[1], hidden_size
-        layer = (*pointers, *sizes, DTYPES.index(packed.dtype))
-        numbers = packed.numel()
-        if (layer, numbers) not in self._checked:
-            _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size)
-            self._checked.add((layer, numbers))
+        numbers = KINDS.index(act.kind), act.limit, act.alpha, act.beta
+        layer = (
+            *(packed.data_ptr(), *bias_pointers, *pointers, *sizes),
+            *(DTYPES.index(packed.dtype), *numbers),
+        )
+        if (layer, packed.numel()) not in self._checked:
+            _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size, biases, act.gated)
+            self._checked.add((layer, packed.numel()))
         assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
@@ -381,20 +402,29 @@ def _check_layer(
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
     hidden_size: int,
+    biases: Sequence[torch.Tensor],
+    gated: bool,
 ) -> None:
     """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
-    for tensor in (packed, bits_SW, words_E1, offsets_E1):
+    for tensor in (packed, bits_SW, words_E1, offsets_E1, *biases):
         assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
     assert bits_SW.dtype == torch.int32, f"bits are {bits_SW.dtype}, wanted int32"
     assert words_E1.dtype == torch.int64, f"words are {words_E1.dtype}, wanted int64"
     assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
     widths_E = offsets_E1.diff()
-    numbers = 3 * hidden_size * int((widths_E + widths_E % 2).sum())
+    vectors = len(projections_of(gated))
+    numbers = vectors * hidden_size * int((widths_E + widths_E % 2).sum())
     wanted = numbers + SLACK_BYTES // packed.element_size()
     assert packed.numel() == wanted, (
         f"{packed.numel()} numbers for hidden size {hidden_size}, wanted {wanted}"
     )
+    if biases:
+        atoms = (int(offsets_E1[-1]) + BIAS_SLACK,)
+        shapes = [*[atoms] * (vectors - 1), (len(widths_E), hidden_size)]
+        found = [tuple(bias.shape) for bias in biases]
+        assert found == shapes, f"biases are {found}, wanted {shapes}"
+        assert all(bias.dtype == torch.float32 for bias in biases), "biases are not float32"
     words_E = (widths_E + 31) // 32
     assert torch.equal(words_E1.diff(), words_E), f"words are {words_E1.diff()}, wanted {words_E}"
     shape = (SLOTS, int(words_E.sum()))

@@ -85,10 +85,21 @@ Vec exponential(const Vec& x) {
   return sum * power(half) * power(n - half);
 }
 
-Vec silu(const Vec& x) {
+// x · σ(z), σ the logistic function.
+Vec times_logistic(const Vec& x, const Vec& z) {
   // e^100 is infinite and e^-100 too small to change 1, which far larger exponents would miss.
-  const Vec minus_x = at::vec::clamp(x.neg(), Vec(-100.f), Vec(100.f));
-  return x / (Vec(1.f) + exponential(minus_x));
+  const Vec minus_z = at::vec::clamp(z.neg(), Vec(-100.f), Vec(100.f));
+  return x / (Vec(1.f) + exponential(minus_z));
+}
+
+// 2σ(2x) − 1, and near zero, where that loses digits, a polynomial.
+[[maybe_unused]] Vec tanh(const Vec& x) {
+  const Vec far = Vec(2.f) * times_logistic(Vec(1.f), x + x) - Vec(1.f);
+  const Vec square = x * x;
+  Vec sum = fmadd(square, Vec(-17.f / 315), Vec(2.f / 15));
+  sum = fmadd(square, sum, Vec(-1.f / 3));
+  const Vec near = fmadd(x * square, sum, x);
+  return Vec::blendv(far, near, square < Vec(0.04f));
 }
 
 }  // namespace
