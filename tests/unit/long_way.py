@@ -52,12 +52,40 @@ class LongWay:
                 for expert in range(info.num_experts)
             ]
 
-        self.gate, self.up, self.down = matrices(GATE), matrices(UP), matrices(DOWN)
+        self.biased = info.architecture == "GptOssForCausalLM"
+        if self.biased:
+            self._read_gpt_oss(directory, layer, dtype)
+        else:
+            self.gate, self.up, self.down = matrices(GATE), matrices(UP), matrices(DOWN)
         self.info = info
         self.domain = 0
         self.tokens: list[RoutedToken] = []
         self.chosen: list[tuple[int, frozenset[int]]] = []
         self.pending: list = []
+
+    def _read_gpt_oss(self, directory: Path, layer: int, dtype: torch.dtype) -> None:
+        """All experts in one tensor, [E, H, 2I] and [E, I, H], gate and up interleaved; biases."""
+        with safe_open(directory / "model.safetensors", framework="pt") as file:
+            of_layer = {
+                part: file.get_tensor(f"model.layers.{layer}.mlp.experts.{part}").to(dtype)
+                for part in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+            }
+        gate_up, bias = of_layer["gate_up_proj"], of_layer["gate_up_proj_bias"]
+        self.gate = list(gate_up[:, :, ::2].transpose(1, 2))
+        self.up = list(gate_up[:, :, 1::2].transpose(1, 2))
+        self.down = list(of_layer["down_proj"].transpose(1, 2))
+        self.bias = list(zip(bias[:, ::2], bias[:, 1::2], of_layer["down_proj_bias"], strict=True))
+
+    def expert(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h and y of rows x."""
+        gate, up = x @ self.gate[expert].T, x @ self.up[expert].T
+        if not self.biased:
+            h = functional.silu(gate) * up
+            return h, h @ self.down[expert].T
+        gate_bias, up_bias, down_bias = self.bias[expert]
+        gate, up = (gate + gate_bias).clamp(max=7), (up + up_bias).clamp(-7, 7)
+        h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        return h, h @ self.down[expert].T + down_bias
 
     def forward(self, hidden, topk_ids, topk_weights):
         output = torch.zeros_like(hidden)
@@ -66,8 +94,7 @@ class LongWay:
             for slot in range(topk_ids.shape[1]):
                 tokens = (topk_ids[:, slot] == expert).nonzero().flatten()
                 x, p = hidden[tokens], topk_weights[tokens, slot]
-                h = functional.silu(x @ self.gate[expert].T) * (x @ self.up[expert].T)
-                y = h @ self.down[expert].T
+                h, y = self.expert(expert, x)
                 if tokens.numel():
                     y.retain_grad()
                     self.pending.append((expert, x, h, y, p))

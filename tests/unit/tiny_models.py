@@ -40,6 +40,12 @@ MORE_ARCHITECTURES = {
         "moe_intermediate_size": 16,
         "moe_layer_start_index": 1,
     },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 48,
+        "head_dim": 32,
+    },
     "minimax_m2": {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,

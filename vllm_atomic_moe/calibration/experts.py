@@ -2,7 +2,7 @@
 
 Every MoE architecture whose experts class carries transformers' `use_experts_implementation` calls
 a registered function instead of its own forward. Ours computes the same thing and shows inputs,
-activations h = act(gate·x) ⊙ (up·x), outputs and router weights of every expert, still in the
+activations h = act(gate·x, up·x), outputs and router weights of every expert, still in the
 autograd graph, to an observer.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, I full
@@ -40,8 +40,8 @@ class ExpertRows:
 
     Attributes:
         x: [rows, H], the expert's input.
-        h: [rows, I], act(gate·x) ⊙ (up·x).
-        y: [rows, H], the expert's output, before the router weight.
+        h: [rows, I], what goes into `down_proj`: act(gate·x, up·x), biases included.
+        y: [rows, H], the expert's output with its bias, before the router weight.
         p: [rows], router weights.
         down_HI: [H, I], the expert's down-projection.
     """
@@ -88,9 +88,9 @@ def observed_experts_forward(
     for expert, (x, p) in enumerate(zip(x_by_expert, p_N.split(counts), strict=True)):
         if x.shape[0] == 0:
             continue
-        h = module._apply_gate(_project(module, module.gate_up_proj[expert], x))
+        h = _activate(module, _project(module, _first(module), expert, x))
         down = module.down_proj[expert]
-        y = _project(module, down, h)
+        y = _project(module, "down_proj", expert, h)
         rows = ExpertRows(x, h, y, p, down.t() if module.is_transposed else down)
         module.layer_observer.see_expert(expert, rows)
         outputs.append(y)
@@ -128,15 +128,20 @@ def observe(
 def weight_norms(module: ExpertsModule) -> dict[str, torch.Tensor]:
     """L2 norms of every atom's three vectors: `gate_norm`, `up_norm`, `down_norm`, float64 [E, I].
 
+    Without biases. Where there is no gate, its norm is 1, which products of norms do not notice.
+
     To be called while the module's weights are on their device (inside its forward, if they are
     offloaded). One expert at a time: no second copy of the weights arises.
     """
     rows: dict[str, list[torch.Tensor]] = {"gate_norm": [], "up_norm": [], "down_norm": []}
     # gate_up_proj is [2I, H] per expert and down_proj [H, I]; transposed modules turn both round.
     along = (0, 1) if module.is_transposed else (1, 0)
-    for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True):
-        both = torch.linalg.vector_norm(gate_up, dim=along[0], dtype=torch.float64)
-        pair = both.chunk(2) if module.is_concatenated else (both[::2], both[1::2])
+    for first, down in zip(getattr(module, _first(module)), module.down_proj, strict=True):
+        both = torch.linalg.vector_norm(first, dim=along[0], dtype=torch.float64)
+        if not module.has_gate:
+            both = torch.cat([torch.ones_like(both), both])
+        concatenated = module.is_concatenated or not module.has_gate
+        pair = both.chunk(2) if concatenated else (both[::2], both[1::2])
         rows["gate_norm"].append(pair[0])
         rows["up_norm"].append(pair[1])
         rows["down_norm"].append(torch.linalg.vector_norm(down, dim=along[1], dtype=torch.float64))
@@ -150,7 +155,7 @@ def find_experts(
 
     Raises:
         ValueError: the architecture does not use transformers' experts interface, its layers or
-            shapes are not those of the checkpoint, or the experts have no gate or have biases.
+            shapes are not those of the checkpoint.
     """
     experts: dict[int, ExpertsModule] = {}
     for name, module in model.named_modules():
@@ -184,26 +189,36 @@ def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
         gate_is_plain = type(module)._apply_gate.__module__ == "transformers.integrations.moe"
         activation = getattr(module, "act_fn", None)
         is_silu = activation is functional.silu or "silu" in type(activation).__name__.lower()
-        if not gate_is_plain or not is_silu:
+        if not gate_is_plain or not is_silu or module.has_bias:
             kind = type(module).__name__
             return [
-                f"{kind} does not compute plain SiLU(gate)·up; "
-                "its statistics are right, but the server does not support this activation yet"
+                f"{kind} does not compute plain SiLU(gate)·up without biases; its statistics are "
+                "right, but the server may refuse it: it serves SiLU with a limit, clamped SwiGLU, "
+                "GELU by tanh, swiglustep, situ and ReLU², and no biases yet"
             ]
     return []
 
 
-def _project(module: ExpertsModule, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return rows @ weight if module.is_transposed else functional.linear(rows, weight)
+def _first(module: ExpertsModule) -> str:
+    """The projection ahead of the activation."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _activate(module: ExpertsModule, rows: torch.Tensor) -> torch.Tensor:
+    return module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+
+
+def _project(
+    module: ExpertsModule, projection: str, expert: int, rows: torch.Tensor
+) -> torch.Tensor:
+    """Rows times one expert's matrix, plus its bias."""
+    weight = getattr(module, projection)[expert]
+    bias = getattr(module, f"{projection}_bias")[expert] if module.has_bias else None
+    product = rows @ weight if module.is_transposed else functional.linear(rows, weight)
+    return product if bias is None else product + bias
 
 
 def _check_experts(name: str, module: ExpertsModule, checkpoint: CheckpointInfo) -> None:
-    if not module.has_gate or module.has_bias:
-        has = "no gate_proj" if not module.has_gate else "biases"
-        raise ValueError(
-            f"{checkpoint.architecture}: experts {name!r} have {has}; "
-            "an atomic expert is a gate row, an up row and a down column, without biases"
-        )
     experts, first, second = module.down_proj.shape
     size = first if module.is_transposed else second
     if (experts, size) != (checkpoint.num_experts, checkpoint.intermediate_size):
