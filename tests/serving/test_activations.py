@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
-from tests.serving.conftest import engine, logprobs_of, mixed_logprobs
+from tests.serving.conftest import PROMPTS, engine, logprobs_of, mixed_logprobs
+from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.experts.activation import Activation
 
 NAMES = ["ragged", "second"]
@@ -93,6 +95,28 @@ def test_pruned_equals_zeroed_dense(tmp_path, monkeypatch, layer_options):
         plain.setattr(qwen3_moe, "FusedMoEFactory", original)
         usual = logprobs_of(tmp_path / NAMES[0])
     assert (usual - wanted[NAMES[0]]).abs().max() > 0.01, "the option changes nothing"
+    extra = {"active": NAMES[0], "resident": NAMES[1:]}
+    with engine(model, load_format="atomic-pruned", model_loader_extra_config=extra) as llm:
+        found = mixed_logprobs(llm, NAMES)
+    for name in NAMES:
+        assert (found[name] - wanted[name]).abs().max() < 1e-4, name
+
+
+def test_gpt_oss(tmp_path):
+    """Biases, clamped SwiGLU, gate and up interleaved and transposed; against transformers."""
+    model = tmp_path / "model"
+    info = make_model("gpt_oss", model)
+    wanted = {}
+    for seed, name in enumerate(NAMES, start=1):
+        profile = write_profile(info, name, model / "atomic_profiles", seed)
+        dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with torch.inference_mode():
+            for layer, keep_EI in profile.keep.items():
+                dense.model.layers[layer].mlp.experts.down_proj[~keep_EI] = 0
+            tokens = torch.tensor(PROMPTS)
+            logprobs = dense(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
+        wanted[name] = logprobs.gather(-1, tokens[:, 1:, None]).flatten()
+    assert (wanted[NAMES[0]] - wanted[NAMES[1]]).abs().max() > 0.01
     extra = {"active": NAMES[0], "resident": NAMES[1:]}
     with engine(model, load_format="atomic-pruned", model_loader_extra_config=extra) as llm:
         found = mixed_logprobs(llm, NAMES)

@@ -282,7 +282,6 @@ def test_profile_of_another_model_is_refused(model, tmp_path, no_weights_read):
     ("layer_options", "words"),
     [
         ({"activation": "gelu"}, r"the activation gelu"),
-        ({"has_bias": True}, r"expert biases"),
         ({"apply_router_weight_on_input": True}, r"applied to the input of several experts"),
     ],
 )

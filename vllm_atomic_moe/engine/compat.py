@@ -38,6 +38,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_atomic_moe.experts.activation import Activation
 
+# Subclasses that differ from `RoutedExperts` in nothing but how their weights arrive.
+KNOWN_EXPERTS = ("GptOssRoutedExperts",)
 # Routers that choose by logits and correction bias alone, so that a mask on both holds. We read
 # the code of these; masked logits are not safe with any other.
 KNOWN_ROUTERS = (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter)
@@ -47,22 +49,29 @@ KNOWN_ROUTERS = (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRou
 def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[None]:
     """While open, every `RoutedExperts` that vLLM builds is a `layer_class`.
 
+    So is every one of KNOWN_EXPERTS that is imported by now; then it is its subclass as well.
+
     Reason: `PluggableLayer.register_oot`, the public way, replaces the layer for the whole process
     and for good, also for models that use another load format. The registry behind it is the same.
     """
     from vllm.model_executor.custom_op import op_registry_oot
 
-    name = "RoutedExperts"
-    if name in op_registry_oot:
-        raise ValueError(
-            f"{name} is already replaced by {op_registry_oot[name].__qualname__} of another "
-            "plug-in; unload it (VLLM_PLUGINS) to serve with --load-format atomic-pruned"
-        )
-    op_registry_oot[name] = layer_class
+    replaced = {"RoutedExperts": layer_class}
+    for special in RoutedExperts.__subclasses__():
+        if special.__name__ in KNOWN_EXPERTS:
+            replaced[special.__name__] = type(special.__name__, (layer_class, special), {})
+    for name in replaced:
+        if name in op_registry_oot:
+            raise ValueError(
+                f"{name} is already replaced by {op_registry_oot[name].__qualname__} of another "
+                "plug-in; unload it (VLLM_PLUGINS) to serve with --load-format atomic-pruned"
+            )
+    op_registry_oot.update(replaced)
     try:
         yield
     finally:
-        del op_registry_oot[name]
+        for name in replaced:
+            del op_registry_oot[name]
 
 
 def activation_of(config: FusedMoEConfig) -> Activation | None:

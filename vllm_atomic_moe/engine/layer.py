@@ -44,7 +44,10 @@ from vllm_atomic_moe.experts.packing import (
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
+# What gpt-oss's weights arrive as: transposed, gate and up interleaved.
+INTERLEAVED = {"gpt_oss_w13": ("w1", "w3"), "gpt_oss_w2": ("w2",)}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
+BIAS_PLACEHOLDERS = ("w13_bias", "w2_bias")
 
 _loading: ContextVar[tuple[ResidentProfiles, Backend, torch.Tensor]] = ContextVar(
     "atomic_moe_loading"
@@ -83,7 +86,7 @@ class AtomicRoutedExperts(RoutedExperts):
         index: decoder layer index in the checkpoint.
         gathered_slots: int32 [T, 1] of all data parallel ranks' tokens, while those are gathered.
         own_experts: ids of the experts that this rank holds, or holds a part of.
-        loaded: (expert, projection) of every matrix of theirs that has arrived.
+        loaded: (expert, tensor) of every tensor of theirs that has arrived, as in `tensors`.
     """
 
     packed: PackedExperts
@@ -130,11 +133,16 @@ class AtomicRoutedExperts(RoutedExperts):
         activation = activation_of(config)
         assert activation is not None, "refused by check_layer"
         self.packed = PackedExperts(
-            layout, hidden_size, dtype, storage=self.backend.storage, activation=activation
+            layout,
+            hidden_size,
+            dtype,
+            storage=self.backend.storage,
+            activation=activation,
+            has_bias=config.has_bias,
         )
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.gathered_slots: torch.Tensor | None = None
-        self.loaded: set[tuple[int, Projection]] = set()
+        self.loaded: set[tuple[int, str]] = set()
 
     def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What of every profile's mask [E, I] this rank holds."""
@@ -209,27 +217,52 @@ class AtomicRoutedExperts(RoutedExperts):
         """Slice one checkpoint tensor into the packed rows.
 
         Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
-        `[H, I]` of one expert, or all experts' at once with a leading E. Experts of other ranks
+        `[H, I]` of one expert, or all experts' at once with a leading E; or one expert's bias. Of
+        gpt-oss gate and up arrive as one, `[H, 2I]`, and down is `[I, H]`. Experts of other ranks
         are left alone, and need not arrive.
 
         Raises:
             ValueError: the tensor arrives for the second time, or has the wrong shape.
         """
+        if shard_id in INTERLEAVED:
+            parts = INTERLEAVED[shard_id]
+            for index, part in enumerate(parts):
+                tensor = loaded_weight[..., index :: len(parts)]
+                tensor = tensor if tensor.dim() == 1 else tensor.t()
+                self.weight_loader(param, tensor, weight_name, part, expert_id)
+            return expert_id in self.own_experts if return_success else None
         if shard_id not in SHARD_PROJECTIONS or expert_id >= self.global_num_experts:
             raise ValueError(
                 f"{self.layer_name}: {weight_name} arrives as {shard_id!r} of expert {expert_id}; "
                 f"wanted w1, w2 or w3 of expert 0 to {self.global_num_experts - 1}"
             )
         projection = SHARD_PROJECTIONS[shard_id]
+        if loaded_weight.dim() == 1:
+            return self._load_bias(expert_id, projection, loaded_weight, weight_name)
         first = 0 if loaded_weight.dim() == 3 else expert_id
         matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
         taken = False
         for expert, matrix in enumerate(matrices, start=first):
             if expert in self.own_experts:
-                self._mark_loaded(expert, projection, weight_name)
+                self._mark_loaded(expert, f"{projection}_proj", weight_name)
                 self.packed.load_expert(expert, projection, matrix)
                 taken = True
         return taken if return_success else None
+
+    def _load_bias(
+        self, expert: int, projection: Projection, bias: torch.Tensor, weight_name: str
+    ) -> bool:
+        """One expert's bias; that of down is the first tensor parallel rank's alone."""
+        if expert not in self.own_experts:
+            return False
+        if not self.packed.biases:
+            raise ValueError(
+                f"{self.layer_name}: {weight_name} arrives, vLLM builds no biases here"
+            )
+        self._mark_loaded(expert, f"{projection}_proj.bias", weight_name)
+        if projection != "down" or self.moe_config.moe_parallel_config.tp_rank == 0:
+            self.packed.load_bias(expert, projection, bias)
+        return True
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
@@ -244,24 +277,30 @@ class AtomicRoutedExperts(RoutedExperts):
             ValueError: the tensor arrives for the second time, or has the wrong shape.
         """
         for expert in self.own_experts:
-            self._mark_loaded(expert, projection, weight_name)
+            self._mark_loaded(expert, f"{projection}_proj", weight_name)
         self.packed.load_rows(projection, rows, stored)
 
-    def _mark_loaded(self, expert: int, projection: Projection, weight_name: str) -> None:
-        if (expert, projection) in self.loaded:
+    def _mark_loaded(self, expert: int, tensor: str, weight_name: str) -> None:
+        if (expert, tensor) in self.loaded:
             raise ValueError(
-                f"{self.layer_name}: {projection}_proj of expert {expert} arrives twice "
+                f"{self.layer_name}: {tensor} of expert {expert} arrives twice "
                 f"({weight_name}); the checkpoint holds it in two tensors"
             )
-        self.loaded.add((expert, projection))
+        self.loaded.add((expert, tensor))
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of an expert that must arrive."""
+        names = [f"{name}_proj" for name in projections_of(self.packed.activation.gated)]
+        return names + [f"{name}.bias" for name in names if self.packed.biases]
 
     def missing(self) -> list[str]:
-        """Expert matrices that have not arrived, by name."""
+        """Expert tensors that have not arrived, by name."""
         return [
-            f"layers.{self.index}.experts.{expert}.{projection}_proj"
+            f"layers.{self.index}.experts.{expert}.{tensor}"
             for expert in sorted(self.own_experts)
-            for projection in projections_of(self.packed.activation.gated)
-            if (expert, projection) not in self.loaded
+            for tensor in self.tensors
+            if (expert, tensor) not in self.loaded
         ]
 
 
@@ -279,13 +318,16 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         layer.pack(hidden_size, params_dtype)
         # vLLM finds experts to load by these names; they hold nothing and go after loading.
-        for name in PLACEHOLDERS:
+        for name in self._placeholders():
             placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
             placeholder.weight_loader = layer.weight_loader  # type: ignore[attr-defined]
             layer.register_parameter(name, placeholder)
 
+    def _placeholders(self) -> tuple[str, ...]:
+        return PLACEHOLDERS + (BIAS_PLACEHOLDERS if self.moe.has_bias else ())
+
     def process_weights_after_loading(self, layer: AtomicRoutedExperts) -> None:
-        for name in PLACEHOLDERS:
+        for name in self._placeholders():
             delattr(layer, name)
         layer.routing.prepare(layer.e_score_correction_bias)
         layer.bind()

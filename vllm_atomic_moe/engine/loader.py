@@ -21,6 +21,7 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from vllm_atomic_moe.engine.exported import packed_rows_taken_by, reading_from
 from vllm_atomic_moe.engine.options import (
@@ -129,11 +130,13 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         """Build the model; vLLM's routed experts become packed ones."""
         from vllm_atomic_moe.engine.layer import packed_experts_for
 
+        get_model_architecture(model_config)  # imports the classes that are to be replaced
         with packed_experts_for(self.plan.resident, self.plan.backend, self.token_slots):
             return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the checkpoint through the packed experts and see that all of it arrived."""
+        from vllm_atomic_moe.engine.interleaved import interleaved_experts_split
         from vllm_atomic_moe.engine.routing import mask_routers
 
         plan, layers = self.plan, packed_layers(model)
@@ -147,7 +150,8 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         mask_routers(model, layers, plan.resident)
         stored = plan.resident.model.stored
         if stored is None:
-            self.inner.load_weights(model, model_config)
+            with interleaved_experts_split(layers, model):
+                self.inner.load_weights(model, model_config)
         else:
             folder = weights_directory(plan.directory)
             with packed_rows_taken_by(layers, model, stored):

@@ -186,7 +186,6 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
             not isinstance(quant_method, UnquantizedFusedMoEMethod | None),
             f"quantized experts ({type(quant_method).__name__})",
         ),
-        (config.has_bias, "expert biases"),
         (
             activation_of(config) is None,
             f"the activation {config.activation.value} with limit {config.swiglu_limit}",
