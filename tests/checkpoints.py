@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
+from vllm_atomic_moe.files.layouts import expert_tensor
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 COMMON = {
@@ -218,16 +219,19 @@ def write_routing_profiles(model: CheckpointInfo, directory: Path) -> dict[str, 
 
 
 def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
-    """Copy a checkpoint with the down-projection of every pruned atom set to zero."""
+    """Copy a checkpoint, I unlike H, with the down-projection of every pruned atom set to zero."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("atomic_profiles"))
     path = target / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        if "experts" not in parts or not {"down_proj", "w2"} & set(parts):
+        found = expert_tensor(name)
+        if found is None or found.part != "down" or found.layer not in profile.keep:
             continue
-        keep = profile.keep[int(parts[parts.index("layers") + 1])]
-        position = parts.index("experts") + 1
-        mask = keep[int(parts[position])] if parts[position].isdigit() else keep[:, None, :]
-        tensors[name] = tensor * mask
+        keep = profile.keep[found.layer]
+        if found.expert is not None:
+            tensors[name] = tensor * keep[found.expert]
+        elif tensor.shape[2] == keep.shape[1]:
+            tensors[name] = tensor * keep[:, None, :]
+        else:  # transposed
+            tensors[name] = tensor * keep[:, :, None]
     save_file(tensors, path, metadata={"format": "pt"})

@@ -448,7 +448,7 @@ def test_the_client_stops_at_the_first_failure(server):
     generation = server.status()["generation"]
     for arguments, words in (
         (["heapr-40", "--url", one, "--url", nobody], f"error: {nobody}: "),
-        (["heapr-40", "--url", "ftp://x"], "error: URL 'ftp://x' does not start with http"),
+        (["heapr-40", "--url", "ftp://x"], "error: URL 'ftp://x': wanted http://host:port"),
     ):
         code, out, err = atomic_moe("activate", *arguments)
         assert (code, out) == (1, "")

@@ -1,13 +1,14 @@
 """How checkpoints name and lay out routed experts: the one table.
 
-Names begin with `{block}.experts.`, the MoE block of a decoder layer. Three layouts follow:
+Names begin with the MoE block of a decoder layer, which holds its router too: `model.layers.3.mlp`,
+or the layer itself. Three layouts follow:
 
-    per expert   {expert}.{spelling}.weight    gate and up [I, H], down [H, I]
-    fused        {spelling} or {spelling}.weight    gate_up [E, 2I, H] and down [E, H, I], or both
-                 transposed
-    packed       packed.{part}, which `atomic-moe export` writes: gate, up and down_t [P, H], the
-                 stored atoms in checkpoint order; offsets int64 [E+1], the first row of every
-                 expert; keep bool [E, I], the atoms that are stored
+    per expert   experts.{expert}.{spelling}.weight    gate and up [I, H], down [H, I]
+    fused        one of FUSED, or with .weight behind it    gate_up [E, 2I, H], or gate and up
+                 [E, I, H]; down [E, H, I]; or all of them transposed
+    packed       experts.packed.{part}, which `atomic-moe export` writes: gate, up and down_t
+                 [P, H], the stored atoms in checkpoint order; offsets int64 [E+1], the first row of
+                 every expert; keep bool [E, I], the atoms that are stored
 
 Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
 """
@@ -22,9 +23,14 @@ PER_EXPERT = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
     {"gate": "w1", "up": "w3", "down": "w2"},
 )
+# The MoE block may end in something that is part of the spelling: then it stands before a bar.
 FUSED = (
-    {"gate_up": "gate_up_proj", "down": "down_proj"},
-    {"gate_up": "w13", "down": "w2"},
+    {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"},
+    {"gate_up": "experts.w13", "down": "experts.w2"},
+    {"gate_up": "experts.fc1", "down": "experts.fc2"},  # Aria
+    # Granite; its shared expert is called alike
+    {"gate_up": "block_sparse_moe|input_linear", "down": "block_sparse_moe|output_linear"},
+    {"gate": "moe|gate_proj", "up": "moe|up_proj", "down": "moe|down_proj"},  # Step
 )
 PACKED_ROWS = ("gate", "up", "down_t")
 PACKED = (*PACKED_ROWS, "offsets", "keep")
@@ -69,6 +75,9 @@ def expert_tensor(name: str) -> ExpertTensor | None:
         return ExpertTensor(block, layer, match["packed"], packed=True)
     if match["fused"]:
         return ExpertTensor(block, layer, _FUSED_PARTS[match["fused"]])
+    if match["within"]:
+        spelling = f"{block.rpartition('.')[2]}|{match['within']}"
+        return ExpertTensor(block, layer, _FUSED_PARTS[spelling])
     return ExpertTensor(block, layer, _PARTS[match["own"]], expert=int(match["expert"]))
 
 
@@ -81,9 +90,17 @@ def decoder_layer(name: str) -> int | None:
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
 _PARTS = {spelling: part for names in PER_EXPERT for part, spelling in names.items()}
 _FUSED_PARTS = {spelling: part for names in FUSED for part, spelling in names.items()}
+_OWN = "|".join(_PARTS)
+_OF_EXPERTS = "|".join(spelling for spelling in _FUSED_PARTS if "|" not in spelling)
+_WITHIN = "|".join(
+    rf"(?<={block}\.){name}"
+    for block, _, name in (it.partition("|") for it in _FUSED_PARTS)
+    if name
+)
 _NAME = re.compile(
-    r"(?P<block>.*\blayers\.(?P<layer>\d+)\..*)\.experts\."
-    rf"(?:(?P<expert>\d+)\.(?P<own>{'|'.join(_PARTS)})\.weight"
-    rf"|(?P<fused>{'|'.join(_FUSED_PARTS)})(?:\.weight)?"
-    rf"|packed\.(?P<packed>{'|'.join(PACKED)}))"
+    r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\."
+    rf"(?:experts\.(?P<expert>\d+)\.(?P<own>{_OWN})\.weight"
+    rf"|(?P<fused>{_OF_EXPERTS})(?:\.weight)?"
+    rf"|(?P<within>{_WITHIN})\.weight"
+    rf"|experts\.packed\.(?P<packed>{'|'.join(PACKED)}))"
 )

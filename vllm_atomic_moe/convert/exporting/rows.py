@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, locate_tensors
 from vllm_atomic_moe.files.export_format import packed_offsets
-from vllm_atomic_moe.files.layouts import FUSED, PER_EXPERT
+from vllm_atomic_moe.files.layouts import FUSED, PACKED, PACKED_ROWS, PER_EXPERT, expert_tensor
 from vllm_atomic_moe.files.tensors import open_safetensors
 
 PLAIN_DTYPES = {
@@ -29,6 +29,10 @@ PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+# Of the packed layout: not weights.
+INDEX_PARTS = tuple(part for part in PACKED if part not in PACKED_ROWS)
 
 
 class Shards:
@@ -97,43 +101,55 @@ class LayerRows:
         return self.rows(part, expert).index_select(0, rows)
 
 
-def split_names(
-    source: Shards, info: CheckpointInfo
-) -> tuple[dict[int, dict[str, str]], list[str]]:
+@dataclass(slots=True)
+class LayerNames:
+    """Names of the expert tensors of one layer.
+
+    Attributes:
+        known: (part, expert, or None for all of them) -> name.
+        strange: others among them.
+    """
+
+    known: dict[tuple[str, int | None], str] = field(default_factory=dict)
+    strange: list[str] = field(default_factory=list)
+
+
+def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNames], list[str]]:
     """Tensor names: those of routed experts by layer, and all others.
 
     Returns:
-        Layer index -> what follows `{block}.experts.` -> name; and the names of everything else,
-        experts outside the decoder's MoE layers among them.
+        Layer index -> the names; and the names of everything else, experts outside the decoder's
+        MoE layers among them.
     """
     prefixes = {f"{block}.experts.": layer for layer, block in info.blocks.items()}
-    experts: dict[int, dict[str, str]] = {layer: {} for layer in info.layers}
+    experts = {layer: LayerNames() for layer in info.layers}
     others: list[str] = []
     for name in source.where:
+        tensor = expert_tensor(name)
         prefix = name[: name.find(".experts.") + len(".experts.")]
-        if prefix in prefixes:
-            experts[prefixes[prefix]][name.removeprefix(prefix)] = name
+        if tensor is not None and info.blocks.get(tensor.layer) == tensor.block:
+            experts[tensor.layer].known[tensor.part, tensor.expert] = name
+        elif prefix in prefixes:
+            experts[prefixes[prefix]].strange.append(name)
         else:
             others.append(name)
     return experts, others
 
 
-def find_rows(
-    source: Shards, info: CheckpointInfo, layer: int, names: Mapping[str, str]
-) -> LayerRows:
+def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerRows:
     """How the experts of one layer are stored.
 
     Args:
         source: the shards.
         info: the checkpoint.
         layer: index of the layer.
-        names: what follows `{block}.experts.` -> tensor name.
+        names: of its expert tensors.
 
     Raises:
         ValueError: in a way that is not known here, or not completely.
     """
-    index = ("packed.offsets", "packed.keep")
-    dtypes = {source.dtype(name) for suffix, name in names.items() if suffix not in index}
+    known = names.known
+    dtypes = {source.dtype(name) for (part, _), name in known.items() if part not in INDEX_PARTS}
     if len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
         raise ValueError(
             f"layer {layer}: experts are stored as {', '.join(sorted(dtypes))}; plain weights of "
@@ -141,78 +157,86 @@ def find_rows(
         )
     dtype = dtypes.pop()
     if info.stored is not None:
-        return _packed_rows(source, info.stored[layer], names, dtype)
-    fused = {suffix.removesuffix(".weight"): name for suffix, name in names.items()}
+        return _packed_rows(source, info.stored[layer], known, dtype)
     for spelling in FUSED:
-        if fused.keys() == set(spelling.values()):
-            gate_up, down = (fused[spelling[part]] for part in ("gate_up", "down"))
-            return _fused_rows(source, info, gate_up, down, dtype)
+        if known.keys() == {(part, None) for part in spelling} and not names.strange:
+            parts = {part: known[part, None] for part in spelling}
+            return _fused_rows(source, info, parts, dtype)
     return _per_expert_rows(source, info, layer, names, dtype)
 
 
 def _packed_rows(
-    source: Shards, stored_EI: torch.Tensor, names: Mapping[str, str], dtype: str
+    source: Shards,
+    stored_EI: torch.Tensor,
+    known: Mapping[tuple[str, int | None], str],
+    dtype: str,
 ) -> LayerRows:
     offsets = packed_offsets(stored_EI).tolist()
 
     def rows(part: str, expert: int) -> torch.Tensor:
-        return source.tensor(names[f"packed.{part}"])[offsets[expert] : offsets[expert + 1]]
+        return source.tensor(known[part, None])[offsets[expert] : offsets[expert + 1]]
 
     return LayerRows(dtype, rows, stored_EI)
 
 
 def _fused_rows(
-    source: Shards, info: CheckpointInfo, gate_up: str, down: str, dtype: str
+    source: Shards, info: CheckpointInfo, names: Mapping[str, str], dtype: str
 ) -> LayerRows:
-    """3-D tensors. Both shapes together say which way round, even where I = H or 2I = H."""
+    """3-D tensors. Their shapes together say which way round, even where I = H or 2I = H."""
     experts, size, hidden = info.num_experts, info.intermediate_size, info.hidden_size
-    shapes = [source.shape(gate_up), source.shape(down)]
-    upright = [[experts, 2 * size, hidden], [experts, hidden, size]]
-    transposed = [[experts, hidden, 2 * size], [experts, size, hidden]]
+    shapes = {part: source.shape(name) for part, name in names.items()}
+    sizes = {"gate_up": 2 * size, "gate": size, "up": size}
+    upright = {part: [experts, sizes.get(part, hidden), hidden] for part in names}
+    upright["down"] = [experts, hidden, size]
+    transposed = {part: [shape[0], *shape[:0:-1]] for part, shape in upright.items()}
     if shapes not in (upright, transposed):
         raise ValueError(
-            f"{gate_up} and {down} are {shapes[0]} and {shapes[1]}, wanted {upright[0]} and "
-            f"{upright[1]}, or {transposed[0]} and {transposed[1]}; other layouts are not exported"
+            f"{' and '.join(names.values())} are {' and '.join(map(str, shapes.values()))}, "
+            f"wanted {' and '.join(map(str, upright.values()))}, or "
+            f"{' and '.join(map(str, transposed.values()))}; other layouts are not exported"
         )
 
     def rows(part: str, expert: int) -> torch.Tensor:
-        matrix = source.tensor(down if part == "down_t" else gate_up)[expert]
+        stored = {"down_t": "down"}.get(part, part if part in names else "gate_up")
+        matrix = source.tensor(names[stored])[expert]
         if (shapes == transposed) != (part == "down_t"):
             matrix = matrix.t()
-        return {"gate": matrix[:size], "up": matrix[size:], "down_t": matrix}[part]
+        if stored != "gate_up":
+            return matrix
+        return matrix[:size] if part == "gate" else matrix[size:]
 
     return LayerRows(dtype, rows)
 
 
 def _per_expert_rows(
-    source: Shards, info: CheckpointInfo, layer: int, names: Mapping[str, str], dtype: str
+    source: Shards, info: CheckpointInfo, layer: int, names: LayerNames, dtype: str
 ) -> LayerRows:
-    def expected(spelling: Mapping[str, str]) -> dict[str, list[int]]:
-        upright = [info.intermediate_size, info.hidden_size]
-        return {
-            f"{expert}.{projection}.weight": upright[::-1] if part == "down" else upright
-            for expert in range(info.num_experts)
-            for part, projection in spelling.items()
-        }
-
-    spelling = max(PER_EXPERT, key=lambda one: len(expected(one).keys() & names.keys()))
-    wanted, prefix = expected(spelling), f"{info.blocks[layer]}.experts."
-    if unknown := sorted(names.keys() - wanted.keys(), key=natural):
+    upright = [info.intermediate_size, info.hidden_size]
+    wanted = {
+        (part, expert): upright[::-1] if part == "down" else upright
+        for expert in range(info.num_experts)
+        for part in PER_EXPERT[0]
+    }
+    unknown = [*names.strange, *(names.known[key] for key in names.known.keys() - wanted.keys())]
+    if unknown:
         raise ValueError(
-            f"{prefix}{unknown[0]} is not the plain weight of one expert's projection; quantized "
-            "experts, expert biases and other layouts are not exported"
+            f"{min(unknown, key=natural)} is not the plain weight of one expert's projection; "
+            "quantized experts, expert biases and other layouts are not exported"
         )
-    if missing := sorted(wanted.keys() - names.keys(), key=natural):
-        raise ValueError(f"{prefix}{missing[0]} is missing; fetch the checkpoint again")
-    for suffix, name in names.items():
-        if source.shape(name) != wanted[suffix]:
+    for (part, expert), shape in wanted.items():
+        name = names.known.get((part, expert))
+        if name is None:
             raise ValueError(
-                f"{name} is {source.shape(name)}, wanted {wanted[suffix]}; other layouts are not "
-                "exported"
+                f"layer {layer}: {part}_proj of expert {expert} is missing; fetch the checkpoint "
+                "again"
+            )
+        if source.shape(name) != shape:
+            raise ValueError(
+                f"{name} is {source.shape(name)}, wanted {shape}; other layouts are not exported"
             )
 
     def rows(part: str, expert: int) -> torch.Tensor:
-        matrix = source.tensor(names[f"{expert}.{spelling[part.removesuffix('_t')]}.weight"])
+        matrix = source.tensor(names.known[part.removesuffix("_t"), expert])
         return matrix.t() if part == "down_t" else matrix
 
     return LayerRows(dtype, rows)

@@ -1,0 +1,81 @@
+"""Architectures beyond those of test_parity.py: served, and exported where the layout allows it.
+
+A tiny random float32 checkpoint by transformers, two profiles in one batch; against vLLM's own
+dense model with the pruned atoms zeroed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.checkpoints import COMMON, write_profile, zero_pruned
+from tests.serving.conftest import engine, logprobs_of, mixed_logprobs
+from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+
+NAMES = ["ragged", "second"]
+# Architecture -> (configuration class, its own settings, what vLLM calls it).
+ARCHITECTURES = {
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
+        "GraniteMoeForCausalLM",
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "shared_intermediate_size": 96,
+        },
+        "GraniteMoeSharedForCausalLM",
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 96,
+            "head_dim": 32,
+            "no_rope_layers": [1, 1, 1],
+            "attention_chunk_size": 128,
+            "pad_token_id": 0,
+        },
+        "Llama4ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_served_and_exported(tmp_path, architecture):
+    config_class, settings, name = ARCHITECTURES[architecture]
+    model = tmp_path / "model"
+    config = getattr(transformers, config_class)(**{**COMMON, **settings})
+    torch.manual_seed(0)
+    dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+    dense.save_pretrained(model)
+    info = describe_checkpoint(model)
+    assert (info.architecture, info.num_experts, info.intermediate_size) == (name, 8, 64)
+    wanted = {}
+    for seed, profile_name in enumerate(NAMES, start=1):
+        profile = write_profile(info, profile_name, model / "atomic_profiles", seed)
+        zero_pruned(model, tmp_path / profile_name, profile)
+        wanted[profile_name] = logprobs_of(tmp_path / profile_name)
+    assert (wanted[NAMES[0]] - wanted[NAMES[1]]).abs().max() > 0.01
+    extra = {"active": NAMES[0], "resident": NAMES[1:]}
+    with engine(model, load_format="atomic-pruned", model_loader_extra_config=extra) as llm:
+        found = mixed_logprobs(llm, NAMES)
+    for profile_name in NAMES:
+        difference = (found[profile_name] - wanted[profile_name]).abs().max()
+        assert difference < 1e-4, profile_name
+    export(str(model), model / "atomic_profiles" / f"{NAMES[0]}.safetensors", tmp_path / "out")
+    exported = logprobs_of(tmp_path / "out", load_format="atomic-pruned")
+    assert (exported - found[NAMES[0]]).abs().max() < 1e-5
