@@ -33,6 +33,23 @@ ARCHITECTURES = {
         },
         "GraniteMoeSharedForCausalLM",
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "enable_moe_block": True,
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 256,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+        "Gemma4ForCausalLM",
+    ),
     "llama4": (
         "Llama4TextConfig",
         {
