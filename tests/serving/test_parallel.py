@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile, write_routing_profiles
 from tests.serving.conftest import activate, core, engine, mixed_logprobs, prompt_logprobs
+from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.profiles import PruningProfile
 
@@ -122,6 +123,23 @@ def test_other_architectures(tmp_path, architecture):
     checkpoints = Checkpoints(architecture, tmp_path)
     for ranks in ("tensor", "expert", "pipeline"):
         check_ranks(checkpoints, "per_expert", ranks)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
+def test_biases_are_added_once(tmp_path, ranks):
+    """gpt-oss: that of down is the first tensor parallel rank's alone, or the expert's rank's."""
+    info = make_model("gpt_oss", tmp_path)
+    for seed, name in enumerate(NAMES[:2], start=1):
+        write_profile(info, name, tmp_path / "atomic_profiles", seed)
+    extra = {"active": NAMES[0], "resident": NAMES[1:2]}
+    found = []
+    for options in ({}, RANKS[ranks]):
+        loader = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
+        with engine(tmp_path, **loader, **options) as llm:
+            found.append(mixed_logprobs(llm, NAMES[:2]))
+    for name in NAMES[:2]:
+        assert (found[0][name] - found[1][name]).abs().max() < TOLERANCE, name
 
 
 @pytest.mark.full

@@ -184,17 +184,22 @@ def find_experts(
 
 
 def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
-    """One line if the server will refuse these experts, though they can be calibrated."""
+    """One line if the server might refuse these experts, though they can be calibrated.
+
+    What they compute is read from vLLM when it builds them, not here: SiLU and GELU by tanh are
+    served, an activation of a model's own (gpt-oss has one) may be.
+    """
     for module in experts.values():
-        gate_is_plain = type(module)._apply_gate.__module__ == "transformers.integrations.moe"
+        own = not module.has_gate or (
+            type(module)._apply_gate.__module__ != "transformers.integrations.moe"
+        )
         activation = getattr(module, "act_fn", None)
-        is_silu = activation is functional.silu or "silu" in type(activation).__name__.lower()
-        if not gate_is_plain or not is_silu or module.has_bias:
-            kind = type(module).__name__
+        name = type(activation).__name__.lower()
+        known = activation is functional.silu or "silu" in name or "gelutanh" in name
+        if own or not known:
             return [
-                f"{kind} does not compute plain SiLU(gate)·up without biases; its statistics are "
-                "right, but the server may refuse it: it serves SiLU with a limit, clamped SwiGLU, "
-                "GELU by tanh, swiglustep, situ and ReLU², and no biases yet"
+                f"{type(module).__name__} computes an activation of its own, or one that is seldom "
+                "used; its statistics are right, and the server says at start whether it serves it"
             ]
     return []
 
