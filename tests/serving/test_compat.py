@@ -27,6 +27,7 @@ from vllm_atomic_moe.measure import server_benchmark
 
 LAYERS = "vllm.model_executor.layers"
 MOE = f"{LAYERS}.fused_moe"
+GPT_OSS = "vllm.model_executor.models.gpt_oss"
 EXPERTS = f"{MOE}.routed_experts:RoutedExperts"
 METHOD = f"{MOE}.fused_moe_method_base:FusedMoEMethodBase"
 ROUTER = f"{MOE}.router.base_router:BaseRouter"
@@ -56,6 +57,8 @@ OVERRIDDEN = {
     f"{EXPERTS}.load_weights": "self weights",
     f"{EXPERTS}.weight_loader": "self param loaded_weight weight_name shard_id expert_id "
     "return_success",
+    f"{GPT_OSS}:GptOssRoutedExperts.weight_loader": "self param loaded_weight weight_name shard_id "
+    "expert_id return_success",
     f"{METHOD}.create_weights": "self layer num_experts hidden_size "
     "intermediate_size_per_partition params_dtype extra_weight_attrs",
     f"{METHOD}.process_weights_after_loading": "self layer",
@@ -95,6 +98,7 @@ CALLED = {
     f"{MAP}.is_local_expert": call("self", 0),
     f"{LAYERS}.quantization.base_config:resolve_quant_method": call("config", "layer", "prefix"),
     "vllm.model_executor.models.utils:extract_layer_index": call("layer_name"),
+    "vllm.model_executor.model_loader.utils:get_model_architecture": call("model_config"),
     f"{LOADERS}:register_model_loader": call("load_format"),
     f"{LOADERS}:get_model_loader": call("load_config"),
     "vllm.config:ModelConfig.get_layers_start_end_indices": call("self", "parallel_config"),
@@ -127,7 +131,7 @@ CALLED = {
 # What we read or write: class -> attributes.
 HELD = {
     EXPERTS: "apply_router_weight_on_input e_score_correction_bias expert_map_manager "
-    "global_num_experts layer_name moe_config quant_method swiglu_alpha swiglu_beta swiglu_limit",
+    "global_num_experts layer_name moe_config quant_method",
     METHOD: "moe_quant_config",
     RUNNER: "do_naive_dispatch_combine routed_experts router",
     MAP: "num_fused_shared_experts",
@@ -498,3 +502,27 @@ def test_supported_range_is_the_one_probed():
     assert vllm.__version__ in wanted.specifier
     release = vllm.__version__.split(".")[:2]
     assert release in (["0", "32"], ["0", "33"]), "probe anew, then widen it in pyproject.toml"
+
+
+def test_gpt_oss_loads_expert_by_expert():
+    """What `interleaved.py` relies on: names with an expert's number go to `weight_loader`."""
+    from vllm.model_executor.models import gpt_oss
+
+    from vllm_atomic_moe.engine import compat
+    from vllm_atomic_moe.engine.layer import INTERLEAVED
+
+    known = [it.__name__ for it in compat.RoutedExperts.__subclasses__()]
+    assert set(compat.KNOWN_EXPERTS) <= set(known)
+    model = gpt_oss.GptOssModel
+    for part, shard in (
+        *(("w13_weight", "gpt_oss_w13"), ("w13_bias", "gpt_oss_w13")),
+        *(("w2_weight", "gpt_oss_w2"), ("w2_bias", "gpt_oss_w2")),
+    ):
+        name = f"layers.3.mlp.experts.routed_experts.{part}"
+        found = model._get_streamed_expert_info(f"layers.3.mlp.experts.7.{part}", {name: None})
+        assert found == (7, name, shard)
+        assert shard in INTERLEAVED
+    mapper = gpt_oss.GptOssForCausalLM.hf_to_vllm_mapper
+    for stored, part in (("gate_up_proj", "w13_weight"), ("down_proj_bias", "w2_bias")):
+        (name,) = mapper.apply_list([f"model.layers.3.mlp.experts.7.{stored}"])
+        assert name == f"model.layers.3.mlp.experts.7.{part}"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
@@ -43,6 +44,16 @@ KNOWN_EXPERTS = ("GptOssRoutedExperts",)
 # Routers that choose by logits and correction bias alone, so that a mask on both holds. We read
 # the code of these; masked logits are not safe with any other.
 KNOWN_ROUTERS = (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter)
+
+
+def import_model_class(model_config: ModelConfig) -> None:
+    """Import the model's class, and with it the experts' class that it brings.
+
+    Reason: a class can be replaced by name only once it is there; vLLM imports it while it builds.
+    """
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    get_model_architecture(model_config)
 
 
 @contextmanager

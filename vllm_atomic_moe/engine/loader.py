@@ -21,7 +21,6 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from vllm_atomic_moe.engine.exported import packed_rows_taken_by, reading_from
 from vllm_atomic_moe.engine.options import (
@@ -128,9 +127,10 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
         """Build the model; vLLM's routed experts become packed ones."""
+        from vllm_atomic_moe.engine.compat import import_model_class
         from vllm_atomic_moe.engine.layer import packed_experts_for
 
-        get_model_architecture(model_config)  # imports the classes that are to be replaced
+        import_model_class(model_config)
         with packed_experts_for(self.plan.resident, self.plan.backend, self.token_slots):
             return super().create_model(vllm_config, model_config, prefix)
 
