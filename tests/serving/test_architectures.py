@@ -67,7 +67,14 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# `make test` takes one of a layout, one of an activation and a block of its own.
+QUICK = ("granitemoe", "gemma4")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in ARCHITECTURES],
+)
 def test_served_and_exported(tmp_path, architecture):
     config_class, settings, name = ARCHITECTURES[architecture]
     model = tmp_path / "model"

@@ -116,7 +116,13 @@ def test_an_export_that_cannot_take_its_place_is_kept(original, tmp_path, monkey
     words = r"out: the export is complete, but .*\.out\.exporting cannot be renamed to it \(denied"
     with pytest.raises(ValueError, match=words):
         export(str(original), original.parent / "p.safetensors", tmp_path / "out")
-    assert describe_checkpoint(tmp_path / ".out.exporting").stored
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"holds a complete export .* or remove it"
+        ):
+            export(str(original), original.parent / "p.safetensors", tmp_path / "out")
+        assert describe_checkpoint(tmp_path / ".out.exporting").stored
 
 
 def test_statistics_are_written_elsewhere_where_there_is_no_room(original, tmp_path):

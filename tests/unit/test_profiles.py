@@ -293,9 +293,11 @@ def test_a_router_in_another_dtype_is_the_same_or_differs_by_rounding():
     """Profiles of version 0.1 carry the digest of the stored bytes; neither is a sample."""
     stored = replace(MODEL, router=RouterIdentity("cd" * 32, stored_sha256="ab" * 32))
     assert profile().check(stored) == []
-    made = replace(MODEL, router=RouterIdentity("cd" * 32, sample=(0.1, -2.0, 1e-9, 0.0)))
+    made = replace(MODEL, router=RouterIdentity("cd" * 32, sample=(0.1, -2.003, 1e-9, 0.0)))
     of_copy = profile(metadata={"model": json.dumps(made.identity())})
-    copies = {(0.1004, -2.0078, 0.0, 0.0): True, (0.1, -2.02, 0.0, 0.0): False, (0.1,): False}
+    rounded = tuple(torch.tensor(made.router.sample).bfloat16().tolist())
+    scaled = tuple(1.004 * value for value in made.router.sample)
+    copies = {rounded: True, scaled: False, (0.1, -2.02, 0.0, 0.0): False, (0.1,): False}
     for sample, same in copies.items():
         copy = replace(MODEL, router=RouterIdentity("ef" * 32, sample=sample))
         if same:

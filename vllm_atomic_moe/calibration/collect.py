@@ -258,11 +258,14 @@ def _check_finite(
     """
     name = str(dtype).removeprefix("torch.")
     remedy = REMEDIES.get(dtype, "are the checkpoint's weights damaged?")
-    for layer, accumulator in layers.items():
-        if what := accumulator.not_finite(domain):
-            raise ValueError(
-                f"layer {layer}: {what} of a window are not finite in {name}; {remedy}"
-            )
+    # Where it began: what overflows goes up with activations, and down with gradients.
+    found = {layer: accumulator.not_finite(domain) for layer, accumulator in layers.items()}
+    for what, order in (("activations", sorted(found)), ("gradients", sorted(found)[::-1])):
+        for layer in order:
+            if found[layer] == what:
+                raise ValueError(
+                    f"layer {layer}: {what} of a window are not finite in {name}; {remedy}"
+                )
     if loss is not None and not bool(loss.isfinite()):
         raise ValueError(f"the loss of a window is {loss.item()} in {name}; {remedy}")
 

@@ -147,7 +147,7 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
             for value in batch.column(0).to_pylist():
                 number += 1
                 yield f"row {number}", {name: value}
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:  # Broken pages are plain OSErrors.
         raise ValueError(f"{path}: not a readable parquet file ({one_line(error)})") from None
 
 

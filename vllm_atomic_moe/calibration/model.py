@@ -80,7 +80,7 @@ def check_model_code(directory: Path, trusted: bool) -> None:
     config = read_json_object(directory / "config.json")
     told = config.get("auto_map")
     classes = told if isinstance(told, dict) else {}
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     has_model = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
     code = classes.get("AutoModelForCausalLM") or classes.get("AutoConfig")
     if code and not has_model:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.calibration.documents import SUFFIXES, read_documents, split_name
+from vllm_atomic_moe.files.tensors import one_line
 
 DOCUMENTS_PER_BATCH = 256
 
@@ -264,9 +265,15 @@ def _tokenize(documents: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of every document."""
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
         # verbose=False: no warning about documents longer than the context, they are cut anyway.
-        yield from tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        try:
+            encoded = tokenizer(
+                batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+        except Exception as error:  # A tokenizer may be code of the model's.
+            raise ValueError(
+                f"the model's tokenizer fails ({type(error).__name__}: {one_line(error)})"
+            ) from error
+        yield from encoded["input_ids"]
 
 
 def _end_of_sequence(tokenizer: Any, file: DataFile) -> torch.Tensor:

@@ -61,7 +61,7 @@ def _one_line(text: str) -> str:
     line = " ".join(text.split())
     if len(line) <= MESSAGE_LENGTH:
         return line
-    tail = MESSAGE_LENGTH // 2
+    tail = 2 * MESSAGE_LENGTH // 3
     return f"{line[: MESSAGE_LENGTH - tail - 3]} … {line[-tail:]}"
 
 

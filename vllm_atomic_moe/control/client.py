@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -38,12 +39,18 @@ class AdminClient:
                 sound = False
             if not sound:
                 raise ValueError(f"{name} {one!r}: wanted http://host:port or https://host:port")
+        try:
+            # Of the environment only certificates (SSL_CERT_FILE, SSL_CERT_DIR).
+            verify = httpx.create_ssl_context() if "https://" in f"{url} {proxy}" else False
+        except OSError as error:
+            raise ValueError(
+                f"certificates cannot be read ({error}); see SSL_CERT_FILE and SSL_CERT_DIR"
+            ) from None
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=ANSWER_TIMEOUT_S,
             trust_env=False,
-            # Of the environment only certificates (SSL_CERT_FILE, SSL_CERT_DIR).
-            verify=httpx.create_ssl_context(),
+            verify=verify,
             proxy=proxy,
         )
 
@@ -76,17 +83,17 @@ class AdminClient:
 
     def load(self, profile: str) -> dict[str, Any]:
         """`PUT /atomic/v1/profiles/{profile}`. Raises as `activate`."""
-        return self._ask("PUT", f"profiles/{profile}")
+        return self._ask("PUT", f"profiles/{quote(profile, safe='')}")
 
     def unload(self, profile: str) -> dict[str, Any]:
         """`DELETE /atomic/v1/profiles/{profile}`. Raises as `activate`."""
-        return self._ask("DELETE", f"profiles/{profile}")
+        return self._ask("DELETE", f"profiles/{quote(profile, safe='')}")
 
     def _ask(self, method: str, path: str, *, wanted: str = "generation", **options: Any) -> Any:
         """The content of an answer that has the key `wanted`."""
         try:
             answer = self._client.request(method, f"{self.url}/atomic/v1/{path}", **options)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ValueError(f"{self.url}: {error or type(error).__name__}") from None
         try:
             content = answer.json()
@@ -100,14 +107,15 @@ class AdminClient:
 def _refusal(answer: httpx.Response, content: Any) -> str:
     """What an answer says that is not the one asked for."""
     error = content.get("error") if isinstance(content, dict) else None
-    if answer.status_code == 404 and (error or {}).get("type", "Not Found") == "Not Found":
-        if content is not None:
-            return (
-                "no admin endpoint here; start the server with "
-                "VLLM_PLUGINS=atomic_moe,atomic_moe_admin"
-            )
-    elif isinstance(error, dict) and {"type", "message"} <= error.keys():
-        return f"{error['type']}: {error['message']}"
+    known = error if isinstance(error, dict) and {"type", "message"} <= error.keys() else None
+    # vLLM's own answer to a path that it does not know, or FastAPI's.
+    lacking = known["type"] == "Not Found" if known else isinstance(content, dict) and not error
+    if answer.status_code == 404 and lacking:
+        return (
+            "no admin endpoint here; start the server with VLLM_PLUGINS=atomic_moe,atomic_moe_admin"
+        )
+    if known:
+        return f"{known['type']}: {known['message']}"
     kind = answer.headers.get("content-type", "no content type")
     return (
         f"the answer is not of a vLLM server ({kind}, {answer.text[:60]!r}); "

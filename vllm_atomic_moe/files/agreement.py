@@ -6,6 +6,7 @@ model at first. Every function refuses in one line that says which of them disag
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from vllm_atomic_moe.files.config import (
 )
 from vllm_atomic_moe.files.layouts import PER_EXPERT, decoder_layer, expert_tensor
 from vllm_atomic_moe.files.tensors import open_safetensors
+
+# What quantized weights bring beside or in place of `weight`.
+QUANTIZED = re.compile(r"qweight|qzeros|g_idx|scale|_packed|_blocks|_zero_point")
 
 
 @dataclass(slots=True)
@@ -50,9 +54,10 @@ def check_layout(
         and not is_prediction(name)
     ]
     how = quantization(directory, config)
-    if strange and how:
+    quantized = [name for name in strange if QUANTIZED.search(name)]
+    if quantized and how:
         raise ValueError(
-            f"{directory}: its experts are quantized ({how}), as in {strange[0]}, which this "
+            f"{directory}: its experts are quantized ({how}), as in {quantized[0]}, which this "
             "version does not serve or calibrate; use the checkpoint that it was made from"
         )
     strange = [name for name in strange if decoder_layer(name) not in layers]
@@ -120,7 +125,8 @@ def count_experts(
                 "among them; fetch the checkpoint again"
             )
         for part in PER_EXPERT[0]:
-            if layer.parts[part] != number:
+            # Some experts have no gate.
+            if layer.parts[part] != number and (part != "gate" or layer.parts[part]):
                 raise ValueError(
                     f"{directory}: layer {index} has {number} experts and {layer.parts[part]} "
                     f"{part} projections; fetch the checkpoint again"

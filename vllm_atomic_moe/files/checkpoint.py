@@ -129,6 +129,11 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
             f"model {model!r} is neither a directory nor a model on the Hugging Face Hub "
             f"({type(error).__name__}); check the path or the id"
         ) from error
+    except OSError as error:
+        raise ValueError(
+            f"model {model!r} cannot be fetched from the Hugging Face Hub ({one_line(error)}); "
+            "make room, or check the path"
+        ) from error
     except Exception as error:  # httpx: ImportError of a SOCKS library, InvalidURL, ValueError.
         raise ValueError(
             f"model {model!r} is not a directory, and the Hugging Face Hub cannot be asked "

@@ -108,5 +108,9 @@ def dense_by(config: Mapping[str, Any], layer: int) -> str | None:
 
 def tells_dense_layers(config: Mapping[str, Any]) -> bool:
     """Whether the configuration says which layers are dense, in a way that `dense_by` knows."""
+    every = config.get("moe_layer_freq")
+    # Layer by layer in words, which comes before the others' defaults; or in a form not known.
+    if config.get("mlp_layer_types") or not isinstance(every, int | list | None):
+        return False
     keys = ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "moe_layer_freq")
     return any(config.get(key) is not None for key in keys)

@@ -20,9 +20,12 @@ from vllm_atomic_moe.files.tensors import read_tensor
 ROUTER_MODULES = ("gate.", "router.", "moe_statics.", "e_score_correction_bias", "expert_bias")
 # The correction bias among them: it takes part in the choice of experts, not in their weights.
 CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
-SAMPLE = 64
+# Values of all routers together that are sampled, and of one tensor at least.
+SAMPLE, OF_A_TENSOR = 64, 8
 # Twice the rounding of bfloat16, the coarsest of plain dtypes; and the least of float16.
 ROUNDING, LEAST = 2**-7, 2**-24
+# Values that rounding must explain exactly; a few may have been rounded twice.
+EXACT = 7 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +154,27 @@ def identify_router(where: Mapping[str, Path], names: Sequence[str]) -> RouterId
         stored.update(tensor.view(torch.uint8).numpy().tobytes())
         tensor = tensor.float()
         values.update(tensor.numpy().tobytes())
-        count = min(max(1, SAMPLE // len(names)), tensor.numel())
-        at = torch.arange(count) * tensor.numel() // max(1, count)
-        sample += [float(f"{value:.7g}") for value in tensor[at].tolist()]
+        count = min(max(OF_A_TENSOR, SAMPLE // len(names)), tensor.numel())
+        at = (2 * torch.arange(count) + 1) * tensor.numel() // max(1, 2 * count)
+        sample += tensor[at].tolist()
     return RouterIdentity(values.hexdigest(), stored.hexdigest(), tuple(sample))
 
 
 def differ_by_rounding(one: Any, two: Any) -> bool:
-    """Whether two samples could be of one router, stored in two dtypes."""
+    """Whether two samples could be of one router, stored in two dtypes.
+
+    They are near each other, and rounding one of them to a 16-bit dtype gives the other: a router
+    that was trained on, or scaled a little, is near as well.
+    """
     if not (isinstance(one, list) and isinstance(two, list) and len(one) == len(two) > 0):
         return False
-    return all(
-        isinstance(a, float | int) and math.isclose(a, b, rel_tol=ROUNDING, abs_tol=LEAST)
-        for a, b in zip(one, two, strict=True)
+    if not all(isinstance(value, float | int) for value in one + two):
+        return False
+    if not all(math.isclose(a, b, rel_tol=ROUNDING, abs_tol=LEAST) for a, b in zip(one, two)):  # noqa: B905
+        return False
+    first, second = (torch.tensor(values, dtype=torch.float32) for values in (one, two))
+    return any(
+        float((fine.to(dtype).float() == coarse).float().mean()) >= EXACT
+        for dtype in (torch.bfloat16, torch.float16)
+        for fine, coarse in ((first, second), (second, first))
     )

@@ -124,7 +124,7 @@ def measure_calibration(
         ValueError: the model or the windows are refused, or memory ran out.
     """
     check_model_code(model, plan.trust_remote_code)
-    context = read_config(model).get("max_position_embeddings", plan.seq_len)
+    context = read_config(model).get("max_position_embeddings") or plan.seq_len
     if plan.seq_len > context:
         raise ValueError(
             f"the model's context is {context} tokens, the benchmark's windows have {plan.seq_len}"

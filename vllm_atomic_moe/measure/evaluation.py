@@ -190,7 +190,7 @@ def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any
 
 def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
     """Tokens per window; vLLM wants room for one generated token behind a prompt."""
-    context = int(config.get("max_position_embeddings", MAX_SEQ_LEN + 1))
+    context = int(config.get("max_position_embeddings") or MAX_SEQ_LEN + 1)
     if seq_len is None:
         return min(MAX_SEQ_LEN, context - 1)
     if seq_len >= context:

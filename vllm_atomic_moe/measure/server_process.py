@@ -82,8 +82,8 @@ def free_port() -> int:
 
 def asking_directly(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for child processes that ask servers on this machine: through no proxy."""
-    hosts = [environment.get("NO_PROXY") or environment.get("no_proxy", ""), HOST, "localhost"]
-    without = ",".join(filter(None, hosts))
+    told = [environment.get(name, "") for name in ("NO_PROXY", "no_proxy")]
+    without = ",".join(dict.fromkeys(filter(None, [*told, HOST, "localhost"])))
     return {**environment, "NO_PROXY": without, "no_proxy": without}
 
 

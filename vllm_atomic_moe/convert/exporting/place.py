@@ -23,6 +23,8 @@ from vllm_atomic_moe.files.plain_files import NotInPlaceError, allow_reading, lo
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.tensors import one_line
 
+# Stands in a complete export that could not be renamed, so that the next one does not clear it.
+KEPT = ".complete"
 SHARD = re.compile(rf"{EXPORT_DIRECTORY}/model-\d+-of-\d+\.safetensors")
 
 
@@ -111,12 +113,20 @@ def working_directory(output: Path) -> Iterator[Path]:
     work = output.parent / f".{output.name}.exporting"
     handle = _lock(work, output)
     try:
+        if (work / KEPT).exists():
+            raise NotInPlaceError(
+                f"output {output}: {work} holds a complete export that could not take its place; "
+                "move it there, or remove it"
+            )
         for entry in work.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _move_back(output)
         yield work
     except NotInPlaceError:
-        _move_back(output)
+        with suppress(OSError):
+            (work / KEPT).touch()
+        with suppress(OSError):
+            _move_back(output)
         raise
     except BaseException as error:
         _move_back(output)
