@@ -118,9 +118,7 @@ def test_an_export_that_cannot_take_its_place_is_kept(original, tmp_path, monkey
         export(str(original), original.parent / "p.safetensors", tmp_path / "out")
     monkeypatch.undo()
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"holds a complete export .* or remove it"
-        ):
+        with pytest.raises(ValueError, match=r"holds a complete export .* or remove it"):
             export(str(original), original.parent / "p.safetensors", tmp_path / "out")
         assert describe_checkpoint(tmp_path / ".out.exporting").stored
 
