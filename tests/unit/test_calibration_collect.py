@@ -107,7 +107,7 @@ def test_observed_experts_compute_what_transformers_computes(architecture, tmp_p
             logits = model(input_ids=ids, use_cache=False).logits
         after = model(input_ids=ids, use_cache=False).logits
 
-    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=5e-5)
     assert torch.equal(after, wanted)
     assert {counter.rows for counter in observers.values()} == {
         ids.numel() * info.experts_per_token
