@@ -11,7 +11,10 @@ import torch
 import transformers
 
 from tests.checkpoints import COMMON, write_profile, zero_pruned
-from tests.serving.conftest import engine, logprobs_of, mixed_logprobs
+from tests.serving.conftest import PROMPTS, engine, logprobs_of, mixed_logprobs
+from vllm_atomic_moe.calibration.collect import collect
+from vllm_atomic_moe.calibration.experts import find_experts
+from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
@@ -88,6 +91,7 @@ def test_served_and_exported(tmp_path, architecture):
     dense.save_pretrained(model)
     info = describe_checkpoint(model)
     assert (info.architecture, info.num_experts, info.intermediate_size) == (name, 8, 64)
+    check_calibration(architecture, dense, info)
     wanted = {}
     for seed, profile_name in enumerate(NAMES, start=1):
         profile = write_profile(info, profile_name, model / "atomic_profiles", seed)
@@ -103,3 +107,17 @@ def test_served_and_exported(tmp_path, architecture):
     export(str(model), model / "atomic_profiles" / f"{NAMES[0]}.safetensors", tmp_path / "out")
     exported = logprobs_of(tmp_path / "out", load_format="atomic-pruned")
     assert (exported - found[NAMES[0]]).abs().max() < 1e-5
+
+
+def check_calibration(architecture, dense, info):
+    """Every token counts in every layer; Llama-4 is refused, its experts see all tokens sorted."""
+    if architecture == "llama4":
+        with pytest.raises(ValueError, match="does not build its experts through the experts inte"):
+            find_experts(dense, info)
+        return
+    text = CalibrationText({"a": torch.tensor(PROMPTS, dtype=torch.int32)}, ())
+    sums = collect(dense, find_experts(dense, info), info, text, 2)
+    assert tuple(sums) == info.layers
+    for of_layer in sums.values():
+        assert of_layer.count.sum() == text.num_tokens * info.experts_per_token
+        assert of_layer.g2.sum() > 0

@@ -135,10 +135,12 @@ HELD = {
     METHOD: "moe_quant_config",
     RUNNER: "do_naive_dispatch_combine routed_experts router",
     MAP: "num_fused_shared_experts",
-    f"{MOE}.config:FusedMoEConfig": "activation dp_size has_bias in_dtype intermediate_size "
-    "moe_parallel_config num_experts router_logits_dtype",
+    f"{MOE}.config:FusedMoEConfig": "activation activation_situ_beta "
+    "activation_situ_linear_beta dp_size experts_per_token has_bias in_dtype intermediate_size "
+    "moe_parallel_config num_experts router_logits_dtype swiglu_alpha swiglu_beta swiglu_limit",
     f"{MOE}.config:FusedMoEParallelConfig": "is_sequence_parallel tp_rank tp_size",
-    f"{MOE}.activation:MoEActivation": "SILU",
+    f"{MOE}.activation:MoEActivation": "GELU_TANH RELU2_NO_MUL SILU SITU SWIGLUOAI "
+    "SWIGLUOAI_UNINTERLEAVE SWIGLUSTEP",
     f"{MOE}.experts.cpu_moe:CPUUnquantizedExperts": "isa",
     "vllm.config:VllmConfig": "additional_config compilation_config device_config "
     "kv_transfer_config load_config lora_config model_config offload_config parallel_config "

@@ -5,10 +5,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_atomic_moe.files.router import ExpertGroups, RouterNeeds
+from vllm_atomic_moe.files.router import ExpertGroups
 from vllm_atomic_moe.scoring import METHODS, select_masks, selection_options
 from vllm_atomic_moe.scoring.budget import align_widths, prune_atoms
 from vllm_atomic_moe.scoring.masks import LayerScores
+from vllm_atomic_moe.scoring.router import RouterNeeds
 from vllm_atomic_moe.scoring.tenp import share_out
 
 SIZE = 8

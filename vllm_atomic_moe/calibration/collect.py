@@ -230,7 +230,7 @@ def _run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Te
     """One forward, one backward. Windows are independent, so the losses of a batch just add up.
 
     Returns:
-        The loss; there is no backward of one that is not finite.
+        The loss. If it is not finite, the backward pass is skipped.
     """
     logits = model(**_model_inputs(model, ids)).logits[:, :-1].flatten(0, 1)
     # float32 at least: a bf16 sum over thousands of tokens would be coarse.

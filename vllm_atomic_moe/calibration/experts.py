@@ -128,7 +128,8 @@ def observe(
 def weight_norms(module: ExpertsModule) -> dict[str, torch.Tensor]:
     """L2 norms of every atom's three vectors: `gate_norm`, `up_norm`, `down_norm`, float64 [E, I].
 
-    Without biases. Where there is no gate, its norm is 1, which products of norms do not notice.
+    Biases do not count. Experts without a gate get a gate norm of 1, so that products of the three
+    norms still hold.
 
     To be called while the module's weights are on their device (inside its forward, if they are
     offloaded). One expert at a time: no second copy of the weights arises.

@@ -6,6 +6,8 @@ and a remedy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import (
 
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import locate_tensors
-from vllm_atomic_moe.files.config import quantization, read_config
+from vllm_atomic_moe.files.config import context_length, quantization, read_config
 from vllm_atomic_moe.files.plain_files import check_not_pointer, read_json_object
 from vllm_atomic_moe.files.tensors import one_line, read_tensor, shorten
 
@@ -56,8 +58,8 @@ def check_config(directory: Path, seq_len: int) -> None:
         ValueError: `seq_len` exceeds the model's context, or the checkpoint is quantized.
     """
     config = read_config(directory)
-    context = config.get("max_position_embeddings")
-    if isinstance(context, int) and seq_len > context:
+    context = context_length(config)
+    if context is not None and seq_len > context:
         raise ValueError(
             f"sequence length {seq_len} exceeds the model's context of {context} tokens; "
             f"use --seq-len {context} or less"
@@ -127,7 +129,8 @@ def resolve_dtype(
 
 def stored_dtype(directory: Path, trusted: bool = False) -> torch.dtype:
     """The dtype in config.json, else that of the checkpoint's first float tensor."""
-    told = AutoConfig.from_pretrained(directory, trust_remote_code=trusted).dtype
+    with _failures_explained(directory):
+        told = AutoConfig.from_pretrained(directory, trust_remote_code=trusted).dtype
     tensors = (read_tensor(path, name) for name, path in locate_tensors(directory).items())
     return told or next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
@@ -149,21 +152,15 @@ def load_model(
         ValueError: an unknown dtype, whatever transformers refuses or fails at, or weights that the
             checkpoint lacks (transformers would make them up).
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
-    try:
+    wanted = resolve_dtype(dtype, directory, device_map, trusted)
+    with _failures_explained(directory):
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=resolve_dtype(dtype, directory, device_map, trusted),
+            dtype=wanted,
             device_map=device_map,
             output_loading_info=True,
             trust_remote_code=trusted,
         )
-    except Exception as error:
-        raise ValueError(
-            f"{directory}: transformers cannot load it ({type(error).__name__}: "
-            f"{one_line(error)}); is config.json of this checkpoint?{ALL_OF_IT}"
-        ) from error
     if missing := sorted(loading["missing_keys"]):
         remedy = "fetch the checkpoint again"
         if all("lm_head" in name for name in missing):
@@ -176,6 +173,18 @@ def load_model(
             f"{missing[0]}; {remedy}"
         )
     return model
+
+
+@contextmanager
+def _failures_explained(directory: Path) -> Iterator[None]:
+    """Whatever transformers raises becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{directory}: transformers cannot load it ({type(error).__name__}: "
+            f"{one_line(error)}); is config.json of this checkpoint?{ALL_OF_IT}"
+        ) from error
 
 
 def load_tokenizer(directory: Path, trusted: bool = False) -> Any:

@@ -8,7 +8,7 @@ layer, and no name mapping of vLLM's knows them. They are taken out of the strea
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import ModelConfig
 
+from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
 from vllm_atomic_moe.files.layouts import expert_tensor
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from vllm_atomic_moe.experts.packing import Projection
 
 PART_PROJECTIONS: dict[str, Projection] = {"gate": "gate", "up": "up", "down_t": "down"}
-
-Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 def reading_from(folder: Path, model_config: ModelConfig) -> ModelConfig:
@@ -50,7 +49,6 @@ def packed_rows_taken_by(
         stored: layer index -> bool [E, I], the atoms whose rows the checkpoint holds.
     """
     by_index = {layer.index: layer for layer in layers}
-    load_weights = model.load_weights
 
     def others(weights: Weights) -> Weights:
         for name, tensor in weights:
@@ -62,8 +60,5 @@ def packed_rows_taken_by(
             if index in by_index and projection is not None:
                 by_index[index].load_packed(name, projection, tensor, stored[index])
 
-    model.load_weights = lambda weights: load_weights(others(weights))
-    try:
+    with weights_through(model, others):
         yield
-    finally:
-        del model.load_weights

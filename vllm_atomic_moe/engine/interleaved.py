@@ -1,24 +1,25 @@
 """gpt-oss's experts, whose tensors hold all experts of a layer, one expert at a time.
 
-vLLM loads them as a whole by narrowing and copying, which packed rows are no target for; or expert
-by expert through `weight_loader`, if the checkpoint names them so. Here it does.
+By default vLLM copies a whole tensor into its parameter, and packed layers have none to copy into.
+It calls `weight_loader` once per expert if the checkpoint's names carry an expert's number, so that
+is how this module names them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_atomic_moe.engine.compat import KNOWN_EXPERTS
+from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
 
-Weights = Iterable[tuple[str, torch.Tensor]]
 OF_ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.((?:gate_up|down)_proj(?:_bias)?)")
 
 
@@ -33,7 +34,6 @@ def interleaved_experts_split(layers: Sequence[AtomicRoutedExperts], model: Any)
     if not any(type(layer).__name__ in KNOWN_EXPERTS for layer in layers):
         yield
         return
-    load_weights = model.load_weights
 
     def split(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
@@ -44,8 +44,5 @@ def interleaved_experts_split(layers: Sequence[AtomicRoutedExperts], model: Any)
             for expert, part in enumerate(tensor.unbind()):
                 yield f"{found[1]}.{expert}.{found[2]}", part
 
-    model.load_weights = lambda weights: load_weights(split(weights))
-    try:
+    with weights_through(model, split):
         yield
-    finally:
-        del model.load_weights

@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.files.config import (
-    declared_experts,
-    dense_by,
-    quantization,
-    tells_dense_layers,
-)
+from vllm_atomic_moe.files.config import declared_experts, dense_layers, quantization
 from vllm_atomic_moe.files.layouts import PER_EXPERT, decoder_layer, expert_tensor
 from vllm_atomic_moe.files.tensors import open_safetensors
 
@@ -138,11 +133,11 @@ def check_dense_layers(
     directory: Path, config: Mapping[str, Any], layers: Mapping[int, LayerFacts]
 ) -> None:
     """Refuse files that hold experts in other layers than config.json says."""
-    number = config.get("num_hidden_layers")
-    if number is None or not tells_dense_layers(config):
+    dense = dense_layers(config)
+    if dense is None:
         return
-    for layer in range(number):
-        key = dense_by(config, layer)
+    for layer in range(config["num_hidden_layers"]):
+        key = dense.get(layer)
         if key and layer in layers:
             raise ValueError(
                 f"{directory}: config.json makes layer {layer} dense ({key} "

@@ -25,10 +25,7 @@ from vllm_atomic_moe.files.agreement import (
     count_experts,
     is_prediction,
 )
-from vllm_atomic_moe.files.config import (
-    experts_per_token,
-    read_config,
-)
+from vllm_atomic_moe.files.config import experts_per_token, read_config
 from vllm_atomic_moe.files.export_format import (
     INDEX,
     stored_masks,

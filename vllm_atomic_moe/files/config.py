@@ -87,30 +87,36 @@ def declared_experts(config: Mapping[str, Any]) -> dict[str, int]:
     return {key: config[key] for key in NUM_EXPERTS if type(config.get(key)) is int}
 
 
-def dense_by(config: Mapping[str, Any], layer: int) -> str | None:
-    """The key that makes a decoder layer dense; None if none does.
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The model's context in tokens; None where the configuration does not say."""
+    context = config.get("max_position_embeddings")
+    return context if isinstance(context, int) else None
+
+
+def dense_layers(config: Mapping[str, Any]) -> dict[int, str] | None:
+    """Decoder layers without routed experts, with the key that says so; None where it is not told.
 
     Knows the keys of Qwen's and DeepSeek's configurations, which many others use.
     """
-    only = config.get("mlp_only_layers")
+    number, only = config.get("num_hidden_layers"), config.get("mlp_only_layers")
     step, first = config.get("decoder_sparse_step"), config.get("first_k_dense_replace")
     every = config.get("moe_layer_freq")
-    if isinstance(only, list) and layer in only:
-        return "mlp_only_layers"
-    if isinstance(step, int) and step > 0 and (layer + 1) % step:
-        return "decoder_sparse_step"
-    if isinstance(first, int) and layer < first:
-        return "first_k_dense_replace"
-    if isinstance(every, list):
-        return "moe_layer_freq" if layer < len(every) and not every[layer] else None
-    return "moe_layer_freq" if isinstance(every, int) and every > 0 and layer % every else None
-
-
-def tells_dense_layers(config: Mapping[str, Any]) -> bool:
-    """Whether the configuration says which layers are dense, in a way that `dense_by` knows."""
-    every = config.get("moe_layer_freq")
     # Layer by layer in words, which comes before the others' defaults; or in a form not known.
-    if config.get("mlp_layer_types") or not isinstance(every, int | list | None):
-        return False
-    keys = ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "moe_layer_freq")
-    return any(config.get(key) is not None for key in keys)
+    if number is None or config.get("mlp_layer_types") or not isinstance(every, int | list | None):
+        return None
+    if all(value is None for value in (only, step, first, every)):
+        return None
+    dense: dict[int, str] = {}
+    for layer in range(number):
+        if isinstance(only, list) and layer in only:
+            dense[layer] = "mlp_only_layers"
+        elif isinstance(step, int) and step > 0 and (layer + 1) % step:
+            dense[layer] = "decoder_sparse_step"
+        elif isinstance(first, int) and layer < first:
+            dense[layer] = "first_k_dense_replace"
+        elif isinstance(every, list):
+            if layer < len(every) and not every[layer]:
+                dense[layer] = "moe_layer_freq"
+        elif every and every > 0 and layer % every:
+            dense[layer] = "moe_layer_freq"
+    return dense

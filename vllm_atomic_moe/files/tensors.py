@@ -290,7 +290,7 @@ def check_tensor(
         )
 
 
-def one_line(error: BaseException, limit: int = 160) -> str:
+def one_line(error: BaseException, limit: int = 120) -> str:
     """The message of `error` on one line, cut to a readable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

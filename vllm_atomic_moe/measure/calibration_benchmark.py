@@ -32,7 +32,7 @@ from vllm_atomic_moe.calibration.experts import ExpertRows, find_experts, observ
 from vllm_atomic_moe.calibration.model import check_model_code, load_model
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
-from vllm_atomic_moe.files.config import read_config
+from vllm_atomic_moe.files.config import context_length, read_config
 from vllm_atomic_moe.measure.server_report import Spread
 
 PAPER = "two forwards"
@@ -124,7 +124,7 @@ def measure_calibration(
         ValueError: the model or the windows are refused, or memory ran out.
     """
     check_model_code(model, plan.trust_remote_code)
-    context = read_config(model).get("max_position_embeddings") or plan.seq_len
+    context = context_length(read_config(model)) or plan.seq_len
     if plan.seq_len > context:
         raise ValueError(
             f"the model's context is {context} tokens, the benchmark's windows have {plan.seq_len}"

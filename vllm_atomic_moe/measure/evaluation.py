@@ -25,7 +25,7 @@ from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, pars
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
-from vllm_atomic_moe.files.config import read_config
+from vllm_atomic_moe.files.config import context_length, read_config
 from vllm_atomic_moe.files.layouts import atom_bytes
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.files.tensors import one_line
@@ -190,7 +190,7 @@ def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any
 
 def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
     """Tokens per window; vLLM wants room for one generated token behind a prompt."""
-    context = int(config.get("max_position_embeddings") or MAX_SEQ_LEN + 1)
+    context = context_length(config) or MAX_SEQ_LEN + 1
     if seq_len is None:
         return min(MAX_SEQ_LEN, context - 1)
     if seq_len >= context:

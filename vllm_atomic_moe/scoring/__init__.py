@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.files.router import RouterNeeds
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.budget import check_ratio, prune_atoms
 from vllm_atomic_moe.scoring.camera import score_camera
@@ -27,6 +26,7 @@ from vllm_atomic_moe.scoring.magnitude import score_magnitude
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
 from vllm_atomic_moe.scoring.random import score_random
 from vllm_atomic_moe.scoring.reap import prune_reap, score_reap
+from vllm_atomic_moe.scoring.router import RouterNeeds
 from vllm_atomic_moe.scoring.shape import prune_shape, score_shape
 from vllm_atomic_moe.scoring.tenp import prune_tenp, score_tenp
 

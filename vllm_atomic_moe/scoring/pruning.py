@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_atomic_moe.files.profiles import PruningProfile
-from vllm_atomic_moe.files.router import ExpertGroups, RouterNeeds
+from vllm_atomic_moe.files.router import ExpertGroups
 from vllm_atomic_moe.files.statistics import FORMAT as STATISTICS_FORMAT
 from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.files.tensors import open_safetensors, shorten
@@ -21,6 +21,7 @@ from vllm_atomic_moe.scoring import (
     select_masks,
     selection_options,
 )
+from vllm_atomic_moe.scoring.router import RouterNeeds
 from vllm_atomic_moe.scoring.score_file import FORMAT as SCORES_FORMAT
 from vllm_atomic_moe.scoring.score_file import Scores
 

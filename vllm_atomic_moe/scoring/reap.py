@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_atomic_moe.files.router import RouterNeeds
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
+from vllm_atomic_moe.scoring.router import RouterNeeds
 
 
 def score_reap(sums: LayerSums, layer: int) -> LayerScores:

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_atomic_moe.files.router import RouterNeeds
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
+from vllm_atomic_moe.scoring.router import RouterNeeds
 
 
 def score_shape(sums: LayerSums, layer: int) -> LayerScores:

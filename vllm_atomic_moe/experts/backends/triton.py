@@ -176,7 +176,7 @@ class _Experts(NamedTuple):
     """Weights, biases and activation, as the GEMM kernels take them.
 
     Attributes:
-        gate, up, down: [P, H]; `gate` is `up` where there is no gate, and is not read.
+        gate, up, down: [P, H]. Without a gate, `gate` is `up`, and kernels do not read it.
         biases: of gate, up and down; weights in their place where there are none.
         constants: of the kernels, for the activation.
         biased: whether there are biases.

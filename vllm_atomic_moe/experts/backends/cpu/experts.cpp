@@ -321,7 +321,7 @@ void point_to_rows(Plan<D>& plan, const Call& call, int64_t begin, bool prepared
 
 // ---- the two GEMMs ------------------------------------------------------------------------------
 
-// h of what gate and up give (the same where there is no gate), for one kind of activation.
+// Applies one kind of activation. Without a gate, `gate` is `up` and is not used.
 template <int kKind>
 Vec activate(const Activation& to, const Vec& gate, const Vec& up) {
   const Vec limit(to.limit), alpha(to.alpha), beta(to.beta);

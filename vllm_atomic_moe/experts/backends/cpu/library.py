@@ -353,17 +353,16 @@ class Library:
         """
         tokens, hidden_size = x_TH.shape
         ids, top_k = topk_ids_TK.shape
-        act = Activation.parse(activation)
+        gated, numbers = _activation_numbers(activation)
         bias_pointers = [0] * (3 - len(biases)) + [bias.data_ptr() for bias in biases]
         pointers = bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
         sizes = offsets_E1.numel() - 1, bits_SW.shape[1], hidden_size
-        numbers = KINDS.index(act.kind), act.limit, act.alpha, act.beta
         layer = (
             *(packed.data_ptr(), *bias_pointers, *pointers, *sizes),
             *(DTYPES.index(packed.dtype), *numbers),
         )
         if (layer, packed.numel()) not in self._checked:
-            _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size, biases, act.gated)
+            _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size, biases, gated)
             self._checked.add((layer, packed.numel()))
         assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
@@ -394,6 +393,13 @@ class Library:
         if failed:
             raise MemoryError(f"no memory for the experts of {tokens} tokens")
         return out_TH
+
+
+@functools.cache
+def _activation_numbers(spec: str) -> tuple[bool, tuple[int, float, float, float]]:
+    """Whether there is a gate; and the kind's number, limit, alpha and beta, as C++ takes them."""
+    act = Activation.parse(spec)
+    return act.gated, (KINDS.index(act.kind), act.limit, act.alpha, act.beta)
 
 
 def _check_layer(
