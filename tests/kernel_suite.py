@@ -7,7 +7,7 @@ Legend: T tokens, K experts per token, E experts, H hidden size, I full intermed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.quantized import FORMATS, Quantized
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import backend_module
+from vllm_atomic_moe.experts.encoding import SCALE_DTYPES, encode
+from vllm_atomic_moe.experts.encoding import row_format as row_format_of
+from vllm_atomic_moe.experts.formats import PLAIN, Encoded, Projection, RowFormat
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
     SLOTS,
@@ -28,9 +32,16 @@ from vllm_atomic_moe.experts.packing import (
     tensor_parallel_share,
     with_slots,
 )
+from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
+# As safetensors spells dtypes.
+SPELLED = {
+    **{dtype: name for name, dtype in SCALE_DTYPES.items()},
+    torch.uint8: "U8",
+    torch.int32: "I32",
+}
 ACTIVATIONS = (
     SILU,
     Activation(limit=1.5),
@@ -83,12 +94,14 @@ class Experts:
         out_TH = fused_experts(
             x_TH.to(device),
             self.packed.weights,
+            self.packed.scales,
             self.packed.biases,
             *self.packed.index,
             topk_weights_TK.to(device),
             with_slots(topk_ids_TK, slots_T1).to(device),
             self.packed.widest,
             self.packed.activation.spec,
+            self.packed.row_format.spec,
             self.backend,
         )
         assert out_TH.dtype == x_TH.dtype
@@ -163,14 +176,19 @@ def make_experts(
     hidden_size: int = 24,
     activation: Activation = SILU,
     has_bias: bool = False,
+    quantize: Callable[[torch.Tensor], Quantized] | None = None,
 ) -> Experts:
-    """Experts of random weights and biases, of which `masks` keep some."""
+    """Experts of random weights and biases, of which `masks` keep some; quantized, where asked."""
     generator = torch.Generator().manual_seed(0)
     num_experts, full = next(iter(masks.values())).shape
     shape = (num_experts, full, hidden_size)
     scale = hidden_size**-0.5
     projections = projections_of(activation.gated)
     dense = tuple((torch.randn(shape, generator=generator) * scale).to(dtype) for _ in projections)
+    encoded, row_format = {}, PLAIN
+    if quantize is not None:
+        dense, encoded, row_format = _quantized(dense, projections, quantize)
+        dense = tuple(matrix.to(dtype) for matrix in dense)
     packed = PackedExperts(
         build_layout(masks),
         hidden_size,
@@ -179,6 +197,7 @@ def make_experts(
         storage=backend_module(backend).STORAGE,
         activation=activation,
         has_bias=has_bias,
+        row_format=row_format,
     )
     biases = tuple(
         torch.randn(num_experts, hidden_size if name == "down" else full, generator=generator)
@@ -188,12 +207,42 @@ def make_experts(
     for expert in range(num_experts):
         for projection, matrix in zip(projections, dense, strict=True):
             rows = matrix[expert]
+            if encoded:
+                packed.load_encoded(expert, projection, encoded[expert, projection])
+                continue
             packed.load_expert(
                 expert, projection, rows.t().contiguous() if projection == "down" else rows
             )
         for projection, bias in zip(projections if has_bias else (), biases, strict=True):
             packed.load_bias(expert, projection, bias[expert])
     return Experts(packed, dense, masks, backend, biases)
+
+
+def _quantized(
+    dense: Sequence[torch.Tensor],
+    projections: Sequence[Projection],
+    quantize: Callable[[torch.Tensor], Quantized],
+) -> tuple[tuple[torch.Tensor, ...], dict[tuple[int, Projection], Encoded], RowFormat]:
+    """The matrices as they then are, what is loaded of each expert's, and its format."""
+    _, full, hidden_size = dense[0].shape
+    after, encoded = [], {}
+    for projection, matrices in zip(projections, dense, strict=True):
+        down, rows = projection == "down", []
+        for expert, matrix in enumerate(matrices):
+            parts, values = quantize(matrix.t().contiguous() if down else matrix)
+            rows.append(values.t() if down else values)
+            parts = {name: part for name, part in parts.items() if name not in IGNORED}
+            if down:
+                told = {name: (SPELLED[part.dtype], (*part.shape,)) for name, part in parts.items()}
+                scheme, size = scheme_of_down("down", told, hidden_size, {})
+                assert size == full
+            encoded[expert, projection] = parts
+        after.append(torch.stack(rows))
+    loaded = {
+        (expert, projection): encode(scheme, projection, parts, hidden_size, full)
+        for (expert, projection), parts in encoded.items()
+    }
+    return tuple(after), loaded, row_format_of(scheme, hidden_size, full)
 
 
 def ragged(seed: int = 0) -> torch.Tensor:
@@ -272,6 +321,36 @@ class KernelSuite:
                 x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype)
                 names = [("a", "b")[token % 2] for token in range(tokens)]
                 experts.check(5 * x, weights, ids, names)
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_rows_that_are_codes(self, name: str) -> None:
+        """Every format, sizes that are no multiples of blocks, two profiles in a batch."""
+        masks = {"a": ragged(), "b": ragged(1)}
+        for dtype in self.dtypes:
+            experts = self.make(masks, dtype, hidden_size=96, quantize=FORMATS[name])
+            for tokens in (1, 3, 40):
+                x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
+                names = [("a", "b")[token % 2] for token in range(tokens)]
+                experts.check(x, weights, ids, names)
+
+    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize(
+        "activation", [ACTIVATIONS[2], ACTIVATIONS[-1]], ids=lambda it: it.spec
+    )
+    def test_codes_with_every_shape_of_expert(self, activation: Activation, has_bias: bool) -> None:
+        """Biases, and no gate."""
+        for dtype in self.dtypes:
+            experts = self.make(
+                {"a": ragged()},
+                dtype,
+                hidden_size=96,
+                activation=activation,
+                has_bias=has_bias,
+                quantize=FORMATS["mxfp4"],
+            )
+            for tokens in (1, 20):
+                x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
+                experts.check(5 * x, weights, ids)
 
     def test_a_bias_stays_where_no_atom_does(self) -> None:
         """Of down, weighted by the router, once."""
@@ -360,8 +439,8 @@ class KernelSuite:
             assert found[~empty].any(dim=1).all()
             device = experts.packed.bits_SW.device
             unused = with_slots(ids, torch.tensor([[SLOTS - 1]], dtype=torch.int32)).to(device)
-            arguments = (experts.packed.weights, [], *experts.packed.index)
-            routing = weights.to(device), unused, FULL, SILU.spec
+            arguments = (experts.packed.weights, [], [], *experts.packed.index)
+            routing = weights.to(device), unused, FULL, SILU.spec, PLAIN.spec
             nothing = fused_experts(x.to(device), *arguments, *routing, experts.backend)
             assert not nothing.any()
 

@@ -22,6 +22,7 @@ import torch
 
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
 
@@ -53,8 +54,8 @@ class Call:
     def run(self, tiles: backend.Tiles, one_kernel: bool) -> torch.Tensor:
         """The kernels, with these tiles."""
         return backend.launch(
-            self.x_TH, self.weights, [], *self.index, self.topk_weights_TK, self.ids_TK,
-            self.widest, SILU.spec, tiles, one_kernel,
+            self.x_TH, self.weights, [], [], *self.index, self.topk_weights_TK, self.ids_TK,
+            self.widest, SILU.spec, PLAIN.spec, tiles, one_kernel,
         )  # fmt: skip
 
     @property

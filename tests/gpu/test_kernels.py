@@ -13,6 +13,7 @@ from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_me
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
 from vllm_atomic_moe.experts.backends import triton as triton_backend
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import SLOTS, build_layout, unpack_bits, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
 
@@ -75,10 +76,10 @@ def test_real_shapes(model, tokens, dtype):
     x_TH = torch.randn(tokens, H, **random).to(dtype)
     topk_weights_TK, ids_TK = torch.rand(tokens, E, **random).topk(K)
     slots_T1 = (torch.arange(tokens, dtype=torch.int32, device="cuda") % len(masks))[:, None]
-    arguments = (x_TH, weights, [], *index, topk_weights_TK, with_slots(ids_TK, slots_T1))
+    arguments = (x_TH, weights, [], [], *index, topk_weights_TK, with_slots(ids_TK, slots_T1))
     with poisoned_memory():
-        two = triton_backend.fused_experts(*arguments, full, SILU.spec)
-    chosen = triton_backend.fused_experts(*arguments, full, SILU.spec)
+        two = triton_backend.fused_experts(*arguments, full, SILU.spec, PLAIN.spec)
+    chosen = triton_backend.fused_experts(*arguments, full, SILU.spec, PLAIN.spec)
     wanted = exact(*arguments)
     for found in (two, chosen):
         assert (found.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
@@ -87,6 +88,7 @@ def test_real_shapes(model, tokens, dtype):
 def exact(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
@@ -123,8 +125,8 @@ def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
 
         def call() -> torch.Tensor:
             return torch.ops.atomic_moe.fused_experts(
-                still[0], packed.weights, [], *packed.index, *still[1:], packed.widest, SILU.spec,
-                "triton",
+                still[0], packed.weights, [], [], *packed.index, *still[1:], packed.widest,
+                SILU.spec, PLAIN.spec, "triton",
             )  # fmt: skip
 
         side = torch.cuda.Stream()

@@ -10,6 +10,7 @@ from vllm_atomic_moe.engine.options import LoaderOptions
 from vllm_atomic_moe.experts import backends
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import with_slots
 
 CPU = torch.device("cpu")
@@ -30,12 +31,14 @@ def test_op_is_opaque_and_has_a_faithful_fake():
     arguments = (
         x,
         rows,
+        packed.scales,
         packed.biases,
         *packed.index,
         weights,
         with_slots(ids, torch.zeros(1).int()),
         packed.widest,
         SILU.spec,
+        PLAIN.spec,
         "reference",
     )
     torch.library.opcheck(torch.ops.atomic_moe.fused_experts.default, arguments)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import SLOTS
 
 
@@ -68,8 +69,8 @@ def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
     for bits, ids in ((bits_SW, ids_TK), (bits_SW * 0, ids_TK * 0 - 1)):
         with NoHostReads():
             backend.launch(
-                x_TH, [weight_PH] * 3, [], bits, words_E1, offsets_E1, torch.rand(T, 2), ids, 50,
-                SILU.spec, tiles, one_kernel,
+                x_TH, [weight_PH] * 3, [], [], bits, words_E1, offsets_E1, torch.rand(T, 2), ids,
+                50, SILU.spec, PLAIN.spec, tiles, one_kernel,
             )  # fmt: skip
         found.append(list(launches))
         launches.clear()

@@ -20,6 +20,7 @@ from triton.runtime import driver, jit
 from tests.kernel_suite import ACTIVATIONS
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import projections_of
 
 # What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
@@ -75,11 +76,13 @@ def compile_all(
             backend.fused_experts(
                 x_TH,
                 weights,
+                [],
                 biases if has_bias else [],
                 *index,
                 *routing,
                 WIDEST,
                 activation.spec,
+                PLAIN.spec,
             )
     return kernels
 

@@ -29,6 +29,7 @@ from tests.kernel_suite import (
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends import triton as triton_backend
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import SLOTS, with_slots
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
@@ -122,7 +123,7 @@ def test_experts_of_more_than_64_words(out_atoms):
     index = bits_SW, torch.tensor([0, words]), torch.tensor([0, F])
     weights = [torch.randn(F, H) for _ in range(3)]
     x_TH, ids_TK = torch.randn(3, H), torch.tensor([[1], [2], [0]], dtype=torch.int32)
-    arguments = x_TH, weights, [], *index, torch.ones(3, 1), ids_TK, F, SILU.spec
+    arguments = x_TH, weights, [], [], *index, torch.ones(3, 1), ids_TK, F, SILU.spec, PLAIN.spec
     tiles = triton_backend.Tiles(16, 64, 16, 16, out_atoms, warps=4, stages=3)
     with poisoned_memory():
         found = triton_backend.launch(*arguments, tiles, one_kernel=False)
@@ -146,6 +147,7 @@ def test_weights_of_more_than_2_31_elements(one_kernel):
         x_TH,
         [weight_PH] * 3,
         [],
+        [],
         bits_SW,
         words_E1,
         offsets_E1,
@@ -153,6 +155,7 @@ def test_weights_of_more_than_2_31_elements(one_kernel):
         ids_TK,
         33,
         SILU.spec,
+        PLAIN.spec,
         tiles,
         one_kernel,
     )

@@ -177,10 +177,12 @@ class AtomicRoutedExperts(RoutedExperts):
         packed = self.packed
         self.bound = (
             packed.weights,
+            packed.scales,
             packed.biases,
             *packed.index,
             packed.widest,
             packed.activation.spec,
+            packed.row_format.spec,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -345,7 +347,9 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights, biases, bits_SW, words_E1, offsets_E1, widest, activation = layer.bound
+        weights, scales, biases, bits_SW, words_E1, offsets_E1, widest, activation, rows = (
+            layer.bound
+        )
         ids = with_slots(topk_ids, layer.slots_of(x))
         if layer.apply_router_weight_on_input:  # of one expert a token
             x = x * topk_weights.to(x.dtype)
@@ -354,6 +358,7 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         return fused_experts(
             x,
             weights,
+            scales,
             biases,
             bits_SW,
             words_E1,
@@ -362,5 +367,6 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
             ids,
             widest,
             activation,
+            rows,
             name,
         )

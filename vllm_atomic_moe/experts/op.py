@@ -18,6 +18,7 @@ from vllm_atomic_moe.experts.backends import backend_module
 def _fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
@@ -26,15 +27,17 @@ def _fused_experts(
     topk_ids_TK: torch.Tensor,
     widest: int,
     activation: str,
+    rows: str,
     backend: str,
 ) -> torch.Tensor:
     """Sum over a token's experts of weight · (down(act(gate x, up x)) + bias), of any width.
 
     Args:
         x_TH: activations, [T, H].
-        weights: packed rows of x's dtype, as the backend's storage keeps them
+        weights: packed rows of x's dtype, or codes, as the backend's storage keeps them
             (`PackedExperts.weights`). Finite: of down_proj, infinite atoms that a slot leaves out
             may still reach its tokens, as 0 · ∞.
+        scales: of codes, as `PackedExperts.scales`; nothing of plain rows.
         biases: float32, of gate and up by atom, of down by expert (`PackedExperts.biases`); or
             none.
         bits_SW: int32 [16, W], which packed rows every slot uses (`PackedExperts`).
@@ -45,6 +48,7 @@ def _fused_experts(
             negative id, or one beyond E, is skipped.
         widest: packed rows of the widest expert.
         activation: `Activation.spec`.
+        rows: `RowFormat.spec`.
         backend: name of the chosen `Backend`.
 
     Returns:
@@ -53,6 +57,7 @@ def _fused_experts(
     return backend_module(backend).fused_experts(
         x_TH,
         weights,
+        scales,
         biases,
         bits_SW,
         words_E1,
@@ -61,6 +66,7 @@ def _fused_experts(
         topk_ids_TK,
         widest,
         activation,
+        rows,
     )
 
 

@@ -17,16 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import nn
 
 from vllm_atomic_moe.experts.activation import SILU, Activation
+from vllm_atomic_moe.experts.formats import (
+    PLAIN,
+    PROJECTIONS,
+    Encoded,
+    Projection,
+    RowFormat,
+    ScaleTables,
+    pack_codes,
+)
 from vllm_atomic_moe.files.export_format import packed_offsets
-
-Projection = Literal["gate", "up", "down"]
-PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
 SLOTS = 16
 WORD_BITS = 32
@@ -241,14 +247,16 @@ class Storage(Protocol):
         dtype: torch.dtype,
         device: torch.device | None,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
         """Room for the rows of all experts, by name, in the order in which the kernel takes them.
 
         Args:
             offsets_E1: as in `PackedLayout`.
-            dtype: of the weights.
+            dtype: of plain weights.
             device: where; None stands for the default device.
             gated: whether there is a gate_proj.
+            row_format: of the rows; codes are uint8, whatever `dtype` is.
         """
 
     def write(
@@ -260,20 +268,22 @@ class Storage(Protocol):
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> None:
         """Put `rows_SH[atoms_F]` where the rows of one expert's projection are.
 
         Args:
             weights: what `allocate` made.
-            rows_SH: any float dtype, strides and device; of down_proj the columns. Not modified.
+            rows_SH: any float dtype, or codes, one a byte; any strides and device; of down_proj the
+                columns. Not modified.
             atoms_F: int64 [F_e], on the CPU.
-            gated: as for `allocate`.
+            gated, row_format: as for `allocate`.
         """
 
 
 class RowStorage:
-    """Plain rows: gate (if there is one), up and down_t, [P, H] each; down_t is down_proj
-    transposed.
+    """Rows as they are: gate (if there is one), up and down_t, [P, H] each; down_t is down_proj
+    transposed. Codes of 4 bits stand two a byte, [P, H / 2], the first the low one.
     """
 
     def allocate(
@@ -283,9 +293,12 @@ class RowStorage:
         dtype: torch.dtype,
         device: torch.device | None,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
         """See `Storage`."""
         shape = (int(offsets_E1[-1]), hidden_size)
+        if not row_format.plain:
+            shape, dtype = (shape[0], hidden_size * row_format.bits // 8), torch.uint8
         names = ("gate", "up", "down_t") if gated else ("up", "down_t")
         return {name: torch.empty(shape, dtype=dtype, device=device) for name in names}
 
@@ -298,12 +311,15 @@ class RowStorage:
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> None:
         """See `Storage`."""
         start, end = offsets_E1[expert : expert + 2].tolist()
         target_FH = weights[projections_of(gated).index(projection)][start:end]
         atoms_F = atoms_F.to(rows_SH.device)
-        if rows_SH.is_contiguous():
+        if not row_format.plain:
+            target_FH.copy_(pack_codes(rows_SH.index_select(0, atoms_F), row_format.bits))
+        elif rows_SH.is_contiguous():
             target_FH.copy_(rows_SH.index_select(0, atoms_F))
         else:
             target_FH.copy_(rows_SH.t().index_select(1, atoms_F).t())
@@ -312,8 +328,8 @@ class RowStorage:
 class PackedExperts(nn.Module):
     """The resident atoms of one MoE layer, and which of them every slot uses.
 
-    The weights are Parameters, named and ordered by `storage`; so are the biases, if there are any,
-    in float32. Buffers: bits_SW, int32 [16, W],
+    The weights, or their codes, are Parameters, named and ordered by `storage`; so are scales, and
+    the biases, if there are any, in float32. Buffers: bits_SW, int32 [16, W],
     zero for slots without a profile; words_E1 and offsets_E1, int64, as in `PackedLayout`. Widths
     may be 0, 1 or anything up to I. The dtype cannot be changed: storages order the rows by it.
 
@@ -321,6 +337,7 @@ class PackedExperts(nn.Module):
         layout: which atoms are resident, and where.
         widest: number of resident atoms of the widest expert.
         activation: what experts compute between their projections.
+        row_format: how the rows are encoded.
         biases: nothing, or by atom those of gate (if there is one) and up, each [P + BIAS_SLACK],
             and that of down, [E, H], zero until loaded; float32.
     """
@@ -338,21 +355,37 @@ class PackedExperts(nn.Module):
         storage: Storage | None = None,
         activation: Activation = SILU,
         has_bias: bool = False,
+        row_format: RowFormat = PLAIN,
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.row_format = row_format
         self.layout = layout
         self.hidden_size = hidden_size
         self.widest = int(layout.offsets_E1.diff().max())
         self._storage: Storage = storage or RowStorage()
         device = device or torch.get_default_device()
+        if hidden_size % 2 and not row_format.plain:
+            raise ValueError(
+                f"hidden size {hidden_size} is odd, quantized experts need an even one"
+            )
         allocated = self._storage.allocate(
-            layout.offsets_E1, hidden_size, dtype, device, activation.gated
+            layout.offsets_E1, hidden_size, dtype, device, activation.gated, row_format
         )
         self._names = tuple(allocated)
+        self._tables = ScaleTables(
+            row_format,
+            projections_of(activation.gated),
+            layout.offsets_E1,
+            layout.atoms_P,
+            layout.intermediate_size,
+            hidden_size,
+            device,
+        )
         biases = self._allocate_biases(device) if has_bias else {}
         self._bias_names = tuple(biases)
-        for name, tensor in {**allocated, **biases}.items():
+        self._scale_names = tuple(self._tables.tensors)
+        for name, tensor in {**allocated, **self._tables.tensors, **biases}.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         for name, tensor in (
             ("bits_SW", layout.slot_bits()),
@@ -385,6 +418,11 @@ class PackedExperts(nn.Module):
         return [getattr(self, name) for name in self._names]
 
     @property
+    def scales(self) -> list[torch.Tensor]:
+        """The tables of every projection, in the order of `formats.TABLES`; nothing if plain."""
+        return [getattr(self, name) for name in self._scale_names]
+
+    @property
     def biases(self) -> list[torch.Tensor]:
         """What the kernel takes beside the weights; empty where experts have none."""
         return [getattr(self, name) for name in self._bias_names]
@@ -396,8 +434,8 @@ class PackedExperts(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights and biases, padding included, indices not: what is resident."""
-        return sum(weight.nbytes for weight in [*self.weights, *self.biases])
+        """Bytes of weights, scales and biases, padding included: what is resident of experts."""
+        return sum(weight.nbytes for weight in [*self.weights, *self.scales, *self.biases])
 
     @property
     def index_bytes(self) -> int:
@@ -440,8 +478,21 @@ class PackedExperts(nn.Module):
                 f"expert {expert}: checkpoint {projection}_proj is {list(matrix.shape)}, the model "
                 f"has intermediate size {wanted[0]} and hidden size {wanted[1]}"
             )
+        self.load_encoded(expert, projection, Encoded(rows_IH))
+
+    @torch.no_grad()
+    def load_encoded(self, expert: int, projection: Projection, encoded: Encoded) -> None:
+        """Slice one expert's projection, rows of atoms, into its packed rows and scales.
+
+        Args:
+            expert: 0..E-1.
+            projection: gate, up or down.
+            encoded: all I atoms, as `row_format` says; of the model's shape. Not modified.
+        """
         atoms_F = self.layout.expert_atoms(expert)
-        self._write(expert, projection, rows_IH, atoms_F)
+        if not self.row_format.plain:
+            self._tables.write(expert, projection, encoded, atoms_F)
+        self._write(expert, projection, encoded.codes_SH, atoms_F)
 
     @torch.no_grad()
     def load_bias(self, expert: int, projection: Projection, bias: torch.Tensor) -> None:
@@ -506,4 +557,5 @@ class PackedExperts(nn.Module):
             rows_SH,
             atoms_F,
             self.activation.gated,
+            self.row_format,
         )

@@ -388,12 +388,14 @@ def _compute(
     return fused_experts(
         x_TH,
         packed.weights,
+        packed.scales,
         packed.biases,
         *packed.index,
         weights_TK,
         ids_TK,
         packed.widest,
         packed.activation.spec,
+        packed.row_format.spec,
         backend.name,
     )
 

@@ -42,6 +42,7 @@ class BackendModule(Protocol):
         self,
         x_TH: torch.Tensor,
         weights: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor],
         bits_SW: torch.Tensor,
         words_E1: torch.Tensor,
@@ -50,6 +51,7 @@ class BackendModule(Protocol):
         topk_ids_TK: torch.Tensor,
         widest: int,
         activation: str,
+        rows: str,
     ) -> torch.Tensor:
         """As the op of this name, into a new tensor."""
 

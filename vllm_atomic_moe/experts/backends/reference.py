@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_atomic_moe.experts.activation import Activation
+from vllm_atomic_moe.experts.formats import RowFormat, stored_values
 from vllm_atomic_moe.experts.packing import SLOTS, RowStorage, unpack_bits
 
 STORAGE = RowStorage()
@@ -27,6 +28,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
@@ -35,9 +37,13 @@ def fused_experts(
     topk_ids_TK: torch.Tensor,
     widest: int,
     activation: str,
+    rows: str,
 ) -> torch.Tensor:
-    """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H]."""
-    act = Activation.parse(activation)
+    """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H].
+
+    Codes are decoded to x's dtype, as a checkpoint of plain weights would hold them.
+    """
+    act, row_format = Activation.parse(activation), RowFormat.parse(rows)
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     experts_TK, slots_TK = topk_ids_TK // SLOTS, topk_ids_TK % SLOTS  # both rounded down
     offsets, words = offsets_E1.tolist(), words_E1.tolist()
@@ -49,9 +55,14 @@ def fused_experts(
         bits_SW_e = bits_SW[:, words[expert] : words[expert + 1]]
         used_nF = unpack_bits(bits_SW_e, end - first)[slots_TK[tokens_n, ks_n].long()]
         atoms_F = used_nF.any(dim=0).nonzero().flatten()
-        *rows, down_t_FH = (rows_PH[first:end][atoms_F].float() for rows_PH in weights)
+        *inward, down_t_FH = (
+            stored_values(weights, scales, which, row_format, expert, first + atoms_F)
+            .to(x_TH.dtype)
+            .float()
+            for which in range(len(weights))
+        )
         x_nH = x_TH[tokens_n].float()
-        sums = [x_nH @ rows_FH.t() for rows_FH in rows]
+        sums = [x_nH @ rows_FH.t() for rows_FH in inward]
         if biases:
             sums = [sum_nF + b[first:end][atoms_F] for sum_nF, b in zip(sums, biases, strict=False)]
         h_nF = act(*sums) if act.gated else act(None, *sums)

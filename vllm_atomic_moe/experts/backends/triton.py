@@ -105,6 +105,7 @@ class _Routing(NamedTuple):
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
@@ -113,6 +114,7 @@ def fused_experts(
     topk_ids_TK: torch.Tensor,
     widest: int,
     activation: str,
+    rows: str,
 ) -> torch.Tensor:
     """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H].
 
@@ -122,8 +124,8 @@ def fused_experts(
     one_kernel = rows_per_expert(topk_ids_TK, offsets_E1) <= ONE_KERNEL_ROWS
     one_kernel &= not torch.are_deterministic_algorithms_enabled()
     return launch(
-        x_TH, weights, biases, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK, widest,
-        activation, None, one_kernel,
+        x_TH, weights, scales, biases, bits_SW, words_E1, offsets_E1, topk_weights_TK, topk_ids_TK,
+        widest, activation, rows, None, one_kernel,
     )  # fmt: skip
 
 
@@ -146,6 +148,7 @@ def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
 def launch(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
@@ -154,6 +157,7 @@ def launch(
     topk_ids_TK: torch.Tensor,
     widest: int,
     activation: str,
+    rows: str,
     tiles: Tiles | None,
     one_kernel: bool,
 ) -> torch.Tensor:

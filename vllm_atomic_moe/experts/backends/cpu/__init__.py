@@ -23,6 +23,7 @@ from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
+from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import (
     PROJECTIONS,
     Projection,
@@ -123,6 +124,7 @@ STORAGE = TiledStorage()
 def fused_experts(
     x_TH: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
@@ -131,6 +133,7 @@ def fused_experts(
     topk_ids_TK: torch.Tensor,
     widest: int,
     activation: str,
+    rows: str,
 ) -> torch.Tensor:
     """Arguments and result as those of the op; the same bits for any number of threads."""
     return _library().fused_experts(
@@ -188,11 +191,13 @@ def _check(library: Library) -> None:
                 x,
                 rounded_3PH.float().unbind(),
                 [],
+                [],
                 *index,
                 topk_weights_TK,
                 ids_TK,
                 max(widths),
                 SILU.spec,
+                PLAIN.spec,
             ).float()
             error = float((found_TH.float() - wanted_TH).norm() / wanted_TH.norm())
             if not error <= tolerance:

@@ -1,0 +1,186 @@
+"""Matrices quantized as published checkpoints hold them, and what they then are.
+
+Written from the formats' descriptions, apart from the package's own decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
+HALVES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of e2m1, without sign
+AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
+
+# Parts of a matrix [N, K] as the checkpoint has them, and the matrix that they stand for, float32.
+Quantized = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def fp8_block(matrix: torch.Tensor, block: tuple[int, int] = (128, 128)) -> Quantized:
+    (N, K), (rows, columns) = matrix.shape, block
+    n, k = -(-N // rows), -(-K // columns)
+    padded = torch.zeros(n * rows, k * columns)
+    padded[:N, :K] = matrix.float()
+    scale = padded.view(n, rows, k, columns).abs().amax((1, 3)).clamp(min=1e-6) / FP8_MOST
+
+    def spread(table: torch.Tensor) -> torch.Tensor:
+        return table.repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
+
+    codes = (matrix.float() / spread(scale)).to(FP8)
+    return {"weight": codes, "weight_scale_inv": scale}, codes.float() * spread(scale)
+
+
+def fp8_channel(matrix: torch.Tensor) -> Quantized:
+    scale = matrix.float().abs().amax(1, keepdim=True).clamp(min=1e-6) / FP8_MOST
+    codes = (matrix.float() / scale).to(FP8)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+
+def fp8_tensor(matrix: torch.Tensor) -> Quantized:
+    scale = (matrix.float().abs().amax() / FP8_MOST).reshape(1)
+    codes = (matrix.float() / scale).to(FP8)
+    parts = {"weight": codes, "weight_scale": scale, "input_scale": torch.ones(1)}
+    return parts, codes.float() * scale
+
+
+def int4(
+    matrix: torch.Tensor, group: int = 32, scale_dtype: torch.dtype = torch.bfloat16
+) -> Quantized:
+    codes, scale = _symmetric(matrix, group, scale_dtype)
+    parts = {
+        "weight_packed": _into_int32(codes + 8, dim=1),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(matrix.shape),
+    }
+    return parts, codes * _spread(scale, group)
+
+
+def gptq(matrix: torch.Tensor, group: int = 32, order: torch.Tensor | None = None) -> Quantized:
+    """`order` gives the group of every input, for activation order."""
+    K = matrix.shape[1]
+    g_idx = torch.arange(K) // group if order is None else order
+    places = g_idx.argsort(stable=True)
+    codes, scale = _symmetric(matrix[:, places], group, torch.float16)
+    back = places.argsort()
+    codes = codes[:, back]
+    parts = {
+        "qweight": _into_int32((codes + 8).t(), dim=0),
+        "qzeros": torch.full((K // group, matrix.shape[0] // 8), 0x77777777, dtype=torch.int32),
+        "scales": scale.t().contiguous(),
+        "g_idx": g_idx.int(),
+    }
+    return parts, codes * scale.float()[:, g_idx]
+
+
+def awq(matrix: torch.Tensor, group: int = 32) -> Quantized:
+    N, K = matrix.shape
+    grouped = matrix.float().view(N, K // group, group)
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    scale = ((high - low) / 15).clamp(min=1e-5).half()
+    zero = (-low / scale.float()).round().clamp(0, 15)
+    codes = ((grouped / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).view(N, K)
+    parts = {
+        "qweight": _into_int32(codes.t(), dim=1, places=AWQ_PLACES),
+        "qzeros": _into_int32(zero.t(), dim=1, places=AWQ_PLACES),
+        "scales": scale.t().contiguous(),
+    }
+    return parts, (codes - _spread(zero, group)) * _spread(scale, group)
+
+
+def mxfp4(matrix: torch.Tensor) -> Quantized:
+    codes, exponents, dense = _mxfp4(matrix)
+    return {"weight_packed": _into_bytes(codes), "weight_scale": exponents}, dense
+
+
+def mxfp4_blocks(matrix: torch.Tensor) -> Quantized:
+    """As gpt-oss has it, of one expert."""
+    codes, exponents, dense = _mxfp4(matrix)
+    blocks = _into_bytes(codes).view(matrix.shape[0], -1, 16)
+    return {"blocks": blocks, "scales": exponents}, dense
+
+
+def nvfp4(matrix: torch.Tensor) -> Quantized:
+    codes, scale, factor = _nvfp4(matrix)
+    dense = _e2m1(codes) * _spread(scale.float() / factor, 16)
+    parts = {
+        "weight_packed": _into_bytes(codes),
+        "weight_scale": scale,
+        "weight_global_scale": factor,
+        "input_global_scale": torch.ones(1),
+    }
+    return parts, dense
+
+
+def nvfp4_modelopt(matrix: torch.Tensor) -> Quantized:
+    codes, scale, factor = _nvfp4(matrix)
+    second = (1 / factor).reshape(())
+    dense = _e2m1(codes) * _spread(scale.float() * second, 16)
+    parts = {"weight": _into_bytes(codes), "weight_scale": scale, "weight_scale_2": second}
+    return parts, dense
+
+
+def _symmetric(
+    matrix: torch.Tensor, group: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    N, K = matrix.shape
+    grouped = matrix.float().view(N, K // group, group)
+    scale = (grouped.abs().amax(2) / 7.5).clamp(min=1e-5).to(dtype)
+    return (grouped / scale.float()[..., None]).round().clamp(-8, 7).view(N, K), scale
+
+
+def _mxfp4(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, K = matrix.shape
+    grouped = matrix.float().view(N, K // 32, 32)
+    exponent = grouped.abs().amax(2).clamp(min=2**-100).log2().floor() - 2
+    codes = _nearest_e2m1(grouped / exponent.exp2()[..., None]).view(N, K)
+    return codes, (exponent + 127).to(torch.uint8), _e2m1(codes) * _spread(exponent.exp2(), 32)
+
+
+def _nvfp4(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, K = matrix.shape
+    factor = (FP8_MOST * 6 / matrix.float().abs().amax()).reshape(1)
+    grouped = matrix.float().view(N, K // 16, 16) * factor
+    scale = (grouped.abs().amax(2) / 6).clamp(2**-9, FP8_MOST).to(FP8)
+    return _nearest_e2m1(grouped / scale.float()[..., None]).view(N, K), scale, factor
+
+
+def _nearest_e2m1(values: torch.Tensor) -> torch.Tensor:
+    size = torch.bucketize(values.abs().contiguous(), (HALVES[1:] + HALVES[:-1]) / 2)
+    return (size + 8 * (values < 0)).to(torch.uint8)
+
+
+def _e2m1(codes: torch.Tensor) -> torch.Tensor:
+    return HALVES[(codes & 7).long()] * (1 - 2 * (codes >> 3).float())
+
+
+def _spread(table: torch.Tensor, group: int) -> torch.Tensor:
+    return table.float().repeat_interleave(group, 1)
+
+
+def _into_bytes(codes: torch.Tensor) -> torch.Tensor:
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _into_int32(
+    codes: torch.Tensor, dim: int, places: tuple[int, ...] = tuple(range(8))
+) -> torch.Tensor:
+    """Eight codes along `dim` in one number; place i, from the lowest, holds code places[i]."""
+    moved = codes.to(torch.int64).movedim(dim, -1)
+    eights = moved.reshape(*moved.shape[:-1], -1, 8)[..., list(places)]
+    packed = (eights << (4 * torch.arange(8))).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int().movedim(-1, dim).contiguous()
+
+
+# Name -> (kind of `quantization.Scheme`, how a matrix is quantized).
+FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
+    "fp8-block": fp8_block,
+    "fp8-channel": fp8_channel,
+    "fp8-tensor": fp8_tensor,
+    "int4": int4,
+    "gptq": gptq,
+    "awq": awq,
+    "mxfp4": mxfp4,
+    "nvfp4": nvfp4,
+    "nvfp4-modelopt": nvfp4_modelopt,
+}

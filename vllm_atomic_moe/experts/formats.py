@@ -1,0 +1,363 @@
+"""Row formats: how the numbers of packed rows are encoded, and what that costs.
+
+A quantized checkpoint's codes and scales stay as they are. One formula says what a number is,
+
+    value[a, h] = (meaning of code[a, h] − zero[g, c]) · scale[g, c] · factor
+
+where a scale, and a zero point where there are any, is shared by a block of atoms and columns:
+g = row of `scales` that atom a belongs to, c = h // columns. For down_proj rows are its columns, so
+that its scales run across atoms: atoms of one group share them, and those that no atom is left of
+are not kept. Plain weights are the format without codes.
+
+Legend: E experts, H hidden size, I full intermediate size, P packed rows, F_e resident atoms of an
+expert, G scale rows of a layer, C scale columns, S source rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self, get_args
+
+import torch
+
+Code = Literal["plain", "e4m3", "int4", "uint4", "e2m1"]
+CODES: tuple[Code, ...] = get_args(Code)
+# How a factor acts on scales; none where there is no factor.
+Factor = Literal["none", "times", "over"]
+FACTORS: tuple[Factor, ...] = get_args(Factor)
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+# Of each projection, in this order; one that a format has not is empty.
+TABLES = ("scales", "rows", "zeros", "factors")
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class Block(NamedTuple):
+    """What one scale is for: so many atoms, so many columns."""
+
+    atoms: int
+    columns: int
+
+
+ATOM = Block(1, 0)
+
+
+class Encoded(NamedTuple):
+    """One projection of one expert, its atoms as rows; of down_proj the columns.
+
+    Attributes:
+        codes_SH: one code a byte, uint8 [S, H]; of plain rows the weights themselves.
+        scales_GC: of any float dtype, float8_e8m0fnu and float8_e4m3fn among them.
+        zeros_GC: uint8.
+        factor: float32, one number.
+        group_S: which scale row a row has, int64 [S], where the format does not say so itself.
+    """
+
+    codes_SH: torch.Tensor
+    scales_GC: torch.Tensor | None = None
+    zeros_GC: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    group_S: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """How the packed rows of one layer are encoded; hashable, and a string for operators.
+
+    Attributes:
+        code: e4m3 one byte; int4 (code − 8), uint4 and e2m1 half a byte; plain the weights' dtype.
+        rows: block of a scale of gate and up.
+        columns: block of a scale of down, whose rows are down_proj's columns.
+        scale: dtype of the scales.
+        zeros: whether there are zero points.
+        factor: whether, and how, one float32 an expert and projection acts on the scales.
+        scattered: whether the checkpoint says which group an atom of down belongs to.
+    """
+
+    code: Code = "plain"
+    rows: Block = ATOM
+    columns: Block = ATOM
+    scale: torch.dtype = torch.float32
+    zeros: bool = False
+    factor: Factor = "none"
+    scattered: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are weights, not codes."""
+        return self.code == "plain"
+
+    @property
+    def bits(self) -> int:
+        """Of one code; 0 of plain rows, which are as wide as their dtype."""
+        return {"plain": 0, "e4m3": 8}.get(self.code, 4)
+
+    @property
+    def name(self) -> str:
+        """For people: fp8 128x128, int4 1x32."""
+        if self.plain:
+            return "plain"
+        kind = {"e4m3": "fp8", "uint4": "int4", "e2m1": "fp4"}.get(self.code, self.code)
+        return f"{kind} {self.rows.atoms}x{self.rows.columns}"
+
+    @property
+    def spec(self) -> str:
+        """What `parse` reads; kernels need no more."""
+        return f"{self.code}:{self.rows.columns}:{self.columns.columns}:{self.factor}"
+
+    @classmethod
+    @functools.cache
+    def parse(cls, spec: str) -> Self:
+        """What a spec says of a format: codes, columns of a block, factor."""
+        code, rows, columns, factor = spec.split(":")
+        assert code in CODES, f"code {code!r} is none of {CODES}"
+        assert factor in FACTORS, f"factor {factor!r} is none of {FACTORS}"
+        return cls(code, Block(1, int(rows)), Block(1, int(columns)), factor=factor)
+
+    def block(self, projection: Projection) -> Block:
+        """Of a scale of one projection."""
+        return self.columns if projection == "down" else self.rows
+
+    def shared(self, projection: Projection) -> bool:
+        """Whether atoms share scales, so that a table says which row is whose."""
+        return self.block(projection).atoms > 1
+
+    def groups_of(self, projection: Projection, atoms_F: torch.Tensor) -> torch.Tensor:
+        """The scale row, within its expert, of atoms: int64 [F]."""
+        return atoms_F // self.block(projection).atoms
+
+    def expert_bytes(
+        self, hidden_size: int, intermediate_size: int, itemsize: int, gated: bool = True
+    ) -> int:
+        """Bytes of one whole expert, as checkpoints hold it, without biases.
+
+        Args:
+            itemsize: bytes of a plain weight.
+        """
+        names = PROJECTIONS if gated else PROJECTIONS[1:]
+        weights = hidden_size * intermediate_size
+        if self.plain:
+            return len(names) * weights * itemsize
+        total = len(names) * weights * self.bits // 8
+        for name in names:
+            atoms, columns = self.block(name)
+            scales = -(-intermediate_size // atoms) * -(-hidden_size // columns)
+            total += scales * self.scale.itemsize + (scales // 2 if self.zeros else 0)
+            total += 4 * (self.factor != "none")
+        return total
+
+
+PLAIN = RowFormat()
+
+
+def pack_codes(codes_SH: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes as they are stored: of 4 bits two a byte, the first the low one.
+
+    Args:
+        codes_SH: uint8 [S, H], H even.
+    """
+    if bits == 8:
+        return codes_SH
+    return codes_SH[:, 0::2] | (codes_SH[:, 1::2] << 4)
+
+
+def unpack_codes(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo `pack_codes`."""
+    if bits == 8:
+        return stored
+    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+
+
+def meaning(codes: torch.Tensor, code: Code) -> torch.Tensor:
+    """What codes, uint8, say before scaling: float32."""
+    if code == "e4m3":
+        return codes.view(torch.float8_e4m3fn).float()
+    if code == "e2m1":
+        lut = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
+        return lut[codes.long()]
+    return codes.float() - (8 if code == "int4" else 0)
+
+
+def effective_scales(
+    scales_GC: torch.Tensor, factor: torch.Tensor | None, how: Factor
+) -> torch.Tensor:
+    """Scales with the factor in them, float32.
+
+    Args:
+        factor: float32, broadcast over the scales.
+    """
+    scales = scales_GC.float()
+    if factor is None:
+        return scales
+    return scales * factor if how == "times" else scales / factor
+
+
+def decode(encoded: Encoded, row_format: RowFormat, projection: Projection) -> torch.Tensor:
+    """The weights of encoded rows, float32 [S, H], before they are rounded to any dtype."""
+    codes_SH, scales_GC, zeros_GC, factor, group_S = encoded
+    if scales_GC is None:
+        return codes_SH.float()
+    if group_S is None:
+        group_S = row_format.groups_of(
+            projection, torch.arange(len(codes_SH), device=codes_SH.device)
+        )
+    return decode_rows(
+        codes_SH,
+        row_format.code,
+        row_format.block(projection).columns,
+        effective_scales(scales_GC, factor, row_format.factor)[group_S],
+        None if zeros_GC is None else zeros_GC[group_S],
+    )
+
+
+def decode_rows(
+    codes_FH: torch.Tensor,
+    code: Code,
+    columns: int,
+    scales_FC: torch.Tensor,
+    zeros_FC: torch.Tensor | None,
+) -> torch.Tensor:
+    """Values of rows whose scales are gathered: float32 [F, H].
+
+    Args:
+        codes_FH: uint8, one code a byte.
+        columns: that one scale is for.
+        scales_FC: float32.
+        zeros_FC: uint8, or none.
+    """
+    hidden_size = codes_FH.shape[1]
+
+    def spread(table_FC: torch.Tensor) -> torch.Tensor:
+        return table_FC.repeat_interleave(columns, dim=1)[:, :hidden_size]
+
+    values_FH = meaning(codes_FH, code)
+    if zeros_FC is not None:
+        values_FH = values_FH - spread(zeros_FC.float())
+    return values_FH * spread(scales_FC)
+
+
+def stored_values(
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    which: int,
+    row_format: RowFormat,
+    expert: int,
+    rows_F: torch.Tensor,
+) -> torch.Tensor:
+    """The values of some packed rows of one expert: float32 [F, H].
+
+    Args:
+        weights: plain rows or codes, [P, ·] for every projection, down last.
+        scales: tables of every projection, as in `ScaleTables`.
+        which: index of the projection.
+        row_format: says at least what `RowFormat.parse` does.
+        rows_F: int64, packed rows, all of `expert`.
+    """
+    stored = weights[which][rows_F]
+    if row_format.plain:
+        return stored.float()
+    scales_GC, rows_P, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
+    groups_F = rows_P[rows_F].long() if rows_P.numel() else rows_F
+    factor = factors_E[expert] if factors_E.numel() else None
+    block = row_format.columns if which == len(weights) - 1 else row_format.rows
+    return decode_rows(
+        unpack_codes(stored, row_format.bits),
+        row_format.code,
+        block.columns,
+        effective_scales(scales_GC.float()[groups_F], factor, row_format.factor),
+        zeros_GC[groups_F] if zeros_GC.numel() else None,
+    )
+
+
+class ScaleTables:
+    """The scales of one layer's packed rows: allocated before they are known, filled by expert.
+
+    Attributes:
+        tensors: name -> tensor: of every projection `{projection}_{table}` for TABLES: scales
+            [G, C] of the format's dtype; rows int32 [P], the scale row of every packed row, empty
+            where that is the row's own number; zeros uint8 [G, C]; factors float32 [E].
+    """
+
+    def __init__(
+        self,
+        row_format: RowFormat,
+        projections: Sequence[Projection],
+        offsets_E1: torch.Tensor,
+        atoms_P: torch.Tensor,
+        intermediate_size: int,
+        hidden_size: int,
+        device: torch.device | None,
+    ) -> None:
+        self._format = row_format
+        self._offsets = offsets_E1.tolist()
+        self._groups: dict[Projection, list[torch.Tensor]] = {}
+        self._first: dict[Projection, list[int]] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        if row_format.plain:
+            return
+        for name in projections:
+            block = row_format.block(name)
+            kept: list[torch.Tensor] = []
+            if row_format.shared(name):
+                for start, end in zip(self._offsets, self._offsets[1:], strict=False):
+                    groups = row_format.groups_of(name, atoms_P[start:end]).unique()
+                    if row_format.scattered and name == "down" and end > start:
+                        groups = torch.arange(-(-intermediate_size // block.atoms))
+                    kept.append(groups)
+                self._groups[name] = kept
+                self._first[name] = [0, *torch.tensor([*map(len, kept)]).cumsum(0).tolist()]
+            rows = self._first[name][-1] if kept else self._offsets[-1]
+            shape = (rows, -(-hidden_size // block.columns))
+            made = {
+                "scales": torch.empty(shape, dtype=row_format.scale, device=device),
+                "rows": torch.empty(
+                    self._offsets[-1] if kept else 0, dtype=torch.int32, device=device
+                ),
+                "zeros": torch.empty(
+                    shape if row_format.zeros else (0,), dtype=torch.uint8, device=device
+                ),
+                "factors": torch.ones(
+                    len(self._offsets) - 1 if row_format.factor != "none" else 0, device=device
+                ),
+            }
+            self.tensors.update({f"{name}_{table}": made[table] for table in TABLES})
+
+    def write(
+        self, expert: int, projection: Projection, encoded: Encoded, atoms_F: torch.Tensor
+    ) -> None:
+        """Take the scales of one expert's projection.
+
+        Args:
+            atoms_F: int64 [F_e], the rows of `encoded` that are resident, in packed order.
+        """
+        scales, rows, zeros, factors = (self.tensors[f"{projection}_{table}"] for table in TABLES)
+        start, end = self._offsets[expert : expert + 2]
+        if encoded.factor is not None:
+            factors[expert] = encoded.factor
+        assert encoded.scales_GC is not None
+        if not self._format.shared(projection):
+            _copy_rows(scales[start:end], encoded.scales_GC, atoms_F)
+            if encoded.zeros_GC is not None:
+                _copy_rows(zeros[start:end], encoded.zeros_GC, atoms_F)
+            return
+        kept = self._groups[projection][expert]
+        first, last = self._first[projection][expert : expert + 2]
+        _copy_rows(scales[first:last], encoded.scales_GC, kept)
+        if encoded.zeros_GC is not None:
+            _copy_rows(zeros[first:last], encoded.zeros_GC, kept)
+        groups_F = (
+            self._format.groups_of(projection, atoms_F)
+            if encoded.group_S is None
+            else encoded.group_S.cpu()[atoms_F]
+        )
+        rows[start:end].copy_(first + torch.searchsorted(kept, groups_F))
+
+
+def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
+    """target[:] = source[rows]; as integers, since few operators know 8-bit floats."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[target.itemsize]
+    source = source.to(target.dtype).view(integers)
+    target.view(integers).copy_(source.index_select(0, rows.to(source.device)))
