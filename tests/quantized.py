@@ -5,9 +5,13 @@ Written from the formats' descriptions, apart from the package's own decoding.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
 HALVES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of e2m1, without sign
@@ -184,3 +188,110 @@ FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
     "nvfp4": nvfp4,
     "nvfp4-modelopt": nvfp4_modelopt,
 }
+
+# What stays plain in the checkpoints below, by vLLM's names: everything but the experts.
+PLAIN_LAYERS = [
+    *(f"model.layers.{i}.self_attn.{name}_proj" for i in range(4) for name in "qkvo"),
+    *(f"model.layers.{i}.mlp.gate" for i in range(4)),
+    *(f"model.layers.{i}.mlp.{name}_proj" for i in range(4) for name in ("gate", "up", "down")),
+    *("lm_head", "model.embed_tokens"),
+]
+
+
+def _compressed(weight_format: str, activations: dict | None = None, **weights: object) -> dict:
+    group = {
+        "targets": ["Linear"],
+        "weights": {"symmetric": True, "dynamic": False, **weights},
+        "input_activations": activations,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": weight_format,
+        "quantization_status": "compressed",
+        "ignore": PLAIN_LAYERS,
+        "config_groups": {"group_0": group},
+    }
+
+
+_TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
+_NOT_ATTENTION = {"-:.*self_attn.*": {}, "-:.*mlp.gate$": {}}
+# What config.json says of every format.
+SETTINGS: dict[str, dict] = {
+    "fp8-block": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": PLAIN_LAYERS,
+    },
+    "fp8-channel": _compressed(
+        "float-quantized", _TOKENS, num_bits=8, type="float", strategy="channel"
+    ),
+    "fp8-tensor": _compressed(
+        "float-quantized",
+        {**_TOKENS, "dynamic": False, "strategy": "tensor"},
+        **{"num_bits": 8, "type": "float", "strategy": "tensor"},
+    ),
+    "int4": _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
+    "gptq": {
+        **{"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+        **{"lm_head": False, "dynamic": _NOT_ATTENTION},
+    },
+    "awq": {
+        **{"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True},
+        **{"version": "gemm", "modules_to_not_convert": ["self_attn", "mlp.gate", "lm_head"]},
+    },
+    "mxfp4": _compressed(
+        "mxfp4-pack-quantized",
+        **{"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    ),
+    "nvfp4": _compressed(
+        "nvfp4-pack-quantized",
+        {
+            **_TOKENS,
+            "num_bits": 4,
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "dynamic": "local",
+        },
+        **{"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    ),
+    "nvfp4-modelopt": {
+        **{"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": None},
+        **{"group_size": 16, "ignore": PLAIN_LAYERS, "producer": {"name": "modelopt"}},
+    },
+}
+
+
+def quantize_checkpoint(source: Path, target: Path, name: str) -> Path:
+    """Write a checkpoint whose experts are quantized, and beside it what it stands for.
+
+    Args:
+        source: a checkpoint of one shard with per-expert matrices; its dtype is that of the rest.
+        target: where; profiles are not copied.
+        name: key of FORMATS.
+
+    Returns:
+        The directory of the plain checkpoint with the same values, rounded to the source's dtype.
+    """
+    from vllm_atomic_moe.files.layouts import expert_tensor
+
+    plain = target.with_name(f"{target.name}-plain")
+    quantized, dense = {}, {}
+    for tensor_name, tensor in load_file(source / "model.safetensors").items():
+        found = expert_tensor(tensor_name)
+        if found is None:
+            quantized[tensor_name] = dense[tensor_name] = tensor
+            continue
+        parts, values = FORMATS[name](tensor)
+        stem = tensor_name.removesuffix("weight")
+        quantized |= {f"{stem}{part}": value.contiguous() for part, value in parts.items()}
+        dense[tensor_name] = values.to(tensor.dtype).contiguous()
+    for directory, tensors in ((target, quantized), (plain, dense)):
+        ignored = shutil.ignore_patterns("atomic_profiles", "*.safetensors")
+        shutil.copytree(source, directory, ignore=ignored)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = target / "config.json"
+    config = {**json.loads(path.read_text()), "quantization_config": SETTINGS[name]}
+    path.write_text(json.dumps(config))
+    return plain

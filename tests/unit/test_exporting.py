@@ -424,7 +424,7 @@ E0 = "model.layers.1.mlp.experts.0"
         ),
         (
             lambda t: {n: x.to(torch.float8_e4m3fn) if "experts" in n else x for n, x in t.items()},
-            "layer 0: experts are stored as F8_E4M3; plain weights of one dtype of F64, F32",
+            "down_proj: weight is float8 and has no weight_scale",
         ),
         (
             lambda t: t | {f"{E0}.up_proj.weight": t[f"{E0}.up_proj.weight"].half()},

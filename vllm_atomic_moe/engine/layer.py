@@ -32,6 +32,7 @@ from vllm_atomic_moe.engine.options import ResidentProfiles
 from vllm_atomic_moe.engine.refusals import check_layer
 from vllm_atomic_moe.engine.routing import RoutingMask
 from vllm_atomic_moe.experts.backends import Backend
+from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
     PackedExperts,
@@ -42,6 +43,7 @@ from vllm_atomic_moe.experts.packing import (
     with_slots,
 )
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 # What gpt-oss's weights arrive as: transposed, gate and up interleaved.
@@ -82,6 +84,7 @@ class AtomicRoutedExperts(RoutedExperts):
             address that CUDA graphs know.
         bound: what every call passes to the kernel, bound when the weights are there.
         backend: the kernel that computes them.
+        scheme: how the checkpoint quantizes these experts.
         routing: the experts that every slot lets the router choose.
         index: decoder layer index in the checkpoint.
         gathered_slots: int32 [T, 1] of all data parallel ranks' tokens, while those are gathered.
@@ -90,6 +93,7 @@ class AtomicRoutedExperts(RoutedExperts):
     """
 
     packed: PackedExperts
+    scheme: Scheme
     token_slots: torch.Tensor
     bound: tuple[Any, ...]
     backend: Backend
@@ -98,19 +102,27 @@ class AtomicRoutedExperts(RoutedExperts):
     def _get_quant_method(
         self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
-        quant_method = resolve_quant_method(quant_config, self, prefix) if quant_config else None
-        check_layer(self, quant_method)
+        resident, _, _ = self._loading()
+        self.scheme = resident.model.schemes.get(extract_layer_index(prefix), PLAIN_SCHEME)
+        # Of quantized experts vLLM's own method is not built: it wants a kernel of vLLM's.
+        resolved = None
+        if quant_config and self.scheme.kind == "plain":
+            resolved = resolve_quant_method(quant_config, self, prefix)
+        check_layer(self, resolved)
         return AtomicExpertsMethod(moe_config)
 
-    def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Allocate this rank's share of the packed rows that the profiles being loaded ask for."""
+    def _loading(self) -> tuple[ResidentProfiles, Backend, torch.Tensor]:
         loading = _loading.get(None)
         if loading is None:
             raise RuntimeError(
                 f"{self.layer_name}: another thread loads with atomic-pruned; build models one "
                 "after another"
             )
-        resident, self.backend, token_slots = loading
+        return loading
+
+    def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Allocate this rank's share of the packed rows that the profiles being loaded ask for."""
+        resident, self.backend, token_slots = self._loading()
         self.register_buffer("token_slots", token_slots, persistent=False)
         model, config = resident.model, self.moe_config
         self.index = extract_layer_index(self.layer_name)
@@ -139,10 +151,12 @@ class AtomicRoutedExperts(RoutedExperts):
             storage=self.backend.storage,
             activation=activation,
             has_bias=config.has_bias,
+            row_format=row_format(self.scheme, hidden_size, model.intermediate_size),
         )
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.gathered_slots: torch.Tensor | None = None
         self.loaded: set[tuple[int, str]] = set()
+        self._parts: dict[tuple[int, Projection], dict[str, torch.Tensor]] = {}
 
     def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What of every profile's mask [E, I] this rank holds."""
@@ -268,6 +282,44 @@ class AtomicRoutedExperts(RoutedExperts):
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
+    def load_part(
+        self, name: str, expert: int, projection: Projection, quantity: str, part: torch.Tensor
+    ) -> None:
+        """Take one part of a quantized matrix; when all are there, they become packed rows.
+
+        Args:
+            name: of the tensor.
+            expert: whose; other ranks' experts are left alone.
+            projection: gate, up or down.
+            quantity: which part, as in `Scheme.parts`; or bias.
+            part: the tensor, as the checkpoint has it.
+
+        Raises:
+            ValueError: the part arrives for the second time, or does not fit the others.
+        """
+        if expert not in self.own_experts:
+            return
+        if quantity == "bias":
+            self._load_bias(expert, projection, part, name)
+            return
+        self._mark_loaded(expert, f"{projection}_proj.{quantity}", name)
+        if quantity not in self.scheme.parts:
+            raise ValueError(
+                f"{name}: {quantity} arrives, the experts of this layer are quantized by "
+                f"{', '.join(self.scheme.parts)}; fetch the checkpoint again"
+            )
+        parts = self._parts.setdefault((expert, projection), {})
+        parts[quantity] = part
+        if len(parts) < len(self.scheme.parts):
+            return
+        sizes = self.packed.hidden_size, self.packed.layout.intermediate_size
+        try:
+            encoded = encode(self.scheme, projection, parts, *sizes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; fetch the checkpoint again") from None
+        self.packed.load_encoded(expert, projection, encoded)
+        del self._parts[expert, projection]
+
     def load_packed(
         self, weight_name: str, projection: Projection, rows: torch.Tensor, stored: torch.Tensor
     ) -> None:
@@ -294,7 +346,10 @@ class AtomicRoutedExperts(RoutedExperts):
     def tensors(self) -> list[str]:
         """The tensors of an expert that must arrive."""
         names = [f"{name}_proj" for name in projections_of(self.packed.activation.gated)]
-        return names + [f"{name}.bias" for name in names if self.packed.biases]
+        biases = [f"{name}.bias" for name in names if self.packed.biases]
+        if self.scheme.kind != "plain":
+            names = [f"{name}.{part}" for name in names for part in self.scheme.parts]
+        return names + biases
 
     def missing(self) -> list[str]:
         """Expert tensors that have not arrived, by name."""

@@ -137,6 +137,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the checkpoint through the packed experts and see that all of it arrived."""
         from vllm_atomic_moe.engine.interleaved import interleaved_experts_split
+        from vllm_atomic_moe.engine.quantized import codes_taken_by
         from vllm_atomic_moe.engine.routing import mask_routers
 
         plan, layers = self.plan, packed_layers(model)
@@ -150,7 +151,10 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         mask_routers(model, layers, plan.resident)
         stored = plan.resident.model.stored
         if stored is None:
-            with interleaved_experts_split(layers, model):
+            with (
+                interleaved_experts_split(layers, model),
+                codes_taken_by(layers, model, plan.resident.model.schemes),
+            ):
                 self.inner.load_weights(model, model_config)
         else:
             folder = weights_directory(plan.directory)

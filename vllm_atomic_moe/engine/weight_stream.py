@@ -14,9 +14,11 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 @contextmanager
 def weights_through(model: Any, change: Callable[[Weights], Weights]) -> Iterator[None]:
     """While open, `model.load_weights` gets what `change` makes of the checkpoint's tensors."""
-    load_weights = model.load_weights
+    load_weights, before = model.load_weights, vars(model).get("load_weights")
     model.load_weights = lambda weights: load_weights(change(weights))
     try:
         yield
     finally:
         del model.load_weights
+        if before is not None:
+            model.load_weights = before

@@ -176,7 +176,8 @@ def meaning(codes: torch.Tensor, code: Code) -> torch.Tensor:
     if code == "e4m3":
         return codes.view(torch.float8_e4m3fn).float()
     if code == "e2m1":
-        lut = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
+        values = [*E2M1, *(-value for value in E2M1)]
+        lut = torch.tensor(values, dtype=torch.float32, device=codes.device)
         return lut[codes.long()]
     return codes.float() - (8 if code == "int4" else 0)
 
@@ -320,7 +321,9 @@ class ScaleTables:
                     shape if row_format.zeros else (0,), dtype=torch.uint8, device=device
                 ),
                 "factors": torch.ones(
-                    len(self._offsets) - 1 if row_format.factor != "none" else 0, device=device
+                    len(self._offsets) - 1 if row_format.factor != "none" else 0,
+                    dtype=torch.float32,
+                    device=device,
                 ),
             }
             self.tensors.update({f"{name}_{table}": made[table] for table in TABLES})

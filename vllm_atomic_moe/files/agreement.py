@@ -6,19 +6,16 @@ model at first. Every function refuses in one line that says which of them disag
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.files.config import declared_experts, dense_layers, quantization
-from vllm_atomic_moe.files.layouts import PER_EXPERT, decoder_layer, expert_tensor
+from vllm_atomic_moe.files.config import declared_experts, dense_layers
+from vllm_atomic_moe.files.layouts import PER_EXPERT, decoder_layer, quantized_tensor
+from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme
 from vllm_atomic_moe.files.tensors import open_safetensors
-
-# What quantized weights bring beside or in place of `weight`.
-QUANTIZED = re.compile(r"qweight|qzeros|g_idx|scale|_packed|_blocks|_zero_point")
 
 
 @dataclass(slots=True)
@@ -28,6 +25,8 @@ class LayerFacts:
     block: str
     experts: set[int] = field(default_factory=set)
     parts: Counter[str] = field(default_factory=Counter)
+    quantities: Counter[tuple[str, str]] = field(default_factory=Counter)
+    scheme: Scheme = PLAIN_SCHEME
     num_fused: int = 0
     intermediate_sizes: set[int] = field(default_factory=set)
 
@@ -43,18 +42,11 @@ def check_layout(
     strange = [
         name
         for name in where
-        if "experts" in name.split(".") and expert_tensor(name) is None
+        if "experts" in name.split(".") and quantized_tensor(name) is None
         if (layer := decoder_layer(name)) is not None
         and layer < num_layers
         and not is_prediction(name)
     ]
-    how = quantization(directory, config)
-    quantized = [name for name in strange if QUANTIZED.search(name)]
-    if quantized and how:
-        raise ValueError(
-            f"{directory}: its experts are quantized ({how}), as in {quantized[0]}, which this "
-            "version does not serve or calibrate; use the checkpoint that it was made from"
-        )
     strange = [name for name in strange if decoder_layer(name) not in layers]
     if not layers and not strange:
         counts = set(declared_experts(config).values()) - {0, 1}
@@ -126,6 +118,13 @@ def count_experts(
                     f"{directory}: layer {index} has {number} experts and {layer.parts[part]} "
                     f"{part} projections; fetch the checkpoint again"
                 )
+            for quantity in layer.scheme.parts if layer.parts[part] else ():
+                if layer.quantities[part, quantity] != number:
+                    raise ValueError(
+                        f"{directory}: layer {index} has {number} experts and "
+                        f"{layer.quantities[part, quantity]} times {quantity} of {part}; fetch the "
+                        "checkpoint again"
+                    )
     return number
 
 

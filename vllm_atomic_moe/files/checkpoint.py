@@ -31,8 +31,16 @@ from vllm_atomic_moe.files.export_format import (
     stored_masks,
     weights_directory,
 )
-from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
+from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
 from vllm_atomic_moe.files.plain_files import read_json_object
+from vllm_atomic_moe.files.quantization import (
+    IGNORED,
+    MATRICES,
+    Part,
+    Scheme,
+    check_told,
+    scheme_of_down,
+)
 from vllm_atomic_moe.files.router import (
     CORRECTION_BIAS,
     ExpertGroups,
@@ -63,6 +71,7 @@ class CheckpointInfo:
         router: what tells its routers from another model's.
         groups: the router's expert groups; None where it chooses among all experts.
         blocks: layer index -> name of its MoE block; its experts are under `{block}.experts.`.
+        schemes: layer index -> how its experts are quantized.
         stored: of an exported checkpoint, layer index -> bool [E, I], the atoms it holds; None for
             an original. It is not part of the model's identity.
     """
@@ -76,6 +85,7 @@ class CheckpointInfo:
     router: RouterIdentity
     groups: ExpertGroups | None = None
     blocks: Mapping[int, str] = field(default_factory=dict, compare=False)
+    schemes: Mapping[int, Scheme] = field(default_factory=dict, compare=False)
     stored: Mapping[int, torch.Tensor] | None = field(default=None, compare=False)
 
     @property
@@ -180,9 +190,12 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     config = read_config(directory)
     where = locate_tensors(directory)
     num_layers = int(config.get("num_hidden_layers", 1 << 30))
-    layers = _gather_layers(where, config["hidden_size"], num_layers)
+    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    layers = _gather_layers(where, config["hidden_size"], num_layers, settings)
     check_layout(directory, config, where, layers, num_layers)
     num_experts = count_experts(directory, config, layers)
+    for scheme in {layer.scheme for layer in layers.values()}:
+        check_told(directory, config, scheme)
     sizes = {size for layer in layers.values() for size in layer.intermediate_sizes}
     if len(sizes) != 1:
         raise ValueError(
@@ -203,6 +216,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         router=identify_router(where, [name for names in routers.values() for name in names]),
         groups=_expert_groups(config, where),
         blocks=blocks,
+        schemes={index: layer.scheme for index, layer in sorted(layers.items())},
         stored=(
             stored_masks(where, blocks, config["hidden_size"])
             if weights_directory(directory) != directory
@@ -232,37 +246,65 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 
 
 def _gather_layers(
-    where: dict[str, Path], hidden_size: int, num_layers: int
+    where: dict[str, Path], hidden_size: int, num_layers: int, settings: Mapping[str, Any]
 ) -> dict[int, LayerFacts]:
-    """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`)."""
+    """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`).
+
+    Args:
+        settings: what config.json says of quantization.
+    """
     layers: dict[int, LayerFacts] = {}
     by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
     parts: dict[int, Counter[str]] = defaultdict(Counter)
+    quantities: dict[int, Counter[tuple[str, str]]] = defaultdict(Counter)
+    downs: dict[int, dict[int | None, dict[str, Part]]] = defaultdict(lambda: defaultdict(dict))
     for name, path in where.items():
-        tensor = expert_tensor(name)
+        tensor = quantized_tensor(name)
         if tensor is None or tensor.layer >= num_layers or is_prediction(name):
             continue
-        parts[tensor.layer][tensor.part] += 1
+        if tensor.quantity in MATRICES:
+            parts[tensor.layer][tensor.part] += 1
+        quantities[tensor.layer][tensor.part, tensor.quantity] += 1
         # In every layout one of these shapes says how many experts there are, and their size.
-        if tensor.part in ("down", "keep"):
+        if tensor.part in ("down", "keep") and tensor.quantity not in (*IGNORED, "bias"):
             by_file[path].append((name, tensor))
     for path, entries in by_file.items():
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
                 layer = layers.setdefault(
-                    tensor.layer, LayerFacts(tensor.block, parts=parts[tensor.layer])
+                    tensor.layer,
+                    LayerFacts(
+                        tensor.block,
+                        parts=parts[tensor.layer],
+                        quantities=quantities[tensor.layer],
+                    ),
                 )
                 if layer.block != tensor.block:
                     raise ValueError(
                         f"layer {tensor.layer}: routed experts under {layer.block} and "
                         f"{tensor.block}; one MoE block per decoder layer is supported"
                     )
-                shape = shard.get_slice(name).get_shape()
+                entry = shard.get_slice(name)
+                shape = entry.get_shape()
                 if tensor.expert is not None:
                     layer.experts.add(tensor.expert)
                 else:
                     layer.num_fused = shape[0]
-                rows, columns = shape[-2:]
-                upright = tensor.part == "keep" or rows == hidden_size
-                layer.intermediate_sizes.add(columns if upright else rows)
+                if tensor.part == "down":
+                    told = (entry.get_dtype(), (*shape,))
+                    downs[tensor.layer][tensor.expert][tensor.quantity] = told
+                else:
+                    layer.intermediate_sizes.add(shape[-1])
+    for index, of_experts in downs.items():
+        layer = layers[index]
+        schemes = set()
+        for expert, quantized in of_experts.items():
+            matrix = f"{layer.block}.experts.{'' if expert is None else f'{expert}.'}down_proj"
+            scheme, size = scheme_of_down(matrix, quantized, hidden_size, settings)
+            schemes.add(scheme)
+            layer.intermediate_sizes.add(size)
+        if len(schemes) > 1:
+            kinds = ", ".join(sorted(scheme.kind for scheme in schemes))
+            raise ValueError(f"layer {index}: experts quantized differently ({kinds}) in one layer")
+        layer.scheme = schemes.pop()
     return layers

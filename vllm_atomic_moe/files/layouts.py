@@ -32,6 +32,13 @@ FUSED = (
     {"gate_up": "block_sparse_moe|input_linear", "down": "block_sparse_moe|output_linear"},
     {"gate": "moe|gate_proj", "up": "moe|up_proj", "down": "moe|down_proj"},  # Step
 )
+# What may stand of a quantized matrix: of one expert's, and of gpt-oss's fused ones.
+QUANTITIES = (
+    *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_shape"),
+    *("weight_global_scale", "weight_zero_point", "weight_g_idx"),
+    *("input_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx"),
+)
+FUSED_QUANTITIES = ("blocks", "scales", "bias")
 PACKED_ROWS = ("gate", "up", "down_t")
 PACKED = (*PACKED_ROWS, "offsets", "keep")
 
@@ -46,6 +53,7 @@ class ExpertTensor:
         part: gate, up, down, gate_up, or one of PACKED.
         packed: whether the layout is the packed one.
         expert: whose matrix it is; None if the tensor is of all experts of the layer.
+        quantity: what of the matrix: its weights, or one of QUANTITIES.
     """
 
     block: str
@@ -53,6 +61,7 @@ class ExpertTensor:
     part: str
     packed: bool = False
     expert: int | None = None
+    quantity: str = "weight"
 
 
 def atom_bytes(hidden_size: int, itemsize: int) -> int:
@@ -63,6 +72,19 @@ def atom_bytes(hidden_size: int, itemsize: int) -> int:
 def packed_name(block: str, part: str) -> str:
     """Name of a packed tensor of a MoE block; `part` is one of PACKED."""
     return f"{block}.experts.packed.{part}"
+
+
+def quantized_tensor(name: str) -> ExpertTensor | None:
+    """As `expert_tensor`, and what quantized matrices bring beside or in place of weights."""
+    if match := _PER_EXPERT_QUANTITY.fullmatch(name):
+        part, expert = _PARTS[match["own"]], int(match["expert"])
+        return ExpertTensor(
+            match["block"], int(match["layer"]), part, expert=expert, quantity=match["quantity"]
+        )
+    if match := _FUSED_QUANTITY.fullmatch(name):
+        part = _FUSED_PARTS[match["fused"]]
+        return ExpertTensor(match["block"], int(match["layer"]), part, quantity=match["quantity"])
+    return expert_tensor(name)
 
 
 def expert_tensor(name: str) -> ExpertTensor | None:
@@ -103,4 +125,12 @@ _NAME = re.compile(
     rf"|(?P<fused>{_OF_EXPERTS})(?:\.weight)?"
     rf"|(?P<within>{_WITHIN})\.weight"
     rf"|experts\.packed\.(?P<packed>{'|'.join(PACKED)}))"
+)
+_BLOCK = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\.experts\."
+_PER_EXPERT_QUANTITY = re.compile(
+    rf"{_BLOCK}(?P<expert>\d+)\.(?P<own>{_OWN})\.(?P<quantity>{'|'.join(QUANTITIES)})"
+)
+_FUSED_QUANTITY = re.compile(
+    r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\."
+    rf"(?P<fused>{_OF_EXPERTS})_(?P<quantity>{'|'.join(FUSED_QUANTITIES)})"
 )

@@ -23,6 +23,8 @@ FP8, FLOATS = "F8_E4M3", ("F32", "BF16", "F16")
 # Parts that say nothing about weights: scales of activations, which stay in 16 bits here, and what
 # shapes say already.
 IGNORED = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
+# Parts that hold a matrix itself.
+MATRICES = ("weight", "weight_packed", "qweight", "blocks")
 PARTS: Mapping[Kind, tuple[str, ...]] = {
     "plain": ("weight",),
     "int4": ("weight_packed", "weight_scale"),
@@ -101,7 +103,13 @@ def _scheme_of_down(
     dtypes = {name: dtype for name, (dtype, _) in parts.items()}
     shapes = {name: shape for name, (_, shape) in parts.items()}
     if names == {"weight"} and dtypes["weight"] in FLOATS:
-        return PLAIN_SCHEME, shapes["weight"][1]
+        rows, columns = shapes["weight"][-2:]
+        return PLAIN_SCHEME, columns if rows == hidden_size else rows
+    if names >= {"blocks", "scales"} and dtypes["blocks"] == "U8":
+        _, outputs, groups, pairs = shapes["blocks"]
+        if (outputs, pairs) != (hidden_size, 16):
+            raise ValueError(f"blocks are {[*shapes['blocks']]} for {hidden_size} outputs")
+        return Scheme("mxfp4-blocks", PARTS["mxfp4-blocks"], 1, 32, "F8_E8M0"), groups * 32
     if dtypes.get("weight") == FP8:
         return _fp8(parts, settings)
     if names == {*PARTS["nvfp4-2"]} and dtypes["weight"] == "U8":
@@ -130,15 +138,16 @@ def _scheme_of_down(
             raise KeyError
         if names - {"g_idx"} != {*PARTS["awq"]}:
             raise KeyError
-        groups = shapes["scales"]
-        scheme = _grouped(kind, dtypes["scales"], (groups[1], groups[0]), size)
-        return scheme, size
+        return _grouped(kind, dtypes["scales"], shapes["scales"][::-1], size), size
     raise KeyError
 
 
 def _fp8(parts: Mapping[str, Part], settings: Mapping[str, Any]) -> tuple[Scheme, int]:
-    (scale,) = parts.keys() - {"weight"}
-    if scale not in ("weight_scale", "weight_scale_inv"):
+    scales = parts.keys() - {"weight"}
+    if not scales:
+        raise ValueError("weight is float8 and has no weight_scale")
+    scale = scales.pop()
+    if scales or scale not in ("weight_scale", "weight_scale_inv"):
         raise KeyError
     (rows, columns), (dtype, shape) = parts["weight"][1], parts[scale]
     parts_wanted = ("weight", scale)

@@ -1,0 +1,154 @@
+"""What quantized checkpoints hold, and the rows that become of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import make_checkpoint
+from tests.kernel_suite import SPELLED, make_experts, ragged, routed
+from tests.quantized import FORMATS, quantize_checkpoint
+from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
+
+H, FULL = 192, 96
+
+
+def parts_of(quantized: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: part for name, part in quantized.items() if name not in IGNORED}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decodes_to_what_the_codes_stand_for(name):
+    generator = torch.Generator().manual_seed(0)
+    for projection in PROJECTIONS:
+        shape = (H, FULL) if projection == "down" else (FULL, H)
+        parts, dense = FORMATS[name](torch.randn(shape, generator=generator))
+        down, _ = FORMATS[name](torch.randn(H, FULL, generator=generator))
+        told = {
+            part: (SPELLED[value.dtype], (*value.shape,)) for part, value in parts_of(down).items()
+        }
+        scheme, size = scheme_of_down("down", told, H, {})
+        assert size == FULL
+        rows = encode(scheme, projection, parts_of(parts), H, FULL)
+        found = decode(rows, row_format(scheme, H, FULL), projection)
+        assert torch.equal(found.t() if projection == "down" else found, dense)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_reference_gives_the_bits_of_plain_rows(name, dtype):
+    masks = {"a": ragged(), "b": ragged(1)}
+    codes = make_experts(masks, dtype, "reference", hidden_size=96, quantize=FORMATS[name])
+    plain = make_experts(masks, dtype, "reference", hidden_size=96)
+    for expert in range(len(ragged())):
+        for projection, dense in zip(PROJECTIONS, codes.dense, strict=True):
+            matrix = dense[expert]
+            plain.packed.load_expert(
+                expert, projection, matrix.t() if projection == "down" else matrix
+            )
+    x, weights, ids = routed(20, 4, 9, dtype, hidden_size=96)
+    names = ["a", "b"] * 10
+    assert torch.equal(codes(x, weights, ids, names), plain(x, weights, ids, names))
+
+
+def test_default_dtype_changes_nothing():
+    """vLLM builds layers while torch's default dtype is the model's."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = make_experts(
+            {"a": ragged()}, torch.float32, "reference", hidden_size=96, quantize=FORMATS["nvfp4"]
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    factors = [tensor for tensor in made.packed.scales if tensor.shape == (len(ragged()),)]
+    assert [factor.dtype for factor in factors] == [torch.float32] * 3
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("quantized") / "original"
+    sizes = {"hidden_size": H, "moe_intermediate_size": FULL, "num_hidden_layers": 2}
+    make_checkpoint("qwen3_moe", directory, **sizes)
+    return directory
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_describes_quantized_checkpoints_as_their_originals(original, tmp_path, name):
+    plain = quantize_checkpoint(original, tmp_path / "model", name)
+    found, wanted = describe_checkpoint(tmp_path / "model"), describe_checkpoint(plain)
+    assert found.identity() == wanted.identity()
+    assert {scheme.kind for scheme in wanted.schemes.values()} == {"plain"}
+    (kind,) = {scheme.kind for scheme in found.schemes.values()}
+    assert kind != "plain"
+
+
+DOWN = "model.layers.1.mlp.experts.3.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (
+            "fp8-block",
+            lambda tensors: tensors.pop(f"{DOWN}.weight_scale_inv"),
+            r"experts.3.down_proj: weight is float8 and has no weight_scale",
+        ),
+        (
+            "fp8-block",
+            lambda tensors: tensors.pop(DOWN.replace("down", "up") + ".weight_scale_inv"),
+            r"layer 1 has 8 experts and 7 times weight_scale_inv of up",
+        ),
+        (
+            "fp8-block",
+            lambda tensors: tensors.update({f"{DOWN}.weight_scale_inv": torch.ones(3, 3)}),
+            r"weight_scale_inv is \[3, 3\], wanted \[2, 1\] for blocks of 128x128",
+        ),
+        (
+            "int4",
+            lambda tensors: tensors.update(
+                {f"{DOWN}.weight_packed": torch.zeros(H, 6, dtype=torch.int32)}
+            ),
+            r"experts|intermediate size",
+        ),
+        (
+            "int4",
+            lambda tensors: tensors.update(
+                {f"{DOWN}.weight_packed": torch.zeros(H, FULL, dtype=torch.int8)}
+            ),
+            r"quantized in a way that is not known: .*weight_packed I8",
+        ),
+    ],
+    ids=["no scale", "no scale of up", "shape", "size", "dtype"],
+)
+def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change, words):
+    quantize_checkpoint(original, tmp_path / "model", name)
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=words) as refused:
+        describe_checkpoint(tmp_path / "model")
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("int4", None, "config.json has no quantization_config"),
+        ("int4", {"quant_method": "awq"}, "quantized as int4, config.json says awq"),
+        ("gptq", {"quant_method": "gptq", "sym": False}, "GPTQ with sym False"),
+    ],
+)
+def test_config_must_say_the_same(original, tmp_path, name, settings, words):
+    quantize_checkpoint(original, tmp_path / "model", name)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": settings}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
+        describe_checkpoint(tmp_path / "model")
