@@ -295,3 +295,28 @@ def quantize_checkpoint(source: Path, target: Path, name: str) -> Path:
     config = {**json.loads(path.read_text()), "quantization_config": SETTINGS[name]}
     path.write_text(json.dumps(config))
     return plain
+
+
+def quantize_gpt_oss(source: Path, target: Path) -> Path:
+    """The same of a gpt-oss checkpoint, whose tensors hold all experts of a layer, transposed."""
+    plain = target.with_name(f"{target.name}-plain")
+    quantized, dense = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        quantized[name] = dense[name] = tensor
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        del quantized[name]
+        experts = [mxfp4_blocks(matrix.t().contiguous()) for matrix in tensor]
+        for part in ("blocks", "scales"):
+            quantized[f"{name}_{part}"] = torch.stack([parts[part] for parts, _ in experts])
+        values = torch.stack([values.t() for _, values in experts])
+        dense[name] = values.to(tensor.dtype).contiguous()
+    for directory, tensors in ((target, quantized), (plain, dense)):
+        ignored = shutil.ignore_patterns("atomic_profiles", "*.safetensors")
+        shutil.copytree(source, directory, ignore=ignored)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = target / "config.json"
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    return plain

@@ -578,7 +578,7 @@ def test_the_first_rank_reports_for_all(model, monkeypatch, log, rank):
     resident = options.select_profiles(parsed, model, describe_checkpoint(model))
     log.clear()
     monkeypatch.setattr(loader, "get_world_group", lambda: World(rank))
-    loader._report(resident, 4, [3072, 1024])
+    loader._report(resident, 6144, [3072, 1024])
     lines = [record.message for record in log.records]
     if rank > 0:
         assert not lines

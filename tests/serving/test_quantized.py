@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile
-from tests.quantized import FORMATS, quantize_checkpoint
+from tests.quantized import FORMATS, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
+from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.experts.formats import RowFormat
 
 NAMES = ["ragged", "second"]
@@ -20,10 +21,14 @@ def original(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quantized") / "original"
     sizes = {"hidden_size": 192, "moe_intermediate_size": 96, "num_hidden_layers": 2}
     make_checkpoint("qwen3_moe", directory, **sizes)
+    in_bfloat16(directory)
+    return directory
+
+
+def in_bfloat16(directory):
     path = directory / "model.safetensors"
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    return directory
 
 
 def answers(model, info, **options) -> tuple[dict[str, torch.Tensor], RowFormat]:
@@ -37,12 +42,23 @@ def answers(model, info, **options) -> tuple[dict[str, torch.Tensor], RowFormat]
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_serves_what_the_checkpoint_stands_for(original, tmp_path, name):
+    plain = quantize_checkpoint(original, tmp_path / "model", name)
+    check_bits(tmp_path / "model", plain)
+
+
+def test_gpt_oss_as_published(tmp_path):
+    """MXFP4 blocks of all experts at once, gate and up interleaved, biases."""
+    make_model("gpt_oss", tmp_path / "original", intermediate_size=96)
+    in_bfloat16(tmp_path / "original")
+    check_bits(tmp_path / "model", quantize_gpt_oss(tmp_path / "original", tmp_path / "model"))
+
+
+def check_bits(model, plain) -> None:
     from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
-    plain = quantize_checkpoint(original, tmp_path / "model", name)
-    info = describe_checkpoint(tmp_path / "model")
+    info = describe_checkpoint(model)
     assert info.identity() == describe_checkpoint(plain).identity()
-    found, row_format = answers(tmp_path / "model", info, kernel="reference")
+    found, row_format = answers(model, info, kernel="reference")
     assert not row_format.plain
     wanted, row_format = answers(plain, info, kernel="reference")
     assert row_format.plain

@@ -56,12 +56,12 @@ MORE_ARCHITECTURES = {
 ARCHITECTURES = (*checkpoints.ARCHITECTURES, *MORE_ARCHITECTURES)
 
 
-def make_model(architecture: str, directory: Path) -> CheckpointInfo:
+def make_model(architecture: str, directory: Path, **more_settings: int) -> CheckpointInfo:
     """Write a random float32 checkpoint with a tokenizer to `directory`."""
     character_tokenizer().save_pretrained(directory)
     if architecture in checkpoints.ARCHITECTURES:
-        return checkpoints.make_checkpoint(architecture, directory)
-    settings = {**checkpoints.COMMON, **MORE_ARCHITECTURES[architecture]}
+        return checkpoints.make_checkpoint(architecture, directory, **more_settings)
+    settings = {**checkpoints.COMMON, **MORE_ARCHITECTURES[architecture], **more_settings}
     config = CONFIG_MAPPING[architecture](**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)

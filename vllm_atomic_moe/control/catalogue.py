@@ -17,6 +17,11 @@ from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 
 
+def bytes_of(atoms: int, description: Mapping[str, Any]) -> int:
+    """Bytes of so many atoms, as the checkpoint encodes them; `description` as for `Catalogue`."""
+    return atoms * description["dense_bytes"] // description["atoms"]
+
+
 class Catalogue:
     """What could be served. Reads files: call it from a thread."""
 
@@ -28,7 +33,7 @@ class Catalogue:
         """
         self._directory = Path(description["directory"])
         self._checkpoint = Path(description["model"])
-        self._atom_bytes = description["atom_bytes"]
+        self._description = description
         self._packed = description["union"]
         self._routing = description["routing"]
 
@@ -117,7 +122,7 @@ class Catalogue:
             "name": profile.name,
             "method": DENSE if profile.name == DENSE else profile.metadata.get("method", ""),
             "kept": profile.kept,
-            "bytes": profile.kept_atoms * self._atom_bytes,
+            "bytes": bytes_of(profile.kept_atoms, self._description),
             "loaded": loaded is not None and loaded.offered,
             "servable": not missing_atoms(profile, self._union) and self._can_route(profile),
             "active": profile.name == served.active,

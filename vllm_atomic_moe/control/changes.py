@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_atomic_moe.control.catalogue import Catalogue
+from vllm_atomic_moe.control.catalogue import Catalogue, bytes_of
 from vllm_atomic_moe.control.errors import AdminError, unavailable
 from vllm_atomic_moe.engine.attach import call_engine, engines_of
 from vllm_atomic_moe.engine.requests import Admission
@@ -97,7 +97,7 @@ class Changes:
             "memory": {
                 "dense_bytes": description["dense_bytes"],
                 "resident_bytes": sum(rank["resident_bytes"] for rank in ranks),
-                "active_bytes": active["kept_atoms"] * description["atom_bytes"],
+                "active_bytes": bytes_of(active["kept_atoms"], description),
                 "index_bytes": sum(rank["index_bytes"] for rank in ranks),
                 "rank_resident_bytes": [rank["resident_bytes"] for rank in ranks],
             },

@@ -43,7 +43,7 @@ from vllm_atomic_moe.experts.packing import (
     with_slots,
 )
 from vllm_atomic_moe.files.profiles import PruningProfile
-from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme
+from vllm_atomic_moe.files.quantization import Scheme
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 # What gpt-oss's weights arrive as: transposed, gate and up interleaved.
@@ -103,7 +103,7 @@ class AtomicRoutedExperts(RoutedExperts):
         self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
         resident, _, _ = self._loading()
-        self.scheme = resident.model.schemes.get(extract_layer_index(prefix), PLAIN_SCHEME)
+        self.scheme = resident.model.scheme(extract_layer_index(prefix))
         # Of quantized experts vLLM's own method is not built: it wants a kernel of vLLM's.
         resolved = None
         if quant_config and self.scheme.kind == "plain":

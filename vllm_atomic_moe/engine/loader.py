@@ -31,9 +31,9 @@ from vllm_atomic_moe.engine.options import (
     select_profiles,
 )
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
+from vllm_atomic_moe.experts.encoding import dense_bytes
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.export_format import weights_directory
-from vllm_atomic_moe.files.layouts import atom_bytes
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -110,17 +110,18 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             )
             model = super().load_model(vllm_config, model_config, prefix)
             layers = packed_layers(model)
-            per_atom = atom_bytes(resident.model.hidden_size, model_config.dtype.itemsize)
+            gated = all(layer.packed.activation.gated for layer in layers)
+            dense = dense_bytes(resident.model, model_config.dtype.itemsize, gated)
             # Here, not above: every vLLM process imports this module, few load a pruned model.
             from vllm_atomic_moe.engine import worker
 
             directory = profile_directory(self.options, self.plan.directory)
             profiles = worker.RankProfiles(
-                resident, layers, self.token_slots, self.plan.directory, directory, per_atom
+                resident, layers, self.token_slots, self.plan.directory, directory, dense
             )
             setattr(model, worker.ATTRIBUTE, profiles)
             held = sum(layer.packed.weight_bytes for layer in layers)
-            _report(resident, per_atom, _bytes_of_ranks(digest, held))
+            _report(resident, dense, _bytes_of_ranks(digest, held))
             return model
 
     def create_model(
@@ -285,17 +286,17 @@ def _bytes_of_ranks(digest: str, held: int) -> list[int]:
     return [held for _, held in ranks]
 
 
-def _report(resident: ResidentProfiles, per_atom: int, rank_bytes: Sequence[int]) -> None:
+def _report(resident: ResidentProfiles, dense: int, rank_bytes: Sequence[int]) -> None:
     """Say once what memory the pruning saves.
 
     Args:
         resident: the profiles held in memory.
-        per_atom: bytes of one atom in the serving dtype.
+        dense: bytes of all experts, unpruned, as the checkpoint encodes them.
         rank_bytes: what every rank of this replica holds, padding included.
     """
     if not get_world_group().is_first_rank:
         return
-    dense, held = resident.model.atoms * per_atom, sum(rank_bytes)
+    held = sum(rank_bytes)
     logger.info(
         "Expert weights: %s dense, %s resident (%.1f %%), %s saved",
         _mib(dense),
@@ -310,7 +311,7 @@ def _report(resident: ResidentProfiles, per_atom: int, rank_bytes: Sequence[int]
             "Profile %s: %.1f %% of atoms kept, %s%s",
             name,
             100 * profile.kept,
-            _mib(profile.kept_atoms * per_atom),
+            _mib(profile.kept_atoms * dense // resident.model.atoms),
             ", active" if name == resident.active else "",
         )
 

@@ -52,7 +52,7 @@ class RankProfiles:
         token_slots: torch.Tensor,
         model_directory: Path,
         directory: Path,
-        atom_bytes: int,
+        dense_bytes: int,
     ) -> None:
         """Describe what is loaded.
 
@@ -62,14 +62,14 @@ class RankProfiles:
             token_slots: int32, the buffer that the layers read.
             model_directory: of the checkpoint.
             directory: of the profile files.
-            atom_bytes: of one atom in the serving dtype.
+            dense_bytes: of all experts, unpruned, as the checkpoint encodes them.
         """
         self._resident = resident
         self._layers = layers
         self._token_slots = token_slots
         self._model_directory = model_directory
         self._directory = directory
-        self._atom_bytes = atom_bytes
+        self._dense_bytes = dense_bytes
         self._union = resident.union()
         self._slots: dict[str, int] = {}
 
@@ -88,7 +88,7 @@ class RankProfiles:
             },
             "directory": str(self._directory),
             "model": str(self._model_directory),
-            "atom_bytes": self._atom_bytes,
+            "atoms": resident.model.atoms,
             "routing": {
                 "biased": any(layer.routing.biased for layer in self._layers),
                 "masks": {
@@ -100,7 +100,7 @@ class RankProfiles:
                     if resident.masking
                 },
             },
-            "dense_bytes": resident.model.atoms * self._atom_bytes,
+            "dense_bytes": self._dense_bytes,
             "union": {
                 str(layer): np.packbits(mask.numpy()).tobytes()
                 for layer, mask in self._union.items()

@@ -21,6 +21,7 @@ from vllm_atomic_moe.experts.formats import (
     Projection,
     RowFormat,
 )
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.quantization import Scheme
 
 SCALE_DTYPES = {
@@ -63,6 +64,20 @@ def row_format(scheme: Scheme, hidden_size: int, intermediate_size: int) -> RowF
         zeros=scheme.kind == "awq",
         factor=factor,
         scattered=scheme.kind == "gptq",
+    )
+
+
+def dense_bytes(model: CheckpointInfo, itemsize: int, gated: bool = True) -> int:
+    """Bytes of all experts of a checkpoint, scales included, biases not.
+
+    Args:
+        itemsize: bytes of a plain weight as it is served.
+        gated: whether there is a gate_proj.
+    """
+    sizes = model.hidden_size, model.intermediate_size
+    return model.num_experts * sum(
+        row_format(model.scheme(layer), *sizes).expert_bytes(*sizes, itemsize, gated)
+        for layer in model.layers
     )
 
 

@@ -36,6 +36,7 @@ from vllm_atomic_moe.files.plain_files import read_json_object
 from vllm_atomic_moe.files.quantization import (
     IGNORED,
     MATRICES,
+    PLAIN_SCHEME,
     Part,
     Scheme,
     check_told,
@@ -92,6 +93,10 @@ class CheckpointInfo:
     def atoms(self) -> int:
         """Atoms of all experts of all layers: L·E·I."""
         return len(self.layers) * self.num_experts * self.intermediate_size
+
+    def scheme(self, layer: int) -> Scheme:
+        """How the experts of a layer are quantized."""
+        return self.schemes.get(layer, PLAIN_SCHEME)
 
     def identity(self) -> dict[str, Any]:
         """The part that goes into a profile's `model` metadata."""

@@ -24,9 +24,9 @@ from vllm_atomic_moe.calibration.model import ALL_OF_IT, check_tokenizer_code, l
 from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_files
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
+from vllm_atomic_moe.experts.encoding import dense_bytes
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.config import context_length, read_config
-from vllm_atomic_moe.files.layouts import atom_bytes
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.files.tensors import one_line
 
@@ -159,7 +159,7 @@ def evaluate(
             raise ValueError(
                 f"{profile.name}: vLLM fails ({type(error).__name__}: {one_line(error)}){ALL_OF_IT}"
             ) from error
-        kept_bytes = profile.kept_atoms * atom_bytes(checkpoint.hidden_size, itemsize)
+        kept_bytes = profile.kept_atoms * dense_bytes(checkpoint, itemsize) // checkpoint.atoms
         rows.append(_summarize(profile, kept_bytes, scores))
     on_progress(len(rows), len(chosen), "")
     return rows
