@@ -193,7 +193,13 @@ FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
 PLAIN_LAYERS = [
     *(f"model.layers.{i}.self_attn.{name}_proj" for i in range(4) for name in "qkvo"),
     *(f"model.layers.{i}.mlp.gate" for i in range(4)),
-    *(f"model.layers.{i}.mlp.{name}_proj" for i in range(4) for name in ("gate", "up", "down")),
+    *(f"model.layers.{i}.mlp.shared_expert_gate" for i in range(4)),
+    *(
+        f"model.layers.{i}.mlp.{expert}{name}_proj"
+        for i in range(4)
+        for expert in ("", "shared_expert.")
+        for name in ("gate", "up", "down")
+    ),
     *("lm_head", "model.embed_tokens"),
 ]
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile, write_routing_profiles
+from tests.quantized import quantize_checkpoint
 from tests.serving.conftest import activate, core, engine, mixed_logprobs, prompt_logprobs
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.export import export
@@ -129,14 +130,29 @@ def test_other_architectures(tmp_path, architecture):
 @pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
 def test_biases_are_added_once(tmp_path, ranks):
     """gpt-oss: that of down is the first tensor parallel rank's alone, or the expert's rank's."""
-    info = make_model("gpt_oss", tmp_path)
+    check_as_one(tmp_path, make_model("gpt_oss", tmp_path), ranks)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
+@pytest.mark.parametrize("name", ["fp8-channel", "int4", "mxfp4", "nvfp4"])
+def test_quantized_experts(tmp_path, name, ranks):
+    """Codes and scales are shared out as plain rows are; groups of scales that a rank needs."""
+    info = make_checkpoint("qwen2_moe", tmp_path / "original")
+    model = tmp_path / "model"
+    quantize_checkpoint(tmp_path / "original", model, name)
+    check_as_one(model, info, ranks)
+
+
+def check_as_one(model, info, ranks) -> None:
+    """Two profiles in one batch, float32."""
     for seed, name in enumerate(NAMES[:2], start=1):
-        write_profile(info, name, tmp_path / "atomic_profiles", seed)
-    extra = {"active": NAMES[0], "resident": NAMES[1:2]}
+        write_profile(info, name, model / "atomic_profiles", seed)
+    extra = {"active": NAMES[0], "resident": NAMES[1:2], "kernel": "reference"}
     found = []
     for options in ({}, RANKS[ranks]):
         loader = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
-        with engine(tmp_path, **loader, **options) as llm:
+        with engine(model, **loader, **options) as llm:
             found.append(mixed_logprobs(llm, NAMES[:2]))
     for name in NAMES[:2]:
         assert (found[0][name] - found[1][name]).abs().max() < TOLERANCE, name
