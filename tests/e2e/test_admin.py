@@ -575,7 +575,7 @@ def test_requests_of_any_kind_are_answered_as_documented(server, key):
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             strategy = operation.ok().as_strategy(generation_mode=mode)
 
-            @settings(max_examples=40, deadline=None, database=None)
+            @settings(max_examples=40, database=None)
             @given(case=strategy)
             def answered(case):
                 case.call_and_validate(headers=headers)

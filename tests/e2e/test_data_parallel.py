@@ -26,6 +26,7 @@ NAMES = [ACTIVE, OTHER, "shape-20"]
 PROMPTS = ["import os\nimport sys\n\n\ndef main(", "The moon was", '{\n  "name":']
 RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", GATHERS: "1"}
 FLAGS = ("--data-parallel-size=2", "--api-server-count=2")
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,6 @@ def engine(server, number):
     raise AssertionError(f"no process of engine {number}")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_engine_that_is_stopped_is_named_and_agrees_afterwards(server, scores, number):
     process = engine(server, number)
@@ -154,7 +154,6 @@ def test_an_engine_that_dies_ends_the_server(server):
         time.sleep(0.2)
 
 
-@pytest.mark.full
 def test_experts_on_several_engines(tmp_path, scores):
     """Eager: on CPUs vLLM traces MoE layers into its graph, and with them how many tokens each rank
     had in the first batch. On GPUs they are an operator of their own.
@@ -166,7 +165,6 @@ def test_experts_on_several_engines(tmp_path, scores):
         check(server, scores, [*NAMES, EXTRA])
 
 
-@pytest.mark.full
 def test_stock_vllm_on_cpus_is_refused():
     port = free_port()
     done = subprocess.run(

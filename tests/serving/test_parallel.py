@@ -148,7 +148,7 @@ def check_as_one(model, info, ranks) -> None:
     """Two profiles in one batch, float32."""
     for seed, name in enumerate(NAMES[:2], start=1):
         write_profile(info, name, model / "atomic_profiles", seed)
-    extra = {"active": NAMES[0], "resident": NAMES[1:2], "kernel": "reference"}
+    extra = {"active": NAMES[0], "resident": NAMES[1:2]}
     found = []
     for options in ({}, RANKS[ranks]):
         loader = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}

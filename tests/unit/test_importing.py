@@ -191,7 +191,7 @@ selections = st.fixed_dictionaries(
 @given(
     kept=selections, style=st.sampled_from(["{}", "layer_{}", "layers.{}", "model.layers.{}.mlp"])
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whole_expert_lists_round_trip(kept, style, tmp_path_factory):
     directory = tmp_path_factory.mktemp("lists")
     keep, routable = whole(kept, MODEL)
@@ -216,7 +216,7 @@ def test_whole_expert_lists_round_trip(kept, style, tmp_path_factory):
     rankings=st.tuples(*[st.permutations(range(4)) for _ in MODEL.layers]),
     ratio=st.sampled_from([0, 0.1, 0.25, 0.3, 0.5]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rankings_keep_the_first_of_every_layer(rankings, ratio, tmp_path_factory):
     lines = [json.dumps({str(k): v}) for k, v in zip(MODEL.layers, rankings, strict=True)]
     path = json_file(tmp_path_factory.mktemp("ranked"), "\n\n".join(lines), "r.jsonl")

@@ -27,7 +27,7 @@ MODEL = CheckpointInfo(
     router=RouterIdentity("ab" * 32),
 )
 HEADER = {"format": "atomic-moe-profile", "format_version": "1", "name": "code-25"}
-REUSE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+REUSE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True).filter(lambda n: n != "dense")
 
 

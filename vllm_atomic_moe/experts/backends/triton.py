@@ -21,9 +21,11 @@ from typing import NamedTuple
 import torch
 
 from vllm_atomic_moe.experts.activation import Activation
+from vllm_atomic_moe.experts.formats import Code
 from vllm_atomic_moe.experts.packing import WORD_BITS, RowStorage
 
 STORAGE = RowStorage()
+CODES: frozenset[Code] = frozenset({"plain"})
 # Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
 # atomic additions for a row take about a tenth of the time of reading its expert's weights.
 ONE_KERNEL_ROWS = 1

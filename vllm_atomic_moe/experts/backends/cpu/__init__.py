@@ -23,7 +23,7 @@ from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
-from vllm_atomic_moe.experts.formats import PLAIN
+from vllm_atomic_moe.experts.formats import PLAIN, Code, RowFormat
 from vllm_atomic_moe.experts.packing import (
     PROJECTIONS,
     Projection,
@@ -31,6 +31,8 @@ from vllm_atomic_moe.experts.packing import (
     projections_of,
     with_slots,
 )
+
+CODES: frozenset[Code] = frozenset({"plain"})
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -77,6 +79,7 @@ class TiledStorage:
         dtype: torch.dtype,
         device: torch.device | None,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
         """Uninitialized weights; `write` fills an expert's padding too.
 
@@ -107,6 +110,7 @@ class TiledStorage:
         rows_SH: torch.Tensor,
         atoms_F: torch.Tensor,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> None:
         """See `Storage`; the weights are on the CPU."""
         packed = weights[0]
