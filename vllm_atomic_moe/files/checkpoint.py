@@ -9,7 +9,7 @@ Legend: E experts, H hidden size, I full intermediate size, K experts per token,
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,17 @@ import torch
 
 from vllm_atomic_moe.files.agreement import (
     LayerFacts,
+    check_choice,
     check_dense_layers,
+    check_depth,
     check_layout,
     check_routers,
     count_experts,
+    intermediate_size,
     is_prediction,
+    router_groups,
 )
-from vllm_atomic_moe.files.config import experts_per_token, read_config
+from vllm_atomic_moe.files.config import check_encodings, experts_per_token, read_config
 from vllm_atomic_moe.files.export_format import (
     INDEX,
     stored_masks,
@@ -177,31 +181,33 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
             router tensors; an exported checkpoint whose packed rows, offsets and masks do not fit
             together.
     """
+    check_encodings(directory)
     config = read_config(directory)
     where = locate_tensors(directory)
-    num_layers = int(config.get("num_hidden_layers", 1 << 30))
-    layers = _gather_layers(where, config["hidden_size"], num_layers)
+    layers = _gather_layers(where)
+    check_depth(directory, config, where, layers)
+    num_layers = config.get("num_hidden_layers", 1 << 30)
+    layers = {index: layer for index, layer in layers.items() if index < num_layers}
     check_layout(directory, config, where, layers, num_layers)
     num_experts = count_experts(directory, config, layers)
-    sizes = {size for layer in layers.values() for size in layer.intermediate_sizes}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"{directory}: experts of intermediate size {sorted(sizes)}; one size for all layers "
-            "is supported"
-        )
+    size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)
     blocks = {index: layer.block for index, layer in sorted(layers.items())}
     routers = router_names(where, blocks)
     check_routers(directory, config, where, routers, num_experts)
+    top_k = experts_per_token(directory, config)
+    biased = any(name.endswith(CORRECTION_BIAS) for name in where)
+    groups = router_groups(directory, config, biased, num_experts)
+    check_choice(directory, top_k, num_experts, groups)
     return CheckpointInfo(
         architecture=(config.get("architectures") or ["unknown"])[0],
         num_experts=num_experts,
-        experts_per_token=experts_per_token(directory, config),
-        intermediate_size=sizes.pop(),
+        experts_per_token=top_k,
+        intermediate_size=size,
         hidden_size=config["hidden_size"],
         layers=tuple(sorted(layers)),
         router=identify_router(where, [name for names in routers.values() for name in names]),
-        groups=_expert_groups(config, where),
+        groups=groups,
         blocks=blocks,
         stored=(
             stored_masks(where, blocks, config["hidden_size"])
@@ -209,13 +215,6 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
             else None
         ),
     )
-
-
-def _expert_groups(config: Mapping[str, Any], where: Mapping[str, Path]) -> ExpertGroups | None:
-    number, chosen = config.get("n_group"), config.get("topk_group")
-    if not isinstance(number, int) or not isinstance(chosen, int) or number < 2:
-        return None
-    return ExpertGroups(number, chosen, any(name.endswith(CORRECTION_BIAS) for name in where))
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
@@ -231,38 +230,31 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     return where
 
 
-def _gather_layers(
-    where: dict[str, Path], hidden_size: int, num_layers: int
-) -> dict[int, LayerFacts]:
-    """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`)."""
+def _gather_layers(where: Mapping[str, Path]) -> dict[int, LayerFacts]:
+    """MoE layers by index, among them those of multi-token prediction that follow the decoder's."""
     layers: dict[int, LayerFacts] = {}
     by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
-    parts: dict[int, Counter[str]] = defaultdict(Counter)
     for name, path in where.items():
         tensor = expert_tensor(name)
-        if tensor is None or tensor.layer >= num_layers or is_prediction(name):
+        if tensor is None or is_prediction(name):
             continue
-        parts[tensor.layer][tensor.part] += 1
-        # In every layout one of these shapes says how many experts there are, and their size.
-        if tensor.part in ("down", "keep"):
+        layer = layers.setdefault(tensor.layer, LayerFacts(tensor.block))
+        if layer.block != tensor.block:
+            raise ValueError(
+                f"layer {tensor.layer}: routed experts under {layer.block} and {tensor.block}; "
+                "one MoE block per decoder layer is supported"
+            )
+        layer.parts[tensor.part] += 1
+        # Of the layout with the most tensors, one in three says what is to be known.
+        if tensor.expert is None or tensor.part == "down":
             by_file[path].append((name, tensor))
     for path, entries in by_file.items():
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
-                layer = layers.setdefault(
-                    tensor.layer, LayerFacts(tensor.block, parts=parts[tensor.layer])
-                )
-                if layer.block != tensor.block:
-                    raise ValueError(
-                        f"layer {tensor.layer}: routed experts under {layer.block} and "
-                        f"{tensor.block}; one MoE block per decoder layer is supported"
-                    )
-                shape = shard.get_slice(name).get_shape()
-                if tensor.expert is not None:
-                    layer.experts.add(tensor.expert)
+                shape = tuple(shard.get_slice(name).get_shape())
+                layer = layers[tensor.layer]
+                if tensor.expert is None:
+                    layer.whole[tensor.part] = shape
                 else:
-                    layer.num_fused = shape[0]
-                rows, columns = shape[-2:]
-                upright = tensor.part == "keep" or rows == hidden_size
-                layer.intermediate_sizes.add(columns if upright else rows)
+                    layer.down[tensor.expert] = shape
     return layers
