@@ -99,7 +99,7 @@ def test_prediction_layers_are_left_out(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         assert describe_checkpoint(tmp_path) == info
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="num_hidden_layers 3, the files hold .* of layer 3; is"):
+    with pytest.raises(ValueError, match=r"num_hidden_layers 3, the files hold .* of layer 3; is"):
         describe_checkpoint(tmp_path)
     extra["model.layers.3.eh_proj.weight"] = torch.zeros(128, 256)
     save_file({**tensors, **extra}, path)

@@ -191,7 +191,7 @@ def test_whole_expert_scores_without_k_are_refused(stats_path):
 def test_groups_that_no_calibration_writes_are_refused(stats_path, told):
     scores = load_scores(stats_path, "reap", {})
     calibration = {**scores.calibration, "expert_groups": told}
-    with pytest.raises(ValueError, match="`expert_groups` is .*, which no calibration writes"):
+    with pytest.raises(ValueError, match=r"`expert_groups` is .*, which no calibration writes"):
         make_profile(dataclasses.replace(scores, calibration=calibration), 0.25)
 
 

@@ -211,8 +211,9 @@ def intermediate_size(
         for *_, rows, columns in {*layer.down.values(), *fused}:
             if hidden_size not in (rows, columns):
                 raise ValueError(
-                    f"{directory}: config.json says hidden_size {hidden_size}, the down projections "
-                    f"of layer {index} are {rows} by {columns}; is config.json of this checkpoint?"
+                    f"{directory}: config.json says hidden_size {hidden_size}, the down "
+                    f"projections of layer {index} are {rows} by {columns}; is config.json of "
+                    "this checkpoint?"
                 )
             sizes.add(columns if rows == hidden_size else rows)
     if len(sizes) != 1:
