@@ -50,6 +50,14 @@ def test_names_of_expert_tensors(rest, found):
     assert expert_tensor(f"{BLOCK}.shared_experts.{rest}") is None
 
 
+@pytest.mark.parametrize(
+    "name", ["block_sparse_moe.down_proj", "moe.input_linear", "moe.shared.down_proj"]
+)
+def test_names_that_end_like_another_layouts(name):
+    """Step's `moe.down_proj` is of all experts; a block whose name ends so is not Step's."""
+    assert expert_tensor(f"model.layers.12.{name}.weight") is None
+
+
 def test_digest_is_of_the_router_alone(tmp_path):
     info = make_checkpoint("qwen2_moe", tmp_path)
     path = tmp_path / "model.safetensors"
