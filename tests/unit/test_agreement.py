@@ -67,9 +67,13 @@ def test_an_expert_lacks_a_projection(original, checkpoint):
         describe_checkpoint(checkpoint(tensors))
 
 
+# Every form of every key: test_dense_layers.py.
 @pytest.mark.parametrize(
     ("setting", "layer"),
     [
+        ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, 1),
+        ({"num_dense_layers": 1}, 0),
+        ({"moe_layers": [0, 2]}, 1),
         ({"mlp_only_layers": [1]}, 1),
         ({"decoder_sparse_step": 2}, 0),
         ({"first_k_dense_replace": 1}, 0),
@@ -103,25 +107,160 @@ def test_a_layer_whose_experts_are_missing(original, checkpoint):
     with pytest.raises(ValueError, match="gives layer 1 routed experts, the files hold none there"):
         describe_checkpoint(checkpoint(dense))
     assert describe_checkpoint(checkpoint(dense, mlp_only_layers=[1])).layers == (0, 2)
+    silent = {"decoder_sparse_step": None, "mlp_only_layers": None}
+    assert describe_checkpoint(checkpoint(dense, **silent, model_type="x")).layers == (0, 2)
+    with pytest.raises(ValueError, match="gives layer 1 routed experts, the files hold none there"):
+        describe_checkpoint(checkpoint(dense, **silent, model_type="mixtral"))
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("model.language_model.layers.{}.experts.gate_up_proj", (8, 128, 128)),
-        ("model.layers.{}.block_sparse_moe.input_linear.weight", (8, 128, 128)),
-        ("model.layers.{}.mlp.experts.fc1.weight", (8, 128, 128)),
-        ("model.layers.{}.moe.gate_proj.weight", (8, 64, 128)),
-        ("transformer.blocks.{}.ffn.experts.mlp.w1", (512, 128)),
-    ],
-)
-def test_a_layout_that_is_not_known_is_named(original, checkpoint, name, shape):
+def test_a_layout_that_is_not_known_is_named(original, checkpoint):
+    name = "transformer.blocks.{}.ffn.experts.mlp.w1"
     tensors = {n: t for n, t in original[0].items() if expert_of(n) is None}
-    tensors |= {name.format(layer): torch.zeros(shape) for layer in range(3)}
+    tensors |= {name.format(layer): torch.zeros(512, 128) for layer in range(3)}
     tensors["model.layers.0.linear_attn.conv1d.weight"] = torch.zeros(16, 1, 4)
     with pytest.raises(ValueError, match="a layout that is not known: ") as refusal:
         describe_checkpoint(checkpoint(tensors))
-    assert str(refusal.value).endswith(f"{name.format(0)} {list(shape)}")
+    assert str(refusal.value).endswith(f"{name.format(0)} [512, 128]")
+
+
+# Layout -> part -> name and shape, of 8 experts.
+FUSED = {
+    "qwen": {
+        "gate_up": ("mlp.experts.gate_up_proj", (8, 128, 128)),
+        "down": ("mlp.experts.down_proj", (8, 128, 64)),
+    },
+    "granite": {
+        "gate_up": ("block_sparse_moe.input_linear.weight", (8, 128, 128)),
+        "down": ("block_sparse_moe.output_linear.weight", (8, 128, 64)),
+    },
+    "aria": {
+        "gate_up": ("mlp.experts.fc1.weight", (8, 128, 128)),
+        "down": ("mlp.experts.fc2.weight", (8, 64, 128)),
+    },
+    "step": {
+        "gate": ("moe.gate_proj.weight", (8, 64, 128)),
+        "up": ("moe.up_proj.weight", (8, 64, 128)),
+        "down": ("moe.down_proj.weight", (8, 128, 64)),
+    },
+}
+
+
+@pytest.fixture
+def fused(original, checkpoint):
+    """Write the original with fused experts; shapes by part replace those of layer 1."""
+
+    def write(layout, **changed):
+        tensors = {n: t for n, t in original[0].items() if ".mlp." not in n}
+        for layer in range(3):
+            for part, (name, shape) in FUSED[layout].items():
+                shape = changed.get(part, shape) if layer == 1 else shape
+                block = f"model.layers.{layer}.{name.partition('.')[0]}"
+                tensors[f"{block}.gate.weight"] = torch.zeros(8, 128)
+                if shape is not None:
+                    tensors[f"model.layers.{layer}.{name}"] = torch.zeros(shape)
+        return checkpoint(tensors)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"), [(name, part) for name in FUSED for part in FUSED[name]]
+)
+def test_fused_experts_that_are_half_there(fused, layout, part):
+    info = describe_checkpoint(fused(layout))
+    assert (info.num_experts, info.intermediate_size) == (8, 64)
+    others = ", ".join(sorted(FUSED[layout].keys() - {part}))
+    with pytest.raises(ValueError, match=f"layer 1 holds only {others} of its experts; fetch"):
+        describe_checkpoint(fused(layout, **{part: None}))
+
+
+@pytest.mark.parametrize(
+    ("layout", "part", "shape"),
+    [
+        ("qwen", "gate_up", (4, 128, 128)),
+        ("qwen", "gate_up", (8, 64, 128)),
+        ("qwen", "down", (4, 128, 64)),
+        ("granite", "gate_up", (7, 128, 128)),
+        ("aria", "gate_up", (8, 128, 96)),
+        ("step", "up", (4, 64, 128)),
+        ("step", "gate", (8, 32, 128)),
+    ],
+)
+def test_fused_experts_of_several_numbers_or_widths(fused, layout, part, shape):
+    with pytest.raises(ValueError, match=r"layer 1: .* down is .*, which are not of the same"):
+        describe_checkpoint(fused(layout, **{part: shape}))
+
+
+def test_experts_that_are_there_in_two_layouts(original, checkpoint):
+    tensors = {
+        **original[0],
+        "model.layers.1.mlp.experts.gate_up_proj": torch.zeros(8, 128, 128),
+        "model.layers.1.mlp.experts.down_proj": torch.zeros(8, 128, 64),
+    }
+    with pytest.raises(ValueError, match="layer 1 holds experts one by one and all in one tensor"):
+        describe_checkpoint(checkpoint(tensors))
+
+
+def test_experts_of_another_hidden_size(checkpoint):
+    words = "config.json says hidden_size 256, the down projections of layer 0 are 128 by 64; is"
+    with pytest.raises(ValueError, match=words):
+        describe_checkpoint(checkpoint(hidden_size=256))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (9,), ()], ids=str)
+def test_a_correction_bias_of_another_number_of_experts(original, checkpoint, shape):
+    name = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"
+    tensors = {**original[0], name.format(1): torch.zeros(1, 8)}
+    assert describe_checkpoint(checkpoint(tensors)).num_experts == 8
+    tensors[name.format(1)] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"layer 1 chooses among . experts \(.*_bias\), the files"):
+        describe_checkpoint(checkpoint(tensors))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 4, 48])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "of-somebody"])
+def test_a_number_of_layers_that_the_files_do_not_hold(checkpoint, number, kind):
+    """By any configuration: what it says of dense layers, or nothing of them."""
+    silent = {"decoder_sparse_step": None, "mlp_only_layers": None}
+    config = {"model_type": kind, **({} if kind == "qwen3_moe" else silent)}
+    words = "routed experts of layer 2; is" if number < 3 else "nothing of layer 3; fetch"
+    with pytest.raises(
+        ValueError, match=f"says num_hidden_layers {number}, the files hold {words}"
+    ):
+        describe_checkpoint(checkpoint(num_hidden_layers=number, **config))
+    assert describe_checkpoint(checkpoint(num_hidden_layers=3, **config)).layers == (0, 1, 2)
+
+
+def test_twice_as_many_layers_are_longcats(checkpoint):
+    """transformers counts every layer of it twice."""
+    more = {"num_hidden_layers": 6, "num_layers": 3}
+    assert describe_checkpoint(checkpoint(**more)).layers == (0, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_that_others_cannot_read(checkpoint, tmp_path_factory, name, encoding):
+    """Neither vLLM nor transformers skips a byte order mark; one line says so, of every command."""
+    model = checkpoint()
+    content = (model / name).read_text() if (model / name).exists() else "{}"
+    (model / name).write_text(content, encoding=encoding)
+    work = tmp_path_factory.mktemp("work")
+    profile = work / "p.safetensors"
+    PruningProfile("p", {i: torch.ones(8, 64).bool() for i in range(3)}).write(profile)
+    text = work / "t.txt"
+    text.write_text("text")
+    what = "begins with a byte order mark" if encoding == "utf-8-sig" else "is utf-16"
+    for command in (
+        ("check", model, profile),
+        ("calibrate", model, "--data", text, "-o", work / "s"),
+        ("eval", model, "--profiles", profile, "--data", text),
+        ("export", model, profile, "-o", work / "out"),
+    ):
+        line = refused(*command)
+        assert f"{name}: {what}, which vLLM and transformers cannot read; save it as UTF-8" in line
+        assert not (work / "out").exists()
+    (model / name).write_text(content)
+    assert describe_checkpoint(model).num_experts == 8
 
 
 def test_a_dense_model_has_no_routed_experts(original, checkpoint):
@@ -158,13 +297,18 @@ def test_quantized_experts_are_called_so(original, checkpoint, unquantized, nest
             None,
             "compressed-tensors",
         ),
-        ({}, {"quantization": {"quant_algo": "NVFP4"}}, "modelopt nvfp4"),
-        ({}, {"quantization": {"quant_algo": None}}, None),
+        ({}, ("hf", {"quantization": {"quant_algo": "NVFP4"}}), "modelopt nvfp4"),
+        ({}, ("hf", {"quantization": {"quant_algo": None}}), None),
+        ({}, ("ize", {"bits": 4, "group_size": 128, "desc_act": False}), "gptq"),
+        ({}, ("ize", {"bits": 4, "quant_method": "awq"}), "awq"),
+        ({}, ("", {"zero_point": True, "q_group_size": 128, "w_bit": 4}), "awq"),
+        ({}, ("ize", {"some": "thing"}), None),
+        ({"quantization_config": {"quant_method": "fp8"}}, ("ize", {"bits": 4}), "fp8"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_how_a_checkpoint_is_quantized(original, tmp_path, config, file, found, nested):
-    """Whatever of it is said beside `text_config`, inside it, or in ModelOpt's own file."""
+    """Whatever of it is said beside `text_config`, inside it, or in the quantizer's own file."""
     for told in (
         {**original[1], **config},
         {"text_config": original[1], **config},
@@ -172,7 +316,8 @@ def test_how_a_checkpoint_is_quantized(original, tmp_path, config, file, found, 
     ):
         (tmp_path / "config.json").write_text("\ufeff" + json.dumps(told))
         if file:
-            (tmp_path / "hf_quant_config.json").write_text(json.dumps(file))
+            name = {"hf": "hf_quant", "ize": "quantize", "": "quant"}[file[0]]
+            (tmp_path / f"{name}_config.json").write_text(json.dumps(file[1]))
         assert quantization(tmp_path, read_config(tmp_path)) == found
 
 

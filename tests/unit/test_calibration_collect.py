@@ -299,6 +299,7 @@ def test_calibrate_records_what_it_did(tiny, text_file):
         "seed": 5,
         "dtype": "bfloat16",
         "experts_per_token": 2,
+        "expert_groups": None,
         "gradients": True,
         "field": None,
     }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
-from vllm_atomic_moe.files.router import ExpertGroups
+from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -48,6 +48,14 @@ BLOCK = "model.layers.12.mlp"
 def test_names_of_expert_tensors(rest, found):
     assert expert_tensor(f"{BLOCK}.experts.{rest}") == found
     assert expert_tensor(f"{BLOCK}.shared_experts.{rest}") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["block_sparse_moe.down_proj", "moe.input_linear", "moe.shared.down_proj"]
+)
+def test_names_that_end_like_another_layouts(name):
+    """Step's `moe.down_proj` is of all experts; a block whose name ends so is not Step's."""
+    assert expert_tensor(f"model.layers.12.{name}.weight") is None
 
 
 def test_digest_is_of_the_router_alone(tmp_path):
@@ -93,6 +101,15 @@ def test_prediction_layers_are_left_out(tmp_path):
         if "layers.1." in name
     }
     extra |= {f"mtp.{name.removeprefix('model.')}": t.clone() for name, t in extra.items()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    save_file({**tensors, **extra}, path)
+    for change in ({"num_nextn_predict_layers": 1}, {"num_mtp_modules": 3}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        assert describe_checkpoint(tmp_path) == info
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"num_hidden_layers 3, the files hold .* of layer 3; is"):
+        describe_checkpoint(tmp_path)
+    extra["model.layers.3.eh_proj.weight"] = torch.zeros(128, 256)
     save_file({**tensors, **extra}, path)
     assert describe_checkpoint(tmp_path) == info
 
@@ -169,9 +186,32 @@ def test_expert_groups_of_the_router(tmp_path):
     assert make_checkpoint("qwen3_moe", tmp_path / "plain").groups is None
     assert make_checkpoint("glm4_moe", tmp_path / "m").groups == ExpertGroups(2, 1, biased=True)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    for change in ({"n_group": 1}, {"n_group": None, "topk_group": None}):
+
+    def groups_of(**change):
         (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
-        assert describe_checkpoint(tmp_path / "m").groups is None
+        return describe_checkpoint(tmp_path / "m").groups
+
+    for change in (
+        {"n_group": 1},
+        {"n_group": None, "topk_group": None},
+        {"n_group": 3},
+        {"use_grouped_topk": False},
+    ):
+        assert groups_of(**change) is None
+    kimi = {"n_group": None, "num_expert_group": 4, "topk_group": 2}
+    assert groups_of(**kimi) == ExpertGroups(4, 2, biased=True)
+    for change, words in (
+        ({"n_group": "2"}, "config.json: its router chooses 1 of '2' groups of experts"),
+        ({"topk_group": 0}, "config.json: its router chooses 0 of 2 groups"),
+        (
+            {"num_experts_per_tok": 5},
+            "use 5 experts, wanted 1 to 4 of the 1 groups that its router",
+        ),
+        ({"num_experts_per_tok": 9, "n_group": 1}, "a token use 9 experts, wanted 1 to 8; is conf"),
+        ({"num_experts_per_tok": 0}, "a token use 0 experts, wanted 1 to 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            groups_of(**change)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +242,22 @@ def test_group_rule(counts, chosen, top_k, biased, words):
     assert words is None or re.search(words, fault)
 
 
-def test_groups_that_do_not_divide_the_experts_are_none():
-    assert ExpertGroups(3, 1, biased=True).fault(torch.ones(8, dtype=torch.bool), 8) is None
+@pytest.mark.parametrize(
+    ("number", "chosen"),
+    [(None, None), (8, None), (None, 4), (1, 1), (1, 0), (0, 0), (-1, 1), (3, 1), (8, 2), (16, 1)],
+)
+def test_groups_that_are_none(number, chosen):
+    """As vLLM's routers take them: too few, or not of equal numbers of experts."""
+    assert expert_groups(number, chosen, True, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "chosen"),
+    [("2", 1), (2, "1"), (2.0, 1), (True, 1), (2, 0), (2, -1), (2, 3), (2, [1])],
+)
+def test_groups_that_no_router_can_go_by(number, chosen):
+    with pytest.raises(ValueError, match=r"its router chooses .* groups of experts, wanted two"):
+        expert_groups(number, chosen, True, 8)
 
 
 def test_refusals(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vllm_atomic_moe import __version__
 from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.cli.console import MESSAGE_LENGTH, print_error, print_warning
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.scoring import METHODS
 
 SMALL = ("--samples", "64", "--seq-len", "32")
@@ -195,9 +197,17 @@ def test_what_prune_writes_for_a_router_with_groups_passes_check(tmp_path):
         for ratio in (0.25, 0.5):
             command = ("prune", tmp_path / "s", "--method", method, "--ratio", ratio)
             result = run(*command, "-o", tmp_path / "profiles")
-            assert result.exit_code == 0, result.output
+            assert (result.exit_code, result.stderr) == (0, ""), result.output
     result = run("check", tmp_path / "model", tmp_path / "profiles")
     assert result.exit_code == 0, result.output
+    # Version 0.1 did not write the groups.
+    statistics = Statistics.read(tmp_path / "s")
+    old = {k: v for k, v in statistics.calibration.items() if k != "expert_groups"}
+    replace(statistics, calibration=old).write(tmp_path / "old")
+    command = ("prune", tmp_path / "old", "--method", "reap", "--ratio", 0.5, "--name", "old")
+    result = run(*command, "-o", tmp_path / "profiles")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("warning: profile 'old': the calibration is of an earlier ver")
 
 
 def test_calibrate_shows_experts_with_few_tokens(work, tmp_path):

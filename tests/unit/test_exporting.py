@@ -151,6 +151,8 @@ def test_stored_dtypes_are_kept_and_experts_of_other_layers_copied_whole(model, 
         return tensors
 
     change(model.weights, mix)
+    config = json.loads((model.path / "config.json").read_text())
+    (model.path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
     before, after = load_file(model.weights), load_file(model.export(tmp_path / "out") / SHARD)
     assert after["model.layers.0.mlp.experts.packed.down_t"].dtype == torch.bfloat16
     copied = before.keys() & after.keys()
@@ -449,7 +451,9 @@ def test_fused_tensors_of_other_shapes_are_refused(tmp_path):
     model = make_model(tmp_path / "model", layout="fused")
     name = "model.layers.2.mlp.experts.gate_up_proj"
     change(model.weights, lambda t: {**t, name: torch.zeros(8, 64, 128)})
-    refused(model, tmp_path / "out", r"gate_up_proj and .*down_proj are \[8, 64, 128\] and")
+    refused(model, tmp_path / "out", r"gate_up of its experts is \[8, 64, 128\], down is")
+    change(model.weights, lambda t: {**t, name: torch.zeros(8, 64, 256)})
+    refused(model, tmp_path / "out", r"gate_up_proj and .*down_proj are \[8, 64, 256\] and")
 
 
 def test_profiles_and_models_that_do_not_fit_are_refused(model, tmp_path):

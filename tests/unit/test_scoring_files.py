@@ -11,7 +11,12 @@ from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.scoring import METHODS, method_options, score_layers, selection_options
-from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, score_statistics
+from vllm_atomic_moe.scoring.pruning import (
+    load_scores,
+    make_profile,
+    score_statistics,
+    unknown_groups,
+)
 from vllm_atomic_moe.scoring.random import score_random
 from vllm_atomic_moe.scoring.score_file import Scores
 
@@ -168,6 +173,38 @@ def test_whole_expert_scores_without_k_are_refused(stats_path):
     for calibration in (without, {**without, "experts_per_token": ["a"]}):
         with pytest.raises(ValueError, match=r"`experts_per_token` is .* shape must leave"):
             make_profile(dataclasses.replace(scores, calibration=calibration), 0.25)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"number": 0, "chosen": 1, "biased": False},
+        {"number": 2, "chosen": 0, "biased": False},
+        {"number": "2", "chosen": 1, "biased": False},
+        {"number": 3, "chosen": 1, "biased": False},
+        {"number": 2, "chosen": 1},
+        [2, 1],
+        2,
+    ],
+    ids=str,
+)
+def test_groups_that_no_calibration_writes_are_refused(stats_path, told):
+    scores = load_scores(stats_path, "reap", {})
+    calibration = {**scores.calibration, "expert_groups": told}
+    with pytest.raises(ValueError, match=r"`expert_groups` is .*, which no calibration writes"):
+        make_profile(dataclasses.replace(scores, calibration=calibration), 0.25)
+
+
+def test_statistics_that_do_not_tell_groups(stats_path):
+    """As version 0.1 wrote them; profiles that mask no router need none."""
+    for method, warned in (("reap", True), ("shape", True), ("heapr", False)):
+        scores = load_scores(stats_path, method, {})
+        profile = make_profile(scores, 0.25)
+        warning = unknown_groups(scores, profile)
+        assert (warning is not None) == warned
+        assert not warned or (len(warning) < 290 and "`atomic-moe check`" in warning)
+        told = {**scores.calibration, "expert_groups": None}
+        assert unknown_groups(dataclasses.replace(scores, calibration=told), profile) is None
 
 
 def test_tenp_scores_go_through_a_file(statistics, tmp_path):

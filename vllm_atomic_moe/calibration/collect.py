@@ -133,8 +133,8 @@ def calibrate(
     )
     calibration = describe_calibration(text, options, loaded.dtype)
     calibration["experts_per_token"] = checkpoint.experts_per_token
-    if checkpoint.groups is not None:
-        calibration["expert_groups"] = dataclasses.asdict(checkpoint.groups)
+    groups = checkpoint.groups
+    calibration["expert_groups"] = None if groups is None else dataclasses.asdict(groups)
     if shard:
         calibration["shards"] = {"of": shard[1], "here": [shard[0]]}
     statistics = Statistics(checkpoint.identity(), calibration, sums)

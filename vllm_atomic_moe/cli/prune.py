@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_atomic_moe.cli.console import print_warning
 from vllm_atomic_moe.cli.profiles import write_profile
 from vllm_atomic_moe.cli.score import (
     METHODS_HELP,
@@ -79,15 +80,16 @@ def prune(
 
     A profile of the same name is replaced, complete or not at all.
     """
-    from vllm_atomic_moe.scoring.pruning import load_scores, make_profile
+    from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, unknown_groups
 
     given = {
         "allow_unseen": allow_unseen,
         "weight_by_frequency": weight_by_frequency,
         "seed": seed,
     }
+    scores = load_scores(source, method, given, domain)
     profile = make_profile(
-        load_scores(source, method, given, domain),
+        scores,
         ratio,
         name,
         scope=scope,
@@ -97,3 +99,5 @@ def prune(
         trapezoid=trapezoid,
     )
     write_profile(profile, output, as_json, ratio=ratio)
+    if warning := unknown_groups(scores, profile):
+        print_warning(warning)

@@ -29,7 +29,7 @@ from vllm_atomic_moe.engine.compat import (
     cpu_ranks_can_gather,
 )
 from vllm_atomic_moe.experts.backends import Backend
-from vllm_atomic_moe.files.router import ExpertGroups
+from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -227,7 +227,7 @@ def check_router(
         )
     assert runner is not None
     # Again, as the router has it: --hf-overrides may change what config.json says.
-    groups, top_k = _groups(runner.router), runner.router.top_k
+    groups, top_k = _groups(layer, runner.router), runner.router.top_k
     for name, routable in masks.items():
         fault = groups and groups.fault(routable, top_k)
         if int(routable.sum()) < top_k:
@@ -271,9 +271,10 @@ def _in_float16(layer: AtomicRoutedExperts) -> bool:
     return torch.float16 in (config.in_dtype, config.router_logits_dtype)
 
 
-def _groups(router: FusedMoERouter) -> ExpertGroups | None:
-    number = getattr(router, "num_expert_group", None)
-    grouped = getattr(router, "use_grouped_topk", True)  # GroupedTopKRouter has no such switch
-    if not grouped or number is None or number < 2:
+def _groups(layer: AtomicRoutedExperts, router: FusedMoERouter) -> ExpertGroups | None:
+    # GroupedTopKRouter has no such switch.
+    if not getattr(router, "use_grouped_topk", True):
         return None
-    return ExpertGroups(number, router.topk_group, router.e_score_correction_bias is not None)
+    number, chosen = (getattr(router, key, None) for key in ("num_expert_group", "topk_group"))
+    biased = getattr(router, "e_score_correction_bias", None) is not None
+    return expert_groups(number, chosen, biased, layer.global_num_experts)

@@ -6,29 +6,76 @@ model at first. Every function refuses in one line that says which of them disag
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.files.config import declared_experts, dense_layers
-from vllm_atomic_moe.files.layouts import PER_EXPERT, decoder_layer, quantized_tensor
+from vllm_atomic_moe.files.config import (
+    EXPERT_GROUPS,
+    declared_experts,
+    decoder_layers,
+    dense_layers,
+    prediction_layers,
+)
+from vllm_atomic_moe.files.layouts import FUSED, PER_EXPERT, decoder_layer, quantized_tensor
 from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme
+from vllm_atomic_moe.files.router import CORRECTION_BIAS, ExpertGroups, expert_groups
 from vllm_atomic_moe.files.tensors import open_safetensors
+
+# What multi-token prediction adds to a layer that is otherwise a decoder layer.
+PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm)\.")
 
 
 @dataclass(slots=True)
 class LayerFacts:
-    """Facts gathered about one MoE layer while walking the tensor names."""
+    """Facts gathered about one MoE layer while walking the tensor names.
+
+    Attributes:
+        block: name of the MoE block.
+        parts: how many matrices there are of every part.
+        quantities: (part, what of it) -> how many tensors.
+        scheme: how the experts are quantized.
+        down: shape of the down projection of every expert that has one of its own; unpacked.
+        whole: part -> shape, of tensors of all experts; unpacked.
+    """
 
     block: str
-    experts: set[int] = field(default_factory=set)
     parts: Counter[str] = field(default_factory=Counter)
     quantities: Counter[tuple[str, str]] = field(default_factory=Counter)
     scheme: Scheme = PLAIN_SCHEME
-    num_fused: int = 0
-    intermediate_sizes: set[int] = field(default_factory=set)
+    down: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    whole: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def check_depth(
+    directory: Path,
+    config: Mapping[str, Any],
+    where: Mapping[str, Path],
+    layers: Mapping[int, LayerFacts],
+) -> None:
+    """Refuse files that hold more or fewer decoder layers than config.json says."""
+    number = decoder_layers(config)
+    if number is None or not layers:
+        return
+    of_prediction = {decoder_layer(name) for name in where if PREDICTION.search(name)}
+    last = number + prediction_layers(config)
+    if beyond := [layer for layer in layers if layer >= last and layer not in of_prediction]:
+        raise ValueError(
+            f"{directory}: config.json says num_hidden_layers {number}, the files hold routed "
+            f"experts of layer {max(beyond)}; is config.json of this checkpoint?"
+        )
+    index, facts = next(iter(layers.items()))
+    decoder = facts.block[: facts.block.index(f"layers.{index}")]
+    there = {decoder_layer(name) for name in where if name.startswith(f"{decoder}layers.")}
+    if absent := sorted(set(range(number)) - there):
+        raise ValueError(
+            f"{directory}: config.json says num_hidden_layers {number}, the files hold nothing of "
+            f"layer {absent[0]}; fetch the checkpoint again, or is config.json of another one?"
+        )
 
 
 def check_layout(
@@ -89,7 +136,7 @@ def count_experts(
     directory: Path, config: Mapping[str, Any], layers: Mapping[int, LayerFacts]
 ) -> int:
     """E, the same in every layer and in config.json, and every expert whole."""
-    counts = {index: layer.num_fused or len(layer.experts) for index, layer in layers.items()}
+    counts = {index: _count(directory, index, layer) for index, layer in layers.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(
             f"{directory}: layers have {sorted(set(counts.values()))} experts; one number for all "
@@ -104,9 +151,9 @@ def count_experts(
             "layer; fetch the checkpoint again"
         )
     for index, layer in sorted(layers.items()):
-        if layer.num_fused:
+        if layer.whole:
             continue
-        if absent := sorted(set(range(number)) - layer.experts):
+        if absent := sorted(set(range(number)) - layer.down.keys()):
             raise ValueError(
                 f"{directory}: layer {index} has {number} experts, and expert {absent[0]} is not "
                 "among them; fetch the checkpoint again"
@@ -126,6 +173,57 @@ def count_experts(
                         "checkpoint again"
                     )
     return number
+
+
+def _count(directory: Path, index: int, layer: LayerFacts) -> int:
+    """Experts of one layer, whose tensors of all experts agree."""
+    if not layer.whole:
+        return len(layer.down)
+    if layer.down:
+        raise ValueError(
+            f"{directory}: layer {index} holds experts one by one and all in one tensor; remove "
+            "either, or fetch the checkpoint again"
+        )
+    if "keep" in layer.whole:
+        return layer.whole["keep"][0]
+    if not any(layer.whole.keys() == parts.keys() for parts in FUSED):
+        raise ValueError(
+            f"{directory}: layer {index} holds only {', '.join(sorted(layer.whole))} of its "
+            "experts; fetch the checkpoint again"
+        )
+    down = layer.whole["down"]
+    for part, shape in layer.whole.items():
+        rows = 2 if part == "gate_up" else 1
+        if shape[0] != down[0] or math.prod(shape) != rows * math.prod(down):
+            raise ValueError(
+                f"{directory}: layer {index}: {part} of its experts is {list(shape)}, down is "
+                f"{list(down)}, which are not of the same experts; fetch the checkpoint again"
+            )
+    return down[0]
+
+
+def intermediate_size(
+    directory: Path, config: Mapping[str, Any], layers: Mapping[int, LayerFacts]
+) -> int:
+    """I, the same for every expert of every layer."""
+    hidden_size = config["hidden_size"]
+    sizes = {layer.whole["keep"][1] for layer in layers.values() if "keep" in layer.whole}
+    for index, layer in layers.items():
+        fused = [layer.whole["down"]] if "down" in layer.whole else []
+        for *_, rows, columns in {*layer.down.values(), *fused}:
+            if hidden_size not in (rows, columns):
+                raise ValueError(
+                    f"{directory}: config.json says hidden_size {hidden_size}, the down "
+                    f"projections of layer {index} are {rows} by {columns}; is config.json of "
+                    "this checkpoint?"
+                )
+            sizes.add(columns if rows == hidden_size else rows)
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{directory}: experts of intermediate size {sorted(sizes)}; one size for all layers "
+            "is supported"
+        )
+    return sizes.pop()
 
 
 def check_dense_layers(
@@ -164,8 +262,40 @@ def check_routers(
     for layer, of_layer in names.items():
         for name in of_layer:
             shape = _shape(where, name)
-            if len(shape) == 2 and shape[1] == config["hidden_size"] and shape[0] not in wanted:
+            if name.endswith(CORRECTION_BIAS):
+                number = shape[-1] if shape else 1
+            elif len(shape) == 2 and shape[1] == config["hidden_size"]:
+                number = shape[0]
+            else:
+                continue
+            if number not in wanted:
                 raise ValueError(
-                    f"{directory}: the router of layer {layer} chooses among {shape[0]} experts "
+                    f"{directory}: the router of layer {layer} chooses among {number} experts "
                     f"({name}), the files hold {num_experts}; fetch the checkpoint again"
                 )
+
+
+def router_groups(
+    directory: Path, config: Mapping[str, Any], biased: bool, num_experts: int
+) -> ExpertGroups | None:
+    """The groups that config.json gives a router with or without a correction bias."""
+    told = (config[key] for key in EXPERT_GROUPS if config.get(key) is not None)
+    if config.get("use_grouped_topk") is False:  # Kimi
+        return None
+    try:
+        return expert_groups(next(told, None), config.get("topk_group"), biased, num_experts)
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from None
+
+
+def check_choice(
+    directory: Path, top_k: int, num_experts: int, groups: ExpertGroups | None
+) -> None:
+    """Refuse a token that uses more experts than its router can choose."""
+    most = groups.chosen * num_experts // groups.number if groups else num_experts
+    if not 1 <= top_k <= most:
+        of = f" of the {groups.chosen} groups that its router chooses" if groups else ""
+        raise ValueError(
+            f"{directory}: config.json lets a token use {top_k} experts, wanted 1 to {most}{of}; "
+            "is config.json of this checkpoint?"
+        )

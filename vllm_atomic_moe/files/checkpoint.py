@@ -9,7 +9,7 @@ Legend: E experts, H hidden size, I full intermediate size, K experts per token,
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,17 @@ import torch
 
 from vllm_atomic_moe.files.agreement import (
     LayerFacts,
+    check_choice,
     check_dense_layers,
+    check_depth,
     check_layout,
     check_routers,
     count_experts,
+    intermediate_size,
     is_prediction,
+    router_groups,
 )
-from vllm_atomic_moe.files.config import experts_per_token, read_config
+from vllm_atomic_moe.files.config import check_encodings, experts_per_token, read_config
 from vllm_atomic_moe.files.export_format import (
     INDEX,
     stored_masks,
@@ -192,34 +196,36 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
             router tensors; an exported checkpoint whose packed rows, offsets and masks do not fit
             together.
     """
+    check_encodings(directory)
     config = read_config(directory)
     where = locate_tensors(directory)
-    num_layers = int(config.get("num_hidden_layers", 1 << 30))
     settings = config.get("quantization_config") or config.get("compression_config") or {}
-    layers = _gather_layers(where, config["hidden_size"], num_layers, settings)
+    layers = _gather_layers(where, config["hidden_size"], settings)
+    check_depth(directory, config, where, layers)
+    num_layers = config.get("num_hidden_layers", 1 << 30)
+    layers = {index: layer for index, layer in layers.items() if index < num_layers}
     check_layout(directory, config, where, layers, num_layers)
     num_experts = count_experts(directory, config, layers)
     for scheme in {layer.scheme for layer in layers.values()}:
         check_told(directory, config, scheme)
-    sizes = {size for layer in layers.values() for size in layer.intermediate_sizes}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"{directory}: experts of intermediate size {sorted(sizes)}; one size for all layers "
-            "is supported"
-        )
+    size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)
     blocks = {index: layer.block for index, layer in sorted(layers.items())}
     routers = router_names(where, blocks)
     check_routers(directory, config, where, routers, num_experts)
+    top_k = experts_per_token(directory, config)
+    biased = any(name.endswith(CORRECTION_BIAS) for name in where)
+    groups = router_groups(directory, config, biased, num_experts)
+    check_choice(directory, top_k, num_experts, groups)
     return CheckpointInfo(
         architecture=(config.get("architectures") or ["unknown"])[0],
         num_experts=num_experts,
-        experts_per_token=experts_per_token(directory, config),
-        intermediate_size=sizes.pop(),
+        experts_per_token=top_k,
+        intermediate_size=size,
         hidden_size=config["hidden_size"],
         layers=tuple(sorted(layers)),
         router=identify_router(where, [name for names in routers.values() for name in names]),
-        groups=_expert_groups(config, where),
+        groups=groups,
         blocks=blocks,
         schemes={index: layer.scheme for index, layer in sorted(layers.items())},
         stored=(
@@ -228,13 +234,6 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
             else None
         ),
     )
-
-
-def _expert_groups(config: Mapping[str, Any], where: Mapping[str, Path]) -> ExpertGroups | None:
-    number, chosen = config.get("n_group"), config.get("topk_group")
-    if not isinstance(number, int) or not isinstance(chosen, int) or number < 2:
-        return None
-    return ExpertGroups(number, chosen, any(name.endswith(CORRECTION_BIAS) for name in where))
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
@@ -251,65 +250,56 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 
 
 def _gather_layers(
-    where: dict[str, Path], hidden_size: int, num_layers: int, settings: Mapping[str, Any]
+    where: Mapping[str, Path], hidden_size: int, settings: Mapping[str, Any]
 ) -> dict[int, LayerFacts]:
-    """MoE layers by index, without multi-token-prediction layers (index too high, or `mtp.`).
+    """MoE layers by index, among them those of multi-token prediction that follow the decoder's.
 
     Args:
         settings: what config.json says of quantization.
     """
     layers: dict[int, LayerFacts] = {}
     by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
-    parts: dict[int, Counter[str]] = defaultdict(Counter)
-    quantities: dict[int, Counter[tuple[str, str]]] = defaultdict(Counter)
-    downs: dict[int, dict[int | None, dict[str, Part]]] = defaultdict(lambda: defaultdict(dict))
     for name, path in where.items():
         tensor = quantized_tensor(name)
-        if tensor is None or tensor.layer >= num_layers or is_prediction(name):
+        if tensor is None or is_prediction(name):
             continue
-        if tensor.quantity in MATRICES:
-            parts[tensor.layer][tensor.part] += 1
-        quantities[tensor.layer][tensor.part, tensor.quantity] += 1
-        # In every layout one of these shapes says how many experts there are, and their size.
-        if tensor.part in ("down", "keep") and tensor.quantity not in (*IGNORED, "bias"):
+        layer = layers.setdefault(tensor.layer, LayerFacts(tensor.block))
+        if layer.block != tensor.block:
+            raise ValueError(
+                f"layer {tensor.layer}: routed experts under {layer.block} and {tensor.block}; "
+                "one MoE block per decoder layer is supported"
+            )
+        layer.parts[tensor.part] += tensor.quantity in MATRICES
+        layer.quantities[tensor.part, tensor.quantity] += 1
+        # Of the layout with the most tensors, one in three says what is to be known.
+        known = tensor.quantity not in (*IGNORED, "bias")
+        if known and (tensor.expert is None or tensor.part == "down"):
             by_file[path].append((name, tensor))
+    matrices: dict[tuple[int, str, int | None], dict[str, Part]] = defaultdict(dict)
     for path, entries in by_file.items():
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
-                layer = layers.setdefault(
-                    tensor.layer,
-                    LayerFacts(
-                        tensor.block,
-                        parts=parts[tensor.layer],
-                        quantities=quantities[tensor.layer],
-                    ),
-                )
-                if layer.block != tensor.block:
-                    raise ValueError(
-                        f"layer {tensor.layer}: routed experts under {layer.block} and "
-                        f"{tensor.block}; one MoE block per decoder layer is supported"
-                    )
                 entry = shard.get_slice(name)
-                shape = entry.get_shape()
-                if tensor.expert is not None:
-                    layer.experts.add(tensor.expert)
-                else:
-                    layer.num_fused = shape[0]
-                if tensor.part == "down":
-                    told = (entry.get_dtype(), (*shape,))
-                    downs[tensor.layer][tensor.expert][tensor.quantity] = told
-                else:
-                    layer.intermediate_sizes.add(shape[-1])
-    for index, of_experts in downs.items():
+                told = (entry.get_dtype(), tuple(entry.get_shape()))
+                matrices[tensor.layer, tensor.part, tensor.expert][tensor.quantity] = told
+    for (index, part, expert), parts in matrices.items():
         layer = layers[index]
-        schemes = set()
-        for expert, quantized in of_experts.items():
+        if part == "down":
             matrix = f"{layer.block}.experts.{'' if expert is None else f'{expert}.'}down_proj"
-            scheme, size = scheme_of_down(matrix, quantized, hidden_size, settings)
-            schemes.add(scheme)
-            layer.intermediate_sizes.add(size)
-        if len(schemes) > 1:
-            kinds = ", ".join(sorted(scheme.kind for scheme in schemes))
-            raise ValueError(f"layer {index}: experts quantized differently ({kinds}) in one layer")
-        layer.scheme = schemes.pop()
+            scheme, size = scheme_of_down(matrix, parts, hidden_size, settings)
+            if layer.scheme not in (scheme, PLAIN_SCHEME):
+                raise ValueError(
+                    f"{matrix}: quantized as {scheme.kind}, others of its layer as "
+                    f"{layer.scheme.kind}; fetch the checkpoint again"
+                )
+            layer.scheme = scheme
+            shape = (hidden_size, size)
+        if "blocks" in parts:
+            experts, rows, groups, _ = parts["blocks"][1]
+            layer.whole[part] = (experts, rows, groups * 32)
+        elif expert is None:
+            layer.whole[part] = next(iter(parts.values()))[1]
+        else:
+            plain = scheme.kind == "plain"
+            layer.down[expert] = parts["weight"][1] if plain else shape
     return layers

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_atomic_moe.files.export_format import INDEX
 from vllm_atomic_moe.files.plain_files import read_json_object
 
 EXPERTS_PER_TOKEN = (
@@ -22,6 +24,50 @@ NUM_EXPERTS = (
     "num_local_experts",
     "num_routed_experts",
     "moe_num_experts",
+)
+# Router groups of experts; Kimi has a name of its own.
+EXPERT_GROUPS = ("n_group", "num_expert_group")
+# Layers of multi-token prediction, which follow the decoder's.
+PREDICTION_LAYERS = (
+    "num_nextn_predict_layers",
+    "num_mtp_modules",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+)
+# Key -> whether its value makes a layer dense, as vLLM's models read it.
+DENSE_LAYERS: dict[str, Callable[[Any, int], bool]] = {
+    "mlp_layer_types": lambda types, layer: _kind(types[layer]) == "dense",
+    "mlp_only_layers": lambda dense, layer: layer in dense,
+    "decoder_sparse_step": lambda step, layer: (layer + 1) % step != 0,
+    "first_k_dense_replace": lambda first, layer: layer < first,
+    "num_dense_layers": lambda first, layer: layer < first,  # AFMoE, LFM2
+    "dense_mlp_idx": lambda first, layer: layer < first,  # Inkling
+    "moe_layer_freq": lambda every, layer: (
+        not every[layer] if isinstance(every, list) else layer % every != 0
+    ),
+    "moe_layer_start_index": lambda first, layer: layer < first,  # Ernie
+    "moe_layer_end_index": lambda last, layer: -1 < last < layer,
+    "moe_layer_interval": lambda step, layer: (layer + 1) % step != 0,
+    "interleave_moe_layer_step": lambda step, layer: step < 1 or (layer + 1) % step != 0,  # Llama 4
+    "moe_layers": lambda sparse, layer: layer not in sparse,
+    "moe_layers_enum": lambda sparse, layer: layer not in _numbers(sparse),  # Step
+    "expert_layer_period": lambda pair, layer: layer % pair[0] != pair[1],  # Jamba, with its offset
+    "hybrid_override_pattern": lambda kinds, layer: kinds[layer] != "E",  # Nemotron
+    "layers_block_type": lambda kinds, layer: kinds[layer] != "moe",
+    "layer_types": lambda kinds, layer: kinds[layer] != "moe",
+}
+# Models, by `model_type`, of which vLLM gives every decoder layer routed experts.
+NEVER_DENSE = (
+    *("aria_text", "flex_olmo", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid"),
+    *("granitemoeshared", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen3_5_moe_text"),
+)
+# What quantizers write beside config.json: NVIDIA's ModelOpt, AutoGPTQ and AutoAWQ.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# JSON files that vLLM and transformers read.
+READ_BY_OTHERS = (
+    *("config.json", "generation_config.json", INDEX, *QUANTIZATION_FILES),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
 # Said of the whole model, and found inside or beside the text model's part.
 OF_THE_WHOLE = ("architectures", "quantization_config", "compression_config", "auto_map")
@@ -58,13 +104,42 @@ def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
         told = config.get(key)
         if isinstance(told, dict) and told:
             return str(told.get("quant_method") or told.get("quant_algo") or "unknown")
-    # NVIDIA's ModelOpt writes a file of its own.
-    path = directory / "hf_quant_config.json"
-    if not path.is_file():
-        return None
-    told = read_json_object(path).get("quantization")
-    method = told.get("quant_algo") if isinstance(told, dict) else None
-    return f"modelopt {method}".lower() if method else None
+    for name in QUANTIZATION_FILES:
+        path = directory / name
+        if path.is_file() and (method := _method(read_json_object(path))):
+            return method
+    return None
+
+
+def _method(told: Mapping[str, Any]) -> str | None:
+    """The method of a quantizer's own file; by the keys that vLLM wants there, if it says none."""
+    inner = told.get("quantization")
+    if isinstance(inner, dict):
+        return f"modelopt {inner['quant_algo']}".lower() if inner.get("quant_algo") else None
+    if told.get("quant_method"):
+        return str(told["quant_method"])
+    if told.keys() & {"w_bit", "zero_point"}:
+        return "awq"
+    return "gptq" if "bits" in told else None
+
+
+def check_encodings(directory: Path) -> None:
+    """Refuse JSON files that vLLM and transformers, which read them too, do not understand.
+
+    Raises:
+        ValueError: one begins with a byte order mark, or is in UTF-16 or 32.
+    """
+    for path in (directory / name for name in READ_BY_OTHERS):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        if encoding != "utf-8":
+            what = "begins with a byte order mark" if "sig" in encoding else f"is {encoding}"
+            raise ValueError(
+                f"{path}: {what}, which vLLM and transformers cannot read; save it as UTF-8 "
+                "without a byte order mark"
+            )
 
 
 def experts_per_token(directory: Path, config: Mapping[str, Any]) -> int:
@@ -93,30 +168,66 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return context if isinstance(context, int) else None
 
 
-def dense_layers(config: Mapping[str, Any]) -> dict[int, str] | None:
-    """Decoder layers without routed experts, with the key that says so; None where it is not told.
+def decoder_layers(config: Mapping[str, Any]) -> int | None:
+    """Decoder layers; None where the configuration does not say, or says two things (LongCat)."""
+    number, other = config.get("num_hidden_layers"), config.get("num_layers")
+    return number if other in (None, number) else None
 
-    Knows the keys of Qwen's and DeepSeek's configurations, which many others use.
+
+def prediction_layers(config: Mapping[str, Any]) -> int:
+    """Layers of multi-token prediction that follow the decoder's; 0 where it is not told."""
+    told = [config.get(key) for key in PREDICTION_LAYERS]
+    return max((number for number in told if isinstance(number, int)), default=0)
+
+
+def dense_layers(config: Mapping[str, Any]) -> dict[int, str] | None:
+    """Decoder layers without routed experts, with the key that says so.
+
+    None where it is not told, or in a form that is not known.
     """
-    number, only = config.get("num_hidden_layers"), config.get("mlp_only_layers")
-    step, first = config.get("decoder_sparse_step"), config.get("first_k_dense_replace")
-    every = config.get("moe_layer_freq")
-    # Layer by layer in words, which comes before the others' defaults; or in a form not known.
-    if number is None or config.get("mlp_layer_types") or not isinstance(every, int | list | None):
-        return None
-    if all(value is None for value in (only, step, first, every)):
+    number = decoder_layers(config)
+    told = _told_of_layers(config)
+    if number is None or not (told or config.get("model_type") in NEVER_DENSE):
         return None
     dense: dict[int, str] = {}
-    for layer in range(number):
-        if isinstance(only, list) and layer in only:
-            dense[layer] = "mlp_only_layers"
-        elif isinstance(step, int) and step > 0 and (layer + 1) % step:
-            dense[layer] = "decoder_sparse_step"
-        elif isinstance(first, int) and layer < first:
-            dense[layer] = "first_k_dense_replace"
-        elif isinstance(every, list):
-            if layer < len(every) and not every[layer]:
-                dense[layer] = "moe_layer_freq"
-        elif every and every > 0 and layer % every:
-            dense[layer] = "moe_layer_freq"
+    try:
+        for layer in range(number):
+            for key, value in told.items():
+                if DENSE_LAYERS[key](value, layer):
+                    dense.setdefault(layer, key)
+    except (TypeError, ValueError, LookupError, ZeroDivisionError):
+        return None
     return dense
+
+
+def _told_of_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of DENSE_LAYERS that count, with their values."""
+    told = {key: config[key] for key in DENSE_LAYERS if config.get(key) is not None}
+    # Layer by layer in words, it comes before the others, which may be defaults.
+    if "mlp_layer_types" in told:
+        return {"mlp_layer_types": told["mlp_layer_types"]}
+    if "expert_layer_period" in told:
+        told["expert_layer_period"] = (
+            told["expert_layer_period"],
+            config.get("expert_layer_offset", 1),
+        )
+    # Of other models than Nemotron's, these tell kinds of attention.
+    for key in ("layers_block_type", "layer_types"):
+        if not isinstance(kinds := told.get(key, []), list) or "moe" not in kinds:
+            told.pop(key, None)
+    return told
+
+
+def _kind(word: str) -> str:
+    """One of the words for a layer's feed-forward part.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if word not in ("dense", "sparse", "moe", "hash_moe"):
+        raise ValueError(word)
+    return word
+
+
+def _numbers(listed: str | list[int]) -> list[int]:
+    return [int(it) for it in (listed.split(",") if isinstance(listed, str) else listed)]

@@ -102,7 +102,7 @@ def _scheme_of_down(
     names = frozenset(parts)
     dtypes = {name: dtype for name, (dtype, _) in parts.items()}
     shapes = {name: shape for name, (_, shape) in parts.items()}
-    if names == {"weight"} and dtypes["weight"] in FLOATS:
+    if names == {"weight"} and dtypes["weight"] in (*FLOATS, "F64"):
         rows, columns = shapes["weight"][-2:]
         return PLAIN_SCHEME, columns if rows == hidden_size else rows
     if names >= {"blocks", "scales"} and dtypes["blocks"] == "U8":
@@ -110,6 +110,11 @@ def _scheme_of_down(
         if (outputs, pairs) != (hidden_size, 16):
             raise ValueError(f"blocks are {[*shapes['blocks']]} for {hidden_size} outputs")
         return Scheme("mxfp4-blocks", PARTS["mxfp4-blocks"], 1, 32, "F8_E8M0"), groups * 32
+    for name in ("weight", "weight_packed"):
+        if name in names and shapes[name][0] != hidden_size:
+            raise ValueError(
+                f"{name} has {shapes[name][0]} rows, config.json says hidden_size {hidden_size}"
+            )
     if dtypes.get("weight") == FP8:
         return _fp8(parts, settings)
     if names == {*PARTS["nvfp4-2"]} and dtypes["weight"] == "U8":
@@ -150,6 +155,8 @@ def _fp8(parts: Mapping[str, Part], settings: Mapping[str, Any]) -> tuple[Scheme
     if scales or scale not in ("weight_scale", "weight_scale_inv"):
         raise KeyError
     (rows, columns), (dtype, shape) = parts["weight"][1], parts[scale]
+    if dtype not in FLOATS:
+        raise KeyError
     parts_wanted = ("weight", scale)
     if len(shape) == 0 or shape == (1,):
         return Scheme("fp8", parts_wanted, 0, 0, dtype), columns

@@ -50,8 +50,6 @@ class ExpertGroups:
         `chosen` others exist. Wrong is a choice of groups that holds fewer than K routable experts
         (the rest would be pruned ones), and a group whose score counts a pruned expert.
         """
-        if routable_E.numel() % self.number:
-            return None
         counts = routable_E.view(self.number, -1).sum(dim=1).tolist()
         selectable = sorted(count for count in counts if count)
         if self.biased and len(selectable) > self.chosen and selectable[0] == 1:
@@ -66,6 +64,31 @@ class ExpertGroups:
                 f"hold {fewest}, a token uses {experts_per_token}: keep at least as many"
             )
         return None
+
+
+def expert_groups(number: Any, chosen: Any, biased: bool, num_experts: int) -> ExpertGroups | None:
+    """The groups that vLLM's routers go by; None where they choose among all experts.
+
+    Args:
+        number: of groups, as configured; none are fewer than two, or ones that do not divide E
+            (as in vLLM's `GroupedTopKRouter`).
+        chosen: groups a token may use, as configured.
+        biased: whether the router has a correction bias.
+        num_experts: E.
+
+    Raises:
+        ValueError: no router can go by them.
+    """
+    if number is None or chosen is None:
+        return None
+    if type(number) is int and (number < 2 or number >= num_experts or num_experts % number):
+        return None
+    if type(number) is not int or type(chosen) is not int or not 1 <= chosen <= number:
+        raise ValueError(
+            f"its router chooses {chosen!r:.40} of {number!r:.40} groups of experts, wanted two "
+            "numbers, the first of them at least 1 and at most the second"
+        )
+    return ExpertGroups(number, chosen, biased)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,8 +120,9 @@ class Statistics:
         model: `CheckpointInfo.identity()` of the calibrated model.
         calibration: how the sums came about: `domains` (names, in the order of D), `corpora`
             (name, sha256, domain, documents and tokens of every file), `tokens` (run through the
-            model), `experts_per_token` (K), `seq_len`, `samples`, `seed`, `dtype`, `gradients`; and
-            for a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
+            model), `experts_per_token` (K), `expert_groups` (the router's, null if it has none;
+            version 0.1 does not tell), `seq_len`, `samples`, `seed`, `dtype`, `gradients`; and for
+            a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
         sums: MoE layer index -> sums.
     """
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_atomic_moe.files.profiles import PruningProfile
-from vllm_atomic_moe.files.router import ExpertGroups
+from vllm_atomic_moe.files.router import expert_groups
 from vllm_atomic_moe.files.statistics import FORMAT as STATISTICS_FORMAT
 from vllm_atomic_moe.files.statistics import Statistics
-from vllm_atomic_moe.files.tensors import open_safetensors, shorten
+from vllm_atomic_moe.files.tensors import model_shape, open_safetensors, shorten
 from vllm_atomic_moe.scoring import (
     FOREIGN,
     METHODS,
@@ -120,23 +120,40 @@ def make_profile(
     return replace(profile, metadata=metadata)
 
 
-def _router_needs(scores: Scores) -> RouterNeeds:
-    """What calibration noted of the router; methods that prune atoms do without.
+def unknown_groups(scores: Scores, profile: PruningProfile) -> str | None:
+    """One line if a profile masks a router of which it is not known whether it has groups.
 
-    Statistics of version 0.1 do not tell groups; `atomic-moe check` tells what they lack.
+    Statistics of earlier versions do not tell; `make_profile` then takes it to have none.
     """
-    top_k, told = (scores.calibration.get(key) for key in ("experts_per_token", "expert_groups"))
+    if not profile.masks_routing or "expert_groups" in scores.calibration:
+        return None
+    return (
+        f"profile {profile.name!r}: the calibration is of an earlier version and does not tell "
+        "whether the router has groups of experts, which a server may then refuse; run "
+        "`atomic-moe check`, or calibrate again"
+    )
+
+
+def _router_needs(scores: Scores) -> RouterNeeds:
+    """What calibration noted of the router; methods that prune atoms do without."""
     if not METHODS.get(scores.method, FOREIGN).whole_experts:
         return RouterNeeds(1)
-    if not isinstance(top_k, int):
+    top_k, told = (scores.calibration.get(key) for key in ("experts_per_token", "expert_groups"))
+    if type(top_k) is not int or top_k < 1:
         raise ValueError(
             f"calibration metadata `experts_per_token` is {shorten(top_k)}, wanted how many "
             f"experts of a layer {scores.method} must leave; score again"
         )
+    if told is None:
+        return RouterNeeds(top_k)
+    _, num_experts, _ = model_shape(scores.model)
     try:
-        return RouterNeeds(top_k, None if told is None else ExpertGroups(**told))
-    except TypeError:
+        groups = expert_groups(told["number"], told["chosen"], told["biased"], num_experts)
+    except (KeyError, TypeError, ValueError):
+        groups = None
+    if groups is None:
         raise ValueError(
             f"calibration metadata `expert_groups` is {shorten(told)}, which no calibration "
             "writes; calibrate again"
-        ) from None
+        )
+    return RouterNeeds(top_k, groups)

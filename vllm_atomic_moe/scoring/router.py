@@ -35,7 +35,7 @@ class RouterNeeds:
             bool [E], by expert. What stays passes `ExpertGroups.fault`, with or without others.
         """
         experts, number, least = order_E.numel(), 1, self.experts_per_token
-        if self.groups is not None and experts % self.groups.number == 0:
+        if self.groups is not None:
             number = self.groups.number
             least = math.ceil(self.experts_per_token / self.groups.chosen)
             least = max(least, 2 if self.groups.biased else 1)
