@@ -133,3 +133,67 @@ def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
         assert done.exit_code == 0, done.output
         assert "heapr-20" in done.stdout
         assert last == f"warning: plot {tmp_path / 'x.png'} was not drawn (RuntimeError: no more)"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_rows_measured_before_a_failure_are_kept(tmp_path, in_process, monkeypatch, as_json):
+    from vllm_atomic_moe.measure import evaluation
+
+    (tmp_path / "t.txt").write_text("word " * 600)
+    scores = iter([({"t": [-1.0, -2.0]}, 2)])
+
+    def score(*_, **__):
+        if found := next(scores, None):
+            return found
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(evaluation, "_score", score)
+    command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]
+    command += ["--plot", str(tmp_path / "x.png"), *(["--json"] if as_json else [])]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    if as_json:
+        assert [row["profile"] for row in json.loads(done.stdout)] == ["dense"]
+    else:
+        assert "dense" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: heapr-20: vLLM fails (MemoryError: too large)")
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_model_code_is_refused_at_once(tmp_path, in_process, command):
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "t.txt").write_text("word " * 600)
+    settings = tmp_path / "model" / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Model"}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    more = ["--data", str(tmp_path / "t.txt")] if command == "eval" else []
+    done = CliRunner().invoke(app, [command, str(tmp_path / "model"), *more])
+    assert done.exit_code == 1
+    assert "config.json runs code of its own ('own.Model')" in done.stderr.splitlines()[-1]
+
+
+def test_servers_measured_before_a_failure_are_kept(monkeypatch):
+    from vllm_atomic_moe.measure import server_benchmark
+    from vllm_atomic_moe.measure.server_report import Latency, PhaseRun, ServerPlan, ServerRun
+
+    plan = ServerPlan()
+    latency = Latency(1.0, 1.0, 1.0)
+    phases = tuple(
+        PhaseRun(phase.name, 1.0, 1.0, 1.0, latency, latency)
+        for phase in plan.phases
+        for _ in range(plan.repeats)
+    )
+
+    def run(self, profile, number, report):
+        if profile != "dense":
+            raise ValueError("the server ended: too large")
+        return ServerRun(profile, number, 1.0, 2.0, None, None, 10, 9, None, None, phases)
+
+    monkeypatch.setattr(server_benchmark._Bench, "run", run)
+    command = ["bench", str(DEMO), "--profile", "heapr-20", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1, done.output
+    assert [row["profile"] for row in json.loads(done.stdout)["profiles"]] == ["dense"]
+    assert done.stderr.splitlines()[-1] == "error: heapr-20: the server ended: too large"

@@ -7,13 +7,17 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.unit.test_cli import refused, run
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.files import tensors
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.plain_files import lock
 from vllm_atomic_moe.files.profiles import ProfileStore, PruningProfile
@@ -125,16 +129,15 @@ def test_an_export_that_cannot_take_its_place_is_kept(original, tmp_path, monkey
 def test_statistics_are_written_elsewhere_where_there_is_no_room(original, tmp_path):
     """A write that fails for real: files may not be larger than 64 KiB, the first time."""
     script = (
-        "import resource, sys, vllm_atomic_moe.cli.calibrate as c\n"
-        "from vllm_atomic_moe.files import statistics as s\n"
-        "write = s.Statistics.write\n"
-        "def once(self, path):\n"
-        "    s.Statistics.write = lambda self, path: ("
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (-1, hard)), write(self, path))\n"
+        "import resource, sys\n"
+        "from vllm_atomic_moe.files import tensors\n"
+        "save, hard = tensors.save_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "def once(*args, **kwargs):\n"
+        "    tensors.save_file = save\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))\n"
-        "    write(self, path)\n"
-        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
-        "s.Statistics.write = once\n"
+        "    try:\n        save(*args, **kwargs)\n"
+        "    finally:\n        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, hard))\n"
+        "tensors.save_file = once\n"
         "from vllm_atomic_moe.cli import app\n"
         "app(sys.argv[1:])\n"
     )
@@ -148,8 +151,8 @@ def test_statistics_are_written_elsewhere_where_there_is_no_room(original, tmp_p
     )
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "s.safetensors: cannot be written (" in line
-    assert "; the statistics are in " in line
+    assert "File too large" in line
+    assert "; what was computed is in " in line
     (rescued,) = tmp_path.glob("atomic-moe-*/s.safetensors")
     assert str(rescued) in line
     assert not list(tmp_path.glob("*s.safetensors")) + list(tmp_path.glob(".s*"))
@@ -218,3 +221,65 @@ def test_an_index_that_is_a_pointer(model):
     index.write_text(POINTER)
     with pytest.raises(ValueError, match=r"index.json: a Git LFS pointer .* `git lfs pull`"):
         describe_checkpoint(model)
+
+
+def test_whatever_is_computed_is_written_somewhere(tmp_path, monkeypatch):
+    """The place of the file is full, then the temporary directory, then the working directory."""
+    places = [tmp_path / name for name in ("output", "temporary", "here")]
+    for place in places:
+        place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(places[1]))
+    monkeypatch.chdir(places[2])
+    full: list[Path] = []
+
+    def save(contents, path, metadata):
+        if any(place in path.parents for place in full):
+            raise OSError(28, "No space left on device")
+        save_file(contents, path, metadata=metadata)
+
+    monkeypatch.setattr(tensors, "save_file", save)
+    for place, rescue in zip(places, [*places[1:], None], strict=True):
+        full.append(place)
+        words = (
+            rf"what was computed is in {rescue}/atomic-moe-.*: move it" if rescue else "make room"
+        )
+        with pytest.raises(ValueError, match=words) as refused:
+            tensors.write_safetensors({"x": torch.ones(2)}, {}, places[0] / "s.safetensors")
+        found = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert len(found) == (rescue is not None)
+        if rescue:
+            assert str(found[0]) in str(refused.value)
+            assert torch.equal(tensors.read_tensor(found[0], "x"), torch.ones(2))
+        for path in sorted(tmp_path.glob("*/atomic-moe-*/*")):
+            path.unlink()
+        for path in tmp_path.glob("*/atomic-moe-*"):
+            path.rmdir()
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, refusal):
+    """So that a power cut leaves the old file or the new one; where the mount can."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name[:3])
+        if refusal:
+            raise OSError(refusal, os.strerror(refusal))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    tensors.write_safetensors({"x": torch.ones(2)}, {}, tmp_path / "s.safetensors")
+    assert done == [".s.", "replace", tmp_path.name[:3]]
+
+
+def test_a_disk_that_fails_at_the_end_loses_nothing(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match=r"cannot be replaced .* is complete in .*: move it"):
+        tensors.write_safetensors({"x": torch.ones(2)}, {}, tmp_path / "s.safetensors")
+    (kept,) = tmp_path.iterdir()
+    assert torch.equal(tensors.read_tensor(kept, "x"), torch.ones(2))

@@ -45,6 +45,8 @@ def calibrate(model, *more, before=()):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
 
 
 def test_a_model_with_code_of_its_own(model, tmp_path):

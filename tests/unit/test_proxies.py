@@ -21,7 +21,10 @@ STATUS = {
     "agreed": True,
     "engines": 1,
     "profiles": {},
-    "memory": {"active_bytes": 1, "resident_bytes": 1, "dense_bytes": 1},
+    "memory": {
+        **dict.fromkeys(("active_bytes", "resident_bytes", "dense_bytes", "index_bytes"), 1),
+        "rank_resident_bytes": [1],
+    },
 }
 VARIABLES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
 DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
@@ -90,6 +93,15 @@ def test_a_proxy_may_be_named(proxy, monkeypatch):
     for other in ("socks5://127.0.0.1:9", "127.0.0.1:9", "http://"):
         line = refused("status", "--url", url, "--proxy", other)
         assert f"proxy '{other}': wanted http://host:port or https://host:port" in line
+
+
+@pytest.mark.parametrize("content", ['{"generation": 1}', '{"profiles": 3}', "[]", "3", "{}"])
+@pytest.mark.parametrize(
+    "command", [("status",), ("profiles",), ("activate", "a"), ("load", "a"), ("unload", "a")]
+)
+def test_a_success_of_another_service_is_one_line(content, command):
+    with Answering(content) as server:
+        assert "the answer is not of a vLLM server" in refused(*command, "--url", server.url)
 
 
 @pytest.mark.parametrize(

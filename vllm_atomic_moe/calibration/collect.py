@@ -39,8 +39,8 @@ from vllm_atomic_moe.calibration.text import (
     take_shard,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.plain_files import one_line
 from vllm_atomic_moe.files.statistics import LayerSums, Statistics
-from vllm_atomic_moe.files.tensors import one_line
 
 REMEDIES = {
     torch.float16: "use --dtype bfloat16 or --dtype float32",

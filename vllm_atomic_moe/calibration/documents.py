@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_atomic_moe.files.plain_files import check_not_pointer
-from vllm_atomic_moe.files.tensors import one_line
+from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line
 
 # Each of the first three also with .gz behind it; upper case or lower.
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")

@@ -24,8 +24,8 @@ from transformers import (
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import locate_tensors
 from vllm_atomic_moe.files.config import context_length, quantization, read_config
-from vllm_atomic_moe.files.plain_files import check_not_pointer, read_json_object
-from vllm_atomic_moe.files.tensors import one_line, read_tensor, shorten
+from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line, read_json_object
+from vllm_atomic_moe.files.tensors import read_tensor, shorten
 
 # What ends a message that was cut short, or whose cause the libraries told their own log.
 ALL_OF_IT = " (all of it: atomic-moe --debug)"

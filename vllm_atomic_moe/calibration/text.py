@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.calibration.documents import SUFFIXES, read_documents, split_name
-from vllm_atomic_moe.files.tensors import one_line
+from vllm_atomic_moe.files.plain_files import one_line
 
 DOCUMENTS_PER_BATCH = 256
 

@@ -13,8 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.calibrate import TrustRemoteCode
-from vllm_atomic_moe.cli.console import check_plot, draw, print_json, print_table, status_lines
+from vllm_atomic_moe.cli.console import (
+    check_plot,
+    draw,
+    measured,
+    print_json,
+    print_table,
+    status_lines,
+)
+from vllm_atomic_moe.cli.options import TrustRemoteCode
 
 # What is measured -> its options.
 OPTIONS = {
@@ -206,21 +213,25 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
 
 
 def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json: bool) -> None:
+    from vllm_atomic_moe.calibration.model import check_model_code
     from vllm_atomic_moe.measure.server_benchmark import measure_servers
     from vllm_atomic_moe.measure.server_report import ServerPlan
 
     plot = options.get("plot")
-    report = measure_servers(
-        directory,
-        options.get("profiles", directory / "atomic_profiles"),
-        names=options.get("profile", ()),
-        rounds=options.get("rounds", 1),
-        plan=ServerPlan(seed=seed),
-        serve_arguments=[
-            *shlex.split(options.get("serve", "")),
-            *(["--trust-remote-code"] if "trust_remote_code" in options else []),
-        ],
-        progress=status_lines(),
+    serve = shlex.split(options.get("serve", ""))
+    if "trust_remote_code" in options:
+        serve.append("--trust-remote-code")
+    check_model_code(directory, "--trust-remote-code" in serve)
+    report, failure = measured(
+        lambda: measure_servers(
+            directory,
+            options.get("profiles", directory / "atomic_profiles"),
+            names=options.get("profile", ()),
+            rounds=options.get("rounds", 1),
+            plan=ServerPlan(seed=seed),
+            serve_arguments=serve,
+            progress=status_lines(),
+        )
     )
     if as_json:
         print_json(report.to_json())
@@ -235,6 +246,8 @@ def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json:
             for phase in row.phases
         ]
         draw(plot, lambda: plot_servers(points, plot), quiet=as_json)
+    if failure:
+        raise failure
 
 
 def _print_servers(report: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,20 +16,8 @@ from vllm_atomic_moe.cli.console import (
     print_warning,
     progress_bar,
 )
+from vllm_atomic_moe.cli.options import Field, TrustRemoteCode
 
-Field = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Field or column of the files: text, or chat messages, which go through the model's "
-        "template.",
-        show_default="text, else messages",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python files that come with MODEL."),
-]
 SHOWN_EXPERTS = 20
 
 
@@ -106,31 +93,10 @@ def calibrate(
     )
     with progress_bar("reading text and model", "calibrating, windows") as show:
         statistics, warnings = run(model, data, options, show)
-    write_statistics(statistics, output)
+    statistics.write(output)
     for warning in warnings:
         print_warning(warning)
     report(output, statistics, as_json)
-
-
-def write_statistics(statistics: Any, output: Path) -> None:
-    """Write what took long to compute: where `output` has no room, into the temporary directory.
-
-    Raises:
-        ValueError: `output` cannot be written; names the file that was written in its place.
-    """
-    from vllm_atomic_moe.files.plain_files import NotInPlaceError
-    from vllm_atomic_moe.files.tensors import one_line
-
-    try:
-        statistics.write(output)
-    except NotInPlaceError:
-        raise
-    except ValueError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="atomic-moe-"), output.name)
-        statistics.write(rescued)
-        raise ValueError(
-            f"{one_line(error, 140)}; the statistics are in {rescued}: move them"
-        ) from error
 
 
 def report(output: Path, statistics: Any, as_json: bool) -> None:

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from vllm_atomic_moe.files.plain_files import one_line
+
 MESSAGE_LENGTH = 300
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -48,21 +50,12 @@ def debugging() -> bool:
 
 def print_error(error: Exception | str) -> None:
     """`error: …` on stderr, one line however the message was laid out."""
-    typer.echo(f"error: {_one_line(str(error))}", err=True)
+    typer.echo(f"error: {one_line(error, MESSAGE_LENGTH)}", err=True)
 
 
 def print_warning(line: str) -> None:
     """`warning: …` on stderr."""
-    typer.echo(f"warning: {_one_line(line)}", err=True)
-
-
-def _one_line(text: str) -> str:
-    """On one line, and cut in the middle: the place stands first, the remedy last."""
-    line = " ".join(text.split())
-    if len(line) <= MESSAGE_LENGTH:
-        return line
-    tail = 2 * MESSAGE_LENGTH // 3
-    return f"{line[: MESSAGE_LENGTH - tail - 3]} … {line[-tail:]}"
+    typer.echo(f"warning: {one_line(line, MESSAGE_LENGTH)}", err=True)
 
 
 def print_json(value: Any) -> None:
@@ -131,6 +124,20 @@ def status_lines() -> Callable[[int, int, str], None]:
             console.print(f"[{done + 1}/{total}] {name}", markup=False, highlight=False)
 
     return show
+
+
+def measured(measure: Callable[[], Any]) -> tuple[Any, ValueError | None]:
+    """What `measure` gives; if it fails near its end, what it had by then, and the failure.
+
+    Raises:
+        ValueError: it fails with nothing measured.
+    """
+    try:
+        return measure(), None
+    except ValueError as error:
+        if not (there := getattr(error, "measured", None)):
+            raise
+        return there, error
 
 
 def check_output(path: Path) -> None:

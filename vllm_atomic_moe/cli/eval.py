@@ -10,8 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_atomic_moe.cli.calibrate import Field, TrustRemoteCode
-from vllm_atomic_moe.cli.console import check_plot, draw, print_json, print_table, status_lines
+from vllm_atomic_moe.cli.console import (
+    check_plot,
+    draw,
+    measured,
+    print_json,
+    print_table,
+    status_lines,
+)
+from vllm_atomic_moe.cli.options import Field, TrustRemoteCode
 
 
 def evaluate(
@@ -62,17 +69,19 @@ def evaluate(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm_atomic_moe.measure.evaluation import evaluate as run
 
-    rows = run(
-        model,
-        profiles,
-        data,
-        names=profile or (),
-        seq_len=seq_len,
-        samples=samples,
-        dtype=dtype,
-        field=field,
-        trust_remote_code=trust_remote_code,
-        on_progress=status_lines(),
+    rows, failure = measured(
+        lambda: run(
+            model,
+            profiles,
+            data,
+            names=profile or (),
+            seq_len=seq_len,
+            samples=samples,
+            dtype=dtype,
+            field=field,
+            trust_remote_code=trust_remote_code,
+            on_progress=status_lines(),
+        )
     )
     if as_json:
         print_json([{**dataclasses.asdict(row), "delta": _delta(row, rows[0])} for row in rows])
@@ -86,6 +95,8 @@ def evaluate(
             for row in rows
         ]
         draw(plot, lambda: plot_perplexity(points, plot), quiet=as_json)
+    if failure:
+        raise failure
 
 
 def _print(rows: Sequence[Any]) -> None:

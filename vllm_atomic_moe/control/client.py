@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, ValidationError
+
+from vllm_atomic_moe.control.models import (
+    ActiveAnswer,
+    LoadAnswer,
+    Profiles,
+    Status,
+    UnloadAnswer,
+)
 
 # More than all of a change's own time-outs.
 ANSWER_TIMEOUT_S = 180.0
@@ -67,11 +76,11 @@ class AdminClient:
 
     def status(self) -> dict[str, Any]:
         """`GET /atomic/v1/status`. Raises as `activate`."""
-        return self._ask("GET", "status")
+        return self._ask("GET", "status", Status)
 
     def profiles(self) -> list[dict[str, Any]]:
         """`GET /atomic/v1/profiles`. Raises as `activate`."""
-        return self._ask("GET", "profiles", wanted="profiles")["profiles"]
+        return self._ask("GET", "profiles", Profiles)["profiles"]
 
     def activate(self, profile: str, running: str) -> dict[str, Any]:
         """`PUT /atomic/v1/active`.
@@ -79,18 +88,19 @@ class AdminClient:
         Raises:
             ValueError: the server refuses, is not there, or is another kind of server; one line.
         """
-        return self._ask("PUT", "active", json={"profile": profile, "running": running})
+        body = {"profile": profile, "running": running}
+        return self._ask("PUT", "active", ActiveAnswer, json=body)
 
     def load(self, profile: str) -> dict[str, Any]:
         """`PUT /atomic/v1/profiles/{profile}`. Raises as `activate`."""
-        return self._ask("PUT", f"profiles/{quote(profile, safe='')}")
+        return self._ask("PUT", f"profiles/{quote(profile, safe='')}", LoadAnswer)
 
     def unload(self, profile: str) -> dict[str, Any]:
         """`DELETE /atomic/v1/profiles/{profile}`. Raises as `activate`."""
-        return self._ask("DELETE", f"profiles/{quote(profile, safe='')}")
+        return self._ask("DELETE", f"profiles/{quote(profile, safe='')}", UnloadAnswer)
 
-    def _ask(self, method: str, path: str, *, wanted: str = "generation", **options: Any) -> Any:
-        """The content of an answer that has the key `wanted`."""
+    def _ask(self, method: str, path: str, kind: type[BaseModel], **options: Any) -> Any:
+        """The content of an answer of one kind."""
         try:
             answer = self._client.request(method, f"{self.url}/atomic/v1/{path}", **options)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -99,8 +109,10 @@ class AdminClient:
             content = answer.json()
         except ValueError:  # not JSON, or in another encoding than it says
             content = None
-        if answer.is_success and isinstance(content, dict) and wanted in content:
-            return content
+        if answer.is_success:
+            with suppress(ValidationError):
+                kind.model_validate(content)
+                return content
         raise ValueError(f"{self.url}: {answer.status_code} {_refusal(answer, content)}")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_atomic_moe.files.profiles import NAME
+from vllm_atomic_moe.files.plain_files import NAME
 
 ProfileName = Annotated[
     str, Field(pattern=f"^{NAME.pattern}$", max_length=64, examples=["heapr-25"])

@@ -36,7 +36,7 @@ from vllm_atomic_moe.files.export_format import (
     weights_directory,
 )
 from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
-from vllm_atomic_moe.files.plain_files import read_json_object
+from vllm_atomic_moe.files.plain_files import one_line, read_json_object
 from vllm_atomic_moe.files.quantization import (
     IGNORED,
     MATRICES,
@@ -53,7 +53,7 @@ from vllm_atomic_moe.files.router import (
     identify_router,
     router_names,
 )
-from vllm_atomic_moe.files.tensors import one_line, open_safetensors, safetensors_files
+from vllm_atomic_moe.files.tensors import open_safetensors, safetensors_files
 
 # Files to fetch from a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (

@@ -10,12 +10,17 @@ import errno
 import fcntl
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 # What flock answers on a mount without locks (NFS locks only what is open for writing).
 NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# And fsync on a mount, or of a kind of file, that has none.
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+# Names of profiles, and of their files without the suffix.
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -52,6 +57,15 @@ def check_not_pointer(path: Path) -> None:
         )
 
 
+def one_line(error: BaseException | str, limit: int = 120) -> str:
+    """A message on one line, cut in the middle: the place stands first, the remedy last."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if len(line) <= limit:
+        return line
+    tail = 2 * limit // 3
+    return f"{line[: limit - tail - 3]} … {line[-tail:]}"
+
+
 class NotInPlaceError(ValueError):
     """What was written is complete and could not take its place; the message says where it is."""
 
@@ -60,6 +74,22 @@ def allow_reading(file: int | Path, mode: int = 0o644) -> None:
     """Set a file's mode. Where the mount does not let us, it stays as the mount gives it."""
     with suppress(OSError):
         os.chmod(file, mode)
+
+
+def onto_disk(path: Path) -> None:
+    """Have a file or a directory written to the disk, so that a power cut leaves it whole.
+
+    Raises:
+        OSError: it cannot be written to the disk; not where the mount has no such call.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
 
 
 def lock(handle: int, wait: bool = True) -> None:

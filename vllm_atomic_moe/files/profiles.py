@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.plain_files import NAME
 from vllm_atomic_moe.files.router import RouterIdentity, differ_by_rounding
 from vllm_atomic_moe.files.tensors import (
     check_format,
@@ -34,7 +35,6 @@ from vllm_atomic_moe.files.tensors import (
 FORMAT = "atomic-moe-profile"
 FORMAT_VERSION = "1"
 DENSE = "dense"
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 TENSOR = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(keep|routable)")
 NAME_RULE = "a name is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit"
 IDENTITY_KEYS = (

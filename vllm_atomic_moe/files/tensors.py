@@ -21,7 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_atomic_moe.files.plain_files import NotInPlaceError, allow_reading, check_not_pointer
+from vllm_atomic_moe.files.plain_files import (
+    NotInPlaceError,
+    allow_reading,
+    check_not_pointer,
+    one_line,
+    onto_disk,
+)
 
 
 @contextmanager
@@ -59,11 +65,40 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, complete or not at all, with mode 0644 where modes can be set.
 
+    What took long to compute is not lost to a place that cannot be written: then it goes to the
+    temporary directory, or to the working directory.
+
     Raises:
-        ValueError: it cannot be written; one line with the path.
+        ValueError: it cannot be written; one line with the path, and where the file is instead.
     """
-    with replaced_file(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+
+    def write(path: Path) -> None:
+        with replaced_file(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+
+    try:
+        write(path)
+    except NotInPlaceError:
+        raise
+    except ValueError as error:
+        if rescued := _rescued(write, path.name):
+            raise NotInPlaceError(
+                f"{one_line(error, 140)}; what was computed is in {rescued}: move it"
+            ) from error
+        raise
+
+
+def _rescued(write: Callable[[Path], None], name: str) -> Path | None:
+    """Where a file could be written that has no room at its own place; None if nowhere."""
+    for place in (tempfile.gettempdir, os.getcwd):
+        with suppress(OSError, ValueError):
+            directory = Path(tempfile.mkdtemp(prefix="atomic-moe-", dir=place()))
+            try:
+                write(directory / name)
+                return directory / name
+            except ValueError:
+                directory.rmdir()
+    return None
 
 
 @contextmanager
@@ -93,12 +128,15 @@ def replaced_file(path: Path) -> Iterator[Path]:
         raise
     allow_reading(temporary)
     try:
+        onto_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise NotInPlaceError(
             f"{path}: cannot be replaced ({error.strerror}); what was to be there is complete in "
             f"{temporary}: move it"
         ) from None
+    with suppress(OSError):  # the directory's entry; a mount that refuses keeps it as it can
+        onto_disk(path.parent)
 
 
 def _cannot_write(path: Path, error: Exception) -> ValueError:
@@ -288,12 +326,6 @@ def check_tensor(
         raise ValueError(
             f"{name} is {seen} {list(tensor.shape)}, wanted {wanted} {list(shape)}; make it again"
         )
-
-
-def one_line(error: BaseException, limit: int = 120) -> str:
-    """The message of `error` on one line, cut to a readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def shorten(value: Any, limit: int = 80) -> str:

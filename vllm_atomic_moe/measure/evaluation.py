@@ -20,15 +20,21 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from vllm_atomic_moe.calibration.model import ALL_OF_IT, check_tokenizer_code, load_tokenizer
+from vllm_atomic_moe.calibration.model import (
+    ALL_OF_IT,
+    check_model_code,
+    check_tokenizer_code,
+    load_tokenizer,
+)
 from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_files
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
 from vllm_atomic_moe.experts.encoding import dense_bytes
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.config import context_length, read_config
+from vllm_atomic_moe.files.plain_files import one_line
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
-from vllm_atomic_moe.files.tensors import one_line
+from vllm_atomic_moe.measure.incomplete import IncompleteError
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -124,8 +130,8 @@ def evaluate(
         on_progress: called before every row and at the end.
 
     Raises:
-        ValueError: text, model, profile or sequence length is refused, before any engine starts;
-            or vLLM fails.
+        ValueError: text, model, profile or sequence length is refused, before any engine starts.
+        IncompleteError: vLLM fails; with the rows that were measured before.
     """
     files = parse_files(data)
     if any(file.domain == ALL_DOMAINS for file in files):
@@ -138,6 +144,7 @@ def evaluate(
     store = ProfileStore(Path(profiles or directory / "atomic_profiles"))
     chosen = profiles_to_measure(store, checkpoint, names)
     length = _window_length(read_config(directory), seq_len)
+    check_model_code(directory, trust_remote_code)
     check_tokenizer_code(directory, trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code)
     text = draw_windows(files, tokenizer, length, samples, 0, field)
@@ -153,12 +160,12 @@ def evaluate(
             scores, itemsize = _score(
                 directory, text, trust_remote_code=trust_remote_code, **options
             )
-        except ValueError:
-            raise
         except Exception as error:  # vLLM raises what its parts raise.
-            raise ValueError(
-                f"{profile.name}: vLLM fails ({type(error).__name__}: {one_line(error)}){ALL_OF_IT}"
-            ) from error
+            line = f"{profile.name}: {error}"
+            if not isinstance(error, ValueError):
+                kind = type(error).__name__
+                line = f"{profile.name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
+            raise IncompleteError(line, rows) from error
         kept_bytes = profile.kept_atoms * dense_bytes(checkpoint, itemsize) // checkpoint.atoms
         rows.append(_summarize(profile, kept_bytes, scores))
     on_progress(len(rows), len(chosen), "")

@@ -29,7 +29,9 @@ from vllm_atomic_moe.control.client import AdminClient
 from vllm_atomic_moe.engine import LOAD_FORMAT
 from vllm_atomic_moe.engine.options import profiles_to_measure
 from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoint
+from vllm_atomic_moe.files.plain_files import one_line
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
+from vllm_atomic_moe.measure.incomplete import IncompleteError
 from vllm_atomic_moe.measure.server_process import (
     HOST,
     Server,
@@ -91,8 +93,8 @@ def measure_servers(
         progress: called before every step and at the end.
 
     Raises:
-        ValueError: a profile or flag is refused before any server starts, or a server or the load
-            generator failed; one line.
+        ValueError: a profile or flag is refused before any server starts.
+        IncompleteError: a server or the load generator failed; with what was measured before.
     """
     plan = plan or ServerPlan()
     _check_arguments(serve_arguments)
@@ -110,19 +112,29 @@ def measure_servers(
         progress(next(steps_done), steps, what)
 
     changes = bench.change(pruned, report) if len(pruned) > 1 else None
+
+    def measured() -> ServerReport:
+        served = {run.profile for run in runs}
+        return ServerReport(
+            model=str(model),
+            serve_arguments=tuple(serve_arguments),
+            plan=plan,
+            profiles=summarize([it for it in chosen if it.name in served], runs, plan),
+            runs=tuple(runs),
+            changes=changes,
+        )
+
     for number in range(rounds):
         for profile in chosen:
-            runs.append(bench.run(profile.name, number, report))
+            try:
+                runs.append(bench.run(profile.name, number, report))
+            except (ValueError, OSError) as error:
+                raise IncompleteError(
+                    f"{profile.name}: {one_line(error, 250)}", measured() if runs else None
+                ) from error
     progress(steps, steps, "")
     shutil.rmtree(directory, ignore_errors=True)
-    return ServerReport(
-        model=str(model),
-        serve_arguments=tuple(serve_arguments),
-        plan=plan,
-        profiles=summarize(chosen, runs, plan),
-        runs=tuple(runs),
-        changes=changes,
-    )
+    return measured()
 
 
 def _check_arguments(serve_arguments: Sequence[str]) -> None:

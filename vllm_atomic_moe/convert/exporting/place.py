@@ -19,9 +19,14 @@ import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY, INDEX
-from vllm_atomic_moe.files.plain_files import NotInPlaceError, allow_reading, lock, read_json_object
+from vllm_atomic_moe.files.plain_files import (
+    NotInPlaceError,
+    allow_reading,
+    lock,
+    one_line,
+    read_json_object,
+)
 from vllm_atomic_moe.files.profiles import PruningProfile
-from vllm_atomic_moe.files.tensors import one_line
 
 # Stands in a complete export that could not be renamed, so that the next one does not clear it.
 KEPT = ".complete"
