@@ -269,6 +269,13 @@ SETTINGS: dict[str, dict] = {
 }
 
 
+def in_bfloat16(directory: Path) -> None:
+    """Make a checkpoint of one shard bfloat16."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def quantize_checkpoint(source: Path, target: Path, name: str) -> Path:
     """Write a checkpoint whose experts are quantized, and beside it what it stands for.
 

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
+from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import check_resident, engine, logprobs_of, prompt_logprobs
+from tests.unit import tiny_models
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
@@ -155,3 +157,46 @@ def test_vllm_reads_the_same_configuration(model, tmp_path):
         model_config = EngineArgs(str(directory), **arguments).create_engine_config().model_config
         found.append((model_config.dtype, model_config.hf_config.tie_word_embeddings))
     assert found == [(torch.bfloat16, False)] * 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fp8-block",
+        "gpt-oss",
+        *(pytest.param(kind, marks=pytest.mark.full) for kind in FORMATS if kind != "fp8-block"),
+        pytest.param("gpt-oss-16-bit", marks=pytest.mark.full),
+    ],
+)
+def test_quantized_checkpoints(tmp_path, kind):
+    """Rows, scales, groups, factors and biases; an export of the export, too."""
+    original, model = tmp_path / "original", tmp_path / "model"
+    if kind.startswith("gpt-oss"):
+        tiny_models.make_model("gpt_oss", original, intermediate_size=96)
+    else:
+        sizes = {"hidden_size": 192, "moe_intermediate_size": 96, "num_hidden_layers": 2}
+        make_checkpoint("qwen3_moe", original, **sizes)
+    in_bfloat16(original)
+    if kind == "gpt-oss":
+        quantize_gpt_oss(original, model)
+    elif kind in FORMATS:
+        quantize_checkpoint(original, model, kind)
+    else:
+        model = original
+    info = describe_checkpoint(model)
+    wide = write_profile(info, "wide", model / "profiles", seed=1)
+    more = ragged_masks(info, seed=2)
+    narrow = {layer: mask & more[layer] for layer, mask in wide.keep.items()}
+    PruningProfile("narrow", narrow, metadata=wide.metadata).write(
+        model / "profiles" / "narrow.safetensors"
+    )
+    export(str(model), model / "profiles/wide.safetensors", tmp_path / "wide")
+    export(str(tmp_path / "wide"), model / "profiles/narrow.safetensors", tmp_path / "narrow")
+    extra = {"kernel": "reference", "profiles": str(model / "profiles")}
+    settings = {"load_format": "atomic-pruned", "dtype": "bfloat16"}
+    for name, directories in {"wide": ["wide"], "narrow": ["wide", "narrow"]}.items():
+        options = {**extra, "active": name}
+        wanted = logprobs_of(model, model_loader_extra_config=options, **settings)
+        for directory in directories:
+            found = logprobs_of(tmp_path / directory, model_loader_extra_config=options, **settings)
+            assert torch.equal(found, wanted), (name, directory)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile
-from tests.quantized import FORMATS, quantize_checkpoint, quantize_gpt_oss
+from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.experts.formats import RowFormat
@@ -23,12 +22,6 @@ def original(tmp_path_factory):
     make_checkpoint("qwen3_moe", directory, **sizes)
     in_bfloat16(directory)
     return directory
-
-
-def in_bfloat16(directory):
-    path = directory / "model.safetensors"
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def answers(model, info, **options) -> tuple[dict[str, torch.Tensor], RowFormat]:

@@ -419,10 +419,10 @@ E0 = "model.layers.1.mlp.experts.0"
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (lambda t: t | {f"{E0}.up_proj.bias": torch.zeros(64)}, "0.up_proj.bias is not the plain"),
+        (lambda t: t | {f"{E0}.up_proj.bias": torch.zeros(64)}, "0.up_proj.bias is no part of an"),
         (
             lambda t: t | {f"{E0}.up_proj.weight_scale": torch.zeros(1)},
-            "up_proj.weight_scale is not the plain weight of one expert's projection; quantized",
+            "up_proj.weight_scale is no part of an expert's projection that is known",
         ),
         (
             lambda t: {n: x.to(torch.float8_e4m3fn) if "experts" in n else x for n, x in t.items()},
@@ -430,7 +430,7 @@ E0 = "model.layers.1.mlp.experts.0"
         ),
         (
             lambda t: t | {f"{E0}.up_proj.weight": t[f"{E0}.up_proj.weight"].half()},
-            "layer 1: experts are stored as F16, F32; plain weights of one dtype",
+            "layer 1: experts are stored as F16, F32; weights of one dtype",
         ),
         (
             lambda t: {n: x for n, x in t.items() if n != f"{E0}.gate_proj.weight"},
@@ -472,8 +472,10 @@ def test_profiles_and_models_that_do_not_fit_are_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("file", "changed", "words"),
     [
+        (INDEX, lambda text: text.replace('"format_version": "1"', '"format_version": "3"'),
+         "version '3', wanted 'atomic-moe-export' version 1 or 2"),
         (INDEX, lambda text: text.replace('"format_version": "1"', '"format_version": "2"'),
-         "version '2', wanted 'atomic-moe-export' version '1'"),
+         "does not say how the rows of layer 0 are encoded; export the model again"),
         (INDEX, lambda text: text[:100], f"holds no readable {INDEX} of an export"),
         ("../model.safetensors", lambda text: "x", "beside the exported ones in atomic_weights/"),
     ],
@@ -494,7 +496,7 @@ def test_exports_that_are_not_whole_are_refused(shared, tmp_path, file, changed,
         (lambda t, p: t[f"{p}.keep"].logical_not_(), r"packed.offsets does not count the atoms of"),
         (
             lambda t, p: t.update({f"{p}.gate": t[f"{p}.gate"][1:].clone()}),
-            r"packed.gate is \[\d+, 128\], wanted \[\d+, 128\]",
+            r"packed.gate is F32 \[\d+, 128\], wanted \[\d+, 128\]",
         ),
     ],
 )

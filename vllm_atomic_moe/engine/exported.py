@@ -2,12 +2,15 @@
 
 vLLM's loader reads the shards and the model's own `load_weights` places what the model knows. The
 packed rows never get there: they are already what the layers hold, one tensor for all experts of a
-layer, and no name mapping of vLLM's knows them. They are taken out of the stream on the way.
+layer, and no name mapping of vLLM's knows them. They are taken out of the stream on the way. Of
+quantized rows the codes wait for their tables, then expert by expert becomes what the original
+checkpoint would have given.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +20,13 @@ import torch
 from vllm.config import ModelConfig
 
 from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
+from vllm_atomic_moe.experts.stored import PART_PROJECTIONS, StoredRows
 from vllm_atomic_moe.files.layouts import expert_tensor
+from vllm_atomic_moe.files.quantization import stored_tables
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
     from vllm_atomic_moe.experts.packing import Projection
-
-PART_PROJECTIONS: dict[str, Projection] = {"gate": "gate", "up": "up", "down_t": "down"}
 
 
 def reading_from(folder: Path, model_config: ModelConfig) -> ModelConfig:
@@ -49,6 +52,7 @@ def packed_rows_taken_by(
         stored: layer index -> bool [E, I], the atoms whose rows the checkpoint holds.
     """
     by_index = {layer.index: layer for layer in layers}
+    gathered: dict[tuple[int, str], dict[str, torch.Tensor]] = defaultdict(dict)
 
     def others(weights: Weights) -> Weights:
         for name, tensor in weights:
@@ -56,9 +60,65 @@ def packed_rows_taken_by(
             if found is None or not found.packed or found.layer not in stored:
                 yield name, tensor
                 continue
-            index, projection = found.layer, PART_PROJECTIONS.get(found.part)
-            if index in by_index and projection is not None:
-                by_index[index].load_packed(name, projection, tensor, stored[index])
+            layer, projection = by_index.get(found.layer), PART_PROJECTIONS.get(found.part)
+            if layer is None or projection is None:
+                continue
+            if found.quantity == "bias":
+                _load_biases(layer, name, projection, tensor, stored[found.layer])
+            elif layer.scheme.kind == "plain":
+                layer.mark_loaded(f"{projection}_proj", name)
+                layer.packed.load_rows(projection, tensor, stored[found.layer])
+            else:
+                parts = gathered[found.layer, found.part]
+                wanted = {"weight", *stored_tables(layer.scheme.kind, found.part)}
+                if found.quantity not in wanted - parts.keys():
+                    raise ValueError(
+                        f"{name} arrives twice, or is not wanted; export the model again"
+                    )
+                parts[found.quantity] = tensor
+                if parts.keys() == wanted:
+                    layer.mark_loaded(f"{projection}_proj.weight", name)
+                    _load_codes(layer, name, projection, parts, stored[found.layer])
+                    # Loaded, but remembered, so that nothing arrives twice.
+                    gathered[found.layer, found.part] = dict.fromkeys(wanted, tensor[:0])
 
     with weights_through(model, others):
         yield
+
+
+def _load_codes(
+    layer: AtomicRoutedExperts,
+    name: str,
+    projection: Projection,
+    parts: Mapping[str, torch.Tensor],
+    stored_EI: torch.Tensor,
+) -> None:
+    """Take one projection of all quantized experts; `stored_EI` says which atoms it is of."""
+    packed = layer.packed
+    try:
+        rows = StoredRows(parts, stored_EI, packed.row_format, projection, packed.hidden_size)
+        for expert in layer.own_experts:
+            packed.load_encoded(expert, projection, rows.expert(expert))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; export the model again") from None
+
+
+def _load_biases(
+    layer: AtomicRoutedExperts,
+    name: str,
+    projection: Projection,
+    biases: torch.Tensor,
+    stored_EI: torch.Tensor,
+) -> None:
+    """Take the biases of one projection: of the stored atoms [P], or of down [E, H]."""
+    experts, size = stored_EI.shape
+    down = projection == "down"
+    wanted = [experts, layer.packed.hidden_size] if down else [int(stored_EI.sum())]
+    if list(biases.shape) != wanted:
+        raise ValueError(f"{name} is {list(biases.shape)}, wanted {wanted}; export the model again")
+    if not down:
+        whole = torch.zeros(experts, size, dtype=biases.dtype)
+        whole[stored_EI] = biases
+        biases = whole
+    for expert in layer.own_experts:
+        layer.load_bias(expert, projection, biases[expert], name)

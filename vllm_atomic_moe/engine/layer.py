@@ -254,7 +254,7 @@ class AtomicRoutedExperts(RoutedExperts):
             )
         projection = SHARD_PROJECTIONS[shard_id]
         if loaded_weight.dim() == 1:
-            return self._load_bias(expert_id, projection, loaded_weight, weight_name)
+            return self.load_bias(expert_id, projection, loaded_weight, weight_name)
         first = 0 if loaded_weight.dim() == 3 else expert_id
         matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
         taken = False
@@ -265,10 +265,17 @@ class AtomicRoutedExperts(RoutedExperts):
                 taken = True
         return taken if return_success else None
 
-    def _load_bias(
+    def load_bias(
         self, expert: int, projection: Projection, bias: torch.Tensor, weight_name: str
     ) -> bool:
-        """One expert's bias; that of down is the first tensor parallel rank's alone."""
+        """Take one expert's bias; that of down is the first tensor parallel rank's alone.
+
+        Returns:
+            Whether the expert is this rank's.
+
+        Raises:
+            ValueError: it arrives for the second time, has the wrong shape, or none is wanted.
+        """
         if expert not in self.own_experts:
             return False
         if not self.packed.biases:
@@ -300,7 +307,7 @@ class AtomicRoutedExperts(RoutedExperts):
         if expert not in self.own_experts:
             return
         if quantity == "bias":
-            self._load_bias(expert, projection, part, name)
+            self.load_bias(expert, projection, part, name)
             return
         self._mark_loaded(expert, f"{projection}_proj.{quantity}", name)
         if quantity not in self.scheme.parts:
@@ -320,19 +327,14 @@ class AtomicRoutedExperts(RoutedExperts):
         self.packed.load_encoded(expert, projection, encoded)
         del self._parts[expert, projection]
 
-    def load_packed(
-        self, weight_name: str, projection: Projection, rows: torch.Tensor, stored: torch.Tensor
-    ) -> None:
-        """Take one projection of all experts from an exported checkpoint.
-
-        Args are those of `PackedExperts.load_rows`, and the tensor's name.
+    def mark_loaded(self, tensor: str, weight_name: str) -> None:
+        """Note that a tensor of all experts has arrived.
 
         Raises:
-            ValueError: the tensor arrives for the second time, or has the wrong shape.
+            ValueError: it arrives for the second time.
         """
         for expert in self.own_experts:
-            self._mark_loaded(expert, f"{projection}_proj", weight_name)
-        self.packed.load_rows(projection, rows, stored)
+            self._mark_loaded(expert, tensor, weight_name)
 
     def _mark_loaded(self, expert: int, tensor: str, weight_name: str) -> None:
         if (expert, tensor) in self.loaded:

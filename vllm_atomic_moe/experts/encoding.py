@@ -20,6 +20,7 @@ from vllm_atomic_moe.experts.formats import (
     Factor,
     Projection,
     RowFormat,
+    check_values,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.quantization import Scheme
@@ -100,89 +101,122 @@ def encode(
         parts: part -> tensor, those of `scheme.parts`, as the checkpoint has them.
 
     Raises:
-        ValueError: a part has the wrong dtype or shape, or scales that no weights come from; one
-            line without the expert's name.
+        ValueError: a part has the wrong dtype or shape, or says nothing that is a weight; one line
+            without the expert's name.
     """
-    down = projection == "down"
-    outputs, inputs = (hidden_size, intermediate_size) if down else (intermediate_size, hidden_size)
-    codes_NK, scales_NK, zeros_NK, factor, group_K = _read(scheme, parts)
-    assert scales_NK is not None
+    sizes = hidden_size, intermediate_size
+    scales = encode_scales(scheme, projection, parts, *sizes)
+    codes_NK = _read_codes(scheme, parts)
+    outputs, inputs = sizes if projection == "down" else sizes[::-1]
     if tuple(codes_NK.shape) != (outputs, inputs):
         raise ValueError(
             f"holds {codes_NK.shape[0]} x {codes_NK.shape[1]} codes, the model has "
             f"{outputs} x {inputs}"
         )
+    encoded = scales._replace(codes_SH=codes_NK.t() if projection == "down" else codes_NK)
+    check_values(encoded, row_format(scheme, *sizes), projection)
+    return encoded
+
+
+def encode_scales(
+    scheme: Scheme,
+    projection: Projection,
+    parts: Mapping[str, torch.Tensor],
+    hidden_size: int,
+    intermediate_size: int,
+) -> Encoded:
+    """As `encode`, without codes (they are empty), which are not read; values are not checked."""
+    down = projection == "down"
+    outputs, inputs = (hidden_size, intermediate_size) if down else (intermediate_size, hidden_size)
+    if missing := [name for name in scheme.parts if name not in parts]:
+        raise ValueError(f"{missing[0]} is missing")
     rows, columns = scheme.rows or outputs, scheme.columns or inputs
     wanted = (-(-outputs // rows), -(-inputs // columns))
+    scales_NK, zeros_NK, factor = _read_scales(scheme, parts)
     if tuple(scales_NK.shape) != wanted:
         raise ValueError(f"scales are {list(scales_NK.shape)}, wanted {list(wanted)}")
     if scales_NK.dtype != SCALE_DTYPES[scheme.scale]:
         raise ValueError(f"scales are {scales_NK.dtype}, those of other experts {scheme.scale}")
-    as_floats = scales_NK.float()
-    if factor is not None:
-        as_floats = as_floats * factor
-    if not as_floats.isfinite().all() or (factor is not None and not factor):
-        raise ValueError("scales are not finite, or their factor is zero")
     if zeros_NK is not None and zeros_NK.shape != scales_NK.shape:
         raise ValueError(f"zeros are {list(zeros_NK.shape)}, wanted {list(wanted)}")
-    if group_K is not None and not down:
-        if not torch.equal(group_K, torch.arange(inputs) // columns):
+    group_K = None
+    if scheme.kind == "gptq":
+        group_K = _part(parts, "g_idx", torch.int32, 1).long()
+        if len(group_K) != inputs or bool(((group_K < 0) | (group_K >= wanted[1])).any()):
+            raise ValueError(f"g_idx does not give a group to each of {inputs} inputs")
+        if not down and not torch.equal(
+            group_K, torch.arange(inputs, device=group_K.device) // columns
+        ):
             raise ValueError("activation order (g_idx) in gate_proj or up_proj is not served")
-        group_K = None
-    if down:
-        codes_NK, scales_NK = codes_NK.t(), scales_NK.t()
-        zeros_NK = None if zeros_NK is None else zeros_NK.t()
-    return Encoded(codes_NK, scales_NK, zeros_NK, factor, group_K)
+    codes = torch.empty(0, 0, dtype=torch.uint8)
+    if not down:
+        return Encoded(codes, scales_NK, zeros_NK, factor)
+    return Encoded(
+        codes, scales_NK.t(), None if zeros_NK is None else zeros_NK.t(), factor, group_K
+    )
 
 
-def _read(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Encoded:
-    """Codes [N, K] and scales of a matrix as it stands in the checkpoint."""
-    if scheme.kind in ("gptq", "awq"):
-        return _read_transposed(scheme, parts)
-    codes, scales, *others = (parts[name] for name in scheme.parts)
-    scales = scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
+def _read_codes(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Codes [N, K] of a matrix, uint8."""
+    name = scheme.parts[0]
     if scheme.kind == "fp8":
-        if codes.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"weights are {codes.dtype}, those of other experts float8_e4m3fn")
-        codes = codes.view(torch.uint8)
-        if bool(((codes & 127) == 127).any()):
-            raise ValueError("weights are not finite")
-        scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
-        return Encoded(codes, scales)
-    if scheme.kind == "int4":
-        if codes.dtype != torch.int32:
-            raise ValueError(f"weights are {codes.dtype}, those of other experts int32")
-        return Encoded(_nibbles(codes), scales)
-    if scheme.kind == "mxfp4-blocks":
-        codes = codes.flatten(-2)
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"weights are {codes.dtype}, those of other experts uint8")
-    codes_NK = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    factor = others[0].float().reshape(()) if others else None
-    return Encoded(codes_NK, scales, factor=factor)
+        return _part(parts, name, torch.float8_e4m3fn, 2).view(torch.uint8)
+    if scheme.kind in ("int4", "gptq", "awq"):
+        packed = _part(parts, name, torch.int32, 2)
+        if scheme.kind == "gptq":
+            return _nibbles(packed.t())
+        return _in_awq_order(packed).t() if scheme.kind == "awq" else _nibbles(packed)
+    blocks = scheme.kind == "mxfp4-blocks"
+    codes = _part(parts, name, torch.uint8, 3 if blocks else 2)
+    codes = codes.flatten(-2) if blocks else codes
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
 
 
-def _read_transposed(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Encoded:
-    """GPTQ's and AWQ's matrices, which are stored [K, N]."""
-    packed, zeros = parts["qweight"], parts["qzeros"]
-    if packed.dtype != torch.int32 or zeros.dtype != torch.int32:
-        raise ValueError(f"weights and zeros are {packed.dtype} and {zeros.dtype}, wanted int32")
-    scales_NG = parts["scales"].t()
-    if scheme.kind == "awq":
-        codes_NK, zeros_NG = (
-            _nibbles(matrix).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).t()
-            for matrix in (packed, zeros)
+def _read_scales(
+    scheme: Scheme, parts: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Scales, zero points [N, K / group], and the factor of a matrix."""
+    if scheme.kind in ("gptq", "awq"):
+        scales_NG = _part(parts, "scales", None, 2).t()
+        packed = _part(parts, "qzeros", torch.int32, 2)
+        if scheme.kind == "awq":
+            return scales_NG, _in_awq_order(packed).t(), None
+        # 8 in both versions of the format; the first stores one less.
+        stored = _nibbles(packed)
+        if not any(bool((stored == zero).all()) for zero in (7, 8)):
+            raise ValueError("zero points are not 8, so that its weights are not symmetric")
+        return scales_NG, None, None
+    scales, *others = (_part(parts, name) for name in scheme.parts[1:])
+    scales = scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
+    if scheme.kind == "fp8" and scales.dim() < 2:
+        scales = scales.reshape(-1, 1)
+    if others and (others[0].dtype != torch.float32 or others[0].numel() != 1):
+        raise ValueError(
+            f"{scheme.parts[2]} is {others[0].dtype} {list(others[0].shape)}, wanted one float32"
         )
-        return Encoded(codes_NK, scales_NG, zeros_NG)
-    # 8 in both versions of the format; the first stores one less.
-    stored = _nibbles(zeros)
-    if not bool(((stored == stored[0, 0]) & ((stored == 7) | (stored == 8))).all()):
-        raise ValueError("zero points are not 8, so that its weights are not symmetric")
-    group = parts["g_idx"].long()
-    return Encoded(_nibbles(packed.t().contiguous()), scales_NG, group_S=group)
+    return scales, None, others[0].reshape(()) if others else None
+
+
+def _part(
+    parts: Mapping[str, torch.Tensor],
+    name: str,
+    dtype: torch.dtype | None = None,
+    dims: int | None = None,
+) -> torch.Tensor:
+    """One part, of the dtype and as many dimensions as asked for."""
+    part = parts[name]
+    if (dtype or part.dtype) != part.dtype or (dims or part.dim()) != part.dim():
+        wanted = f"{dtype} of {dims} dimensions" if dtype else f"{dims} dimensions"
+        raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, wanted {wanted}")
+    return part
 
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The 8 codes of every int32, the lowest first: uint8 [N, 8 · columns]."""
     stored = packed.contiguous().view(torch.uint8)
     return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+
+
+def _in_awq_order(packed: torch.Tensor) -> torch.Tensor:
+    """The same of AWQ, which interleaves them."""
+    return _nibbles(packed).unflatten(1, (packed.shape[1], 8))[..., AWQ_ORDER].flatten(1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch
@@ -129,6 +130,22 @@ class RowFormat:
         """The scale row, within its expert, of atoms: int64 [F]."""
         return atoms_F // self.block(projection).atoms
 
+    def kept_groups(
+        self, projection: Projection, atoms_F: torch.Tensor, intermediate_size: int
+    ) -> torch.Tensor:
+        """The scale rows, within their expert, that are kept for some of its atoms: int64, rising.
+
+        Args:
+            atoms_F: int64 [F], any order.
+            intermediate_size: I.
+        """
+        if not self.shared(projection):
+            return atoms_F
+        if self.scattered and projection == "down" and len(atoms_F):
+            groups = -(-intermediate_size // self.block(projection).atoms)
+            return torch.arange(groups, device=atoms_F.device)
+        return self.groups_of(projection, atoms_F).unique()
+
     def expert_bytes(
         self, hidden_size: int, intermediate_size: int, itemsize: int, gated: bool = True
     ) -> int:
@@ -196,15 +213,21 @@ def effective_scales(
     return scales * factor if how == "times" else scales / factor
 
 
+def scale_rows(encoded: Encoded, row_format: RowFormat, projection: Projection) -> torch.Tensor:
+    """Which scale row every row has: int64 [S]."""
+    if encoded.group_S is not None:
+        return encoded.group_S
+    codes_SH = encoded.codes_SH
+    rows_S = torch.arange(len(codes_SH), device=codes_SH.device)
+    return row_format.groups_of(projection, rows_S)
+
+
 def decode(encoded: Encoded, row_format: RowFormat, projection: Projection) -> torch.Tensor:
     """The weights of encoded rows, float32 [S, H], before they are rounded to any dtype."""
-    codes_SH, scales_GC, zeros_GC, factor, group_S = encoded
+    codes_SH, scales_GC, zeros_GC, factor, _ = encoded
     if scales_GC is None:
         return codes_SH.float()
-    if group_S is None:
-        group_S = row_format.groups_of(
-            projection, torch.arange(len(codes_SH), device=codes_SH.device)
-        )
+    group_S = scale_rows(encoded, row_format, projection)
     return decode_rows(
         codes_SH,
         row_format.code,
@@ -238,6 +261,31 @@ def decode_rows(
     if zeros_FC is not None:
         values_FH = values_FH - spread(zeros_FC.float())
     return values_FH * spread(scales_FC)
+
+
+def check_values(encoded: Encoded, row_format: RowFormat, projection: Projection) -> None:
+    """Refuse encoded rows that are not finite numbers, or whose scales make nothing of their codes.
+
+    Raises:
+        ValueError: one line without names.
+    """
+    codes_SH, scales_GC, zeros_GC, factor, _ = encoded
+    assert scales_GC is not None
+    if row_format.code == "e4m3" and bool(((codes_SH & 127) == 127).any()):
+        raise ValueError("weights are not finite")
+    if factor is not None and not (factor.isfinite() and factor):
+        raise ValueError(f"the factor of its scales is {factor.item()}")
+    scales = effective_scales(scales_GC, factor, row_format.factor)
+    most = {"e4m3": 448, "e2m1": 6}.get(row_format.code, 15)
+    if not (scales * most).isfinite().all():
+        raise ValueError("scales are not finite, or too large")
+    if bool((nothing := scales == 0).any()):
+        group_S = scale_rows(encoded, row_format, projection)
+        zeros = None if zeros_GC is None else zeros_GC[group_S]
+        columns = row_format.block(projection).columns
+        lost = decode_rows(codes_SH, row_format.code, columns, nothing.float()[group_S], zeros)
+        if lost.any():
+            raise ValueError("a scale is zero, the codes that it is for are not")
 
 
 def stored_values(
@@ -303,11 +351,10 @@ class ScaleTables:
             block = row_format.block(name)
             kept: list[torch.Tensor] = []
             if row_format.shared(name):
-                for start, end in zip(self._offsets, self._offsets[1:], strict=False):
-                    groups = row_format.groups_of(name, atoms_P[start:end]).unique()
-                    if row_format.scattered and name == "down" and end > start:
-                        groups = torch.arange(-(-intermediate_size // block.atoms))
-                    kept.append(groups)
+                kept = [
+                    row_format.kept_groups(name, atoms_P[start:end], intermediate_size)
+                    for start, end in pairwise(self._offsets)
+                ]
                 self._groups[name] = kept
                 self._first[name] = [0, *torch.tensor([*map(len, kept)]).cumsum(0).tolist()]
             rows = self._first[name][-1] if kept else self._offsets[-1]

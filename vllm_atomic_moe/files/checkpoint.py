@@ -29,10 +29,16 @@ from vllm_atomic_moe.files.agreement import (
     is_prediction,
     router_groups,
 )
-from vllm_atomic_moe.files.config import check_encodings, experts_per_token, read_config
+from vllm_atomic_moe.files.config import (
+    check_encodings,
+    experts_per_token,
+    quantization_settings,
+    read_config,
+)
 from vllm_atomic_moe.files.export_format import (
     INDEX,
     stored_masks,
+    stored_schemes,
     weights_directory,
 )
 from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
@@ -199,12 +205,16 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     check_encodings(directory)
     config = read_config(directory)
     where = locate_tensors(directory)
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    settings = quantization_settings(directory, config)
     layers = _gather_layers(where, config["hidden_size"], settings)
     check_depth(directory, config, where, layers)
     num_layers = config.get("num_hidden_layers", 1 << 30)
     layers = {index: layer for index, layer in layers.items() if index < num_layers}
     check_layout(directory, config, where, layers, num_layers)
+    exported = weights_directory(directory) != directory
+    if exported:
+        for index, scheme in stored_schemes(directory, sorted(layers)).items():
+            layers[index].scheme = scheme
     num_experts = count_experts(directory, config, layers)
     for scheme in {layer.scheme for layer in layers.values()}:
         check_told(directory, config, scheme)
@@ -217,6 +227,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     biased = any(name.endswith(CORRECTION_BIAS) for name in where)
     groups = router_groups(directory, config, biased, num_experts)
     check_choice(directory, top_k, num_experts, groups)
+    schemes = {index: layer.scheme for index, layer in sorted(layers.items())}
     return CheckpointInfo(
         architecture=(config.get("architectures") or ["unknown"])[0],
         num_experts=num_experts,
@@ -227,12 +238,8 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         router=identify_router(where, [name for names in routers.values() for name in names]),
         groups=groups,
         blocks=blocks,
-        schemes={index: layer.scheme for index, layer in sorted(layers.items())},
-        stored=(
-            stored_masks(where, blocks, config["hidden_size"])
-            if weights_directory(directory) != directory
-            else None
-        ),
+        schemes=schemes,
+        stored=stored_masks(where, blocks, schemes, config["hidden_size"]) if exported else None,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_atomic_moe.files.export_format import INDEX
+from vllm_atomic_moe.files.layouts import INDEX
 from vllm_atomic_moe.files.plain_files import read_json_object
 
 EXPERTS_PER_TOKEN = (
@@ -100,24 +100,33 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
     """How a checkpoint is quantized, as its configuration calls it; None if it is not."""
+    settings = quantization_settings(directory, config)
+    return (_method(settings) or "unknown") if settings else None
+
+
+def quantization_settings(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a configuration, or a quantizer's own file, says of quantization; empty if nothing."""
     for key in ("quantization_config", "compression_config"):
         told = config.get(key)
         if isinstance(told, dict) and told:
-            return str(told.get("quant_method") or told.get("quant_algo") or "unknown")
+            return told
     for name in QUANTIZATION_FILES:
         path = directory / name
-        if path.is_file() and (method := _method(read_json_object(path))):
-            return method
-    return None
+        if path.is_file():
+            told = read_json_object(path)
+            inner = told.get("quantization")
+            told = inner if isinstance(inner, dict) else told
+            if _method(told):
+                return told
+    return {}
 
 
 def _method(told: Mapping[str, Any]) -> str | None:
-    """The method of a quantizer's own file; by the keys that vLLM wants there, if it says none."""
-    inner = told.get("quantization")
-    if isinstance(inner, dict):
-        return f"modelopt {inner['quant_algo']}".lower() if inner.get("quant_algo") else None
+    """By its name, or by the keys that vLLM wants where there is none."""
     if told.get("quant_method"):
         return str(told["quant_method"])
+    if told.get("quant_algo"):
+        return f"modelopt {told['quant_algo']}".lower()
     if told.keys() & {"w_bit", "zero_point"}:
         return "awq"
     return "gptq" if "bits" in told else None

@@ -2,26 +2,34 @@
 
 `atomic-moe export` writes shards to the folder `atomic_weights/`, where other readers do not look:
 they find no weights, instead of experts that they cannot place. The experts are packed (see
-`layouts.py`). The index of the shards names format, version and profile.
+`layouts.py`). The index of the shards names format, version and profile; version 2 also says of
+every layer how each projection's rows are encoded. Where all of it is plain weights, without
+biases, an export is of version 1.
 
 Legend: E experts, H hidden size, I full intermediate size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.files.layouts import PACKED, PACKED_ROWS, packed_name
+from vllm_atomic_moe.files.layouts import INDEX, PACKED, PACKED_ROWS, packed_name
 from vllm_atomic_moe.files.plain_files import read_json_object
+from vllm_atomic_moe.files.quantization import (
+    PLAIN_SCHEME,
+    Scheme,
+    stored_scheme,
+    stored_tables,
+)
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor, safetensors_files
 
 EXPORT_DIRECTORY = "atomic_weights"
 EXPORT_FORMAT = "atomic-moe-export"
-EXPORT_VERSION = "1"
-INDEX = "model.safetensors.index.json"
+PLAIN_VERSION, EXPORT_VERSION = VERSIONS = ("1", "2")
+ROW_FORMATS = "row_formats"
 
 
 def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
@@ -49,10 +57,10 @@ def weights_directory(directory: Path) -> Path:
             f"{folder}: holds no readable {INDEX} of an export ({type(error).__name__}); "
             "export the model again"
         ) from None
-    if found != (EXPORT_FORMAT, EXPORT_VERSION):
+    if found[0] != EXPORT_FORMAT or found[1] not in VERSIONS:
         raise ValueError(
             f"{folder}: is of format {found[0]!r:.80} version {found[1]!r:.20}, wanted "
-            f"{EXPORT_FORMAT!r} version {EXPORT_VERSION!r}; was it made by this version of "
+            f"{EXPORT_FORMAT!r} version {' or '.join(VERSIONS)}; was it made by this version of "
             "atomic-moe?"
         )
     if safetensors_files(directory):
@@ -63,23 +71,72 @@ def weights_directory(directory: Path) -> Path:
     return folder
 
 
+def stored_schemes(directory: Path, layers: Sequence[int]) -> dict[int, Scheme]:
+    """How an exported checkpoint encodes the rows of its layers.
+
+    Args:
+        directory: the checkpoint.
+        layers: indices of its MoE layers.
+
+    Raises:
+        ValueError: its index does not say so of every projection, or projections of one layer
+            differ.
+    """
+    path = directory / EXPORT_DIRECTORY / INDEX
+    metadata = read_json_object(path)["metadata"]
+    if metadata["format_version"] == PLAIN_VERSION:
+        return dict.fromkeys(layers, PLAIN_SCHEME)
+    schemes: dict[int, Scheme] = {}
+    for layer in layers:
+        try:
+            told = metadata[ROW_FORMATS][str(layer)]
+            found = {part: stored_scheme(told[part]) for part in PACKED_ROWS}
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{path}: does not say how the rows of layer {layer} are encoded; export the model "
+                "again"
+            ) from None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: layer {layer}: {error}; was it made by this version of atomic-moe?"
+            ) from None
+        if len({*found.values()}) > 1:
+            names = ", ".join(f"{part} {scheme.name}" for part, scheme in found.items())
+            raise ValueError(
+                f"not served by this version: layer {layer} of {path}: projections encoded "
+                f"differently ({names}); export the model again"
+            )
+        schemes[layer] = found["gate"]
+    return schemes
+
+
 def stored_masks(
-    where: Mapping[str, Path], blocks: Mapping[int, str], hidden_size: int
+    where: Mapping[str, Path],
+    blocks: Mapping[int, str],
+    schemes: Mapping[int, Scheme],
+    hidden_size: int,
 ) -> dict[int, torch.Tensor]:
     """The atoms an exported checkpoint holds: layer index -> bool [E, I].
 
     Args:
         where: tensor name -> shard.
         blocks: layer index -> name of its MoE block.
+        schemes: layer index -> how its rows are encoded.
         hidden_size: H.
 
     Raises:
-        ValueError: packed rows, offsets and mask of a layer do not fit together.
+        ValueError: packed rows, offsets and mask of a layer do not fit together, or a table beside
+            the rows is missing.
     """
     masks: dict[int, torch.Tensor] = {}
     for index, block in blocks.items():
         names = {part: packed_name(block, part) for part in PACKED}
-        if missing := [name for name in names.values() if name not in where]:
+        tables = [
+            packed_name(block, part, table)
+            for part in PACKED_ROWS
+            for table in stored_tables(schemes[index].kind, part)
+        ]
+        if missing := [name for name in (*names.values(), *tables) if name not in where]:
             raise ValueError(f"layer {index}: {missing[0]} is missing; export the model again")
         keep, offsets = (read_tensor(where[names[p]], names[p]) for p in ("keep", "offsets"))
         if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
@@ -87,13 +144,16 @@ def stored_masks(
                 f"layer {index}: {names['offsets']} does not count the atoms of {names['keep']}; "
                 "export the model again"
             )
+        bits = schemes[index].bits
+        wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
         for name in (names[part] for part in PACKED_ROWS):
             with open_safetensors(where[name]) as (_, shard):
-                shape = shard.get_slice(name).get_shape()
-            if shape != [int(offsets[-1]), hidden_size]:
+                entry = shard.get_slice(name)
+                shape, dtype = entry.get_shape(), entry.get_dtype()
+            if shape != wanted or (dtype == "U8") != bool(bits):
                 raise ValueError(
-                    f"layer {index}: {name} is {shape}, wanted "
-                    f"{[int(offsets[-1]), hidden_size]}; export the model again"
+                    f"layer {index}: {name} is {dtype} {shape}, wanted {'U8 ' if bits else ''}"
+                    f"{wanted}; export the model again"
                 )
         masks[index] = keep
     return masks

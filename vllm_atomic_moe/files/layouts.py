@@ -8,7 +8,8 @@ or the layer itself. Three layouts follow:
                  [E, I, H]; down [E, H, I]; or all of them transposed
     packed       experts.packed.{part}, which `atomic-moe export` writes: gate, up and down_t
                  [P, H], the stored atoms in checkpoint order; offsets int64 [E+1], the first row of
-                 every expert; keep bool [E, I], the atoms that are stored
+                 every expert; keep bool [E, I], the atoms that are stored. Where experts are
+                 quantized the rows are codes, and {part}_{table} stands beside them
 
 Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
 """
@@ -18,6 +19,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+# Says which shard holds which tensor.
+INDEX = "model.safetensors.index.json"
 # Part of a layout -> its spelling; one entry per family of models.
 PER_EXPERT = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
@@ -41,6 +44,9 @@ QUANTITIES = (
 FUSED_QUANTITIES = ("blocks", "scales", "bias")
 PACKED_ROWS = ("gate", "up", "down_t")
 PACKED = (*PACKED_ROWS, "offsets", "keep")
+# What may stand beside packed rows: scales [G, C]; of every row its scale row within the expert;
+# zero points [G, C]; a factor of every expert; biases, those of down_t [E, H].
+PACKED_TABLES = ("scales", "groups", "zeros", "factors", "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class ExpertTensor:
         part: gate, up, down, gate_up, or one of PACKED.
         packed: whether the layout is the packed one.
         expert: whose matrix it is; None if the tensor is of all experts of the layer.
-        quantity: what of the matrix: its weights, or one of QUANTITIES.
+        quantity: what of the matrix: its weights, one of QUANTITIES, or of PACKED_TABLES.
     """
 
     block: str
@@ -69,9 +75,15 @@ def atom_bytes(hidden_size: int, itemsize: int) -> int:
     return len(PACKED_ROWS) * hidden_size * itemsize
 
 
-def packed_name(block: str, part: str) -> str:
-    """Name of a packed tensor of a MoE block; `part` is one of PACKED."""
-    return f"{block}.experts.packed.{part}"
+def packed_name(block: str, part: str, quantity: str = "weight") -> str:
+    """Name of a packed tensor of a MoE block.
+
+    Args:
+        part: one of PACKED.
+        quantity: weight, for the part itself; or one of PACKED_TABLES.
+    """
+    table = "" if quantity == "weight" else f"_{quantity}"
+    return f"{block}.experts.packed.{part}{table}"
 
 
 def quantized_tensor(name: str) -> ExpertTensor | None:
@@ -94,7 +106,8 @@ def expert_tensor(name: str) -> ExpertTensor | None:
         return None
     block, layer = match["block"], int(match["layer"])
     if match["packed"]:
-        return ExpertTensor(block, layer, match["packed"], packed=True)
+        quantity = match["table"] or "weight"
+        return ExpertTensor(block, layer, match["packed"], packed=True, quantity=quantity)
     if match["fused"]:
         return ExpertTensor(block, layer, _FUSED_PARTS[match["fused"]])
     if match["within"]:
@@ -124,7 +137,8 @@ _NAME = re.compile(
     rf"(?:experts\.(?P<expert>\d+)\.(?P<own>{_OWN})\.weight"
     rf"|(?P<fused>{_OF_EXPERTS})(?:\.weight)?"
     rf"|(?P<within>{_WITHIN})\.weight"
-    rf"|experts\.packed\.(?P<packed>{'|'.join(PACKED)}))"
+    rf"|experts\.packed\.(?P<packed>{'|'.join(PACKED)})"
+    rf"(?:(?<!offsets)(?<!keep)_(?P<table>{'|'.join(PACKED_TABLES)}))?)"
 )
 _BLOCK = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\.experts\."
 _PER_EXPERT_QUANTITY = re.compile(

@@ -7,12 +7,12 @@ quantized; config.json must say the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_atomic_moe.files.config import quantization
+from vllm_atomic_moe.files.config import quantization, quantization_settings
 
 Kind = Literal["plain", "fp8", "int4", "gptq", "awq", "mxfp4", "mxfp4-blocks", "nvfp4", "nvfp4-2"]
 
@@ -20,6 +20,7 @@ Kind = Literal["plain", "fp8", "int4", "gptq", "awq", "mxfp4", "mxfp4-blocks", "
 Part = tuple[str, tuple[int, ...]]
 
 FP8, FLOATS = "F8_E4M3", ("F32", "BF16", "F16")
+E8M0 = ("U8", "F8_E8M0")  # the first in older versions of safetensors, which lack the name
 # Parts that say nothing about weights: scales of activations, which stay in 16 bits here, and what
 # shapes say already.
 IGNORED = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
@@ -27,6 +28,7 @@ IGNORED = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_sc
 MATRICES = ("weight", "weight_packed", "qweight", "blocks")
 PARTS: Mapping[Kind, tuple[str, ...]] = {
     "plain": ("weight",),
+    "fp8": ("weight", "weight_scale"),
     "int4": ("weight_packed", "weight_scale"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
@@ -35,6 +37,19 @@ PARTS: Mapping[Kind, tuple[str, ...]] = {
     "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
     "nvfp4-2": ("weight", "weight_scale", "weight_scale_2"),
 }
+# Dtypes that scales may have.
+SCALES: Mapping[Kind, tuple[str, ...]] = {
+    "fp8": FLOATS,
+    "int4": FLOATS,
+    "gptq": FLOATS,
+    "awq": FLOATS,
+    "mxfp4": E8M0,
+    "mxfp4-blocks": E8M0,
+    "nvfp4": (FP8,),
+    "nvfp4-2": (FP8,),
+}
+# Inputs of a group, where the kind says.
+GROUPS: Mapping[Kind, int] = {"mxfp4": 32, "mxfp4-blocks": 32, "nvfp4": 16, "nvfp4-2": 16}
 # What `quant_method` calls checkpoints that may hold a kind.
 METHODS: Mapping[Kind, tuple[str, ...]] = {
     "fp8": ("fp8", "compressed-tensors", "modelopt fp8"),
@@ -65,8 +80,60 @@ class Scheme:
     columns: int = 0
     scale: str = "F32"
 
+    @property
+    def bits(self) -> int:
+        """Of one code; 0 of plain weights."""
+        return {"plain": 0, "fp8": 8}.get(self.kind, 4)
+
+    @property
+    def name(self) -> str:
+        """For people: fp8 128x128, int4 1x32; a block of 0 is as large as the matrix."""
+        if self.kind == "plain":
+            return self.kind
+        kind = self.kind.split("-")[0]
+        return f"{kind} {self.rows or 'all'}x{self.columns or 'all'}"
+
+    def told(self) -> dict[str, Any]:
+        """What an exported checkpoint's index says of it; `stored_scheme` reads it."""
+        if self.kind == "plain":
+            return {"kind": self.kind}
+        names = ("kind", "rows", "columns", "scale")
+        return {name: getattr(self, name) for name in names}
+
 
 PLAIN_SCHEME = Scheme()
+
+
+def stored_scheme(told: Any) -> Scheme:
+    """Undo `Scheme.told`, but for the parts: packed rows are not read by them.
+
+    Raises:
+        ValueError: it is nothing that `told` gives.
+    """
+    if told == PLAIN_SCHEME.told():
+        return PLAIN_SCHEME
+    try:
+        kind, rows, columns, scale = (told[key] for key in ("kind", "rows", "columns", "scale"))
+        whole = all(type(size) is int and size >= 0 for size in (rows, columns))
+        if kind in SCALES and whole and scale in SCALES[kind]:
+            return Scheme(kind, ("weight",), rows, columns, scale)
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(f"a row format that is not known, {told!r:.80}")
+
+
+def stored_tables(kind: Kind, part: str) -> tuple[str, ...]:
+    """What an exported checkpoint holds of quantized rows beside their codes, by PACKED_TABLES.
+
+    Args:
+        part: one of PACKED_ROWS.
+    """
+    if kind == "plain":
+        return ()
+    if kind == "gptq" and part == "down_t":  # where the order of activations may tell the groups
+        return ("scales", "groups")
+    more = {"awq": ("zeros",), "nvfp4": ("factors",), "nvfp4-2": ("factors",)}
+    return ("scales", *more.get(kind, ()))
 
 
 def scheme_of_down(
@@ -91,8 +158,8 @@ def scheme_of_down(
         raise ValueError(f"{where}: {error}; fetch the checkpoint again") from None
     found = ", ".join(f"{name} {dtype} {[*shape]}" for name, (dtype, shape) in parts.items())
     raise ValueError(
-        f"{where}: experts quantized in a way that is not known: {found}; use the checkpoint that "
-        "it was made from"
+        f"{where}: experts quantized in a way that is not known: {found:.120}; use the checkpoint "
+        "that it was made from"
     )
 
 
@@ -105,11 +172,17 @@ def _scheme_of_down(
     if names == {"weight"} and dtypes["weight"] in (*FLOATS, "F64"):
         rows, columns = shapes["weight"][-2:]
         return PLAIN_SCHEME, columns if rows == hidden_size else rows
-    if names >= {"blocks", "scales"} and dtypes["blocks"] == "U8":
-        _, outputs, groups, pairs = shapes["blocks"]
+    for name in names & {*MATRICES}:
+        if len(shapes[name]) != (4 if name == "blocks" else 2) or 0 in shapes[name]:
+            raise ValueError(f"{name} is {[*shapes[name]]}")
+    if names == {*PARTS["mxfp4-blocks"]} and dtypes["blocks"] == "U8":
+        experts, outputs, groups, pairs = shapes["blocks"]
         if (outputs, pairs) != (hidden_size, 16):
             raise ValueError(f"blocks are {[*shapes['blocks']]} for {hidden_size} outputs")
-        return Scheme("mxfp4-blocks", PARTS["mxfp4-blocks"], 1, 32, "F8_E8M0"), groups * 32
+        if shapes["scales"] != (experts, outputs, groups):
+            raise ValueError(f"scales are {[*shapes['scales']]}, blocks {[*shapes['blocks']]}")
+        scheme = _scheme("mxfp4-blocks", dtypes["scales"], GROUPS["mxfp4-blocks"])
+        return scheme, groups * 32
     for name in ("weight", "weight_packed"):
         if name in names and shapes[name][0] != hidden_size:
             raise ValueError(
@@ -119,31 +192,30 @@ def _scheme_of_down(
         return _fp8(parts, settings)
     if names == {*PARTS["nvfp4-2"]} and dtypes["weight"] == "U8":
         size = shapes["weight"][1] * 2
-        return _grouped("nvfp4-2", "F8_E4M3", shapes["weight_scale"], size), size
+        return _grouped("nvfp4-2", parts["weight_scale"], hidden_size, size, settings), size
     if "weight_packed" in names:
         if dtypes["weight_packed"] == "I32" and names == {*PARTS["int4"]}:
             size = shapes["weight_packed"][1] * 8
             kind: Kind = "int4"
         elif dtypes["weight_packed"] == "U8" and names == {*PARTS["nvfp4"]}:
             size, kind = shapes["weight_packed"][1] * 2, "nvfp4"
-        elif dtypes["weight_packed"] == "U8" and dtypes["weight_scale"] in ("U8", "F8_E8M0"):
+        elif dtypes["weight_packed"] == "U8" and names == {*PARTS["mxfp4"]}:
             size, kind = shapes["weight_packed"][1] * 2, "mxfp4"
         else:
             raise KeyError
         if kind == "int4" and _bits(settings) not in (None, 4):
             raise KeyError
-        return _grouped(kind, dtypes["weight_scale"], shapes["weight_scale"], size), size
-    if "qweight" in names:
+        return _grouped(kind, parts["weight_scale"], hidden_size, size, settings), size
+    if "qweight" in names and dtypes["qweight"] == "I32":
         packed = shapes["qweight"]
-        if packed[1] == hidden_size and names >= {"qweight", "qzeros", "scales"}:
+        if packed[1] == hidden_size and names == {*PARTS["gptq"]}:
             kind, size = "gptq", packed[0] * 8
-        elif packed[1] * 8 == hidden_size:
+        elif packed[1] * 8 == hidden_size and names == {*PARTS["awq"]}:
             kind, size = "awq", packed[0]
         else:
             raise KeyError
-        if names - {"g_idx"} != {*PARTS["awq"]}:
-            raise KeyError
-        return _grouped(kind, dtypes["scales"], shapes["scales"][::-1], size), size
+        dtype, shape = parts["scales"]
+        return _grouped(kind, (dtype, shape[::-1]), hidden_size, size, settings), size
     raise KeyError
 
 
@@ -162,33 +234,56 @@ def _fp8(parts: Mapping[str, Part], settings: Mapping[str, Any]) -> tuple[Scheme
         return Scheme("fp8", parts_wanted, 0, 0, dtype), columns
     if shape in ((rows, 1), (rows,)):
         return Scheme("fp8", parts_wanted, 1, 0, dtype), columns
-    high, wide = settings.get("weight_block_size") or _group_blocks(settings) or (128, 128)
+    high, wide = _block(settings)
     wanted = (-(-rows // high), -(-columns // wide))
     if shape != wanted:
         raise ValueError(f"{scale} is {[*shape]}, wanted {[*wanted]} for blocks of {high}x{wide}")
     return Scheme("fp8", parts_wanted, high, wide, dtype), columns
 
 
-def _grouped(kind: Kind, dtype: str, shape: tuple[int, ...], size: int) -> Scheme:
+def _grouped(
+    kind: Kind, scales: Part, outputs: int, size: int, settings: Mapping[str, Any]
+) -> Scheme:
     """Scales [N, K / group]."""
-    group, rest = divmod(size, shape[1])
-    if rest:
-        raise ValueError(f"scales are {[*shape]} for {size} inputs, which is not a whole group")
-    return Scheme(kind, PARTS[kind], 1, 0 if shape[1] == 1 else group, dtype)
+    dtype, shape = scales
+    if len(shape) != 2 or shape[0] != outputs or size % shape[1]:
+        raise ValueError(
+            f"scales are {[*shape]} for {outputs} outputs and {size} inputs, which are not whole "
+            "groups"
+        )
+    group = size // shape[1]
+    if group != GROUPS.get(kind, group):
+        raise ValueError(f"scales are of groups of {group} inputs, {kind} has {GROUPS[kind]}")
+    # One scale for all inputs of down may be one of many of gate, whose inputs are more.
+    told = kind in GROUPS or group in _group_sizes(settings)
+    return _scheme(kind, dtype, group if shape[1] > 1 or told else 0)
+
+
+def _scheme(kind: Kind, dtype: str, group: int) -> Scheme:
+    if dtype not in SCALES[kind]:
+        raise KeyError
+    return Scheme(kind, PARTS[kind], 1, group, dtype)
 
 
 def _bits(settings: Mapping[str, Any]) -> int | None:
     """Of compressed-tensors' weights, where all groups agree."""
-    found = {group["num_bits"] for group in _weight_groups(settings) if "num_bits" in group}
-    return found.pop() if len(found) == 1 else None
+    found = [group["num_bits"] for group in _weight_groups(settings) if "num_bits" in group]
+    return found[0] if found and all(bits == found[0] for bits in found) else None
 
 
-def _group_blocks(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    for group in _weight_groups(settings):
-        if group.get("strategy") == "block" and group.get("block_structure"):
-            rows, columns = group["block_structure"]
+def _block(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    block = settings.get("weight_block_size")
+    for group in () if block else _weight_groups(settings):
+        if group.get("strategy") == "block":
+            block = block or group.get("block_structure")
+    if not block:
+        return 128, 128
+    if isinstance(block, list) and len(block) == 2:
+        rows, columns = block
+        if type(rows) is int and type(columns) is int and rows > 0 and columns > 0:
             return rows, columns
-    return None
+    raise ValueError(f"config.json says blocks of {block!r:.40}, wanted two numbers")
 
 
 def _weight_groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -219,7 +314,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             f"{directory}: its experts are quantized as {scheme.kind}, config.json says {told}; is "
             "config.json of this checkpoint?"
         )
-    settings = config.get("quantization_config") or {}
+    settings = quantization_settings(directory, config)
     wanted = {"sym": (True, None), "bits": (4, None)} if scheme.kind == "gptq" else {}
     for key, values in wanted.items():
         if settings.get(key) not in values:
@@ -227,3 +322,19 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
                 f"not served by this version: GPTQ with {key} {settings[key]!r} ({directory}); use "
                 "the checkpoint that it was made from"
             )
+    sizes = list(_group_sizes(settings))
+    if scheme.kind != "fp8" and scheme.columns and sizes and scheme.columns not in sizes:
+        raise ValueError(
+            f"{directory}: config.json says quantization groups of {sizes[0] or 'all'} inputs, the "
+            f"files hold scales of {scheme.columns or 'all'}; is config.json of this checkpoint?"
+        )
+
+
+def _group_sizes(settings: Mapping[str, Any]) -> Iterator[int]:
+    """Inputs of a group, 0 for all; of one of several settings any."""
+    for entry in (settings, *_weight_groups(settings)):
+        size = entry.get("group_size")
+        if type(size) is int:
+            yield max(size, 0)
+        elif entry.get("strategy") == "channel":
+            yield 0

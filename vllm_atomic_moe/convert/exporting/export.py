@@ -13,11 +13,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vllm_atomic_moe.convert.exporting.codes import find_codes
 from vllm_atomic_moe.convert.exporting.place import (
     check_place,
     check_replaced,
@@ -27,8 +29,8 @@ from vllm_atomic_moe.convert.exporting.place import (
 )
 from vllm_atomic_moe.convert.exporting.rows import (
     PLAIN_DTYPES,
-    LayerRows,
     Shards,
+    find_biases,
     find_rows,
     natural,
     split_names,
@@ -43,10 +45,11 @@ from vllm_atomic_moe.files.export_format import (
     EXPORT_DIRECTORY,
     EXPORT_FORMAT,
     EXPORT_VERSION,
-    INDEX,
+    PLAIN_VERSION,
+    ROW_FORMATS,
     packed_offsets,
 )
-from vllm_atomic_moe.files.layouts import PACKED_ROWS, packed_name
+from vllm_atomic_moe.files.layouts import INDEX, PACKED_ROWS, expert_tensor, packed_name
 from vllm_atomic_moe.files.plain_files import allow_reading
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.tensors import StreamedTensor, stream_safetensors
@@ -122,7 +125,7 @@ def export(
             check_replaced(output, info, chosen, made)
             copied = sum(path.stat().st_size for path in files.values())
             check_space(output, sum(tensor.nbytes for tensor in tensors) + copied)
-            write_weights(work, shards, chosen.name, on_progress)
+            write_weights(work, shards, chosen.name, row_formats(info, tensors), on_progress)
             for name, path in files.items():
                 _write_file(work / name, path)
             # Last: without it nothing takes the directory for a checkpoint.
@@ -151,8 +154,12 @@ def plan_tensors(
     experts, others = split_names(source, info)
     planned = [_copied(source, name) for name in others]
     for layer, names in experts.items():
-        rows = find_rows(source, info, layer, names)
-        planned += _packed(rows, info.blocks[layer], profile.keep[layer], info.hidden_size)
+        find = find_rows if info.scheme(layer).kind == "plain" else find_codes
+        for found in (find(source, info, layer, names), find_biases(source, info, layer, names)):
+            if found is not None:
+                naming = partial(packed_name, info.blocks[layer])
+                planned += found.packed(naming, profile.keep[layer], info.hidden_size)
+        planned += _index(info.blocks[layer], profile.keep[layer])
     return sorted(planned, key=lambda tensor: natural(tensor.name))
 
 
@@ -163,26 +170,32 @@ def _copied(source: Shards, name: str) -> StreamedTensor:
     )
 
 
-def _packed(
-    layer: LayerRows, block: str, keep_EI: torch.Tensor, hidden_size: int
-) -> Iterator[StreamedTensor]:
-    """The five tensors of one layer."""
-    offsets_E1 = packed_offsets(keep_EI)
-    shape = (int(offsets_E1[-1]), hidden_size)
-    nbytes = shape[0] * hidden_size * PLAIN_DTYPES[layer.dtype].itemsize
-
-    def rows_of(part: str) -> Callable[[], Iterator[torch.Tensor]]:
-        return lambda: (layer.kept(part, expert, keep_I) for expert, keep_I in enumerate(keep_EI))
-
-    def whole(part: str, dtype: str, tensor: torch.Tensor) -> StreamedTensor:
+def _index(block: str, keep_EI: torch.Tensor) -> Iterator[StreamedTensor]:
+    """Which atoms the packed rows of one layer are, and where."""
+    for part, dtype, tensor in (
+        ("offsets", "I64", packed_offsets(keep_EI)),
+        ("keep", "BOOL", keep_EI),
+    ):
         name, shape = packed_name(block, part), tuple(tensor.shape)
-        return StreamedTensor(name, dtype, shape, tensor.nbytes, lambda: iter([tensor]))
+        yield StreamedTensor(name, dtype, shape, tensor.nbytes, partial(iter, [tensor]))
 
-    for part in PACKED_ROWS:
-        name = packed_name(block, part)
-        yield StreamedTensor(name, layer.dtype, shape, nbytes, rows_of(part))
-    yield whole("offsets", "I64", offsets_E1)
-    yield whole("keep", "BOOL", keep_EI)
+
+def row_formats(
+    info: CheckpointInfo, tensors: Sequence[StreamedTensor]
+) -> dict[str, dict[str, Any]] | None:
+    """What the index says of rows, by layer and part; None where version 1 can hold them."""
+    biased = any(
+        found.packed and found.quantity == "bias"
+        for tensor in tensors
+        if (found := expert_tensor(tensor.name))
+    )
+    schemes = {layer: info.scheme(layer) for layer in info.layers}
+    if not biased and all(scheme.kind == "plain" for scheme in schemes.values()):
+        return None
+    return {
+        str(layer): {part: scheme.told() for part in PACKED_ROWS}
+        for layer, scheme in schemes.items()
+    }
 
 
 def split_shards(
@@ -249,9 +262,17 @@ def write_weights(
     work: Path,
     shards: Mapping[str, Sequence[StreamedTensor]],
     profile: str,
+    formats: Mapping[str, Any] | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
     """The shards and their index, which says what they are.
+
+    Args:
+        work: the directory to write to.
+        shards: as `split_shards` gives them.
+        profile: its name.
+        formats: as `row_formats` gives them.
+        on_progress: called after every piece written.
 
     Raises:
         ValueError: the source changed while it was read.
@@ -269,9 +290,10 @@ def write_weights(
         stream_safetensors(tensors, work / name, count)
     metadata = {
         "format": EXPORT_FORMAT,
-        "format_version": EXPORT_VERSION,
+        "format_version": EXPORT_VERSION if formats else PLAIN_VERSION,
         "profile": profile,
         "total_size": total,
+        **({ROW_FORMATS: formats} if formats else {}),
     }
     weight_map = {
         tensor.name: Path(name).name for name, tensors in shards.items() for tensor in tensors

@@ -1,17 +1,20 @@
 """The routed experts of a checkpoint as rows, in any layout of `files/layouts.py`.
 
-Everything else is refused by name: biases, scales of quantized experts, projections fused
-otherwise. Tensors are memory-mapped.
+Everything else is refused by name: projections fused otherwise, biases but gpt-oss's. Tensors are
+memory-mapped.
 
-Legend: E experts, F_e atoms kept of one expert, H hidden size, I full intermediate size.
+Legend: E experts, F_e atoms kept of one expert, H hidden size, I full intermediate size, P atoms
+kept of a layer.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from safetensors import SafetensorError
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, locate_tensors
 from vllm_atomic_moe.files.export_format import packed_offsets
-from vllm_atomic_moe.files.layouts import FUSED, PACKED, PACKED_ROWS, PER_EXPERT, expert_tensor
-from vllm_atomic_moe.files.tensors import open_safetensors
+from vllm_atomic_moe.files.layouts import FUSED, PACKED_ROWS, PER_EXPERT, quantized_tensor
+from vllm_atomic_moe.files.tensors import StreamedTensor, open_safetensors
 
 PLAIN_DTYPES = {
     "F64": torch.float64,
@@ -29,10 +32,6 @@ PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
-# Of the packed layout: not weights.
-INDEX_PARTS = tuple(part for part in PACKED if part not in PACKED_ROWS)
 
 
 class Shards:
@@ -79,9 +78,13 @@ class Shards:
         return self._files[path]
 
 
+# Gives the name of a packed tensor from its part, and from what of it.
+Naming = Callable[[str, str], str]
+
+
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """The experts of one layer.
+    """The experts of one layer, in plain weights.
 
     Attributes:
         dtype: key of PLAIN_DTYPES.
@@ -95,10 +98,83 @@ class LayerRows:
 
     def kept(self, part: str, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
         """The rows of the atoms in `keep_I`, in checkpoint order: [F_e, H], contiguous."""
-        rows = keep_I.nonzero().flatten()
-        if self.stored_EI is not None:
-            rows = (self.stored_EI[expert].cumsum(dim=0) - 1)[rows]
-        return self.rows(part, expert).index_select(0, rows)
+        return self.rows(part, expert).index_select(0, among(self.stored_EI, expert, keep_I))
+
+    def packed(
+        self, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
+    ) -> Iterator[StreamedTensor]:
+        """The rows of the atoms in `keep_EI`, of every projection."""
+        shape = (int(keep_EI.sum()), hidden_size)
+        for part in PACKED_ROWS:
+            yield by_expert(
+                naming(part, "weight"),
+                self.dtype,
+                shape,
+                PLAIN_DTYPES[self.dtype].itemsize,
+                keep_EI,
+                partial(self.kept, part),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBiases:
+    """The biases of one layer.
+
+    Attributes:
+        dtype: key of PLAIN_DTYPES.
+        biases: (one of PACKED_ROWS, expert) -> those of its stored atoms, of down_t [H].
+        stored_EI: which atoms these are; None for all.
+    """
+
+    dtype: str
+    biases: Callable[[str, int], torch.Tensor]
+    stored_EI: torch.Tensor | None = None
+
+    def kept(self, part: str, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
+        """The biases of the atoms in `keep_I`; those of down_t all, [1, H]."""
+        stored = self.biases(part, expert)
+        if part == "down_t":
+            return stored[None]
+        return stored.index_select(0, among(self.stored_EI, expert, keep_I))
+
+    def packed(
+        self, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
+    ) -> Iterator[StreamedTensor]:
+        """The biases of the atoms in `keep_EI`, of every projection."""
+        for part in PACKED_ROWS:
+            down = part == "down_t"
+            yield by_expert(
+                naming(part, "bias"),
+                self.dtype,
+                (len(keep_EI), hidden_size) if down else (int(keep_EI.sum()),),
+                PLAIN_DTYPES[self.dtype].itemsize,
+                keep_EI,
+                partial(self.kept, part),
+            )
+
+
+def among(stored_EI: torch.Tensor | None, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
+    """Where the atoms in `keep_I` are among those stored of an expert: int64 [F_e]."""
+    rows = keep_I.nonzero().flatten()
+    return rows if stored_EI is None else (stored_EI[expert].cumsum(dim=0) - 1)[rows]
+
+
+def by_expert(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    itemsize: int,
+    keep_EI: torch.Tensor,
+    piece: Callable[[int, torch.Tensor], torch.Tensor],
+) -> StreamedTensor:
+    """A tensor that is written expert by expert, from what `piece` gives of each."""
+    return StreamedTensor(
+        name,
+        dtype,
+        shape,
+        math.prod(shape) * itemsize,
+        lambda: (piece(expert, keep_I) for expert, keep_I in enumerate(keep_EI)),
+    )
 
 
 @dataclass(slots=True)
@@ -106,12 +182,16 @@ class LayerNames:
     """Names of the expert tensors of one layer.
 
     Attributes:
-        known: (part, expert, or None for all of them) -> name.
+        known: (part, expert, or None for all of them) -> what of the matrix -> name.
         strange: others among them.
     """
 
-    known: dict[tuple[str, int | None], str] = field(default_factory=dict)
+    known: dict[tuple[str, int | None], dict[str, str]] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
+
+    def all_of(self, quantity: str) -> dict[tuple[str, int | None], str]:
+        """(part, expert) -> name, of those of one quantity."""
+        return {key: of[quantity] for key, of in self.known.items() if quantity in of}
 
 
 def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNames], list[str]]:
@@ -125,10 +205,11 @@ def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNa
     experts = {layer: LayerNames() for layer in info.layers}
     others: list[str] = []
     for name in source.where:
-        tensor = expert_tensor(name)
+        tensor = quantized_tensor(name)
         prefix = name[: name.find(".experts.") + len(".experts.")]
         if tensor is not None and info.blocks.get(tensor.layer) == tensor.block:
-            experts[tensor.layer].known[tensor.part, tensor.expert] = name
+            known = experts[tensor.layer].known
+            known.setdefault((tensor.part, tensor.expert), {})[tensor.quantity] = name
         elif prefix in prefixes:
             experts[prefixes[prefix]].strange.append(name)
         else:
@@ -136,8 +217,27 @@ def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNa
     return experts, others
 
 
+def check_names(names: LayerNames, quantities: Collection[str]) -> None:
+    """Refuse tensors of experts that an export would leave out.
+
+    Raises:
+        ValueError: one line that names the first.
+    """
+    unknown = names.strange + [
+        name
+        for of in names.known.values()
+        for quantity, name in of.items()
+        if quantity not in quantities
+    ]
+    if unknown:
+        raise ValueError(
+            f"{min(unknown, key=natural)} is no part of an expert's projection that is known; "
+            "other layouts, and biases of single experts, are not exported"
+        )
+
+
 def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerRows:
-    """How the experts of one layer are stored.
+    """How the experts of one layer of plain weights are stored.
 
     Args:
         source: the shards.
@@ -148,21 +248,60 @@ def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerName
     Raises:
         ValueError: in a way that is not known here, or not completely.
     """
-    known = names.known
-    dtypes = {source.dtype(name) for (part, _), name in known.items() if part not in INDEX_PARTS}
+    known = names.all_of("weight")
+    matrices = {name for (part, _), name in known.items() if part not in ("offsets", "keep")}
+    dtypes = {source.dtype(name) for name in matrices}
     if len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
         raise ValueError(
-            f"layer {layer}: experts are stored as {', '.join(sorted(dtypes))}; plain weights of "
-            f"one dtype of {', '.join(PLAIN_DTYPES)} are exported, quantized experts are not"
+            f"layer {layer}: experts are stored as {', '.join(sorted(dtypes))}; weights of one "
+            f"dtype of {', '.join(PLAIN_DTYPES)} are exported, and quantized ones as published"
         )
     dtype = dtypes.pop()
+    check_names(names, ("weight", "bias"))
     if info.stored is not None:
         return _packed_rows(source, info.stored[layer], known, dtype)
     for spelling in FUSED:
-        if known.keys() == {(part, None) for part in spelling} and not names.strange:
+        if known.keys() == {(part, None) for part in spelling}:
             parts = {part: known[part, None] for part in spelling}
-            return _fused_rows(source, info, parts, dtype)
-    return _per_expert_rows(source, info, layer, names, dtype)
+            return _fused_rows(source, info, parts, dtype, bool(names.all_of("bias")))
+    return _per_expert_rows(source, info, layer, known, dtype)
+
+
+def find_biases(
+    source: Shards, info: CheckpointInfo, layer: int, names: LayerNames
+) -> LayerBiases | None:
+    """The biases of one layer, if it has any: gpt-oss's, or those of an exported checkpoint.
+
+    Raises:
+        ValueError: some of them are missing, or of another dtype or shape.
+    """
+    known = {part: name for (part, _), name in names.all_of("bias").items()}
+    if not known:
+        return None
+    experts, size, hidden = info.num_experts, info.intermediate_size, info.hidden_size
+    stored_EI = None if info.stored is None else info.stored[layer]
+    if stored_EI is None:
+        wanted = {"gate_up": [experts, 2 * size], "down": [experts, hidden]}
+    else:
+        rows = int(stored_EI.sum())
+        wanted = {"gate": [rows], "up": [rows], "down_t": [experts, hidden]}
+    found = {part: source.shape(name) for part, name in known.items()}
+    dtypes = {source.dtype(name) for name in known.values()}
+    if found != wanted or len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
+        raise ValueError(
+            f"layer {layer}: biases of experts are {found}, {', '.join(sorted(dtypes))}; wanted "
+            f"{wanted}, floats of one dtype; fetch the checkpoint again"
+        )
+
+    def biases(part: str, expert: int) -> torch.Tensor:
+        if part == "down_t":
+            return source.tensor(known[part if stored_EI is not None else "down"])[expert]
+        if stored_EI is None:
+            return source.tensor(known["gate_up"])[expert][("gate", "up").index(part) :: 2]
+        offsets = packed_offsets(stored_EI)[expert : expert + 2].tolist()
+        return source.tensor(known[part])[slice(*offsets)]
+
+    return LayerBiases(dtypes.pop(), biases, stored_EI)
 
 
 def _packed_rows(
@@ -180,9 +319,13 @@ def _packed_rows(
 
 
 def _fused_rows(
-    source: Shards, info: CheckpointInfo, names: Mapping[str, str], dtype: str
+    source: Shards, info: CheckpointInfo, names: Mapping[str, str], dtype: str, interleaved: bool
 ) -> LayerRows:
-    """3-D tensors. Their shapes together say which way round, even where I = H or 2I = H."""
+    """3-D tensors. Their shapes together say which way round, even where I = H or 2I = H.
+
+    Args:
+        interleaved: whether gate and up alternate, as in gpt-oss, whose biases tell it.
+    """
     experts, size, hidden = info.num_experts, info.intermediate_size, info.hidden_size
     shapes = {part: source.shape(name) for part, name in names.items()}
     sizes = {"gate_up": 2 * size, "gate": size, "up": size}
@@ -203,29 +346,34 @@ def _fused_rows(
             matrix = matrix.t()
         if stored != "gate_up":
             return matrix
+        if interleaved:
+            return matrix[("gate", "up").index(part) :: 2]
         return matrix[:size] if part == "gate" else matrix[size:]
 
     return LayerRows(dtype, rows)
 
 
 def _per_expert_rows(
-    source: Shards, info: CheckpointInfo, layer: int, names: LayerNames, dtype: str
+    source: Shards,
+    info: CheckpointInfo,
+    layer: int,
+    known: Mapping[tuple[str, int | None], str],
+    dtype: str,
 ) -> LayerRows:
     upright = [info.intermediate_size, info.hidden_size]
-    wanted = {
+    wanted: dict[tuple[str, int | None], list[int]] = {
         (part, expert): upright[::-1] if part == "down" else upright
         for expert in range(info.num_experts)
         for part in PER_EXPERT[0]
     }
-    unknown = [*names.strange, *(names.known[key] for key in names.known.keys() - wanted.keys())]
-    if unknown:
+    if unknown := known.keys() - wanted.keys():
+        name = min((known[key] for key in unknown), key=natural)
         raise ValueError(
-            f"{min(unknown, key=natural)} is not the plain weight of one expert's projection; "
-            "quantized experts, expert biases and other layouts are not exported"
+            f"{name} is not the weight of one expert's projection; other layouts are not exported"
         )
     for (part, expert), shape in wanted.items():
-        name = names.known.get((part, expert))
-        if name is None:
+        name = known.get((part, expert), "")
+        if not name:
             raise ValueError(
                 f"layer {layer}: {part}_proj of expert {expert} is missing; fetch the checkpoint "
                 "again"
@@ -236,7 +384,7 @@ def _per_expert_rows(
             )
 
     def rows(part: str, expert: int) -> torch.Tensor:
-        matrix = source.tensor(names.known[part.removesuffix("_t"), expert])
+        matrix = source.tensor(known[part.removesuffix("_t"), expert])
         return matrix.t() if part == "down_t" else matrix
 
     return LayerRows(dtype, rows)

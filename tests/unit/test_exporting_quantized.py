@@ -1,0 +1,228 @@
+"""Exports of quantized checkpoints: codes and scales of the atoms kept, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
+from tests.quantized import FORMATS, gptq, quantize_checkpoint, quantize_gpt_oss
+from tests.unit.tiny_models import make_model
+from vllm_atomic_moe.convert.exporting.codes import find_codes
+from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.convert.exporting.rows import Shards, find_biases, find_rows, split_names
+from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY
+from vllm_atomic_moe.files.layouts import INDEX, PACKED_ROWS
+from vllm_atomic_moe.files.profiles import PruningProfile
+
+SHARD = f"{EXPORT_DIRECTORY}/model-00001-of-00001.safetensors"
+KINDS = (*FORMATS, "gpt-oss")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("originals")
+    sizes = {"hidden_size": 192, "num_hidden_layers": 2}
+    make_checkpoint("qwen3_moe", directory / "qwen", moe_intermediate_size=96, **sizes)
+    make_model("gpt_oss", directory / "gpt-oss", intermediate_size=96, num_hidden_layers=2)
+    return directory
+
+
+def quantized(originals, model, kind):
+    """A quantized checkpoint with profiles, and what it stands for beside it."""
+    if kind == "gpt-oss":
+        plain = quantize_gpt_oss(originals / kind, model)
+    else:
+        plain = quantize_checkpoint(originals / "qwen", model, kind)
+    info, profiles = describe_checkpoint(model), model / "profiles"
+    wide = write_profile(info, "wide", profiles, seed=1)
+    more = ragged_masks(info, seed=2)
+    narrow = {layer: mask & more[layer] for layer, mask in wide.keep.items()}
+    PruningProfile("narrow", narrow, metadata=wide.metadata).write(profiles / "narrow.safetensors")
+    return plain
+
+
+def values(directory, keep):
+    """(layer, part, expert) -> the weights of the atoms of `keep`; biases of (…, "bias") too."""
+    info, found = describe_checkpoint(directory), {}
+    with Shards(directory) as source:
+        experts, _ = split_names(source, info)
+        for layer, names in experts.items():
+            plain = info.scheme(layer).kind == "plain"
+            rows = (find_rows if plain else find_codes)(source, info, layer, names)
+            biases = find_biases(source, info, layer, names)
+            for part, projection in zip(PACKED_ROWS, PROJECTIONS, strict=True):
+                for expert, keep_I in enumerate(keep[layer]):
+                    if plain:
+                        kept = rows.kept(part, expert, keep_I).float()
+                    else:
+                        encoded = rows.rows(part, expert, True)
+                        kept = decode(encoded, rows.row_format, projection)[keep_I]
+                    found[layer, part, expert] = kept
+                    if biases:
+                        found[layer, part, expert, "bias"] = biases.kept(part, expert, keep_I)
+    return found
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_keep_the_bits_of_the_atoms_that_stay(originals, tmp_path, kind):
+    model, output = tmp_path / "model", tmp_path / "out"
+    plain = quantized(originals, model, kind)
+    wide, narrow = (PruningProfile.read(model / f"profiles/{name}.safetensors").keep
+                    for name in ("wide", "narrow"))  # fmt: skip
+    result = export(str(model), model / "profiles/wide.safetensors", output)
+    assert result.weight_bytes < (model / "model.safetensors").stat().st_size
+    info, found = describe_checkpoint(model), describe_checkpoint(output)
+    assert found == info
+    assert [s.name for s in found.schemes.values()] == [s.name for s in info.schemes.values()]
+    wanted, rows = values(plain, wide), values(output, wide)
+    assert rows.keys() == wanted.keys()
+    assert all(torch.equal(rows[key], wanted[key]) for key in rows)
+
+    before, after = load_file(model / "model.safetensors"), load_file(output / SHARD)
+    others = {name for name in before if ".experts." not in name}
+    assert {name for name in after if ".packed." not in name} == others
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert (output / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    formats = json.loads((output / EXPORT_DIRECTORY / INDEX).read_text())["metadata"]["row_formats"]
+    assert {tuple(of) for of in formats.values()} == {PACKED_ROWS}
+
+    again, at_once = tmp_path / "again", tmp_path / "at-once"
+    export(str(output), model / "profiles/narrow.safetensors", again)
+    export(str(model), model / "profiles/narrow.safetensors", at_once)
+    assert contents(again / EXPORT_DIRECTORY) == contents(at_once / EXPORT_DIRECTORY)
+    rows, wanted = values(again, narrow), values(plain, narrow)
+    assert all(torch.equal(rows[key], wanted[key]) for key in wanted)
+
+
+def test_gpt_oss_of_16_bits_is_exported_with_its_biases(originals, tmp_path):
+    info = describe_checkpoint(originals / "gpt-oss")
+    keep = write_profile(info, "wide", tmp_path, seed=1).keep
+    export(str(originals / "gpt-oss"), tmp_path / "wide.safetensors", tmp_path / "out")
+    rows, wanted = values(tmp_path / "out", keep), values(originals / "gpt-oss", keep)
+    assert rows.keys() == wanted.keys()
+    assert all(torch.equal(rows[key], wanted[key]) for key in rows)
+    gate_up = load_file(originals / "gpt-oss/model.safetensors")
+    gate_up = gate_up["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(rows[1, "up", 5], gate_up[5, :, 1::2].t()[keep[1][5]])
+
+
+def test_groups_of_an_activation_order_travel_along(originals, tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(matrix):
+        groups = torch.arange(matrix.shape[1]) // 32
+        if matrix.shape[1] == 96:  # of down alone
+            groups = groups[torch.randperm(96, generator=generator)]
+        return gptq(matrix, order=groups)
+
+    monkeypatch.setitem(FORMATS, "gptq", shuffled)
+    plain = quantized(originals, tmp_path / "model", "gptq")
+    profile = tmp_path / "model/profiles/wide.safetensors"
+    export(str(tmp_path / "model"), profile, tmp_path / "out")
+    keep = PruningProfile.read(profile).keep
+    rows, wanted = values(tmp_path / "out", keep), values(plain, keep)
+    assert all(torch.equal(rows[key], wanted[key]) for key in rows)
+
+
+def test_scales_without_atoms_are_left_out(originals, tmp_path):
+    model = tmp_path / "model"
+    quantized(originals, model, "nvfp4")
+    info = describe_checkpoint(model)
+    keep = {layer: torch.zeros(8, 96, dtype=torch.bool) for layer in info.layers}
+    for mask in keep.values():
+        mask[3, 40:44] = True  # of one group of 16
+    PruningProfile("few", keep).write(tmp_path / "few.safetensors")
+    export(str(model), tmp_path / "few.safetensors", tmp_path / "out")
+    after = load_file(tmp_path / "out" / SHARD)
+    packed = "model.layers.1.mlp.experts.packed"
+    assert after[f"{packed}.down_t_scales"].shape == (1, 192)
+    assert after[f"{packed}.gate_scales"].shape == (4, 12)
+    assert after[f"{packed}.down_t"].shape == (4, 96)
+
+
+DOWN = "model.layers.1.mlp.experts.3.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (
+            "nvfp4",
+            lambda t: t[f"{DOWN}.weight_scale"].view(torch.uint8).fill_(127),
+            "3.down_proj.weight_packed, expert 3: scales are not finite",
+        ),
+        (
+            "fp8-channel",
+            lambda t: t.update({DOWN.replace("down", "up") + ".weight_scale": torch.ones(7, 1)}),
+            r"3.up_proj.weight, expert 3: scales are \[7, 1\], wanted \[96, 1\]",
+        ),
+        (
+            "int4",
+            lambda t: t.update({f"{DOWN}.weight_zero_point": torch.zeros(192, 3)}),
+            "weight_zero_point",
+        ),
+    ],
+    ids=["not finite", "shape", "zero points"],
+)
+def test_faults_of_the_source_leave_nothing_behind(originals, tmp_path, kind, change, words):
+    model, output = tmp_path / "model", tmp_path / "to/out"
+    quantized(originals, model, kind)
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        export(str(model), model / "profiles/wide.safetensors", output)
+    assert not output.parent.exists()
+
+
+def test_exports_that_contradict_themselves(originals, tmp_path):
+    model, output = tmp_path / "model", tmp_path / "out"
+    quantized(originals, model, "int4")
+    export(str(model), model / "profiles/wide.safetensors", output)
+    index = (output / EXPORT_DIRECTORY / INDEX).read_text()
+    packed = "model.layers.1.mlp.experts.packed"
+
+    def refused(words, change_index=lambda told: None, change_tensors=lambda tensors: None):
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(output, broken)
+        told = json.loads(index)
+        change_index(told["metadata"]["row_formats"])
+        (broken / EXPORT_DIRECTORY / INDEX).write_text(json.dumps(told))
+        tensors = load_file(broken / SHARD)
+        change_tensors(tensors)
+        save_file(tensors, broken / SHARD)
+        with pytest.raises(ValueError, match=words) as error:
+            export(str(broken), model / "profiles/narrow.safetensors", tmp_path / "again")
+        assert len(str(error.value)) < 400
+        assert not (tmp_path / "again").exists()
+
+    refused("layer 1: a row format that is not known", lambda of: of["1"]["up"].update(kind="int2"))
+    refused("layer 1: a row format that is not known", lambda of: of["1"]["up"].update(rows=-1))
+    refused("does not say how the rows of layer 1", lambda of: of["1"].pop("up"))
+    refused(
+        "projections encoded differently .gate int4 1x32, up int4 1x32, down_t plain",
+        lambda of: of["1"].update(down_t={"kind": "plain"}),
+    )
+    refused("packed.gate is U8 .* wanted", lambda of: [
+        of["1"][part].update(kind="fp8") for part in PACKED_ROWS
+    ])  # fmt: skip
+    scales = f"{packed}.down_t_scales"
+    refused("packed.down_t_scales is missing", change_tensors=lambda t: t.pop(scales))
+    refused(
+        r"layer 1: down_t: scales is torch.bfloat16 \[5, 192\], wanted",
+        change_tensors=lambda t: t.update({scales: t[scales][:5].clone()}),
+    )
+    refused("scales are not finite", change_tensors=lambda t: t[scales].fill_(torch.inf))
+    refused("a scale is zero", change_tensors=lambda t: t[scales].zero_())

@@ -1,0 +1,151 @@
+"""Quantized experts of a checkpoint as packed codes and the tables that decode them.
+
+Codes and scales keep their bits. Every expert is read by itself, tables without the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from vllm_atomic_moe.convert.exporting.rows import (
+    LayerNames,
+    Naming,
+    Shards,
+    by_expert,
+    check_names,
+)
+from vllm_atomic_moe.experts.encoding import encode, encode_scales, row_format
+from vllm_atomic_moe.experts.formats import Encoded, RowFormat
+from vllm_atomic_moe.experts.stored import PART_PROJECTIONS, StoredRows, taken
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.layouts import PACKED_ROWS
+from vllm_atomic_moe.files.quantization import IGNORED, Scheme, stored_tables
+from vllm_atomic_moe.files.tensors import StreamedTensor
+
+# (one of PACKED_ROWS, expert, whether codes are wanted) -> the expert's rows.
+Rows = Callable[[str, int, bool], Encoded]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCodes:
+    """The experts of one layer, quantized.
+
+    Attributes:
+        scheme: how the checkpoint says it.
+        row_format: how packed rows are then encoded.
+        rows: gives the rows of one expert.
+    """
+
+    scheme: Scheme
+    row_format: RowFormat
+    rows: Rows
+
+    def packed(
+        self, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
+    ) -> Iterator[StreamedTensor]:
+        """Codes and tables of the atoms in `keep_EI`, of every projection."""
+        number, size = keep_EI.shape
+        atoms = int(keep_EI.sum())
+        for part, projection in PART_PROJECTIONS.items():
+            groups = sum(
+                len(self.row_format.kept_groups(projection, keep_I.nonzero().flatten(), size))
+                for keep_I in keep_EI
+            )
+            table = (groups, -(-hidden_size // self.row_format.block(projection).columns))
+            shapes = {
+                "weight": ("U8", (atoms, hidden_size * self.row_format.bits // 8), 1),
+                "scales": (self.scheme.scale, table, self.row_format.scale.itemsize),
+                "zeros": ("U8", table, 1),
+                "groups": ("I32", (atoms,), 4),
+                "factors": ("F32", (number,), 4),
+            }
+            for quantity in ("weight", *stored_tables(self.scheme.kind, part)):
+                dtype, shape, itemsize = shapes[quantity]
+
+                def piece(
+                    expert: int, keep_I: torch.Tensor, part: str = part, name: str = quantity
+                ) -> torch.Tensor:
+                    encoded = self.rows(part, expert, name == "weight")
+                    atoms_F = keep_I.nonzero().flatten()
+                    return taken(name, encoded, self.row_format, PART_PROJECTIONS[part], atoms_F)
+
+                name = naming(part, quantity)
+                yield by_expert(name, dtype, shape, itemsize, keep_EI, piece)
+
+
+def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerCodes:
+    """How the experts of one layer are stored, as `find_rows` of plain ones.
+
+    Raises:
+        ValueError: a part of an expert is missing, or none of the scheme's.
+    """
+    scheme, sizes = info.scheme(layer), (info.hidden_size, info.intermediate_size)
+    form = row_format(scheme, *sizes)
+    if info.stored is not None:
+        tables = {table for part in PACKED_ROWS for table in stored_tables(scheme.kind, part)}
+        check_names(names, {"weight", "bias", *tables})
+        return LayerCodes(scheme, form, _stored(source, info, layer, names, form))
+    check_names(names, (*scheme.parts, "bias", *IGNORED))
+    for part in PACKED_ROWS:
+        for expert in range(info.num_experts):
+            _, found = _parts(names, part, expert)
+            if absent := [quantity for quantity in scheme.parts if quantity not in found]:
+                raise ValueError(
+                    f"layer {layer}: {absent[0]} of {part.removesuffix('_t')}_proj of expert "
+                    f"{expert} is missing; fetch the checkpoint again"
+                )
+
+    def rows(part: str, expert: int, with_codes: bool) -> Encoded:
+        of_all, found = _parts(names, part, expert)
+        tensors = {quantity: source.tensor(found[quantity]) for quantity in scheme.parts}
+        if of_all:
+            tensors = {name: _of_expert(whole, part, expert) for name, whole in tensors.items()}
+        read = encode if with_codes else encode_scales
+        try:
+            return read(scheme, PART_PROJECTIONS[part], tensors, *sizes)
+        except ValueError as error:
+            raise ValueError(
+                f"{found[scheme.parts[0]]}, expert {expert}: {error}; fetch the checkpoint again"
+            ) from None
+
+    return LayerCodes(scheme, form, rows)
+
+
+def _stored(
+    source: Shards, info: CheckpointInfo, layer: int, names: LayerNames, form: RowFormat
+) -> Rows:
+    """The rows of an exported checkpoint's layer."""
+    assert info.stored is not None
+    kind, stored_EI = info.scheme(layer).kind, info.stored[layer]
+
+    @cache
+    def stored(part: str) -> StoredRows:
+        wanted = ("weight", *stored_tables(kind, part))
+        parts = {name: source.tensor(names.known[part, None][name]) for name in wanted}
+        return StoredRows(parts, stored_EI, form, PART_PROJECTIONS[part], info.hidden_size)
+
+    def rows(part: str, expert: int, with_codes: bool) -> Encoded:
+        try:
+            return stored(part).expert(expert)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {part}: {error}; export the model again") from None
+
+    return rows
+
+
+def _parts(names: LayerNames, part: str, expert: int) -> tuple[bool, Mapping[str, str]]:
+    """Whether tensors are of all experts, and what there is of one projection -> name."""
+    projection = part.removesuffix("_t")
+    if found := names.known.get((projection, expert)):
+        return False, found
+    whole = "down" if part == "down_t" else "gate_up"
+    return True, names.known.get((whole, None), {})
+
+
+def _of_expert(whole: torch.Tensor, part: str, expert: int) -> torch.Tensor:
+    """One expert's of all experts'; gate and up alternate."""
+    return whole[expert] if part == "down_t" else whole[expert][("gate", "up").index(part) :: 2]
