@@ -276,13 +276,15 @@ def in_bfloat16(directory: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def quantize_checkpoint(source: Path, target: Path, name: str) -> Path:
+def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = False) -> Path:
     """Write a checkpoint whose experts are quantized, and beside it what it stands for.
 
     Args:
         source: a checkpoint of one shard with per-expert matrices; its dtype is that of the rest.
         target: where; profiles are not copied.
         name: key of FORMATS.
+        linears: whether attention is quantized, too; config.json does not say so, and vLLM cannot
+            serve it then.
 
     Returns:
         The directory of the plain checkpoint with the same values, rounded to the source's dtype.
@@ -293,7 +295,7 @@ def quantize_checkpoint(source: Path, target: Path, name: str) -> Path:
     quantized, dense = {}, {}
     for tensor_name, tensor in load_file(source / "model.safetensors").items():
         found = expert_tensor(tensor_name)
-        if found is None:
+        if found is None and not (linears and tensor_name.endswith("_proj.weight")):
             quantized[tensor_name] = dense[tensor_name] = tensor
             continue
         parts, values = FORMATS[name](tensor)

@@ -20,7 +20,6 @@ from tests.unit.tiny_models import (
 from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate, collect
 from vllm_atomic_moe.calibration.experts import find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.model import (
-    check_config,
     check_offload,
     check_vocabulary,
     load_model,
@@ -345,13 +344,6 @@ def test_seeds_out_of_range_are_refused(seed, tiny, text_file):
     options = dataclasses.replace(OPTIONS, samples=1, seed=seed)
     with pytest.raises(ValueError, match=f"seed {seed}: wanted 0 to"):
         calibrate(str(tiny[0]), [str(text_file)], options)
-
-
-def test_quantised_checkpoints_are_refused(tmp_path):
-    make_model("olmoe", tmp_path)
-    edit_config(tmp_path, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ValueError, match=r"quantized checkpoint \(fp8\)"):
-        check_config(tmp_path, 32)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):

@@ -14,12 +14,13 @@ from tests.quantized import FORMATS, gptq, quantize_checkpoint, quantize_gpt_oss
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.codes import find_codes
 from vllm_atomic_moe.convert.exporting.export import export
-from vllm_atomic_moe.convert.exporting.rows import Shards, find_biases, find_rows, split_names
+from vllm_atomic_moe.convert.exporting.rows import find_biases, find_rows, split_names
 from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY
 from vllm_atomic_moe.files.layouts import INDEX, PACKED_ROWS
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.shards import Shards
 
 SHARD = f"{EXPORT_DIRECTORY}/model-00001-of-00001.safetensors"
 KINDS = (*FORMATS, "gpt-oss")

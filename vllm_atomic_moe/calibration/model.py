@@ -21,10 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vllm_atomic_moe.calibration.dequantized import plain_weights
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import locate_tensors
-from vllm_atomic_moe.files.config import context_length, quantization, read_config
+from vllm_atomic_moe.files.config import context_length, quantization_settings, read_config
 from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line, read_json_object
+from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import read_tensor, shorten
 
 # What ends a message that was cut short, or whose cause the libraries told their own log.
@@ -55,19 +57,13 @@ def check_config(directory: Path, seq_len: int) -> None:
     """Refuse, before weights are read, what config.json already rules out.
 
     Raises:
-        ValueError: `seq_len` exceeds the model's context, or the checkpoint is quantized.
+        ValueError: `seq_len` exceeds the model's context.
     """
-    config = read_config(directory)
-    context = context_length(config)
+    context = context_length(read_config(directory))
     if context is not None and seq_len > context:
         raise ValueError(
             f"sequence length {seq_len} exceeds the model's context of {context} tokens; "
             f"use --seq-len {context} or less"
-        )
-    if method := quantization(directory, config):
-        raise ValueError(
-            f"{directory}: quantized checkpoint ({method}), calibration needs a gradient through "
-            "plain weights; calibrate the original checkpoint"
         )
 
 
@@ -132,7 +128,8 @@ def stored_dtype(directory: Path, trusted: bool = False) -> torch.dtype:
     with _failures_explained(directory):
         told = AutoConfig.from_pretrained(directory, trust_remote_code=trusted).dtype
     tensors = (read_tensor(path, name) for name, path in locate_tensors(directory).items())
-    return told or next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    plain = (it.dtype for it in tensors if it.is_floating_point() and it.itemsize > 1)
+    return told or next(plain)
 
 
 def slow_on_cpu(dtype: torch.dtype) -> bool:
@@ -148,18 +145,23 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint, for inference, placed by `device_map` (see `resolve_device`).
 
+    Quantized weights are decoded.
+
     Raises:
         ValueError: an unknown dtype, whatever transformers refuses or fails at, or weights that the
             checkpoint lacks (transformers would make them up).
     """
     wanted = resolve_dtype(dtype, directory, device_map, trusted)
-    with _failures_explained(directory):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=wanted,
+    with _weights(directory, trusted) as (kind, options), _failures_explained(directory):
+        # Told, where transformers would take it from a name of the weights.
+        told = stored_dtype(directory, trusted) if options and wanted == "auto" else wanted
+        model, loading = kind.from_pretrained(
+            None if options else directory,
+            dtype=told,
             device_map=device_map,
             output_loading_info=True,
             trust_remote_code=trusted,
+            **options,
         )
     if missing := sorted(loading["missing_keys"]):
         remedy = "fetch the checkpoint again"
@@ -173,6 +175,33 @@ def load_model(
             f"{missing[0]}; {remedy}"
         )
     return model
+
+
+@contextmanager
+def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A class to load a checkpoint with, and of a quantized one its configuration and weights.
+
+    Raises:
+        ValueError: they cannot be decoded; also in place of what transformers makes of it.
+    """
+    settings = quantization_settings(directory, read_config(directory))
+    if not settings:
+        yield AutoModelForCausalLM, {}
+        return
+    with _failures_explained(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    failures: list[ValueError] = []
+    with Shards(directory) as shards:
+        weights = plain_weights(shards, settings, failures.append)
+        try:
+            yield type(empty), {"config": config, "state_dict": weights}
+        except ValueError as error:
+            raise (failures[0] if failures else error) from None
 
 
 @contextmanager

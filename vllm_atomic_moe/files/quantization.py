@@ -139,7 +139,7 @@ def stored_tables(kind: Kind, part: str) -> tuple[str, ...]:
 def scheme_of_down(
     where: str, parts: Mapping[str, Part], hidden_size: int, settings: Mapping[str, Any]
 ) -> tuple[Scheme, int]:
-    """How one down_proj [H, I] is quantized, and I.
+    """How one down_proj [H, I], or any matrix of that shape, is quantized, and I.
 
     Args:
         where: names the matrix in messages.
@@ -158,8 +158,8 @@ def scheme_of_down(
         raise ValueError(f"{where}: {error}; fetch the checkpoint again") from None
     found = ", ".join(f"{name} {dtype} {[*shape]}" for name, (dtype, shape) in parts.items())
     raise ValueError(
-        f"{where}: experts quantized in a way that is not known: {found:.120}; use the checkpoint "
-        "that it was made from"
+        f"{where}: quantized in a way that is not known: {found:.120}; use the checkpoint that it "
+        "was made from"
     )
 
 

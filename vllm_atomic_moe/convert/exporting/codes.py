@@ -14,7 +14,6 @@ import torch
 from vllm_atomic_moe.convert.exporting.rows import (
     LayerNames,
     Naming,
-    Shards,
     by_expert,
     check_names,
 )
@@ -24,6 +23,7 @@ from vllm_atomic_moe.experts.stored import PART_PROJECTIONS, StoredRows, taken
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.layouts import PACKED_ROWS
 from vllm_atomic_moe.files.quantization import IGNORED, Scheme, stored_tables
+from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
 # (one of PACKED_ROWS, expert, whether codes are wanted) -> the expert's rows.

@@ -29,7 +29,6 @@ from vllm_atomic_moe.convert.exporting.place import (
 )
 from vllm_atomic_moe.convert.exporting.rows import (
     PLAIN_DTYPES,
-    Shards,
     find_biases,
     find_rows,
     natural,
@@ -52,6 +51,7 @@ from vllm_atomic_moe.files.export_format import (
 from vllm_atomic_moe.files.layouts import INDEX, PACKED_ROWS, expert_tensor, packed_name
 from vllm_atomic_moe.files.plain_files import allow_reading
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor, stream_safetensors
 
 SHARD_BYTES = 5_000_000_000

@@ -12,19 +12,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from vllm_atomic_moe.files.checkpoint import CheckpointInfo, locate_tensors
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.export_format import packed_offsets
 from vllm_atomic_moe.files.layouts import FUSED, PACKED_ROWS, PER_EXPERT, quantized_tensor
-from vllm_atomic_moe.files.tensors import StreamedTensor, open_safetensors
+from vllm_atomic_moe.files.shards import Shards
+from vllm_atomic_moe.files.tensors import StreamedTensor
 
 PLAIN_DTYPES = {
     "F64": torch.float64,
@@ -32,50 +30,6 @@ PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
-class Shards:
-    """A checkpoint's shards, each memory-mapped from its first use on.
-
-    Attributes:
-        where: tensor name -> shard.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.where = locate_tensors(directory)
-        self._files: dict[Path, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Shards:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def shape(self, name: str) -> list[int]:
-        """The tensor's shape, from the header."""
-        return self._file(name).get_slice(name).get_shape()
-
-    def dtype(self, name: str) -> str:
-        """The tensor's dtype as safetensors spells it, from the header."""
-        return self._file(name).get_slice(name).get_dtype()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, backed by the file: pages are read as they are used.
-
-        Raises:
-            ValueError: torch has no such dtype.
-        """
-        try:
-            return self._file(name).get_tensor(name)
-        except (SafetensorError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{self.where[name]}: {name} cannot be read ({error})") from None
-
-    def _file(self, name: str) -> Any:
-        path = self.where[name]
-        if path not in self._files:
-            _, self._files[path] = self._stack.enter_context(open_safetensors(path))
-        return self._files[path]
 
 
 # Gives the name of a packed tensor from its part, and from what of it.

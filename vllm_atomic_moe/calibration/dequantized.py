@@ -1,0 +1,121 @@
+"""A quantized checkpoint as the plain weights that it stands for, one matrix at a time.
+
+transformers reads some formats right, some not at all, and some without their scales, silently. So
+all of them are decoded here, experts, attention and the rest by the same parts, and transformers
+gets plain weights in their names. Decoded they take the memory of the original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.formats import decode
+from vllm_atomic_moe.files.layouts import FUSED_QUANTITIES, QUANTITIES
+from vllm_atomic_moe.files.quantization import IGNORED, MATRICES, Part, Scheme, scheme_of_down
+from vllm_atomic_moe.files.shards import Shards
+
+_PARTS = "|".join({*QUANTITIES, *IGNORED, "weight"})
+# A part of one matrix, or of gpt-oss's matrices of all experts.
+_OF_A_MATRIX = re.compile(
+    rf"(?P<one>.*)\.(?P<part>{_PARTS})|(?P<all>.*)_(?P<whole>{'|'.join(FUSED_QUANTITIES[:2])})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A tensor that is made when it is read, as transformers reads slices of files.
+
+    Attributes:
+        read: makes it.
+        on_failure: called with what `read` raises, of which transformers says nothing.
+    """
+
+    read: Callable[[], torch.Tensor]
+    on_failure: Callable[[ValueError], None]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        try:
+            return self.read()[index]
+        except ValueError as error:
+            self.on_failure(error)
+            raise
+
+
+def plain_weights(
+    source: Shards, settings: Mapping[str, Any], on_failure: Callable[[ValueError], None]
+) -> dict[str, Decoded]:
+    """Name -> tensor, of everything but what says how another one is quantized.
+
+    Args:
+        source: the checkpoint's shards; they stay open until all is read.
+        settings: what its configuration says of quantization.
+        on_failure: called with what reading raises.
+
+    Returns:
+        Plain tensors as they are; of quantized matrices `….weight`, float32 [N, K], and of
+        gpt-oss's experts their matrices transposed, float32 [E, K, N].
+
+    Raises:
+        ValueError: a matrix is quantized in a way that is not known. Reading raises it where codes
+            or scales are broken.
+    """
+    reads: dict[str, Callable[[], torch.Tensor]] = {}
+    matrices: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
+    for name in source.where:
+        found = _OF_A_MATRIX.fullmatch(name)
+        if found is None:
+            reads[name] = partial(source.tensor, name)
+        elif (part := found["part"] or found["whole"]) not in IGNORED:
+            matrices[found["one"] or found["all"], found["one"] is None][part] = name
+    for (stem, fused), names in matrices.items():
+        # Norms have a weight too; learned scales may be called like those of a matrix.
+        alone = names.keys() == {"weight"} and len(source.shape(names["weight"])) != 2
+        if alone or not names.keys() & {*MATRICES}:
+            reads |= {name: partial(source.tensor, name) for name in names.values()}
+            continue
+        told = {part: (source.dtype(name), (*source.shape(name),)) for part, name in names.items()}
+        outputs = _outputs(told)
+        scheme, inputs = scheme_of_down(stem, told, outputs, settings)
+        if scheme.kind == "plain":
+            reads[names["weight"]] = partial(source.tensor, names["weight"])
+        else:
+            read = partial(_decoded, source, names, scheme, outputs, inputs)
+            reads[stem if fused else f"{stem}.weight"] = read
+    return {name: Decoded(read, on_failure) for name, read in reads.items()}
+
+
+def _outputs(parts: Mapping[str, Part]) -> int:
+    """N of a matrix."""
+    shapes = {part: shape for part, (_, shape) in parts.items()}
+    if "blocks" in shapes:
+        return shapes["blocks"][1] if len(shapes["blocks"]) > 1 else 0
+    if "qweight" in shapes:  # [K / 8, N] of GPTQ, [K, N / 8] of AWQ
+        return shapes["qweight"][-1] * (1 if "g_idx" in shapes else 8)
+    return next(shapes[name][0] for name in ("weight", "weight_packed") if name in shapes)
+
+
+def _decoded(
+    source: Shards, names: Mapping[str, str], scheme: Scheme, outputs: int, inputs: int
+) -> torch.Tensor:
+    parts = {part: source.tensor(names[part]) for part in scheme.parts}
+    row = row_format(scheme, outputs, inputs)
+
+    def transposed(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        # As a down_proj, where the order of activations may be any.
+        return decode(encode(scheme, "down", parts, outputs, inputs), row, "down")
+
+    try:
+        if scheme.kind != "mxfp4-blocks":
+            return transposed(parts).t()
+        experts = [dict(zip(parts, of, strict=True)) for of in zip(*parts.values(), strict=True)]
+        return torch.stack([transposed(expert) for expert in experts])
+    except ValueError as error:
+        raise ValueError(f"{names[scheme.parts[0]]}: {error}; fetch the checkpoint again") from None
