@@ -15,9 +15,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.checkpoints import zero_pruned
+from tests.checkpoints import write_profile, zero_pruned
+from tests.quantized import quantize_checkpoint
 from tests.serving.conftest import DEMO
+from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 COMMAND = [str(Path(sys.executable).parent / "atomic-moe"), "eval"]
@@ -63,6 +66,28 @@ def test_rows_and_numbers(tmp_path):
         for row, model in ((dense, DEMO), (pruned, tmp_path / "zeroed")):
             assert row["perplexity"][domain] == pytest.approx(perplexity(model, text), rel=1e-3)
     assert dense["tokens"]["all"] == sum(dense["tokens"][domain] for domain in texts)
+
+
+def test_quantized_checkpoints_beside_what_they_stand_for(tmp_path):
+    """Dense, too, through the loader: vLLM has no kernel for such experts on every CPU."""
+    make_model("qwen3_moe", tmp_path / "original")
+    plain = quantize_checkpoint(tmp_path / "original", tmp_path / "model", "int4")
+    (tmp_path / "t.txt").write_text(random_text(400))
+    info = describe_checkpoint(plain)
+    masks = write_profile(info, "half", tmp_path / "profiles", seed=1)
+    found = []
+    for model in (tmp_path / "model", plain):
+        command = [*COMMAND, str(model), "--data", str(tmp_path / "t.txt"), "--json"]
+        command += ["--profiles", str(tmp_path / "profiles"), "--seq-len", "100"]
+        done = subprocess.run(
+            [*command, "--dtype", "float32"], capture_output=True, text=True, check=True
+        )
+        found.append(json.loads(done.stdout))
+    for ours, wanted in zip(*found, strict=True):
+        assert ours["profile"] == wanted["profile"]
+        assert ours["perplexity"]["all"] == pytest.approx(wanted["perplexity"]["all"], rel=1e-3)
+    # Codes of 4 bits, a scale of 16 for every 32; down's groups are as many.
+    assert found[0][1]["kept_bytes"] == masks.kept_atoms * 3 * (128 // 2 + 2 * 128 // 32)
 
 
 @pytest.fixture

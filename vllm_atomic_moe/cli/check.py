@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +33,16 @@ def check(
     results = [_check_file(file, checkpoint) for file in files]
 
     if as_json:
-        print_json({"model": checkpoint.identity(), "profiles": results})
+        print_json(
+            {
+                "model": checkpoint.identity(),
+                "row_formats": checkpoint.row_formats,
+                "profiles": results,
+            }
+        )
     else:
+        if checkpoint.row_formats.keys() != {"plain"}:
+            typer.echo(f"experts: {_formats(checkpoint.row_formats)}\n")
         print_table(
             ["profile", "verdict", "kept", "file"],
             [
@@ -53,6 +62,16 @@ def check(
             print_error(result["error"])
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
+
+
+def _formats(row_formats: Mapping[str, list[int]]) -> str:
+    """fp8 128x128; where layers differ, with their indices."""
+    if len(row_formats) == 1:
+        return next(iter(row_formats))
+    return "; ".join(
+        f"{name} in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        for name, layers in row_formats.items()
+    )
 
 
 def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:

@@ -207,6 +207,16 @@ def _only_profile(store: ProfileStore) -> str:
     return names[0]
 
 
+def dense_through_loader(model: CheckpointInfo) -> bool:
+    """Whether the dense model, too, is to be served by our loader when it is measured.
+
+    Few CPUs have a kernel of vLLM's for quantized experts.
+    """
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and model.row_formats.keys() != {"plain"}
+
+
 def profiles_to_measure(
     store: ProfileStore, model: CheckpointInfo, names: Sequence[str] = ()
 ) -> list[PruningProfile]:

@@ -108,6 +108,14 @@ class CheckpointInfo:
         """How the experts of a layer are quantized."""
         return self.schemes.get(layer, PLAIN_SCHEME)
 
+    @property
+    def row_formats(self) -> dict[str, list[int]]:
+        """How experts are quantized, for people -> in which layers."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for layer in self.layers:
+            found[self.scheme(layer).name].append(layer)
+        return dict(found)
+
     def identity(self) -> dict[str, Any]:
         """The part that goes into a profile's `model` metadata."""
         return {

@@ -87,11 +87,13 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """For people: fp8 128x128, int4 1x32; a block of 0 is as large as the matrix."""
-        if self.kind == "plain":
-            return self.kind
+        """For people: fp8 128x128, fp8 channel, gptq g128, nvfp4."""
         kind = self.kind.split("-")[0]
-        return f"{kind} {self.rows or 'all'}x{self.columns or 'all'}"
+        if self.kind == "plain" or self.kind in GROUPS:
+            return kind
+        if not self.columns:
+            return f"{kind} {'channel' if self.rows else 'tensor'}"
+        return f"{kind} g{self.columns}" if self.rows == 1 else f"{kind} {self.rows}x{self.columns}"
 
     def told(self) -> dict[str, Any]:
         """What an exported checkpoint's index says of it; `stored_scheme` reads it."""

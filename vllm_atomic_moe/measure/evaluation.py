@@ -28,7 +28,7 @@ from vllm_atomic_moe.calibration.model import (
 )
 from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_files
 from vllm_atomic_moe.engine import LOAD_FORMAT
-from vllm_atomic_moe.engine.options import profiles_to_measure
+from vllm_atomic_moe.engine.options import dense_through_loader, profiles_to_measure
 from vllm_atomic_moe.experts.encoding import dense_bytes
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.config import context_length, read_config
@@ -50,11 +50,12 @@ class Row:
     """What one profile gives.
 
     Attributes:
-        profile: its name; `dense` is vLLM's own loader.
+        profile: its name; `dense` is vLLM's own loader, or ours where quantized experts are served
+            on a CPU.
         method: how the profile says it was made; "" if it does not, `dense` for the dense model.
         settings: what the method was told, but ratio and seed (JSON).
         kept: fraction of atoms kept.
-        kept_bytes: bytes of those atoms in the dtype served.
+        kept_bytes: bytes of those atoms as they are served, scales included.
         perplexity: domain -> perplexity; `all` is over the tokens of all domains.
         tokens: domain -> tokens scored (the first of a window is not).
     """
@@ -152,9 +153,11 @@ def evaluate(
         logger.warning("%s", warning)
 
     rows: list[Row] = []
+    own_loader = dense_through_loader(checkpoint)
     for profile in chosen:
         on_progress(len(rows), len(chosen), profile.name)
-        options: dict[str, Any] = {} if profile.name == DENSE else _load_options(store, profile)
+        stock = profile.name == DENSE and not own_loader
+        options: dict[str, Any] = {} if stock else _load_options(store, profile)
         options |= {"dtype": dtype, "max_model_len": length + 1}
         try:
             scores, itemsize = _score(

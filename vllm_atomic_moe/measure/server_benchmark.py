@@ -27,7 +27,7 @@ from typing import Any
 
 from vllm_atomic_moe.control.client import AdminClient
 from vllm_atomic_moe.engine import LOAD_FORMAT
-from vllm_atomic_moe.engine.options import profiles_to_measure
+from vllm_atomic_moe.engine.options import dense_through_loader, profiles_to_measure
 from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoint
 from vllm_atomic_moe.files.plain_files import one_line
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore
@@ -105,7 +105,8 @@ def measure_servers(
     runs: list[ServerRun] = []
     # Kept if a server fails: the error names its log.
     directory = Path(tempfile.mkdtemp(prefix="atomic-moe-bench-"))
-    bench = _Bench(model, profiles, plan, tuple(serve_arguments), directory)
+    own = dense_through_loader(info)
+    bench = _Bench(model, profiles, plan, tuple(serve_arguments), directory, own)
     steps_done = itertools.count()
 
     def report(what: str) -> None:
@@ -153,11 +154,12 @@ class _Bench:
     plan: ServerPlan
     serve_arguments: tuple[str, ...]
     directory: Path
+    dense_through_loader: bool
 
     def run(self, profile: str, number: int, report: Callable[[str], None]) -> ServerRun:
         """Start a server for `profile`, ask everything, end it."""
         report(f"{profile}: starting the server")
-        extra = {} if profile == DENSE else {"active": profile}
+        extra = {"active": profile} if profile != DENSE or self.dense_through_loader else {}
         with self._server(f"{number}-{profile}", extra) as server:
             phases = []
             for phase in self.plan.phases:

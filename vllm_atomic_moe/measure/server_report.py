@@ -93,7 +93,8 @@ class ServerRun:
     """One server from start to end.
 
     Attributes:
-        profile: what it served; `dense` is vLLM's default loader.
+        profile: what it served; `dense` is vLLM's default loader, or ours where quantized experts
+            are served on a CPU.
         round: 0, 1, …
         load_s: the whole load: building the model, reading the weights from the page cache, and
             repacking them.
