@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile
 from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.experts.formats import RowFormat
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
 NAMES = ["ragged", "second"]
+UP = "model.layers.1.mlp.experts.3.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,6 @@ def test_gpt_oss_as_published(tmp_path):
 
 
 def check_bits(model, plain) -> None:
-    from vllm_atomic_moe.files.checkpoint import describe_checkpoint
-
     info = describe_checkpoint(model)
     assert info.identity() == describe_checkpoint(plain).identity()
     found, row_format = answers(model, info, kernel="reference")
@@ -57,3 +58,31 @@ def check_bits(model, plain) -> None:
     assert row_format.plain
     for profile in NAMES:
         assert torch.equal(found[profile], wanted[profile]), profile
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one, two: one[f"{UP}.weight_scale"].fill_(torch.inf), "not finite, or too large"),
+        (lambda one, two: one[f"{UP}.weight_scale"].zero_(), "a scale is zero, the codes"),
+        (lambda one, two: two.update({f"{UP}.weight_scale": one[f"{UP}.weight_scale"]}), "twice"),
+    ],
+    ids=["not finite", "zero", "twice"],
+)
+def test_broken_parts_are_named_and_nothing_is_served(original, tmp_path, change, words):
+    quantize_checkpoint(original, tmp_path / "model", "int4")
+    write_profile(
+        describe_checkpoint(tmp_path / "model"), "a", tmp_path / "model/atomic_profiles", 1
+    )
+    path = tmp_path / "model/model.safetensors"
+    tensors, more = load_file(path), {}
+    change(tensors, more)
+    save_file(tensors, path, metadata={"format": "pt"})
+    if more:
+        save_file(more, path.with_name("more.safetensors"), metadata={"format": "pt"})
+    extra = {"active": "a", "kernel": "reference"}
+    options = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
+    with pytest.raises(ValueError, match=words) as refused, engine(tmp_path / "model", **options):
+        pass
+    assert UP in str(refused.value)
+    assert len(str(refused.value)) < 300

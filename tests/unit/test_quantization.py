@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
-from tests.quantized import FORMATS, quantize_checkpoint
+from tests.quantized import FORMATS, SETTINGS, quantize_checkpoint
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
@@ -143,6 +143,22 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
         ("int4", None, "config.json has no quantization_config"),
         ("int4", {"quant_method": "awq"}, "quantized as int4, config.json says awq"),
         ("gptq", {"quant_method": "gptq", "sym": False}, "GPTQ with sym False"),
+        (
+            "awq",
+            {"quant_method": "awq", "group_size": 128},
+            "of 128 inputs, .* scales of 32",
+        ),
+        (
+            "int4",
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "channel"}}},
+            },
+            "groups of all inputs, the files hold scales of 32",
+        ),
+        ("fp8-block", {**SETTINGS["fp8-block"], "weight_block_size": [64, 64]}, "wanted .* 64x64"),
+        ("fp8-block", {**SETTINGS["fp8-block"], "weight_block_size": 128}, "blocks of 128, wanted"),
+        ("fp8-block", ["fp8"], "config.json has no quantization_config"),
     ],
 )
 def test_config_must_say_the_same(original, tmp_path, name, settings, words):
@@ -151,4 +167,24 @@ def test_config_must_say_the_same(original, tmp_path, name, settings, words):
     config = json.loads(path.read_text()) | {"quantization_config": settings}
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
+        describe_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["int4", "gptq", "awq"])
+def test_one_group_of_down_is_one_of_many_of_gate(tmp_path, name):
+    """Where I is the group size: scales of gate are not one for all inputs."""
+    make_checkpoint("qwen3_moe", tmp_path / "original", moe_intermediate_size=32)
+    quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
+    scheme = describe_checkpoint(tmp_path / "model").scheme(0)
+    assert (scheme.rows, scheme.columns) == (1, 32)
+    parts, dense = FORMATS[name](torch.randn(32, 128))
+    rows = encode(scheme, "gate", parts_of(parts), 128, 32)
+    assert torch.equal(decode(rows, row_format(scheme, 128, 32), "gate"), dense)
+
+
+def test_a_shard_that_was_cut_short(original, tmp_path):
+    quantize_checkpoint(original, tmp_path / "model", "nvfp4")
+    path = tmp_path / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         describe_checkpoint(tmp_path / "model")

@@ -205,6 +205,8 @@ def _part(
 ) -> torch.Tensor:
     """One part, of the dtype and as many dimensions as asked for."""
     part = parts[name]
+    if not part.numel():
+        raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, which is empty")
     if (dtype or part.dtype) != part.dtype or (dims or part.dim()) != part.dim():
         wanted = f"{dtype} of {dims} dimensions" if dtype else f"{dims} dimensions"
         raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, wanted {wanted}")
@@ -213,7 +215,8 @@ def _part(
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The 8 codes of every int32, the lowest first: uint8 [N, 8 · columns]."""
-    stored = packed.contiguous().view(torch.uint8)
+    # Flat first: what has one column is contiguous with any strides, and cannot be viewed as bytes.
+    stored = packed.contiguous().view(-1).view(torch.uint8).view(len(packed), -1)
     return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
 
 
