@@ -10,8 +10,10 @@ from tests.checkpoints import make_checkpoint, write_profile
 from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
-from vllm_atomic_moe.experts.formats import RowFormat
+from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.formats import RowFormat, decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.quantization import scheme_of_down
 
 NAMES = ["ragged", "second"]
 UP = "model.layers.1.mlp.experts.3.up_proj"
@@ -58,6 +60,19 @@ def check_bits(model, plain) -> None:
     assert row_format.plain
     for profile in NAMES:
         assert torch.equal(found[profile], wanted[profile]), profile
+
+
+def test_nvfp4_is_what_vllm_emulates():
+    from vllm.model_executor.layers.quantization.utils import nvfp4_emulation_utils
+
+    parts, _ = FORMATS["nvfp4-modelopt"](torch.randn(96, 192))
+    told = {"weight": ("U8", (96, 96)), "weight_scale": ("F8_E4M3", (96, 12))}
+    scheme, _ = scheme_of_down("down", {**told, "weight_scale_2": ("F32", ())}, 96, {})
+    found = decode(encode(scheme, "up", parts, 192, 96), row_format(scheme, 192, 96), "up")
+    wanted = nvfp4_emulation_utils.dequantize_to_dtype(
+        *(parts[name] for name in scheme.parts), torch.float32, swizzle=False
+    )
+    torch.testing.assert_close(found, wanted, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize(
