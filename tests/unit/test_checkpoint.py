@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.architectures import PER_EXPERT
+from tests.checkpoints import make_checkpoint
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.router import ExpertGroups
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PER_EXPERT)
 def test_both_layouts_describe_the_same_experts(tmp_path, architecture):
     per_expert = make_checkpoint(architecture, tmp_path / "a")
     fused = make_checkpoint(architecture, tmp_path / "b", layout="fused")
@@ -48,6 +49,14 @@ BLOCK = "model.layers.12.mlp"
 def test_names_of_expert_tensors(rest, found):
     assert expert_tensor(f"{BLOCK}.experts.{rest}") == found
     assert expert_tensor(f"{BLOCK}.shared_experts.{rest}") is None
+
+
+@pytest.mark.parametrize("block", ["block_sparse_moe", "shared_moe"])
+def test_dense_projections_are_no_experts_of_a_block_whose_name_ends_alike(block):
+    """Kimi-Linear's dense layers, and Step's experts."""
+    assert expert_tensor(f"model.layers.0.{block}.gate_proj.weight") is None
+    step = expert_tensor("model.layers.0.moe.gate_proj.weight")
+    assert (step.block, step.part) == ("model.layers.0.moe", "gate")
 
 
 def test_digest_is_of_the_router_alone(tmp_path):

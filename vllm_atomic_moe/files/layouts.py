@@ -93,7 +93,7 @@ _FUSED_PARTS = {spelling: part for names in FUSED for part, spelling in names.it
 _OWN = "|".join(_PARTS)
 _OF_EXPERTS = "|".join(spelling for spelling in _FUSED_PARTS if "|" not in spelling)
 _WITHIN = "|".join(
-    rf"(?<={block}\.){name}"
+    rf"(?<=\.{block}\.){name}"
     for block, _, name in (it.partition("|") for it in _FUSED_PARTS)
     if name
 )
