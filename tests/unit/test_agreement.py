@@ -16,7 +16,7 @@ from vllm_atomic_moe.files.profiles import PruningProfile
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     directory = tmp_path_factory.mktemp("original")
-    make_checkpoint("qwen3_moe", directory)
+    make_checkpoint("qwen3_moe", directory, seed=1)
     return load_file(directory / "model.safetensors"), json.loads(
         (directory / "config.json").read_text()
     )

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.architectures import PER_EXPERT
+from tests.checkpoints import make_checkpoint
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PER_EXPERT)
 def test_both_layouts_describe_the_same_experts(tmp_path, architecture):
     per_expert = make_checkpoint(architecture, tmp_path / "a")
     fused = make_checkpoint(architecture, tmp_path / "b", layout="fused")

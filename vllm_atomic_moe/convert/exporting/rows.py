@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, locate_tensors
 from vllm_atomic_moe.files.export_format import packed_offsets
 from vllm_atomic_moe.files.layouts import FUSED, PACKED, PACKED_ROWS, PER_EXPERT, expert_tensor
+from vllm_atomic_moe.files.router import CORRECTION_BIAS
 from vllm_atomic_moe.files.tensors import open_safetensors
 
 PLAIN_DTYPES = {
@@ -129,7 +130,7 @@ def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNa
         prefix = name[: name.find(".experts.") + len(".experts.")]
         if tensor is not None and info.blocks.get(tensor.layer) == tensor.block:
             experts[tensor.layer].known[tensor.part, tensor.expert] = name
-        elif prefix in prefixes:
+        elif prefix in prefixes and not name.endswith(CORRECTION_BIAS):
             experts[prefixes[prefix]].strange.append(name)
         else:
             others.append(name)
