@@ -108,9 +108,9 @@ def check_layer(module, packed: PackedExperts) -> None:
     ids_TK = torch.arange(48).view(24, 2) % module.num_experts
     wanted = module(x_TH, ids_TK, weights_TK)
     ids = with_slots(ids_TK.int(), torch.zeros(24, 1, dtype=torch.int32))
-    of_layer = (packed.weights, packed.biases, *packed.index)
-    activation = packed.activation.spec
-    found = fused_experts(x_TH, *of_layer, weights_TK, ids, packed.widest, activation)
+    of_layer = (packed.weights, packed.scales, packed.biases, *packed.index)
+    activation, rows = packed.activation.spec, packed.row_format.spec
+    found = fused_experts(x_TH, *of_layer, weights_TK, ids, packed.widest, activation, rows)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
