@@ -1,4 +1,4 @@
-"""A multi-token-prediction head proposes tokens, whole, while the model is pruned.
+"""A multi-token-prediction head or a draft model proposes tokens, whole, while the model is pruned.
 
 Greedy answers are those without it, and its proposals are often accepted.
 """
@@ -16,17 +16,26 @@ from vllm_atomic_moe.files.layouts import atom_bytes
 
 NAMES = ["narrow", "whole"]  # the second masks routing
 HEAD = "model.layers.3."
-SPECULATION = {"method": "mtp", "num_speculative_tokens": 1}
+HEAD_PROPOSES = {"method": "mtp", "num_speculative_tokens": 1}
 
 
 @pytest.fixture(scope="module")
-def info(tmp_path_factory):
+def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     info = make_glm4_moe_with_head(directory)
     assert info.layers == (1, 2)
     write_profile(info, NAMES[0], directory / "atomic_profiles", seed=1)
     write_routing_profiles(info, directory / "atomic_profiles")
     return directory, info
+
+
+@pytest.fixture(scope="module")
+def wanted(model):
+    """Greedy tokens by profile, without speculation."""
+    with served(model[0], *NAMES) as llm:
+        found = answers(llm, NAMES)
+    assert found[NAMES[0]] != found[NAMES[1]]
+    return found
 
 
 def answers(llm, names):
@@ -58,25 +67,35 @@ def served(directory, *names, **options):
     return engine(directory, load_format="atomic-pruned", **options)
 
 
-def test_two_profiles_and_their_export(info, tmp_path):
-    directory, info = info
-    with served(directory, *NAMES) as llm:
-        wanted = answers(llm, NAMES)
-    assert wanted[NAMES[0]] != wanted[NAMES[1]]
-    with served(directory, *NAMES, speculative_config=SPECULATION) as llm:
+def test_head_proposes_for_two_profiles(model, wanted):
+    directory, info = model
+    with served(directory, *NAMES, speculative_config=HEAD_PROPOSES) as llm:
         assert answers(llm, NAMES) == wanted
         assert accepted(llm) > 50
         check_head_is_whole(llm, info)
+
+
+def test_export_keeps_the_head(model, wanted, tmp_path):
+    directory, _ = model
     profile = directory / "atomic_profiles" / f"{NAMES[0]}.safetensors"
     export(str(directory), profile, tmp_path / "out")
     before = load_file(directory / "model.safetensors")
     after = {}
     for shard in (tmp_path / "out/atomic_weights").glob("*.safetensors"):
         after |= load_file(shard)
-    head = {name for name in before if name.startswith(HEAD)}
+    head = [name for name in before if name.startswith(HEAD)]
     assert all(after[name].equal(before[name]) for name in head)
-    with served(tmp_path / "out", speculative_config=SPECULATION) as llm:
+    with served(tmp_path / "out", speculative_config=HEAD_PROPOSES) as llm:
         assert answers(llm, NAMES[:1])[NAMES[0]] == wanted[NAMES[0]]
+        assert accepted(llm) > 25
+
+
+def test_draft_model_of_experts_proposes(model, wanted):
+    """Here the unpruned model itself."""
+    directory, _ = model
+    draft = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 2}
+    with served(directory, *NAMES, speculative_config=draft) as llm:
+        assert answers(llm, NAMES) == wanted
         assert accepted(llm) > 25
 
 
@@ -96,6 +115,6 @@ def check_head_is_whole(llm, info):
     assert not {"select_experts", "_compute_routing"} & vars(router).keys()
     packed = packed_layers_of(llm)
     assert [layer.index for layer in packed] == list(info.layers)
-    memory = core(llm, "status")["memory"]
-    assert memory["dense_bytes"] == info.atoms * per_atom
+    (memory,) = core(llm, "status")["ranks"]
+    assert core(llm, "describe")["dense_bytes"] == info.atoms * per_atom
     assert memory["resident_bytes"] == sum(layer.packed.weight_bytes for layer in packed)
