@@ -129,6 +129,7 @@ ARCHITECTURES = {
             "linear_value_head_dim": 32,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
+            # On CPUs its linear attention is for bfloat16 alone.
             "layer_types": ["full_attention"] * 3,
         },
     ),
@@ -193,7 +194,7 @@ ARCHITECTURES = {
             **GROUPS,
             **LATENT,
             "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
+            "first_k_dense_replace": 0,
             "topk_method": "noaux_tc",
         },
         tested=ALONE,
@@ -298,11 +299,18 @@ ARCHITECTURES = {
     "lfm2_moe": Architecture(
         "Lfm2MoeForCausalLM",
         {**MOE, "num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention"]},
+        tested=ALONE,
     ),
     "minimax_m2": Architecture(
         "MiniMaxM2ForCausalLM",
         # By sigmoid its router asserts on a CPU.
-        {**LOCAL, "head_dim": 32, "rotary_dim": 32, "scoring_func": "softmax"},
+        {
+            **LOCAL,
+            "head_dim": 32,
+            "rotary_dim": 32,
+            "scoring_func": "softmax",
+            "use_routing_bias": True,
+        },
     ),
     "afmoe": Architecture(
         "AfmoeForCausalLM",
@@ -327,6 +335,7 @@ ARCHITECTURES = {
             "num_shared_experts": 1,
             "first_k_dense_replace": 1,
             "route_norm": True,
+            "qk_norm": True,
             "expert_hidden_dim": 64,
             "mlp_layer_types": FIRST_DENSE,
         },
@@ -381,7 +390,7 @@ ARCHITECTURES = {
             "model_max_length": 128,
         },
         tested=LAYER,
-        no_cpu="cutlass",
+        no_cpu="mamba-block-size|cutlass",
     ),
     "jamba": Architecture(
         "JambaForCausalLM",
@@ -397,7 +406,7 @@ ARCHITECTURES = {
             "use_mamba_kernels": False,
         },
         tested=LAYER,
-        no_cpu="JAMBA",
+        no_cpu="_lib_fn_wrapper",
     ),
     "nemotron_h": Architecture(
         "NemotronHForCausalLM",
@@ -414,7 +423,7 @@ ARCHITECTURES = {
             "use_mamba_kernels": False,
         },
         tested=LAYER,
-        no_cpu="is_act_and_mul=False is supported only",
+        no_cpu="_lib_fn_wrapper|is_act_and_mul=False is supported only",
         not_exported="gate_proj of expert 0 is missing",
     ),
     "phimoe": Architecture(

@@ -68,7 +68,8 @@ def test_served_and_exported(tmp_path, monkeypatch, architecture):
         return
     export(str(model), profile, output)
     exported = logprobs_of(output, load_format="atomic-pruned", **alone)
-    assert (exported - found[NAMES[0]]).abs().max() < 1e-5
+    # In another batch; bit for bit in test_export.py.
+    assert (exported - found[NAMES[0]]).abs().max() < TOLERANCE
 
 
 @pytest.mark.full
