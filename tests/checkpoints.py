@@ -10,101 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.architectures import ARCHITECTURES, COMMON
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.layouts import expert_tensor
 from vllm_atomic_moe.files.profiles import PruningProfile
-
-COMMON = {
-    "vocab_size": 256,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
-# Architecture -> (transformers configuration class, its own settings).
-ARCHITECTURES = {
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "intermediate_size": 128,
-            "head_dim": 32,
-            "norm_topk_prob": True,
-        },
-    ),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "intermediate_size": 128,
-            "shared_expert_intermediate_size": 96,
-        },
-    ),
-    "olmoe": (
-        "OlmoeConfig",
-        {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
-    ),
-    "mixtral": (
-        "MixtralConfig",
-        {
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "intermediate_size": 64,
-            "sliding_window": None,
-        },
-    ),
-    "glm4_moe": (
-        "Glm4MoeConfig",
-        {
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "intermediate_size": 128,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "n_group": 2,
-            "topk_group": 1,
-            "routed_scaling_factor": 1.5,
-            "norm_topk_prob": True,
-            "head_dim": 32,
-            "use_qk_norm": True,
-        },
-    ),
-}
-# Router with groups of experts and no correction bias; its attention needs VLLM_MLA_DISABLE=1 in
-# float32 on a CPU.
-GROUPED = {
-    "deepseek_v2": (
-        "DeepseekV2Config",
-        {
-            "num_key_value_heads": 4,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "intermediate_size": 128,
-            "first_k_dense_replace": 0,
-            "n_shared_experts": 1,
-            "n_group": 2,
-            "topk_group": 1,
-            "topk_method": "group_limited_greedy",
-            "q_lora_rank": None,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-        },
-    ),
-}
+from vllm_atomic_moe.files.router import CORRECTION_BIAS
 
 
 def make_checkpoint(
@@ -118,30 +28,48 @@ def make_checkpoint(
     """Write a random float32 checkpoint.
 
     Args:
-        architecture: key of ARCHITECTURES or GROUPED.
+        architecture: key of ARCHITECTURES.
         directory: where to write it.
-        layout: "per_expert", one tensor per expert and projection, as transformers saves; or
-            "fused", one 3-D tensor per projection.
+        layout: "per_expert", as transformers saves; or "fused", one 3-D tensor per projection (for
+            those of PER_EXPERT).
         seed: of the random weights.
         more_settings: of the configuration.
     """
     import transformers
 
-    config_name, settings = {**ARCHITECTURES, **GROUPED}[architecture]
-    torch.manual_seed(seed)
-    config = getattr(transformers, config_name)(**{**COMMON, **settings, **more_settings})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.3)
-    model.save_pretrained(directory)
+    it = ARCHITECTURES[architecture]
+    settings = {**COMMON, **it.settings, **more_settings}
+    config = transformers.CONFIG_MAPPING[it.kind or architecture](**settings)
+    generator = torch.Generator().manual_seed(seed)
+    if it.tensors is None:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                _randomize(name, tensor, generator)
+        model.save_pretrained(directory)
+        tensors = model.state_dict()
+    else:
+        tensors = {name: torch.ones(shape) for name, shape in it.tensors.items()}
+        for name, tensor in tensors.items():
+            _randomize(name, tensor, generator)
+        config.save_pretrained(directory)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [it.model]}))
     if layout == "fused":
         state = {
-            _fused_name(architecture, name): tensor.contiguous()
-            for name, tensor in model.state_dict().items()
+            _fused_name(architecture, name): tensor.contiguous() for name, tensor in tensors.items()
         }
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return describe_checkpoint(directory)
+
+
+def _randomize(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Matrices, some of which transformers leaves zero, and correction biases."""
+    if name.endswith(CORRECTION_BIAS):
+        tensor.normal_(std=0.3, generator=generator)
+    elif tensor.dim() > 1 and tensor.is_floating_point():
+        tensor.normal_(std=0.2, generator=generator)
 
 
 def _fused_name(architecture: str, name: str) -> str:

@@ -22,7 +22,7 @@ RELEASE = "0.33.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm-atomic-moe"
 TESTS = (
     "tests/serving/test_compat.py",
-    "tests/serving/test_parity.py",
+    "tests/serving/test_architectures.py",
     "tests/serving/test_admission.py",
     "tests/serving/test_batches_of_profiles.py",
     "tests/serving/test_profiles_of_requests.py",

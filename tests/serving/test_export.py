@@ -83,21 +83,6 @@ def test_other_ways_to_read_give_the_same(exported):
     assert torch.equal(found, served(exported))
 
 
-@pytest.mark.parametrize(
-    ("architecture", "layout"),
-    [
-        ("mixtral", "fused"),
-        pytest.param("qwen2_moe", "fused", marks=pytest.mark.full),
-        pytest.param("olmoe", "per_expert", marks=pytest.mark.full),
-        pytest.param("glm4_moe", "per_expert", marks=pytest.mark.full),
-    ],
-)
-def test_other_layouts_and_architectures(tmp_path, architecture, layout):
-    model, output = make_model(tmp_path / "model", architecture, layout), tmp_path / "exported"
-    export(str(model), model / "profiles" / "wide.safetensors", output)
-    assert torch.equal(served(output), served(model, model, active="wide"))
-
-
 @pytest.mark.parametrize("name", ["dense", "other"])
 def test_profiles_beyond_the_export_are_refused_before_weights_are_read(
     model, exported, monkeypatch, name

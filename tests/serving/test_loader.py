@@ -211,21 +211,6 @@ def test_additional_config_must_be_a_dict(model, no_weights_read):
         get_model(vllm_config=config)
 
 
-def test_moe_draft_is_refused_and_dense_draft_goes_to_vllms_loader(model, monkeypatch):
-    from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
-
-    config = configure(model)
-    loader = get_model_loader(config.load_config)
-    draft = config.model_config
-    draft.runner_type = "draft"
-    with pytest.raises(ValueError, match=r"not served by this version: the MoE draft model"):
-        loader.load_model(config, draft)
-    monkeypatch.setattr(type(draft), "is_moe", False)
-    monkeypatch.setattr(DefaultModelLoader, "load_model", lambda self, *given: ("loaded", *given))
-    assert loader.load_model(config, draft) == ("loaded", config, draft, "")
-    assert loader.inner.load_config.load_format == "safetensors"
-
-
 def test_models_that_bring_their_own_experts_class_are_refused(model):
     """transformers' backend builds a subclass of its own, which our replacement does not reach.
 

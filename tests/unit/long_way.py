@@ -52,11 +52,13 @@ class LongWay:
                 for expert in range(info.num_experts)
             ]
 
+        self.ungated = info.architecture == "NemotronHForCausalLM"
         self.biased = info.architecture == "GptOssForCausalLM"
         if self.biased:
             self._read_gpt_oss(directory, layer, dtype)
         else:
-            self.gate, self.up, self.down = matrices(GATE), matrices(UP), matrices(DOWN)
+            self.up, self.down = matrices(UP), matrices(DOWN)
+            self.gate = self.up if self.ungated else matrices(GATE)
         self.info = info
         self.domain = 0
         self.tokens: list[RoutedToken] = []
@@ -79,6 +81,9 @@ class LongWay:
     def expert(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h and y of rows x."""
         gate, up = x @ self.gate[expert].T, x @ self.up[expert].T
+        if self.ungated:
+            h = functional.relu(up) ** 2
+            return h, h @ self.down[expert].T
         if not self.biased:
             h = functional.silu(gate) * up
             return h, h @ self.down[expert].T

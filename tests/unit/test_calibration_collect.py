@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests import checkpoints
+from tests.architectures import COMMON, QUICK
 from tests.unit.tiny_models import (
     ARCHITECTURES,
     CONTEXT,
@@ -91,7 +92,10 @@ class RowCounter:
         self.rows += rows.h.shape[0]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in ARCHITECTURES],
+)
 def test_observed_experts_compute_what_transformers_computes(architecture, tmp_path):
     info = make_model(architecture, tmp_path)
     model = load_model(tmp_path, "float32", CPU).eval()
@@ -368,7 +372,7 @@ def test_a_model_that_is_not_the_checkpoint_is_refused(changes, message, tiny):
 
 
 def tiny_config(architecture, **settings):
-    config = CONFIG_MAPPING[architecture](**{**checkpoints.COMMON, **settings})
+    config = CONFIG_MAPPING[architecture](**{**COMMON, **settings})
     return AutoModelForCausalLM.from_config(config)
 
 

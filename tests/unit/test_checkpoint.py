@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.architectures import PER_EXPERT
+from tests.checkpoints import make_checkpoint
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PER_EXPERT)
 def test_both_layouts_describe_the_same_experts(tmp_path, architecture):
     per_expert = make_checkpoint(architecture, tmp_path / "a")
     fused = make_checkpoint(architecture, tmp_path / "b", layout="fused")
@@ -92,15 +93,21 @@ def test_digest_does_not_depend_on_sharding(tmp_path):
 
 
 def test_prediction_layers_are_left_out(tmp_path):
+    """Also with fewer experts than the model, of another size."""
     info = make_checkpoint("qwen3_moe", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     extra = {
-        name.replace("layers.1.", "layers.3."): tensor.clone()
+        name.replace("layers.1.", "layers.3."): tensor[: len(tensor) // 2].clone()
         for name, tensor in tensors.items()
-        if "layers.1." in name
+        if "layers.1." in name and not re.search(r"experts\.[4-7]\.", name)
     }
-    extra |= {f"mtp.{name.removeprefix('model.')}": t.clone() for name, t in extra.items()}
+    for prefix in ("mtp.", "model.mtp."):
+        extra |= {
+            f"{prefix}{name.removeprefix('model.').replace('.3.', '.0.')}": tensor.clone()
+            for name, tensor in extra.items()
+            if name.startswith("model.layers.")
+        }
     config = json.loads((tmp_path / "config.json").read_text())
     save_file({**tensors, **extra}, path)
     for change in ({"num_nextn_predict_layers": 1}, {"num_mtp_modules": 3}):

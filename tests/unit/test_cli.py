@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.prediction_heads import make_glm4_moe_with_head
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.cli import app
@@ -284,6 +286,23 @@ def test_check_refuses_two_files_of_one_name_in_a_directory(work, profiles):
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert "both carry the name 'heapr-20'" in line
+
+
+def test_prediction_head_is_left_alone(tmp_path):
+    make_model("glm4_moe", tmp_path / "model")
+    make_glm4_moe_with_head(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(random_text(3000))
+    stats, out = tmp_path / "stats.safetensors", tmp_path / "profiles"
+    for command in (
+        ("calibrate", tmp_path / "model", "--data", tmp_path / "text.txt", "-o", stats, *SMALL),
+        ("prune", stats, "--method", "heapr", "--ratio", 0.25, "--allow-unseen", "-o", out),
+        ("check", tmp_path / "model", out),
+        ("show", out),
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    assert list(PruningProfile.read(out / "heapr-25.safetensors").keep) == [1, 2]
+    assert re.findall(r"^(\w+) .* \d+\.\d\d%", result.stdout, re.MULTILINE) == ["1", "2", "all"]
 
 
 def test_calibrate_refuses_in_one_line(work, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import ARCHITECTURES, make_checkpoint, ragged_masks, write_profile
+from tests.architectures import PER_EXPERT
+from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.convert.exporting.place import working_directory
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
@@ -87,7 +88,7 @@ def change(path: Path, changed) -> None:
 # --- what is written ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PER_EXPERT)
 def test_rows_are_the_originals_and_both_layouts_give_the_same_bytes(tmp_path, architecture):
     model = make_model(tmp_path / "model", architecture)
     fused = tmp_path / "fused"
@@ -160,6 +161,20 @@ def test_stored_dtypes_are_kept_and_experts_of_other_layers_copied_whole(model, 
     assert {name for name in before if "layers.3." in name or "mtp." in name} <= copied
     assert all(before[name].dtype == after[name].dtype for name in copied)
     assert all(torch.equal(before[name], after[name]) for name in copied)
+
+
+def test_a_correction_bias_among_the_experts_is_copied(model, tmp_path):
+    """As Laguna has it."""
+    name = "model.layers.0.mlp.experts.e_score_correction_bias"
+    before = describe_checkpoint(model.path).router
+    change(model.weights, lambda tensors: {**tensors, name: torch.arange(8.0)})
+    info = describe_checkpoint(model.path)
+    assert info.router.sha256 != before.sha256
+    profile = PruningProfile.read(model.profile())
+    PruningProfile("own", profile.keep).write(tmp_path / "own.safetensors")
+    export(str(model.path), tmp_path / "own.safetensors", tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / SHARD)[name], torch.arange(8.0))
+    assert describe_checkpoint(tmp_path / "out") == info
 
 
 def test_layers_without_atoms_and_experts_that_are_not_routable(model, tmp_path):

@@ -213,7 +213,7 @@ def test_exports_that_contradict_themselves(originals, tmp_path):
     refused("layer 1: a row format that is not known", lambda of: of["1"]["up"].update(rows=-1))
     refused("does not say how the rows of layer 1", lambda of: of["1"].pop("up"))
     refused(
-        "projections encoded differently .gate int4 1x32, up int4 1x32, down_t plain",
+        "projections encoded differently .gate int4 g32, up int4 g32, down_t plain",
         lambda of: of["1"].update(down_t={"kind": "plain"}),
     )
     refused("packed.gate is U8 .* wanted", lambda of: [

@@ -96,11 +96,8 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 or the checkpoint's experts are incomplete.
         """
         with _refusals_said_plainly():
-            if model_config.runner_type == "draft":
-                from vllm_atomic_moe.engine.refusals import check_draft
-
-                check_draft(model_config)
-                return self.inner.load_model(vllm_config, model_config, prefix)
+            if _is_draft(model_config):
+                return super().load_model(vllm_config, model_config, prefix)
             self.plan = self._make_plan(vllm_config, model_config)
             resident = self.plan.resident
             digest = resident.digest()
@@ -128,7 +125,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """Build the model; vLLM's routed experts become packed ones."""
+        """Build the model; vLLM's routed experts become packed ones, but those of drafts do not."""
+        if _is_draft(model_config):
+            return super().create_model(vllm_config, model_config, prefix)
         from vllm_atomic_moe.engine.compat import import_model_class
         from vllm_atomic_moe.engine.layer import packed_experts_for
 
@@ -137,7 +136,14 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Stream the checkpoint through the packed experts and see that all of it arrived."""
+        """Stream the checkpoint through the packed experts and see that all of it arrived.
+
+        Drafts are loaded whole: a prediction head too, which lies among the model's own tensors.
+        """
+        if _is_draft(model_config):
+            folder = weights_directory(self._checkpoint(model_config))
+            self.inner.load_weights(model, reading_from(folder, model_config))
+            return
         from vllm_atomic_moe.engine.interleaved import interleaved_experts_split
         from vllm_atomic_moe.engine.quantized import codes_taken_by
         from vllm_atomic_moe.engine.routing import mask_routers
@@ -223,6 +229,11 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         return resolve_model(
             model_config.model, model_config.revision, self.load_config.download_dir
         )
+
+
+def _is_draft(model_config: ModelConfig) -> bool:
+    """Whether vLLM loads what proposes tokens, and not the model that is served."""
+    return model_config.runner_type == "draft"
 
 
 @contextmanager

@@ -161,15 +161,6 @@ def check_graphs(vllm_config: VllmConfig, backend: Backend) -> None:
         )
 
 
-def check_draft(model_config: ModelConfig) -> None:
-    """Refuse a draft model with routed experts; dense drafts load normally."""
-    if model_config.is_moe:
-        raise ValueError(
-            f"not served by this version: the MoE draft model {model_config.model}; "
-            "use a dense draft (--speculative-config) or none"
-        )
-
-
 def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
     """Refuse experts that packed rows do not describe.
 

@@ -16,8 +16,15 @@ import torch
 
 from vllm_atomic_moe.files.tensors import read_tensor
 
-# Inside a MoE block: modules of the router, and the correction bias where it stands beside them.
-ROUTER_MODULES = ("gate.", "router.", "moe_statics.", "e_score_correction_bias", "expert_bias")
+# Inside a MoE block: modules of the router, and the correction bias where it stands elsewhere.
+ROUTER_MODULES = (
+    "gate.",
+    "router.",
+    "moe_statics.",
+    "e_score_correction_bias",
+    "experts.e_score_correction_bias",
+    "expert_bias",
+)
 # The correction bias among them: it takes part in the choice of experts, not in their weights.
 CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 # Values of all routers together that are sampled, and of one tensor at least.

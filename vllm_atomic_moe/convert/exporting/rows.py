@@ -21,6 +21,7 @@ import torch
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.export_format import packed_offsets
 from vllm_atomic_moe.files.layouts import FUSED, PACKED_ROWS, PER_EXPERT, quantized_tensor
+from vllm_atomic_moe.files.router import CORRECTION_BIAS
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
@@ -164,7 +165,7 @@ def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNa
         if tensor is not None and info.blocks.get(tensor.layer) == tensor.block:
             known = experts[tensor.layer].known
             known.setdefault((tensor.part, tensor.expert), {})[tensor.quantity] = name
-        elif prefix in prefixes:
+        elif prefix in prefixes and not name.endswith(CORRECTION_BIAS):
             experts[prefixes[prefix]].strange.append(name)
         else:
             others.append(name)

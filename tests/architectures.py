@@ -1,0 +1,456 @@
+"""The matrix of architectures: a tiny model of each; what is served, calibrated, exported.
+
+README's table is compared with it. A reason that no longer holds fails a test.
+
+Legend: E = 8 experts, K = 2 of them per token, H = 128 hidden size, I = 64 intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 128,
+}
+ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 128,
+}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64}
+GROUPS = {"n_group": 2, "topk_group": 1}
+# Multi-head latent attention.
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+FIRST_DENSE = ["dense", "sparse", "sparse"]
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+VLLM = "against vLLM's dense model, two profiles in one batch"
+ALONE = "against vLLM's dense model, prompt by prompt"
+TRANSFORMERS = "against transformers, two profiles in one batch"
+LAYER = "against transformers, layer by layer"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One architecture.
+
+    Attributes:
+        model: its class in vLLM.
+        settings: of its configuration, beside COMMON.
+        kind: transformers' model type, or one that takes such settings; "": the table's key.
+        tested: one of the four above. ALONE where stock vLLM's answers on a CPU depend on the rest
+            of a batch; TRANSFORMERS where stock vLLM on a CPU does not compute such experts; LAYER
+            where it does not start (`no_cpu`).
+        no_cpu: pattern of stock vLLM's own error on a CPU.
+        not_calibrated, not_exported: "", or a pattern of the refusal.
+        tensors: the checkpoint's tensors, where transformers has no class of that name.
+    """
+
+    model: str
+    settings: Mapping[str, Any]
+    kind: str = ""
+    tested: str = VLLM
+    no_cpu: str = ""
+    not_calibrated: str = ""
+    not_exported: str = ""
+    tensors: Mapping[str, tuple[int, ...]] | None = None
+
+
+def bailing(first_dense: int) -> dict[str, tuple[int, ...]]:
+    """What vLLM's `bailing_moe.py` loads."""
+    shapes = {
+        "model.word_embeddings.weight": (256, 128),
+        "model.norm.weight": (128,),
+        "lm_head.weight": (256, 128),
+    }
+
+    def mlp(name: str, size: int) -> None:
+        shapes[f"{name}.gate_proj.weight"] = shapes[f"{name}.up_proj.weight"] = (size, 128)
+        shapes[f"{name}.down_proj.weight"] = (128, size)
+
+    for layer in range(3):
+        block = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{block}.{norm}.weight"] = (128,)
+        shapes[f"{block}.attention.query_key_value.weight"] = ((4 + 2 * 2) * 32, 128)
+        shapes[f"{block}.attention.dense.weight"] = (128, 128)
+        if layer < first_dense:
+            mlp(f"{block}.mlp", 128)
+            continue
+        shapes[f"{block}.mlp.gate.weight"] = (8, 128)
+        shapes[f"{block}.mlp.gate.expert_bias"] = (8,)
+        mlp(f"{block}.mlp.shared_experts", 64)
+        for expert in range(8):
+            mlp(f"{block}.mlp.experts.{expert}", 64)
+    return shapes
+
+
+ARCHITECTURES = {
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM", {**MOE, "head_dim": 32, "norm_topk_prob": True}
+    ),
+    "qwen2_moe": Architecture(
+        "Qwen2MoeForCausalLM", {**MOE, "shared_expert_intermediate_size": 96}
+    ),
+    "qwen3_next": Architecture(
+        "Qwen3NextForCausalLM",
+        {
+            **MOE,
+            "shared_expert_intermediate_size": 96,
+            "head_dim": 32,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            # On CPUs its linear attention is for bfloat16 alone.
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
+    "mixtral": Architecture("MixtralForCausalLM", {**LOCAL, "sliding_window": None}),
+    "olmoe": Architecture(
+        "OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64}
+    ),
+    "deepseek_v2": Architecture(
+        "DeepseekV2ForCausalLM",
+        {
+            **ROUTED,
+            **GROUPS,
+            **LATENT,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+        },
+        tested=ALONE,
+    ),
+    "deepseek_v3": Architecture(
+        "DeepseekV3ForCausalLM",
+        {
+            **ROUTED,
+            **GROUPS,
+            **LATENT,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
+        },
+        tested=ALONE,
+    ),
+    "glm4_moe": Architecture(
+        "Glm4MoeForCausalLM",
+        {
+            **ROUTED,
+            **GROUPS,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+            "use_qk_norm": True,
+        },
+    ),
+    "glm4_moe_lite": Architecture(
+        "Glm4MoeLiteForCausalLM",
+        {
+            **ROUTED,
+            **LATENT,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
+            "mlp_layer_types": FIRST_DENSE,
+        },
+        tested=ALONE,
+    ),
+    "axk1": Architecture(
+        "AXK1ForCausalLM",
+        {
+            **ROUTED,
+            **GROUPS,
+            **LATENT,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "topk_method": "noaux_tc",
+        },
+        tested=ALONE,
+    ),
+    "gpt_oss": Architecture(
+        "GptOssForCausalLM",
+        {**LOCAL, "head_dim": 32},
+        tested=TRANSFORMERS,
+    ),
+    "gemma4": Architecture(
+        "Gemma4ForCausalLM",
+        {
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "enable_moe_block": True,
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 256,
+            "layer_types": MIXED,
+            "tie_word_embeddings": True,
+        },
+        kind="gemma4_text",
+    ),
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        {
+            **LOCAL,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 96,
+            "head_dim": 32,
+            "no_rope_layers": [1, 1, 1],
+            "attention_chunk_size": 128,
+        },
+        kind="llama4_text",
+        not_calibrated="does not build its experts through the experts interface",
+    ),
+    "granitemoe": Architecture("GraniteMoeForCausalLM", LOCAL),
+    "granitemoeshared": Architecture(
+        "GraniteMoeSharedForCausalLM", {**LOCAL, "shared_intermediate_size": 96}
+    ),
+    "granitemoe_swa": Architecture(
+        "GraniteMoeSWAForCausalLM",
+        {
+            **LOCAL,
+            "shared_intermediate_size": 96,
+            "layer_types": MIXED,
+            "layer_rope_theta": [10000.0] * 3,
+        },
+    ),
+    "granitemoehybrid": Architecture(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **LOCAL,
+            "shared_intermediate_size": 96,
+            "layer_types": ["full_attention"] * 3,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "ernie4_5_moe": Architecture(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+        },
+    ),
+    "exaone_moe": Architecture(
+        "ExaoneMoeForCausalLM",
+        {
+            **MOE,
+            **GROUPS,
+            "num_shared_experts": 1,
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": MIXED,
+            "mlp_layer_types": FIRST_DENSE,
+        },
+    ),
+    "cohere2_moe": Architecture(
+        "Cohere2MoeForCausalLM",
+        {
+            **MOE,
+            "intermediate_size": 64,
+            "head_dim": 32,
+            "num_shared_experts": 1,
+            "sliding_window": 64,
+            "layer_types": MIXED,
+            "mlp_layer_types": ["sparse"] * 3,
+        },
+    ),
+    "lfm2_moe": Architecture(
+        "Lfm2MoeForCausalLM",
+        {**MOE, "num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention"]},
+        tested=ALONE,
+    ),
+    "minimax_m2": Architecture(
+        "MiniMaxM2ForCausalLM",
+        # By sigmoid its router asserts on a CPU.
+        {
+            **LOCAL,
+            "head_dim": 32,
+            "rotary_dim": 32,
+            "scoring_func": "softmax",
+            "use_routing_bias": True,
+        },
+    ),
+    "afmoe": Architecture(
+        "AfmoeForCausalLM",
+        {
+            **MOE,
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": MIXED,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "hy_v3": Architecture(
+        "HYV3ForCausalLM",
+        {
+            **MOE,
+            "head_dim": 32,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "route_norm": True,
+            "qk_norm": True,
+            "expert_hidden_dim": 64,
+            "mlp_layer_types": FIRST_DENSE,
+        },
+    ),
+    "laguna": Architecture(
+        "LagunaForCausalLM",
+        {
+            **MOE,
+            "head_dim": 32,
+            "shared_expert_intermediate_size": 96,
+            "layer_types": MIXED,
+            "num_attention_heads_per_layer": [4, 4, 4],
+            "mlp_layer_types": FIRST_DENSE,
+        },
+        tested=LAYER,
+        no_cpu="AssertionError",  # its router's
+    ),
+    "mimo_v2_flash": Architecture(
+        "MiMoV2FlashForCausalLM",
+        {
+            **ROUTED,
+            "head_dim": 32,
+            "v_head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": MIXED,
+            "mlp_layer_types": FIRST_DENSE,
+            "hybrid_layer_pattern": [1, 1, 0],
+            "moe_layer_freq": [0, 1, 1],
+            "n_group": 1,
+            "topk_group": 1,
+            "layernorm_epsilon": 1e-5,
+            "sliding_window_size": 64,
+            "swa_head_dim": 32,
+            "swa_v_head_dim": 32,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+        },
+    ),
+    "kimi_linear": Architecture(
+        "KimiLinearForCausalLM",
+        {
+            **{key: value for key, value in LATENT.items() if key != "q_lora_rank"},
+            "num_experts": 8,
+            "num_experts_per_token": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "num_shared_experts": 1,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "mlp_layer_types": FIRST_DENSE,
+            "linear_head_dim": 32,
+            "linear_num_heads": 4,
+            "model_max_length": 128,
+        },
+        tested=LAYER,
+        no_cpu="mamba-block-size|cutlass",
+    ),
+    "jamba": Architecture(
+        "JambaForCausalLM",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 2,
+            "mamba_dt_rank": 8,
+            "use_mamba_kernels": False,
+        },
+        tested=LAYER,
+        no_cpu="_lib_fn_wrapper",
+    ),
+    "nemotron_h": Architecture(
+        "NemotronHForCausalLM",
+        {
+            **ROUTED,
+            "layers_block_type": ["linear_attention", "moe", "full_attention"],
+            "moe_shared_expert_intermediate_size": 96,
+            "head_dim": 32,
+            "ssm_state_size": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "use_mamba_kernels": False,
+        },
+        tested=LAYER,
+        no_cpu="_lib_fn_wrapper|is_act_and_mul=False is supported only",
+        not_exported="gate_proj of expert 0 is missing",
+    ),
+    "phimoe": Architecture(
+        "PhiMoEForCausalLM", {**LOCAL, "attention_bias": True, "lm_head_bias": True}
+    ),
+    "bailing": Architecture(
+        "BailingMoeV2ForCausalLM",
+        {
+            **MOE,
+            **GROUPS,
+            "head_dim": 32,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "routed_scaling_factor": 1.5,
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "embedding_dropout": 0.0,
+            "partial_rotary_factor": 0.5,
+        },
+        kind="qwen3_moe",
+        tensors=bailing(first_dense=1),
+    ),
+}
+# Those whose 3-D tensors transformers saves one by one: both layouts are served.
+PER_EXPERT = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "glm4_moe")
+# Those that `make test` takes: groups, correction bias and a shared expert; biases; an activation
+# and a block of its own; router weights on the input.
+QUICK = ("glm4_moe", "gpt_oss", "gemma4", "llama4")
