@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.e2e.conftest import DEMO, ENVIRONMENT
+from tests.quantized import quantize_checkpoint
 from vllm_atomic_moe.cli.bench import _print_servers
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.measure import server_process
@@ -122,3 +123,24 @@ def test_the_servers_are_gone(measured):
     groups = measured[2]
     assert len(set(groups)) == 4
     assert not any(server_process.processes_of_group(group) for group in groups)
+
+
+def test_quantized_models_are_dense_through_the_loader(tmp_path, monkeypatch):
+    """On a CPU, where vLLM has no kernel for such experts."""
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    quantize_checkpoint(DEMO, tmp_path / "model", "fp8-channel")
+    report = measure_servers(
+        tmp_path / "model",
+        DEMO / "atomic_profiles",
+        names=["heapr-40"],
+        plan=PLAN,
+        serve_arguments=["--enforce-eager"],
+    )
+    dense, pruned = report.runs
+    assert (dense.profile, pruned.profile) == ("dense", "heapr-40")
+    assert dense.dense_bytes == pruned.dense_bytes
+    # And of every row the number of its scales.
+    assert dense.resident_bytes == pytest.approx(dense.dense_bytes, rel=0.02)
+    assert pruned.resident_bytes == pytest.approx(0.6 * pruned.dense_bytes, rel=0.02)
+    assert DENSE_BYTES / 2 < dense.dense_bytes < 0.52 * DENSE_BYTES
