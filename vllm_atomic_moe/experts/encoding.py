@@ -20,6 +20,7 @@ from vllm_atomic_moe.experts.formats import (
     Factor,
     Projection,
     RowFormat,
+    unpack_codes,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.quantization import Scheme
@@ -157,9 +158,8 @@ def _read(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Encoded:
         codes = codes.flatten(-2)
     if codes.dtype != torch.uint8:
         raise ValueError(f"weights are {codes.dtype}, those of other experts uint8")
-    codes_NK = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     factor = others[0].float().reshape(()) if others else None
-    return Encoded(codes_NK, scales, factor=factor)
+    return Encoded(unpack_codes(codes, 4), scales, factor=factor)
 
 
 def _read_transposed(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Encoded:
@@ -184,5 +184,4 @@ def _read_transposed(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Encod
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The 8 codes of every int32, the lowest first: uint8 [N, 8 · columns]."""
-    stored = packed.contiguous().view(torch.uint8)
-    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+    return unpack_codes(packed.contiguous().view(torch.uint8), 4)
