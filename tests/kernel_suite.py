@@ -328,7 +328,7 @@ class KernelSuite:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_rows_that_are_codes(self, name: str) -> None:
-        """Every format, sizes that are no multiples of blocks, two profiles in a batch."""
+        """Every format, sizes that are not multiples of its blocks, two profiles in one batch."""
         self._reads_codes()
         masks = {"a": ragged(), "b": ragged(1)}
         for dtype in self.dtypes:

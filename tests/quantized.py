@@ -291,7 +291,6 @@ def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = F
     """
     from vllm_atomic_moe.files.layouts import expert_tensor
 
-    plain = target.with_name(f"{target.name}-plain")
     quantized, dense = {}, {}
     for tensor_name, tensor in load_file(source / "model.safetensors").items():
         found = expert_tensor(tensor_name)
@@ -302,19 +301,11 @@ def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = F
         stem = tensor_name.removesuffix("weight")
         quantized |= {f"{stem}{part}": value.contiguous() for part, value in parts.items()}
         dense[tensor_name] = values.to(tensor.dtype).contiguous()
-    for directory, tensors in ((target, quantized), (plain, dense)):
-        ignored = shutil.ignore_patterns("atomic_profiles", "*.safetensors")
-        shutil.copytree(source, directory, ignore=ignored)
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    path = target / "config.json"
-    config = {**json.loads(path.read_text()), "quantization_config": SETTINGS[name]}
-    path.write_text(json.dumps(config))
-    return plain
+    return _write(source, target, quantized, dense, SETTINGS[name])
 
 
 def quantize_gpt_oss(source: Path, target: Path) -> Path:
     """The same of a gpt-oss checkpoint, whose tensors hold all experts of a layer, transposed."""
-    plain = target.with_name(f"{target.name}-plain")
     quantized, dense = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         quantized[name] = dense[name] = tensor
@@ -326,12 +317,24 @@ def quantize_gpt_oss(source: Path, target: Path) -> Path:
             quantized[f"{name}_{part}"] = torch.stack([parts[part] for parts, _ in experts])
         values = torch.stack([values.t() for _, values in experts])
         dense[name] = values.to(tensor.dtype).contiguous()
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
+    return _write(source, target, quantized, dense, settings)
+
+
+def _write(
+    source: Path,
+    target: Path,
+    quantized: dict[str, torch.Tensor],
+    dense: dict[str, torch.Tensor],
+    settings: dict,
+) -> Path:
+    """Write both checkpoints, with all else that `source` has; the plain one's directory."""
+    plain = target.with_name(f"{target.name}-plain")
     for directory, tensors in ((target, quantized), (plain, dense)):
         ignored = shutil.ignore_patterns("atomic_profiles", "*.safetensors")
         shutil.copytree(source, directory, ignore=ignored)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     path = target / "config.json"
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
-    settings = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
     return plain

@@ -21,6 +21,7 @@ from vllm_atomic_moe.experts.formats import (
     Projection,
     RowFormat,
     check_values,
+    unpack_codes,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.quantization import Scheme
@@ -169,7 +170,7 @@ def _read_codes(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> torch.Tens
     blocks = scheme.kind == "mxfp4-blocks"
     codes = _part(parts, name, torch.uint8, 3 if blocks else 2)
     codes = codes.flatten(-2) if blocks else codes
-    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return unpack_codes(codes, 4)
 
 
 def _read_scales(
@@ -217,7 +218,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The 8 codes of every int32, the lowest first: uint8 [N, 8 · columns]."""
     # Flat first: what has one column is contiguous with any strides, and cannot be viewed as bytes.
     stored = packed.contiguous().view(-1).view(torch.uint8).view(len(packed), -1)
-    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+    return unpack_codes(stored, 4)
 
 
 def _in_awq_order(packed: torch.Tensor) -> torch.Tensor:

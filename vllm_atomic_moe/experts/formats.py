@@ -25,7 +25,7 @@ import torch
 
 Code = Literal["plain", "e4m3", "int4", "uint4", "e2m1"]
 CODES: tuple[Code, ...] = get_args(Code)
-# How a factor acts on scales; none where there is no factor.
+# How a factor changes the scales, if there is one.
 Factor = Literal["none", "times", "over"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
 Projection = Literal["gate", "up", "down"]
@@ -95,14 +95,6 @@ class RowFormat:
     def bits(self) -> int:
         """Of one code; 0 of plain rows, which are as wide as their dtype."""
         return {"plain": 0, "e4m3": 8}.get(self.code, 4)
-
-    @property
-    def name(self) -> str:
-        """For people: fp8 128x128, int4 1x32."""
-        if self.plain:
-            return "plain"
-        kind = {"e4m3": "fp8", "uint4": "int4", "e2m1": "fp4"}.get(self.code, self.code)
-        return f"{kind} {self.rows.atoms}x{self.rows.columns}"
 
     @property
     def spec(self) -> str:

@@ -205,10 +205,10 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     """Describe the routed experts of the checkpoint in `directory`.
 
     Raises:
-        ValueError: no routed experts, or in a layout that is not known, or quantized; experts of
-            unequal width, or not as many as the router or config.json say, or in other layers; no
-            router tensors; an exported checkpoint whose packed rows, offsets and masks do not fit
-            together.
+        ValueError: no routed experts; experts in a layout that is not known, quantized in a way
+            that is not known or not as config.json says, of unequal width, not as many as the
+            router or config.json say, or in other layers; no router tensors; an exported
+            checkpoint whose packed rows, offsets and masks do not fit together.
     """
     check_encodings(directory)
     config = read_config(directory)
@@ -308,7 +308,6 @@ def _gather_layers(
                     f"{layer.scheme.kind}; fetch the checkpoint again"
                 )
             layer.scheme = scheme
-            shape = (hidden_size, size)
         if "blocks" in parts:
             experts, rows, groups, _ = parts["blocks"][1]
             layer.whole[part] = (experts, rows, groups * 32)
@@ -316,5 +315,5 @@ def _gather_layers(
             layer.whole[part] = next(iter(parts.values()))[1]
         else:
             plain = scheme.kind == "plain"
-            layer.down[expert] = parts["weight"][1] if plain else shape
+            layer.down[expert] = parts["weight"][1] if plain else (hidden_size, size)
     return layers

@@ -88,15 +88,13 @@ def packed_name(block: str, part: str, quantity: str = "weight") -> str:
 
 def quantized_tensor(name: str) -> ExpertTensor | None:
     """As `expert_tensor`, and what quantized matrices bring beside or in place of weights."""
-    if match := _PER_EXPERT_QUANTITY.fullmatch(name):
-        part, expert = _PARTS[match["own"]], int(match["expert"])
-        return ExpertTensor(
-            match["block"], int(match["layer"]), part, expert=expert, quantity=match["quantity"]
-        )
-    if match := _FUSED_QUANTITY.fullmatch(name):
-        part = _FUSED_PARTS[match["fused"]]
-        return ExpertTensor(match["block"], int(match["layer"]), part, quantity=match["quantity"])
-    return expert_tensor(name)
+    if (plain := expert_tensor(name)) or (match := _QUANTITY.fullmatch(name)) is None:
+        return plain
+    block, layer = match["block"], int(match["layer"])
+    if match["fused"]:
+        return ExpertTensor(block, layer, _FUSED_PARTS[match["fused"]], quantity=match["whole"])
+    part, expert = _PARTS[match["own"]], int(match["expert"])
+    return ExpertTensor(block, layer, part, expert=expert, quantity=match["one"])
 
 
 def expert_tensor(name: str) -> ExpertTensor | None:
@@ -132,19 +130,16 @@ _WITHIN = "|".join(
     for block, _, name in (it.partition("|") for it in _FUSED_PARTS)
     if name
 )
+_BLOCK = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\."
+_MATRIX = rf"experts\.(?P<expert>\d+)\.(?P<own>{_OWN})"
 _NAME = re.compile(
-    r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\."
-    rf"(?:experts\.(?P<expert>\d+)\.(?P<own>{_OWN})\.weight"
+    rf"{_BLOCK}(?:{_MATRIX}\.weight"
     rf"|(?P<fused>{_OF_EXPERTS})(?:\.weight)?"
     rf"|(?P<within>{_WITHIN})\.weight"
     rf"|experts\.packed\.(?P<packed>{'|'.join(PACKED)})"
     rf"(?:(?<!offsets)(?<!keep)_(?P<table>{'|'.join(PACKED_TABLES)}))?)"
 )
-_BLOCK = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\.experts\."
-_PER_EXPERT_QUANTITY = re.compile(
-    rf"{_BLOCK}(?P<expert>\d+)\.(?P<own>{_OWN})\.(?P<quantity>{'|'.join(QUANTITIES)})"
-)
-_FUSED_QUANTITY = re.compile(
-    r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\."
-    rf"(?P<fused>{_OF_EXPERTS})_(?P<quantity>{'|'.join(FUSED_QUANTITIES)})"
+_QUANTITY = re.compile(
+    rf"{_BLOCK}(?:{_MATRIX}\.(?P<one>{'|'.join(QUANTITIES)})"
+    rf"|(?P<fused>{_OF_EXPERTS})_(?P<whole>{'|'.join(FUSED_QUANTITIES)}))"
 )

@@ -50,16 +50,16 @@ SCALES: Mapping[Kind, tuple[str, ...]] = {
 }
 # Inputs of a group, where the kind says.
 GROUPS: Mapping[Kind, int] = {"mxfp4": 32, "mxfp4-blocks": 32, "nvfp4": 16, "nvfp4-2": 16}
-# What `quant_method` calls checkpoints that may hold a kind.
+# The first word of what `quantization` calls checkpoints that may hold a kind.
 METHODS: Mapping[Kind, tuple[str, ...]] = {
-    "fp8": ("fp8", "compressed-tensors", "modelopt fp8"),
+    "fp8": ("fp8", "compressed-tensors", "modelopt"),
     "int4": ("compressed-tensors",),
     "gptq": ("gptq",),
     "awq": ("awq",),
     "mxfp4": ("compressed-tensors",),
     "mxfp4-blocks": ("mxfp4", "gpt_oss_mxfp4"),
     "nvfp4": ("compressed-tensors",),
-    "nvfp4-2": ("modelopt nvfp4", "modelopt_fp4"),
+    "nvfp4-2": ("modelopt", "modelopt_fp4"),
 }
 
 
@@ -302,16 +302,15 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
     Raises:
         ValueError: one line.
     """
-    told = quantization(directory, config)
     if scheme.kind == "plain":
         return
-    methods = METHODS[scheme.kind]
+    told = quantization(directory, config)
     if told is None:
         raise ValueError(
             f"{directory}: its experts are quantized ({scheme.kind}), config.json has no "
             "quantization_config; fetch the checkpoint again"
         )
-    if told not in methods and not (told.startswith("modelopt") and "modelopt" in str(methods)):
+    if told.split()[0] not in METHODS[scheme.kind]:
         raise ValueError(
             f"{directory}: its experts are quantized as {scheme.kind}, config.json says {told}; is "
             "config.json of this checkpoint?"

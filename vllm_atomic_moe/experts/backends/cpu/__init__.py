@@ -81,11 +81,12 @@ class TiledStorage:
         gated: bool = True,
         row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
-        """Uninitialized weights; `write` fills an expert's padding too.
+        """Uninitialized weights; `write` fills an expert's padding too. Plain rows only (CODES).
 
         Raises:
             ValueError: the hidden size is odd.
         """
+        assert row_format.plain, f"chosen for rows of {row_format.code}, which it does not read"
         if hidden_size % 2:
             raise ValueError(
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
