@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_atomic_moe.files.quantization import Scheme
+
 FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
 HALVES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of e2m1, without sign
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -187,6 +189,19 @@ FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
     "mxfp4": mxfp4,
     "nvfp4": nvfp4,
     "nvfp4-modelopt": nvfp4_modelopt,
+}
+
+# How they are described, with the blocks that published checkpoints have.
+SCHEMES = {
+    "fp8-block": Scheme("fp8", rows=128, columns=128),
+    "fp8-channel": Scheme("fp8", rows=1),
+    "fp8-tensor": Scheme("fp8"),
+    "int4": Scheme("int4", rows=1, columns=32, scale="BF16"),
+    "gptq": Scheme("gptq", rows=1, columns=128, scale="F16"),
+    "awq": Scheme("awq", rows=1, columns=128, scale="F16"),
+    "mxfp4": Scheme("mxfp4", rows=1, columns=32, scale="U8"),
+    "nvfp4": Scheme("nvfp4", rows=1, columns=16, scale="F8_E4M3"),
+    "nvfp4-modelopt": Scheme("nvfp4-2", rows=1, columns=16, scale="F8_E4M3"),
 }
 
 # What stays plain in the checkpoints below, by vLLM's names: everything but the experts.
