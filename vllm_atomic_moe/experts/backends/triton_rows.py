@@ -131,10 +131,9 @@ def _meaning(codes, CODE: tl.constexpr):
 
 @triton.jit
 def _scale_columns(start, COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The columns of scales that a tile needs: [s], each for as many columns of weights.
+    """The scale column of every run of a tile's columns: [s].
 
-    Those of whole blocks if a tile holds any; the same more than once if blocks are no power of
-    two.
+    A run is the largest power of two that both the tile and a block of scales are made of.
     """
     RUN: tl.constexpr = BLOCK_H if COLUMNS % BLOCK_H == 0 else COLUMNS & -COLUMNS
     first = tl.multiple_of(start // RUN, BLOCK_H // RUN)
