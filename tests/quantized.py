@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_atomic_moe.experts.formats import Encoded
+from vllm_atomic_moe.experts.packing import PackedExperts, projections_of
+from vllm_atomic_moe.files.quantization import Scheme
+
 FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
 HALVES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of e2m1, without sign
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -188,6 +192,49 @@ FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
     "nvfp4": nvfp4,
     "nvfp4-modelopt": nvfp4_modelopt,
 }
+
+# How they are described, with the blocks that published checkpoints have.
+SCHEMES = {
+    "fp8-block": Scheme("fp8", rows=128, columns=128),
+    "fp8-channel": Scheme("fp8", rows=1),
+    "fp8-tensor": Scheme("fp8"),
+    "int4": Scheme("int4", rows=1, columns=32, scale="BF16"),
+    "gptq": Scheme("gptq", rows=1, columns=128, scale="F16"),
+    "awq": Scheme("awq", rows=1, columns=128, scale="F16"),
+    "mxfp4": Scheme("mxfp4", rows=1, columns=32, scale="U8"),
+    "nvfp4": Scheme("nvfp4", rows=1, columns=16, scale="F8_E4M3"),
+    "nvfp4-modelopt": Scheme("nvfp4-2", rows=1, columns=16, scale="F8_E4M3"),
+}
+
+
+def load_at_random(packed: PackedExperts) -> None:
+    """Codes and scales of weights about H^-0.5 large, the same for every expert."""
+    device, full = packed.bits_SW.device, packed.layout.intermediate_size
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        like = {"dtype": torch.uint8, "device": device}
+        return torch.randint(low, high, shape, generator=generator, **like)
+
+    rows = packed.row_format
+    for projection in projections_of(packed.activation.gated):
+        codes_IH = draw(0, 1 << rows.bits, full, packed.hidden_size)
+        if rows.code == "e4m3":
+            codes_IH &= 0xBF  # below 2
+        atoms, columns = rows.block(projection)
+        shape = -(-full // atoms), -(-packed.hidden_size // columns)
+        if rows.scale == torch.float8_e8m0fnu:
+            scales_GC = draw(115, 121, *shape).view(rows.scale)
+        elif rows.scale == torch.float8_e4m3fn:
+            scales_GC = draw(8, 56, *shape).view(rows.scale)
+        else:
+            scales_GC = (draw(1, 128, *shape) / 4096).to(rows.scale)
+        zeros_GC = draw(0, 16, *shape) if rows.zeros else None
+        factor = {"none": None, "times": torch.tensor(1 / 32), "over": torch.tensor(32.0)}
+        encoded = Encoded(codes_IH, scales_GC, zeros_GC, factor[rows.factor])
+        for expert in range(packed.layout.num_experts):
+            packed.load_encoded(expert, projection, encoded)
+
 
 # What stays plain in the checkpoints below, by vLLM's names: everything but the experts.
 PLAIN_LAYERS = [

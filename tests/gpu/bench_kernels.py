@@ -4,7 +4,8 @@ Needs a CUDA device, torch and Triton. Every call is captured in a CUDA graph an
 cold L2 cache; medians. Pruned experts have ragged widths that are no multiple of a tile. `vs dense`
 is the time over this kernel's own dense time × the mean kept width of the routed rows: 1.00 says
 that pruning pays in full. `mix` is the time of four profiles in one batch over that of the union of
-their atoms under one profile. `--tune` searches tiles for `experts/backends/triton.py` instead.
+their atoms under one profile. `--format` quantizes the weights. `--tune` searches tiles for
+`experts/backends/triton.py` instead.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size, P packed rows.
 """
@@ -20,10 +21,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from tests.quantized import SCHEMES, load_at_random
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
+from vllm_atomic_moe.experts.encoding import row_format
 from vllm_atomic_moe.experts.formats import PLAIN
-from vllm_atomic_moe.experts.packing import build_layout, with_slots
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 TOKENS = (1, 8, 64, 512, 2048)
@@ -42,7 +45,7 @@ class Call:
     """
 
     x_TH: torch.Tensor
-    weights: list[torch.Tensor]
+    packed: PackedExperts
     index: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     topk_weights_TK: torch.Tensor
     ids_TK: torch.Tensor
@@ -54,14 +57,21 @@ class Call:
     def run(self, tiles: backend.Tiles, one_kernel: bool) -> torch.Tensor:
         """The kernels, with these tiles."""
         return backend.launch(
-            self.x_TH, self.weights, [], [], *self.index, self.topk_weights_TK, self.ids_TK,
-            self.widest, SILU.spec, PLAIN.spec, tiles, one_kernel,
+            self.x_TH, self.packed.weights, self.packed.scales, [], *self.index,
+            self.topk_weights_TK, self.ids_TK, self.widest, SILU.spec, self.packed.row_format.spec,
+            tiles, one_kernel,
         )  # fmt: skip
 
     @property
     def rows_per_expert(self) -> int:
-        """As `fused_experts` counts them: what chooses tiles and form."""
-        return -(-self.ids_TK.numel() // (len(self.index[2]) - 1))
+        """What chooses tiles and form."""
+        return backend.rows_per_expert(self.ids_TK, self.index[2])
+
+    @property
+    def tiles(self) -> backend.Tiles:
+        """Those that are chosen."""
+        plain = self.packed.row_format.plain
+        return backend.choose_tiles(self.rows_per_expert, self.x_TH.dtype, plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +91,17 @@ class Row:
     tflop_per_s: float
 
 
-def make_weights(E: int, H: int, full: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Dense experts' rows, [P, H] thrice; pruned ones use the first of them."""
-    rows = E * full
-    return [torch.randn(rows, H, device="cuda", dtype=dtype).mul_(H**-0.5) for _ in range(3)]
+def make_experts(E: int, H: int, full: int, dtype: torch.dtype, name: str) -> PackedExperts:
+    """Dense experts; pruned ones use the first of their rows."""
+    rows = row_format(SCHEMES[name], H, full) if name in SCHEMES else PLAIN
+    layout = build_layout({"dense": torch.ones(E, full, dtype=torch.bool)})
+    packed = PackedExperts(layout, H, dtype, torch.device("cuda"), row_format=rows)
+    if rows.plain:
+        for weight in packed.weights:
+            weight.normal_(std=H**-0.5)
+    else:
+        load_at_random(packed)
+    return packed
 
 
 def draw_mask(E: int, full: int, pruned: float, generator: torch.Generator) -> torch.Tensor:
@@ -99,7 +116,8 @@ def draw_mask(E: int, full: int, pruned: float, generator: torch.Generator) -> t
 
 def make_call(
     shape: tuple[int, int, int, int],
-    weights: list[torch.Tensor],
+    packed: PackedExperts,
+    dtype: torch.dtype,
     T: int,
     masks: list[torch.Tensor],
     slots: list[int],
@@ -108,16 +126,16 @@ def make_call(
     E, H, full, K = shape
     generator = torch.Generator().manual_seed(0)
     topk_weights_TK, ids_TK = torch.rand(T, E, generator=generator).topk(K)
-    x_TH = torch.randn(T, H, generator=generator).to(weights[0])
+    x_TH = torch.randn(T, H, generator=generator).to("cuda", dtype)
     layout = build_layout({str(slot): mask for slot, mask in enumerate(masks)})
     slots_T1 = torch.tensor(slots, dtype=torch.int32).repeat(T)[:T, None]
     widths_E = layout.offsets_E1.diff()
     routed_atoms, read_atoms = int(widths_E[ids_TK].sum()), int(widths_E[ids_TK.unique()].sum())
     index = layout.slot_bits().cuda(), layout.words_E1.cuda(), layout.offsets_E1.cuda()
     return Call(
-        x_TH, weights, index, topk_weights_TK.cuda(), with_slots(ids_TK.int(), slots_T1).cuda(),
+        x_TH, packed, index, topk_weights_TK.cuda(), with_slots(ids_TK.int(), slots_T1).cuda(),
         int(widths_E.max()), routed_atoms / (full * T * K),
-        (3 * read_atoms * H + 2 * T * H) * x_TH.itemsize, 6 * routed_atoms * H,
+        packed.weight_bytes * read_atoms // (E * full) + 2 * x_TH.nbytes, 6 * routed_atoms * H,
     )  # fmt: skip
 
 
@@ -135,17 +153,17 @@ def microseconds(call: Callable[[], object]) -> float:
     return 1e3 * float(do_bench(graph.replay, return_mode="median"))
 
 
-def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
+def measure(model: str, dtype: torch.dtype, tokens: list[int], name: str) -> Iterator[Row]:
     """All rows of one model."""
     shape = SHAPES[model][1:]
-    weights = make_weights(*shape[:3], dtype)
+    packed = make_experts(*shape[:3], dtype, name)
     for T in tokens:
         dense = 0.0
         for pruned in PRUNED:
             generator = torch.Generator().manual_seed(1)
             masks = [draw_mask(shape[0], shape[2], pruned, generator) for _ in range(MIXED)]
-            call = make_call(shape, weights, T, masks[:1], [0])
-            tiles = backend.choose_tiles(call.rows_per_expert, dtype)
+            call = make_call(shape, packed, dtype, T, masks[:1], [0])
+            tiles = call.tiles
             two = microseconds(lambda: call.run(tiles, False))  # noqa: B023
             # Larger blocks of rows would not fit into registers beside the second GEMM.
             one = microseconds(lambda: call.run(tiles, True)) if tiles.rows == 16 else None  # noqa: B023
@@ -156,7 +174,7 @@ def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
             if pruned and T >= MIXED:
                 together = [*masks, torch.stack(masks).any(dim=0)]
                 calls = (
-                    make_call(shape, weights, T, together, slots)
+                    make_call(shape, packed, dtype, T, together, slots)
                     for slots in ([MIXED], list(range(MIXED)))
                 )
                 union, mixed = (microseconds(lambda: call.run(tiles, takes_one)) for call in calls)  # noqa: B023
@@ -167,14 +185,15 @@ def measure(model: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def tune(model: str, dtype: torch.dtype, tokens: list[int]) -> None:
+def tune(model: str, dtype: torch.dtype, tokens: list[int], name: str) -> None:
     """Print the three fastest tiles per number of tokens, dense experts; minutes per line."""
     from triton.runtime.errors import OutOfResources
 
     shape = SHAPES[model][1:]
-    weights = make_weights(*shape[:3], dtype)
+    packed = make_experts(*shape[:3], dtype, name)
+    dense = [torch.ones(shape[0], shape[2], dtype=torch.bool)]
     for T in tokens:
-        call = make_call(shape, weights, T, [torch.ones(shape[0], shape[2]).bool()], [0])
+        call = make_call(shape, packed, dtype, T, dense, [0])
         one_kernel = call.rows_per_expert <= backend.ONE_KERNEL_ROWS
         timed = []
         sizes = itertools.product((16, 32, 64, 128), (32, 64), (64, 128), (64, 128), (64,), (4, 8))
@@ -205,6 +224,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--format", choices=["plain", *SCHEMES], default="plain")
     parser.add_argument("--tune", action="store_true", help="search tiles instead")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -213,15 +233,17 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     if options.tune:
         for model in options.model:
-            tune(model, dtype, options.tokens)
+            tune(model, dtype, options.tokens, options.format)
         return
     copy, matmul = roofline(dtype)
     device = torch.cuda.get_device_name()
     if not options.json:
-        print(f"{device}, {options.dtype}: copy {copy:.0f} GB/s, matmul {matmul:.0f} TFLOP/s")
+        speed = f"copy {copy:.0f} GB/s, matmul {matmul:.0f} TFLOP/s"
+        print(f"{device}, {options.dtype}, {options.format}: {speed}")
         print(f"{'model':18}    T pruned   kept  two us  one us  vs dense   mix   GB/s TFLOP/s")
     rows = []
-    for row in itertools.chain(*(measure(model, dtype, options.tokens) for model in options.model)):
+    arguments = dtype, options.tokens, options.format
+    for row in itertools.chain(*(measure(model, *arguments) for model in options.model)):
         rows.append(asdict(row))
         if not options.json:
             one = "" if row.one_kernel_us is None else f"{row.one_kernel_us:.1f}"
@@ -233,8 +255,9 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        print(json.dumps({"device": device, "dtype": options.dtype, "copy_gb_per_s": copy,
-                          "matmul_tflop_per_s": matmul, "rows": rows}, indent=1))  # fmt: skip
+        print(json.dumps({"device": device, "dtype": options.dtype, "format": options.format,
+                          "copy_gb_per_s": copy, "matmul_tflop_per_s": matmul, "rows": rows},
+                         indent=1))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,11 +10,20 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import TOLERANCE, KernelSuite, make_experts, poisoned_memory, ragged, routed
+from tests.quantized import FORMATS, SCHEMES, load_at_random
+from tests.triton_decoding import DECODED, check_decoding
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
 from vllm_atomic_moe.experts.backends import triton as triton_backend
-from vllm_atomic_moe.experts.formats import PLAIN
-from vllm_atomic_moe.experts.packing import SLOTS, build_layout, unpack_bits, with_slots
+from vllm_atomic_moe.experts.encoding import row_format
+from vllm_atomic_moe.experts.formats import PLAIN, stored_values
+from vllm_atomic_moe.experts.packing import (
+    SLOTS,
+    PackedExperts,
+    build_layout,
+    unpack_bits,
+    with_slots,
+)
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 pytestmark = [
@@ -56,10 +65,19 @@ def test_triton_is_chosen():
     assert choose_backend(torch.device("cuda"), torch.bfloat16).name == "triton"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", DECODED)
+def test_codes_are_decoded_as_by_the_reference(name, dtype):
+    check_decoding(name, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 2048])
-@pytest.mark.parametrize("model", SHAPES)
-def test_real_shapes(model, tokens, dtype):
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [*((model, "plain") for model in SHAPES), *(("qwen3-30b-a3b", name) for name in SCHEMES)],
+)
+def test_real_shapes(model, name, tokens, dtype):
     """Ragged experts of real models under four profiles in a batch, memory poisoned."""
     E, H, full, K = SHAPES[model][1:]
     generator = torch.Generator().manual_seed(0)
@@ -71,37 +89,45 @@ def test_real_shapes(model, tokens, dtype):
     for name, part in (("half", 0.5), ("tenth", 0.1)):
         masks[name] = whole_EI & (torch.rand(E, full, generator=generator) < part)
     layout = build_layout(masks)
-    weights = [(torch.randn(layout.num_rows, H, **random) * H**-0.5).to(dtype) for _ in range(3)]
-    index = [tensor.cuda() for tensor in (layout.slot_bits(), layout.words_E1, layout.offsets_E1)]
+    rows = row_format(SCHEMES[name], H, full) if name in SCHEMES else PLAIN
+    packed = PackedExperts(layout, H, dtype, torch.device("cuda"), row_format=rows)
+    if rows.plain:
+        for weight in packed.weights:
+            weight.normal_(std=H**-0.5, generator=random["generator"])
+    else:
+        load_at_random(packed)
     x_TH = torch.randn(tokens, H, **random).to(dtype)
     topk_weights_TK, ids_TK = torch.rand(tokens, E, **random).topk(K)
     slots_T1 = (torch.arange(tokens, dtype=torch.int32, device="cuda") % len(masks))[:, None]
-    arguments = (x_TH, weights, [], [], *index, topk_weights_TK, with_slots(ids_TK, slots_T1))
+    routing = topk_weights_TK, with_slots(ids_TK, slots_T1)
+    weights = x_TH, packed.weights, packed.scales, []
+    arguments = (*weights, *packed.index, *routing, packed.widest, SILU.spec, rows.spec)
     with poisoned_memory():
-        two = triton_backend.fused_experts(*arguments, full, SILU.spec, PLAIN.spec)
-    chosen = triton_backend.fused_experts(*arguments, full, SILU.spec, PLAIN.spec)
-    wanted = exact(*arguments)
+        two = triton_backend.fused_experts(*arguments)
+    chosen = triton_backend.fused_experts(*arguments)
+    wanted = exact(x_TH, packed, *routing)
     for found in (two, chosen):
         assert (found.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
 
 def exact(
     x_TH: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    bits_SW: torch.Tensor,
-    words_E1: torch.Tensor,
-    offsets_E1: torch.Tensor,
+    packed: PackedExperts,
     topk_weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """One expert after another in float64."""
+    """One expert after another in float64, its weights rounded to x's dtype."""
+    bits_SW, words_E1, offsets_E1 = packed.index
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
     for expert in range(len(offsets_E1) - 1):
         tokens, ks = torch.where(ids_TK // SLOTS == expert)
         first, end = offsets_E1[expert : expert + 2].tolist()
-        gate, up, down_t = (weight[first:end].double() for weight in weights)
+        rows_F = torch.arange(first, end, device=x_TH.device)
+        stored = packed.weights, packed.scales
+        gate, up, down_t = (
+            stored_values(*stored, which, packed.row_format, expert, rows_F).to(x_TH.dtype).double()
+            for which in range(3)
+        )
         x = x_TH[tokens].double()
         h = functional.silu(x @ gate.t()) * (x @ up.t())
         words = bits_SW[:, words_E1[expert] : words_E1[expert + 1]]
@@ -111,12 +137,13 @@ def exact(
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 300])
+@pytest.mark.parametrize("quantize", [None, FORMATS["nvfp4"]], ids=["plain", "nvfp4"])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
+def test_graph_replays_follow_tokens_and_profiles(tokens, quantize, deterministic):
     """Captured once; activations, routing, slots and their bits are rewritten in place."""
     dtype = torch.float16
     masks = {"a": ragged(), "b": ragged(seed=50).flip(0), "none": torch.zeros_like(ragged())}
-    experts = make_experts(masks, dtype, "triton", "cuda", hidden_size=64)
+    experts = make_experts(masks, dtype, "triton", "cuda", hidden_size=64, quantize=quantize)
     packed = experts.packed
     still = [argument.cuda() for argument in routed(tokens, 4, 9, dtype, 64)]
     still[2] = with_slots(still[2], torch.zeros(1, dtype=torch.int32, device="cuda"))
@@ -125,8 +152,8 @@ def test_graph_replays_follow_tokens_and_profiles(tokens, deterministic):
 
         def call() -> torch.Tensor:
             return torch.ops.atomic_moe.fused_experts(
-                still[0], packed.weights, [], [], *packed.index, *still[1:], packed.widest,
-                SILU.spec, PLAIN.spec, "triton",
+                still[0], packed.weights, packed.scales, [], *packed.index, *still[1:],
+                packed.widest, SILU.spec, packed.row_format.spec, "triton",
             )  # fmt: skip
 
         side = torch.cuda.Stream()

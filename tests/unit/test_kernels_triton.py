@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
-from vllm_atomic_moe.experts.formats import PLAIN
-from vllm_atomic_moe.experts.packing import SLOTS
+from vllm_atomic_moe.experts.formats import PLAIN, Block, RowFormat
+from vllm_atomic_moe.experts.packing import SLOTS, PackedExperts, build_layout
+
+NVFP4 = RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn, factor="over")
 
 
 def test_kernels_in_the_interpreter():
@@ -38,9 +40,17 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def shapes(argument):
+    """Of a tensor, also within tuples."""
+    if isinstance(argument, tuple):
+        return tuple(map(shapes, argument))
+    return tuple(argument.shape) if torch.is_tensor(argument) else str(argument)
+
+
+@pytest.mark.parametrize("rows", [PLAIN, NVFP4], ids=lambda it: it.name)
 @pytest.mark.parametrize("one_kernel", [False, True])
 @pytest.mark.parametrize("T", [1, 40])
-def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
+def test_launches_depend_on_shapes_alone(T, one_kernel, rows, monkeypatch):
     """The host reads nothing from the device, so CUDA graphs capture the call; kernels left out."""
     from vllm_atomic_moe.experts.backends import triton_kernels
 
@@ -52,25 +62,24 @@ def test_launches_depend_on_shapes_alone(T, one_kernel, monkeypatch):
 
         def __getitem__(self, grid):
             def record(*args, **kwargs):
-                arguments = [tuple(a.shape) if torch.is_tensor(a) else a for a in args]
-                launches.append((self.name, grid, arguments, kwargs))
+                launches.append((self.name, grid, shapes(args), kwargs))
 
             return record
 
     for name in dir(triton_kernels):
         if name.endswith("_kernel"):
             monkeypatch.setattr(triton_kernels, name, Recorder(name))
-    x_TH, weight_PH = torch.randn(T, 32), torch.randn(100, 32)
-    offsets_E1, words_E1 = torch.tensor([0, 50, 60, 100]), torch.tensor([0, 2, 3, 5])
-    bits_SW = torch.full((SLOTS, 5), -1, dtype=torch.int32)
+    mask = torch.arange(50) < torch.tensor([50, 10, 40])[:, None]
+    packed = PackedExperts(build_layout({"a": mask}), 32, torch.float32, row_format=rows)
+    bits_SW, words_E1, offsets_E1 = packed.index
     ids_TK = torch.arange(2 * T, dtype=torch.int32).view(T, 2) % (3 * SLOTS)
-    tiles = backend.choose_tiles(1, torch.float32)
+    tiles = backend.choose_tiles(1, torch.float32, rows.plain)
     found = []
     for bits, ids in ((bits_SW, ids_TK), (bits_SW * 0, ids_TK * 0 - 1)):
         with NoHostReads():
             backend.launch(
-                x_TH, [weight_PH] * 3, [], [], bits, words_E1, offsets_E1, torch.rand(T, 2), ids,
-                50, SILU.spec, PLAIN.spec, tiles, one_kernel,
+                torch.randn(T, 32), packed.weights, packed.scales, [], bits, words_E1, offsets_E1,
+                torch.rand(T, 2), ids, 50, SILU.spec, rows.spec, tiles, one_kernel,
             )  # fmt: skip
         found.append(list(launches))
         launches.clear()

@@ -18,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from tests.kernel_suite import ACTIVATIONS
+from tests.quantized import SCHEMES
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import triton as backend
-from vllm_atomic_moe.experts.formats import PLAIN
-from vllm_atomic_moe.experts.packing import projections_of
+from vllm_atomic_moe.experts.encoding import row_format
+from vllm_atomic_moe.experts.formats import PLAIN, RowFormat
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 
 # What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
 SHARED_MEMORY = 99 * 1024
@@ -29,6 +31,8 @@ SHARED_MEMORY = 99 * 1024
 E, H, WIDEST, K = 128, 2048, 768, 8
 # Tokens that between them take both forms, unsorted rows and all tiles.
 TOKENS = (1, 16, 64, 256, 1000, 4000)
+LAYOUT = build_layout({"dense": torch.ones(E, WIDEST, dtype=torch.bool)})
+GEMMS = ("fused_kernel", "gate_up_kernel", "down_kernel")
 
 
 class Target:
@@ -53,6 +57,7 @@ def compile_all(
     tokens: tuple[int, ...],
     activation: Activation = SILU,
     has_bias: bool = False,
+    rows: RowFormat = PLAIN,
 ) -> list:
     """The compiled kernels of calls with so many tokens."""
     kernels: list = []
@@ -61,28 +66,22 @@ def compile_all(
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
+    packed = PackedExperts(LAYOUT, H, dtype, torch.device("meta"), None, activation, has_bias, rows)
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         patch.setattr(jit.JITFunction, "run", compile_only)
         patch.setattr(driver, "_active", Target(capability))
-        vectors = len(projections_of(activation.gated))
-        weights = [torch.empty(E * WIDEST, H, dtype=dtype) for _ in range(vectors)]
-        biases = [*[torch.empty(E * WIDEST)] * (vectors - 1), torch.empty(E, H)]
-        bits_SW = torch.empty(16, E * WIDEST // 32, dtype=torch.int32)
-        words_E1, offsets_E1 = torch.empty(2, E + 1, dtype=torch.int64)
-        index = bits_SW, words_E1, offsets_E1
         for T in tokens:
-            routing = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
-            x_TH = torch.empty(T, H, dtype=dtype)
             backend.fused_experts(
-                x_TH,
-                weights,
-                [],
-                biases if has_bias else [],
-                *index,
-                *routing,
-                WIDEST,
+                torch.empty(T, H, dtype=dtype),
+                packed.weights,
+                packed.scales,
+                packed.biases,
+                *packed.index,
+                torch.empty(T, K),
+                torch.empty(T, K, dtype=torch.int32),
+                packed.widest,
                 activation.spec,
-                PLAIN.spec,
+                rows.spec,
             )
     return kernels
 
@@ -103,7 +102,7 @@ def test_compiles(capability, dtype):
     for kernel in kernels:
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
         # Rows come in 16-byte vectors, ahead of their use: what makes the kernels fast.
-        if kernel.metadata.name in ("fused_kernel", "gate_up_kernel", "down_kernel"):
+        if kernel.metadata.name in GEMMS:
             assert "cp.async.cg.shared.global" in kernel.asm["ptx"], kernel.metadata
 
 
@@ -112,3 +111,23 @@ def test_every_activation_compiles_with_biases(activation):
     kernels = compile_all(90, torch.bfloat16, (TOKENS[0], TOKENS[-1]), activation, has_bias=True)
     assert {"fused_kernel", "gate_up_kernel"} <= {kernel.metadata.name for kernel in kernels}
     assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in kernels)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in SCHEMES), ("awq", torch.float32)],
+    ids=str,
+)
+def test_every_row_format_compiles(name, dtype, capability):
+    """Decoding and prefill; one format in another dtype, which decodes alike."""
+    rows = row_format(SCHEMES[name], H, WIDEST)
+    kernels = compile_all(capability, dtype, (TOKENS[0], TOKENS[-1]), rows=rows)
+    assert {kernel.metadata.name for kernel in kernels} >= {*GEMMS}
+    for kernel in kernels:
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
+        if kernel.metadata.name in GEMMS:
+            # Codes come ahead of their use, 16 bytes at a time, not one by one.
+            assert "cp.async.cg.shared.global" in kernel.asm["ptx"], kernel.metadata
+            # Subnormal float32 numbers stand for small codes.
+            assert ".ftz" not in kernel.asm["ptx"], kernel.metadata

@@ -26,6 +26,7 @@ from tests.kernel_suite import (
     ragged,
     routed,
 )
+from tests.triton_decoding import DECODED, check_decoding
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends import triton as triton_backend
@@ -108,6 +109,13 @@ def stretches() -> Experts:
         bits = functional.pad(masks[name], (0, 10)).view(-1, 32).long()
         experts.packed.bits_SW[slot] = (bits << torch.arange(32)).sum(dim=1).int()
     return replace(experts, masks=masks)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", DECODED)
+def test_codes_are_decoded_as_by_the_reference(name, dtype):
+    check_decoding(name, dtype)
 
 
 @pytest.mark.parametrize("out_atoms", [32, 64])

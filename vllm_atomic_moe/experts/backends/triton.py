@@ -1,4 +1,4 @@
-"""The GPU backend: Triton kernels over plain packed rows, for CUDA devices.
+"""The GPU backend: Triton kernels over row-major packed rows or codes, for CUDA devices.
 
 Two forms of the same result. *Two kernels* (gate and up with the activation, then down) write one
 row per token and expert, which a third sums in a fixed order: deterministic. *One kernel* does both
@@ -16,16 +16,20 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_atomic_moe.experts import formats
 from vllm_atomic_moe.experts.activation import Activation
-from vllm_atomic_moe.experts.formats import Code
+from vllm_atomic_moe.experts.formats import RowFormat
 from vllm_atomic_moe.experts.packing import WORD_BITS, RowStorage
 
+if TYPE_CHECKING:
+    from vllm_atomic_moe.experts.backends.triton_rows import Rows
+
 STORAGE = RowStorage()
-CODES: frozenset[Code] = frozenset({"plain"})
+CODES = frozenset(formats.CODES)
 # Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
 # atomic additions for a row take about a tenth of the time of reading its expert's weights.
 ONE_KERNEL_ROWS = 1
@@ -136,12 +140,16 @@ def rows_per_expert(topk_ids_TK: torch.Tensor, offsets_E1: torch.Tensor) -> int:
     return -(-topk_ids_TK.numel() // (offsets_E1.numel() - 1))
 
 
-def choose_tiles(rows: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(rows: int, dtype: torch.dtype, plain: bool = True) -> Tiles:
     """The table's entry for so many rows per expert.
 
-    For float32 with half the steps, which take the same shared memory.
+    For float32 with half the steps, which take the same shared memory; for codes smaller ones,
+    since what decoding needs does not fit into registers beside the largest.
     """
     tiles = next(tiles for most, tiles in TILES if most is None or rows <= most)
+    if not plain:
+        most = 32 if dtype.itemsize == 4 else tiles.rows
+        tiles = tiles._replace(rows=min(tiles.rows, most), out_hidden=64)
     if dtype.itemsize == 4:
         tiles = tiles._replace(hidden=tiles.hidden // 2, out_atoms=tiles.out_atoms // 2)
     return tiles
@@ -166,13 +174,16 @@ def launch(
     """`fused_experts` in a given form, with given tiles or the table's."""
     if not topk_ids_TK.numel() or not (widest or biases):
         return x_TH.new_zeros(x_TH.shape)
-    tiles = tiles or choose_tiles(rows_per_expert(topk_ids_TK, offsets_E1), x_TH.dtype)
+    row_format = RowFormat.parse(rows)
+    if tiles is None:
+        mean = rows_per_expert(topk_ids_TK, offsets_E1)
+        tiles = choose_tiles(mean, x_TH.dtype, row_format.plain)
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
     ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
     form = _one_kernel if one_kernel else _two_kernels
     with torch.cuda.device_of(x_TH):
         routing = _sort_rows(ids_TK, offsets_E1.numel() - 1, tiles)
-        experts = _Experts.of(weights, biases, activation)
+        experts = _Experts.of(weights, scales, biases, activation, row_format, x_TH.shape[1])
         return form(
             x_TH, experts, bits_SW, words_E1, offsets_E1, weights_TK, ids_TK, widest, tiles, routing
         )
@@ -182,35 +193,36 @@ class _Experts(NamedTuple):
     """Weights, biases and activation, as the GEMM kernels take them.
 
     Attributes:
-        gate, up, down: [P, H]. Without a gate, `gate` is `up`, and kernels do not read it.
-        biases: of gate, up and down; weights in their place where there are none.
+        gate: None without one.
         constants: of the kernels, for the activation.
-        biased: whether there are biases.
     """
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    biases: Sequence[torch.Tensor]
+    gate: Rows | None
+    up: Rows
+    down: Rows
     constants: dict[str, str | float]
-    biased: bool
 
     @classmethod
     def of(
-        cls, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
+        cls,
+        weights: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        activation: str,
+        row_format: RowFormat,
+        hidden_size: int,
     ) -> _Experts:
+        from vllm_atomic_moe.experts.backends.triton_rows import rows_of
+
         act = Activation.parse(activation)
-        gate, up, down = weights if act.gated else (weights[0], *weights)
-        all_biases: Sequence[torch.Tensor] = (up, up, up)
-        if biases:
-            all_biases = biases if act.gated else (biases[0], *biases)
+        *gate, up, down = rows_of(weights, scales, biases, row_format, hidden_size)
         constants: dict[str, str | float] = {
             "KIND": act.kind,
             "LIMIT": 0.0 if math.isinf(act.limit) else act.limit,
             "A": act.alpha,
             "B": act.beta,
         }
-        return cls(gate, up, down, all_biases, constants, bool(biases))
+        return cls(gate[0] if gate else None, up, down, constants)
 
 
 def _sort_rows(ids_TK: torch.Tensor, E: int, tiles: Tiles) -> _Routing:
@@ -253,7 +265,6 @@ def _two_kernels(
     from vllm_atomic_moe.experts.backends import triton_kernels
 
     (T, H), K = x_TH.shape, ids_TK.shape[1]
-    gate_bias, up_bias, down_bias = experts.biases
     num_tiles = -(-widest // tiles.atoms)
     h_NF = x_TH.new_empty(T * K, -(-widest // WORD_BITS) * WORD_BITS)
     unions_BU = ids_TK.new_empty(
@@ -263,17 +274,17 @@ def _two_kernels(
     out_TH = x_TH.new_empty(T, H)
     if num_tiles:
         triton_kernels.gate_up_kernel[(routing.num_blocks * num_tiles,)](
-            x_TH, experts.gate, experts.up, gate_bias, up_bias, h_NF, unions_BU, bits_SW, words_E1,
+            x_TH, experts.gate, experts.up, h_NF, unions_BU, bits_SW, words_E1,
             offsets_E1, ids_TK, routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles,
             bits_SW.shape[1], unions_BU.shape[1], x_TH.stride(0), h_NF.stride(0), H,
-            K=K, BIASED=experts.biased, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden,
+            K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden,
             **experts.constants, **routing.constants,
         )  # fmt: skip
     num_tiles = -(-H // tiles.out_hidden)
     triton_kernels.down_kernel[(routing.num_blocks * num_tiles,)](
-        h_NF, experts.down, down_bias, y_NH, unions_BU, offsets_E1, weights_TK, routing.rows,
+        h_NF, experts.down, y_NH, unions_BU, offsets_E1, weights_TK, routing.rows,
         routing.experts, T * K, routing.num_blocks, num_tiles, unions_BU.shape[1], h_NF.stride(0),
-        H, BIASED=experts.biased, BLOCK_F=tiles.out_atoms, BLOCK_D=tiles.out_hidden,
+        H, BLOCK_F=tiles.out_atoms, BLOCK_D=tiles.out_hidden,
         **routing.constants,
     )  # fmt: skip
     triton_kernels.sum_rows_kernel[(T, -(-H // 1024))](
@@ -299,13 +310,12 @@ def _one_kernel(
     (T, H), K = x_TH.shape, ids_TK.shape[1]
     out_TH = x_TH.new_zeros(T, H, dtype=torch.float32)
     num_tiles = max(1, -(-widest // tiles.atoms))  # the first also adds the bias
-    gate_bias, up_bias, down_bias = experts.biases
     triton_kernels.fused_kernel[(routing.num_blocks * num_tiles,)](
-        x_TH, experts.gate, experts.up, gate_bias, up_bias, experts.down, down_bias, out_TH,
+        x_TH, experts.gate, experts.up, experts.down, out_TH,
         bits_SW, words_E1, offsets_E1, weights_TK, ids_TK,
         routing.rows, routing.experts, T * K, routing.num_blocks, num_tiles, bits_SW.shape[1],
         x_TH.stride(0), H,
-        K=K, BIASED=experts.biased, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden,
+        K=K, BLOCK_F=tiles.atoms, BLOCK_H=tiles.hidden,
         BLOCK_D=tiles.out_hidden, **experts.constants, **routing.constants,
     )  # fmt: skip
     return out_TH.to(x_TH.dtype)

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""The GPU kernels of `backends.triton`: plain Triton over plain row-major packed rows.
+"""The GPU kernels of `backends.triton`: plain Triton over row-major packed rows.
 
 Routed rows are the N = T·K pairs (token, expert), numbered token·K + k. A program of the GEMMs
 works on one block of routed rows that share an expert. Grids are upper bounds known on the host;
@@ -11,6 +11,9 @@ the slots' bits. The *union* of a row block is the OR of its rows' words: gate a
 its atoms alone, down for its words that are not zero. Rows may be of different slots, so that each
 masks its activations by its own words.
 
+Weights are `triton_rows.Rows`, one for every projection: plain, or codes that are decoded as they
+are loaded.
+
 Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows,
 S slots, W words of all experts, B row blocks, U words of the widest expert. Lower case for what a
 program holds of them: n routed rows, f atoms, u words, h and d hidden columns (read and written).
@@ -18,6 +21,8 @@ program holds of them: n routed rows, f atoms, u words, h and d hidden columns (
 
 import triton
 from triton import language as tl
+
+from vllm_atomic_moe.experts.backends.triton_rows import load_factor, load_rows, scale_rows
 
 # They change from call to call or layer to layer; their divisibility must not compile a kernel
 # anew.
@@ -187,10 +192,9 @@ def _activate(gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, A: tl.constexpr
 @triton.jit
 def _activations(
     x_ptr,
-    gate_ptr,
-    up_ptr,
-    gate_bias_ptr,
-    up_bias_ptr,
+    gate,
+    up,
+    expert,
     tokens_n,
     live_n,
     packed_f,
@@ -201,7 +205,6 @@ def _activations(
     LIMIT: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
-    BIASED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -210,35 +213,39 @@ def _activations(
 
     Computed in float32.
     """
-    GATED: tl.constexpr = KIND != "relu2"
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     columns_h = tl.arange(0, BLOCK_H)
     x_ptrs_nh = x_ptr + tokens_n.to(tl.int64)[:, None] * stride_x + columns_h[None, :]
-    weights_hf = packed_f[None, :] * H + columns_h[:, None]
     gate_nf = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     up_nf = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
+    if gate is not None:
+        gate_factor = load_factor(gate, expert)
+        gate_scales_f = scale_rows(gate, packed_f, kept_f)
+    up_factor = load_factor(up, expert)
+    up_scales_f = scale_rows(up, packed_f, kept_f)
     for start in range(0, H, BLOCK_H):
         inside_h = columns_h < H - start
         x_nh = tl.load(x_ptrs_nh + start, mask=live_n[:, None] & inside_h[None, :], other=0.0)
-        inside_hf = kept_f[None, :] & inside_h[:, None]
-        if GATED:
-            gate_hf = tl.load(gate_ptr + weights_hf + start, mask=inside_hf, other=0.0)
-            gate_nf = tl.dot(x_nh, gate_hf, gate_nf, input_precision="ieee")
-        up_hf = tl.load(up_ptr + weights_hf + start, mask=inside_hf, other=0.0)
-        up_nf = tl.dot(x_nh, up_hf, up_nf, input_precision="ieee")
-    if BIASED:
-        if GATED:
-            gate_nf += tl.load(gate_bias_ptr + packed_f, mask=kept_f, other=0.0)[None, :]
-        up_nf += tl.load(up_bias_ptr + packed_f, mask=kept_f, other=0.0)[None, :]
-    return _activate(gate_nf, up_nf, KIND, LIMIT, A, B).to(x_ptr.dtype.element_ty)
+        if gate is not None:
+            gate_fh = load_rows(
+                gate, packed_f, kept_f, gate_scales_f, gate_factor, start, H, DTYPE, BLOCK_H
+            )
+            gate_nf = tl.dot(x_nh, tl.trans(gate_fh), gate_nf, input_precision="ieee")
+        up_fh = load_rows(up, packed_f, kept_f, up_scales_f, up_factor, start, H, DTYPE, BLOCK_H)
+        up_nf = tl.dot(x_nh, tl.trans(up_fh), up_nf, input_precision="ieee")
+    if gate is not None:  # noqa: SIM102 (known when it is compiled)
+        if gate.bias is not None:
+            gate_nf += tl.load(gate.bias + packed_f, mask=kept_f, other=0.0)[None, :]
+    if up.bias is not None:
+        up_nf += tl.load(up.bias + packed_f, mask=kept_f, other=0.0)[None, :]
+    return _activate(gate_nf, up_nf, KIND, LIMIT, A, B).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def gate_up_kernel(
     x_ptr,  # [T, H], rows stride_x apart
-    gate_ptr,  # [P, H], not read without a gate
-    up_ptr,  # [P, H]
-    gate_bias_ptr,  # [P], read where BIASED, as the other biases
-    up_bias_ptr,  # [P]
+    gate,  # None without a gate
+    up,
     h_ptr,  # out [N, 32 U], rows stride_h apart; words outside the union stay as they are
     unions_ptr,  # out [B, num_unions], of whole tiles
     bits_ptr,  # [S, num_words]
@@ -261,7 +268,6 @@ def gate_up_kernel(
     LIMIT: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
-    BIASED: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -289,9 +295,8 @@ def gate_up_kernel(
         return
     kept_f = (((union_f >> (atoms_f % 32)) & 1) != 0) & (atoms_f < width)
     h_nf = _activations(
-        x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, rows_n // K, live_n,
-        first + atoms_f, kept_f, stride_x, H,
-        KIND, LIMIT, A, B, BIASED, BLOCK_N, BLOCK_F, BLOCK_H,
+        x_ptr, gate, up, expert, rows_n // K, live_n, first + atoms_f, kept_f, stride_x, H,
+        KIND, LIMIT, A, B, BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
     h_nf = _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F)
     h_ptrs_nf = h_ptr + rows_n.to(tl.int64)[:, None] * stride_h + atoms_f[None, :]
@@ -303,8 +308,7 @@ def gate_up_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def down_kernel(
     h_ptr,  # [N, 32 U], rows stride_h apart
-    down_t_ptr,  # [P, H]
-    down_bias_ptr,  # [E, H]
+    down_t,
     y_ptr,  # out [N, H]: what each routed row adds to its token
     unions_ptr,  # [B, num_unions]
     offsets_ptr,  # [E+1]
@@ -318,7 +322,6 @@ def down_kernel(
     stride_h,
     H,
     E: tl.constexpr,
-    BIASED: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -331,6 +334,7 @@ def down_kernel(
     pipelined. 64 words at a time, one bit each says whether any atom of the word is used.
     """
     STEP_WORDS: tl.constexpr = BLOCK_F // 32
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
     expert = _block_expert(experts_ptr, block, SORTED)
     if (expert < 0) | (expert >= E):
@@ -342,6 +346,7 @@ def down_kernel(
     inside_d = columns_d < H
     h_ptrs_n = h_ptr + rows_n.to(tl.int64) * stride_h
     y_nd = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    factor = load_factor(down_t, expert)
     lanes_f, lanes_u = tl.arange(0, BLOCK_F), tl.arange(0, 64)
     for first_word in range(0, (width + 31) // 32, 64):
         words_u = first_word + lanes_u
@@ -363,14 +368,14 @@ def down_kernel(
                 mask=live_n[:, None] & used_f[None, :],
                 other=0.0,
             )
-            down_fd = tl.load(
-                down_t_ptr + (first + atoms_f)[:, None] * H + columns_d[None, :],
-                mask=(used_f & (atoms_f < width))[:, None] & inside_d[None, :],
-                other=0.0,
+            packed_f, kept_f = first + atoms_f, used_f & (atoms_f < width)
+            scales_f = scale_rows(down_t, packed_f, kept_f)
+            down_fd = load_rows(
+                down_t, packed_f, kept_f, scales_f, factor, tile * BLOCK_D, H, DTYPE, BLOCK_D
             )
             y_nd = tl.dot(h_nf, down_fd, y_nd, input_precision="ieee")
-    if BIASED:
-        bias_ptrs_d = down_bias_ptr + expert.to(tl.int64) * H + columns_d
+    if down_t.bias is not None:
+        bias_ptrs_d = down_t.bias + expert.to(tl.int64) * H + columns_d
         y_nd += tl.load(bias_ptrs_d, mask=inside_d, other=0.0)[None, :]
     y_nd *= tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)[:, None]
     y_ptrs_nd = y_ptr + rows_n.to(tl.int64)[:, None] * H + columns_d[None, :]
@@ -422,12 +427,9 @@ def _add_bias(
 @triton.jit(do_not_specialize=_VARYING)
 def fused_kernel(
     x_ptr,  # [T, H], rows stride_x apart
-    gate_ptr,  # [P, H], not read without a gate
-    up_ptr,  # [P, H]
-    gate_bias_ptr,  # [P], read where BIASED, as the other biases
-    up_bias_ptr,  # [P]
-    down_t_ptr,  # [P, H]
-    down_bias_ptr,  # [E, H]
+    gate,  # None without a gate
+    up,
+    down_t,
     out_ptr,  # in and out [T, H], float32
     bits_ptr,  # [S, num_words]
     words_ptr,  # [E+1]
@@ -448,7 +450,6 @@ def fused_kernel(
     LIMIT: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
-    BIASED: tl.constexpr,
     SORTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -468,10 +469,10 @@ def fused_kernel(
     first, width = _first_row_and_width(offsets_ptr, expert)
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
-    if BIASED:  # noqa: SIM102 (known when it is compiled, unlike the tile)
+    if down_t.bias is not None:  # noqa: SIM102 (known when it is compiled, unlike the tile)
         if tile == 0:
             _add_bias(
-                out_ptr, down_bias_ptr + expert.to(tl.int64) * H, weights_ptr, rows_n, live_n, H,
+                out_ptr, down_t.bias + expert.to(tl.int64) * H, weights_ptr, rows_n, live_n, H,
                 K, BLOCK_D,
             )  # fmt: skip
     if tile * BLOCK_F >= width:
@@ -487,20 +488,19 @@ def fused_kernel(
     packed_f = first + atoms_f
     tokens_n = rows_n // K
     h_nf = _activations(
-        x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, tokens_n, live_n,
-        packed_f, kept_f, stride_x, H,
-        KIND, LIMIT, A, B, BIASED, BLOCK_N, BLOCK_F, BLOCK_H,
+        x_ptr, gate, up, expert, tokens_n, live_n, packed_f, kept_f, stride_x, H,
+        KIND, LIMIT, A, B, BLOCK_N, BLOCK_F, BLOCK_H,
     )  # fmt: skip
     h_nf = _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F)
     weights_n = tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)
     out_ptrs_n = out_ptr + tokens_n.to(tl.int64) * H
+    factor = load_factor(down_t, expert)
+    scales_f = scale_rows(down_t, packed_f, kept_f)
     for start in range(0, H, BLOCK_D):
         columns_d = start + tl.arange(0, BLOCK_D)
         inside_d = columns_d < H
-        down_fd = tl.load(
-            down_t_ptr + packed_f[:, None] * H + columns_d[None, :],
-            mask=kept_f[:, None] & inside_d[None, :],
-            other=0.0,
+        down_fd = load_rows(
+            down_t, packed_f, kept_f, scales_f, factor, start, H, h_nf.dtype, BLOCK_D
         )
         y_nd = tl.dot(h_nf, down_fd, input_precision="ieee") * weights_n[:, None]
         tl.atomic_add(
