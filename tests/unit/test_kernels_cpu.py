@@ -804,12 +804,16 @@ def test_building_ahead_skips_what_the_compiler_does_not_know(fresh, tmp_path):
 @needs_library
 def test_a_library_that_computes_wrongly_is_not_used(unloaded, caplog):
     right = Library.fused_experts
-    unloaded.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * 2)
+
+    def wrongly_by(factor):
+        return lambda *arguments, **more: right(*arguments, **more) * factor
+
+    unloaded.setattr(Library, "fused_experts", wrongly_by(2))
     with caplog.at_level(logging.WARNING):
         reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
     assert reason.startswith("its self-check failed: relative error 1.0e+00")
     assert "its self-check failed" in caplog.text
-    unloaded.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * torch.nan)
+    unloaded.setattr(Library, "fused_experts", wrongly_by(torch.nan))
     cpu._load.cache_clear()
     assert "relative error nan" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 
