@@ -16,6 +16,7 @@ struct PairedBFloat16 {
   using Row = c10::BFloat16;
   using Scales = NoScales;
   static constexpr int kPerUnit = 2;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
@@ -33,8 +34,8 @@ struct PairedBFloat16 {
                                      (__m512bh)weights[j]);
     }
   }
-  static void store_unit(Unit* to, const Vec (&weights)[2]) {
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]);
+  static void store_unit(Unit* to, const Vec& low, const Vec& high) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     alignas(64) static constexpr auto kInterleaved = [] {
       std::array<uint16_t, 32> places{};
       for (int i = 0; i < 32; ++i) places[i] = i / 2 + i % 2 * 16;

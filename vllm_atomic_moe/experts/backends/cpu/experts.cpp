@@ -101,6 +101,10 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
     const int64_t* bounds = plan.blocks_ER1.data() + which * (ranges + 1) + range;
     if (bounds[0] == bounds[1]) continue;
     Weights<D> weights = down_weights(plan, call, expert, column, scratch);
+    if (call.quantized && which + 1 < plan.experts.size()) {
+      const Expert& next = plan.experts[which + 1];
+      prefetch_down(*call.quantized, next.first_scale_row, next.scale_rows, column);
+    }
     if (call.down_bias)
       add_bias(plan, call.down_bias + expert.id * call.H + column, columns, begin, bounds, sums);
     for (int64_t stretch = 0; stretch < expert.atoms; stretch += kStretchAtoms) {
@@ -138,31 +142,45 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
   }
 }
 
+constexpr int64_t kAligned = 16;  // floats of a line of the cache, which vectors are loaded from
+
 // Scratch never shrinks, or growing again would clear it every time.
 template <class T>
 void grow(std::vector<T>& scratch, size_t size) {
   if (scratch.size() < size) scratch.resize(size);
 }
 
-// Makes room for what threads decode with. Returns the size of a thread's table and of its units.
+// What threads decode codes with, one after another: a table of scales and units, in floats.
+struct ScratchSizes {
+  int64_t table = 0, units = 0;
+
+  int64_t of_thread() const { return table + units; }
+};
+
 template <class D>
-std::pair<int64_t, int64_t> make_scratch(Plan<D>& plan, const Call& call) {
-  if (!call.quantized) return {0, 0};
+ScratchSizes make_scratch(Plan<D>& plan, const Call& call) {
+  if (!call.quantized) return {};
   const auto& tables = call.quantized->tables;
-  int64_t rows = round_up(tables[1].C, kWidth), elements = call.H;
-  bool ahead = false;
+  int64_t rows = round_up(tables[1].C, kWidth), elements = 0;
   for (const Expert& expert : plan.experts) {
     rows = std::max(rows, expert.scale_rows);
-    elements = std::max(elements, std::min(expert.atoms, kStretchAtoms));
-    ahead = ahead || expert.rows > kFewRows;
+    if (expert.rows > kFewRows)
+      elements = std::max({elements, call.H, std::min(expert.atoms, kStretchAtoms)});
   }
-  const int64_t table = rows * call.quantized->table_columns();
-  const int64_t units = ahead ? elements / D::kPerUnit * kPanelColumns : 0;
-  grow(plan.tables, table * call.threads.count);
-  grow(plan.decoded, units * call.threads.count);
+  const ScratchSizes sizes{rows * call.quantized->table_columns(),
+                           elements / Decoded<D>::kPerUnit * kPanelColumns};
+  grow(plan.scratch, sizes.of_thread() * call.threads.count + kAligned);
   plan.table_rows_H.resize(call.H);
   for (int64_t h = 0; h < call.H; ++h) plan.table_rows_H[h] = h / tables[1].columns;
-  return {table, units};
+  return sizes;
+}
+
+template <class D>
+Scratch<D> scratch_of_thread(Plan<D>& plan, const Threads& threads, const ScratchSizes& sizes) {
+  const auto begin = reinterpret_cast<uintptr_t>(plan.scratch.data());
+  auto* table = reinterpret_cast<float*>(round_up(begin, kAligned * sizeof(float)));
+  table += sizes.of_thread() * (threads.count > 1 ? omp_get_thread_num() : 0);
+  return {table, reinterpret_cast<typename Decoded<D>::Unit*>(table + sizes.table)};
 }
 
 template <class D>
@@ -188,13 +206,11 @@ void fused_experts(const Call& call) {
     const int64_t to_prepare = rows_to_prepare<D>(end - begin, routed);
     grow(plan.x_NH, to_prepare * call.H);
     point_to_rows(plan, call, begin, to_prepare > 0);
-    const auto [table, units] = make_scratch(plan, call);
+    const ScratchSizes sizes = make_scratch(plan, call);
     Plan<D>& shared = plan;  // the calling thread's
     std::atomic<int64_t> next[3] = {};
-    parallel(threads, [&, table = table, units = units] {
-      const int thread = threads.count > 1 ? omp_get_thread_num() : 0;
-      const Scratch<D> scratch{shared.tables.data() + thread * table,
-                               shared.decoded.data() + thread * units};
+    parallel(threads, [&] {
+      const Scratch<D> scratch = scratch_of_thread(shared, threads, sizes);
       if (to_prepare)
         share(next[0], to_prepare, threads,
               [&](int64_t row) { prepare_row(shared, call, begin, row); });

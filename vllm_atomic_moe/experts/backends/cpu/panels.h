@@ -30,12 +30,16 @@ namespace {
 constexpr int kPanelColumns = 64;
 // Of a panel that is passed over several times, which then come out of the L1 cache.
 constexpr int64_t kChunkBytes = 8 << 10;
+// Of codes, how far ahead of what is decoded memory is asked for: processors do so too late where
+// each byte takes long to compute with.
+constexpr int64_t kAheadBytes = 2 << 10;
 
 // ---- element types ------------------------------------------------------------------------------
 
 // What a type says: Element, of the weights; Unit, and how many elements it holds; Row, of the rows;
-// Scales, what a panel has beside its units; add_step, which adds one step of R rows times J vectors
-// of units to their sums; and store_unit, which rounds kPerUnit vectors of weights.
+// Scales, what a panel has beside its units; and add_step, which adds one step of R rows times J
+// vectors of units to their sums. Those that codes are decoded to have store_unit, which makes units
+// of kPerUnit vectors of weights.
 
 inline float as_float(float number) { return number; }
 inline float as_float(c10::BFloat16 number) { return number; }
@@ -72,13 +76,14 @@ struct Float32 {
   using Row = float;
   using Scales = NoScales;
   static constexpr int kPerUnit = 1;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
                                               const Unit* units, NoScales) {
     add_products(sum, rows, at, [&](int j) { return Vec::loadu(units + j * kWidth); });
   }
-  static void store_unit(Unit* to, const Vec (&weights)[1]) { weights[0].store(to); }
+  static void store_unit(Unit* to, const Vec& weights) { weights.store(to); }
 };
 
 struct Float16 {
@@ -87,6 +92,7 @@ struct Float16 {
   using Row = float;
   using Scales = NoScales;
   static constexpr int kPerUnit = 1;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
@@ -97,7 +103,6 @@ struct Float16 {
       return weights;
     });
   }
-  static void store_unit(Unit* to, const Vec (&weights)[1]) { store_halves(to, weights[0]); }
 };
 
 #ifdef __AVX512BF16__
@@ -109,6 +114,7 @@ struct BFloat16 {
   using Row = float;
   using Scales = NoScales;
   static constexpr int kPerUnit = 2;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
@@ -117,14 +123,6 @@ struct BFloat16 {
     add_products(sum, rows, at, [&](int j) { return as_floats(pairs(j) << Ints(16)); });
     add_products(sum, rows, at + 1,
                  [&](int j) { return as_floats(pairs(j) & Ints(int32_t(0xffff0000))); });
-  }
-  static void store_unit(Unit* to, const Vec (&weights)[2]) {
-    const auto rounded = [](const Vec& weight) {
-      const Ints bits = as_ints(weight);
-      return bits + Ints(0x7fff) + ((bits >> Ints(16)) & Ints(1));
-    };
-    const Ints low = (rounded(weights[0]) >> Ints(16)) & Ints(0xffff);
-    (low | (rounded(weights[1]) & Ints(int32_t(0xffff0000)))).store(to);
   }
 };
 #endif
@@ -203,10 +201,11 @@ void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, fl
   if (vectors > J)
     chunk = std::max<int64_t>(1, kChunkBytes / int64_t(panel.columns * sizeof *panel.units));
   for (int64_t at = 0; at < panel.steps; at += chunk) {
-    const auto* next = panel.units + (at + chunk) * panel.columns;
+    const auto* next = reinterpret_cast<const char*>(panel.units + (at + chunk) * panel.columns);
+    if (vectors <= J)
+      next = D::kAhead ? reinterpret_cast<const char*>(panel.units) + D::kAhead : nullptr;
     multiply_all_vectors<D, R, J>(rows, at, std::min(chunk, panel.steps - at), panel, product,
-                                  fresh && at == 0, 0, vectors,
-                                  vectors > J ? reinterpret_cast<const char*>(next) : nullptr);
+                                  fresh && at == 0, 0, vectors, next);
   }
 }
 

@@ -116,8 +116,7 @@ struct Plan {
 
   // Of codes: the row of a table of scales that an element of H, or an atom of `experts`, has.
   std::vector<int32_t> table_rows_H, table_rows_F;
-  std::vector<float> tables;                // one a thread
-  std::vector<typename D::Unit> decoded;    // likewise
+  std::vector<float> scratch;
   std::vector<int64_t> bounds;  // only for sorting
 };
 

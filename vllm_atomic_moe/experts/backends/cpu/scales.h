@@ -41,26 +41,21 @@ const Number* padded(const Number* from, int64_t count, Number (&copy)[kWidth]) 
   return copy;
 }
 
+template <class Number>
+Vec load_some(const void* from, int64_t at, int64_t count) {
+  Number copy[kWidth];
+  return load_floats(padded(static_cast<const Number*>(from) + at, count, copy));
+}
+
 // Up to a vector of scales of one row.
 inline Vec load_scales(int dtype, const void* scales, int64_t at, int64_t count) {
-  Vec loaded;
   switch (dtype) {
-    case Quantized::kFloat32: {
-      float copy[kWidth];
-      return Vec::loadu(padded(static_cast<const float*>(scales) + at, count, copy));
-    }
-    case Quantized::kBFloat16: {
-      c10::BFloat16 copy[kWidth];
-      at::vec::load_fp32_from_bf16(
-          padded(static_cast<const c10::BFloat16*>(scales) + at, count, copy), loaded);
-      return loaded;
-    }
-    case Quantized::kFloat16: {
-      c10::Half copy[kWidth];
-      at::vec::load_fp32_from_fp16(padded(static_cast<const c10::Half*>(scales) + at, count, copy),
-                                   loaded);
-      return loaded;
-    }
+    case Quantized::kFloat32:
+      return load_some<float>(scales, at, count);
+    case Quantized::kBFloat16:
+      return load_some<c10::BFloat16>(scales, at, count);
+    case Quantized::kFloat16:
+      return load_some<c10::Half>(scales, at, count);
   }
   uint8_t copy[kWidth];
   const uint8_t* bytes = padded(static_cast<const uint8_t*>(scales) + at, count, copy);
@@ -106,6 +101,20 @@ inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expe
       transpose(squares[0], kWidth, corner, stride);
       if (of.zeros()) transpose(squares[1], kWidth, corner + kPanelColumns, stride);
     }
+}
+
+// Asks for the memory that `fill_down` reads: short pieces far apart, which processors do not foresee.
+// Into L2: by their distance they often share too few places of L1.
+inline void prefetch_down(const Quantized& of, int64_t first_row, int64_t count, int64_t column) {
+  const ScaleTable& table = of.tables[2];
+  static constexpr int kBytes[] = {4, 2, 2, 1, 1};  // of dtypes of scales
+  const int bytes = kBytes[of.scale];
+  const auto* from = static_cast<const char*>(table.scales_GC);
+  for (int64_t row = first_row; row < first_row + count; ++row) {
+    const char* at = from + (row * table.C + column / table.columns) * bytes;
+    __builtin_prefetch(at, 0, 2);
+    if (table.columns == 1 && bytes > 1) __builtin_prefetch(at + 64, 0, 2);
+  }
 }
 
 // The table of 64 columns of down from `column` on: one row for each of `count` scale rows.

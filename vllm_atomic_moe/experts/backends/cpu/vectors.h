@@ -34,22 +34,9 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 Vec fmadd(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
 #ifdef __ARM_NEON
 Vec as_floats(const Ints& bits) { return vreinterpretq_f32_s32(bits); }
-Ints as_ints(const Vec& bits) { return vreinterpretq_s32_f32(bits); }
 #else
 Vec as_floats(const Ints& bits) { return at::vec::cast<float, int32_t>(bits); }
-[[maybe_unused]] Ints as_ints(const Vec& bits) { return at::vec::cast<int32_t, float>(bits); }
 #endif
-
-// A vector rounded to float16.
-inline void store_halves(uint16_t* to, const Vec& value) {
-#if defined(CPU_CAPABILITY_AVX512)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(CPU_CAPABILITY_AVX2)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-#else
-  vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value)));
-#endif
-}
 
 // As many rows as a vector has lanes, of 32 bits each, become columns; strides in elements.
 inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {

@@ -1,8 +1,8 @@
 // The weights of a tile or of a block of down, plain or codes, times rows.
 //
 // Codes are decoded in registers where an expert has few rows; where it has more, once into a
-// thread's scratch, in the dtype of the activations, for the kernels of plain weights. Which of the
-// two follows from the routing alone: they round differently.
+// thread's scratch for the kernels of plain weights: as float32, which gives the same bits, but as
+// bfloat16 where rows are. Which of the two follows from the routing alone.
 
 #pragma once
 
@@ -21,6 +21,10 @@ void multiply_block(const typename D::Row* const* rows, int count, [[maybe_unuse
   multiply<D>(rows, count, panel, product, fresh);
 }
 
+// What codes are decoded to: a type with rows like those of D.
+template <class D>
+using Decoded = std::conditional_t<std::is_same_v<typename D::Row, float>, Float32, D>;
+
 // Calls `body` with the type of a layer's codes.
 template <class Row, class Body>
 void with_codes(const Quantized& quantized, const Body& body) {
@@ -37,7 +41,7 @@ struct Weights {
   int64_t rows;                // that are multiplied with them in all
   const Quantized* quantized;  // or null
   TableScales scales{};
-  typename D::Unit* scratch = nullptr;
+  typename Decoded<D>::Unit* scratch = nullptr;
   int64_t scratch_first = 0;
 
   bool decodes_ahead() const { return quantized && rows > kFewRows; }
@@ -47,7 +51,7 @@ struct Weights {
     if (!decodes_ahead()) return;
     scratch_first = first;
     with_codes<typename D::Row>(*quantized, [&](auto type) {
-      decode<D>(codes<decltype(type)>(first, count), scratch);
+      decode<Decoded<D>>(codes<decltype(type)>(first, count), scratch);
     });
   }
 
@@ -59,15 +63,22 @@ struct Weights {
         using C = decltype(type);
         ::multiply<C, kFewRows>(rows_of_block, block_rows, codes<C>(first, count), product, fresh);
       });
-    const auto* units = reinterpret_cast<const typename D::Unit*>(packed);
-    int64_t wide = columns;
-    if (quantized) units = scratch, wide = round_up(columns, kWidth), first -= scratch_first;
-    multiply_block<D>(rows_of_block, block_rows, rows_at_once<D>(rows),
-                      {units + first / D::kPerUnit * wide, count / D::kPerUnit, wide}, product,
-                      fresh);
+    if (quantized)
+      return multiply_panel<Decoded<D>>(scratch, round_up(columns, kWidth), rows_of_block,
+                                        block_rows, first - scratch_first, count, product, fresh);
+    multiply_panel<D>(reinterpret_cast<const typename D::Unit*>(packed), columns, rows_of_block,
+                      block_rows, first, count, product, fresh);
   }
 
  private:
+  template <class Type>
+  void multiply_panel(const typename Type::Unit* units, int64_t wide,
+                      const typename D::Row* const* rows_of_block, int block_rows, int64_t first,
+                      int64_t count, float* product, bool fresh) const {
+    multiply_block<Type>(rows_of_block, block_rows, rows_at_once<D>(rows),
+                         {units + first / Type::kPerUnit * wide, count / Type::kPerUnit, wide},
+                         product, fresh);
+  }
   template <class C>
   Panel<C> codes(int64_t first, int64_t count) const {
     return {reinterpret_cast<const uint8_t*>(packed) + first / C::kPerUnit * columns,
@@ -79,7 +90,7 @@ struct Weights {
 template <class D>
 struct Scratch {
   float* table;
-  typename D::Unit* units;
+  typename Decoded<D>::Unit* units;
 };
 
 // One tile: gate | up, or up alone; sums over H.
