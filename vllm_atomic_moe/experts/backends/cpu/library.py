@@ -311,11 +311,7 @@ class Library:
         Raises:
             MemoryError: there is none for what is gathered.
         """
-        dtypes, number = DTYPES, len(DTYPES) + (row_format.bits == 4)
-        if row_format.plain:
-            number = DTYPES.index(packed.dtype) if packed.dtype in DTYPES else -1
-        else:
-            dtypes = (torch.uint8,)
+        dtypes = DTYPES if row_format.plain else (torch.uint8,)
         atoms = first_atom + len(atoms_F)
         for tensor in (packed, rows_SH, atoms_F):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
@@ -336,7 +332,9 @@ class Library:
             atoms_F.data_ptr(),
             len(atoms_F),
             hidden_size,
-            number,
+            DTYPES.index(packed.dtype)
+            if row_format.plain
+            else len(DTYPES) + (row_format.bits == 4),
             threads,
             min(threads, quota()),
         )
@@ -373,7 +371,8 @@ class Library:
             *(*bias_pointers, *pointers, *sizes),
             *(DTYPES.index(x_TH.dtype), *numbers),
         )
-        key = (packed.data_ptr(), packed.numel(), layer, rows, *(s.data_ptr() for s in scales))
+        tables = tuple((table.data_ptr(), table.numel(), table.dtype) for table in scales)
+        key = (packed.data_ptr(), packed.numel(), packed.dtype, layer, rows, tables)
         if key not in self._checked:
             row_format = RowFormat.parse(rows)
             check_layer(
