@@ -32,7 +32,7 @@ constexpr int kPanelColumns = 64;
 constexpr int64_t kChunkBytes = 8 << 10;
 // Of codes, how far ahead of what is decoded memory is asked for: processors do so too late where
 // each byte takes long to compute with.
-constexpr int64_t kAheadBytes = 2 << 10;
+constexpr int64_t kAheadBytes = 4 << 10;
 
 // ---- element types ------------------------------------------------------------------------------
 
