@@ -72,10 +72,10 @@ def test_a_mix_computes_every_token_under_its_own_profile(monkeypatch):
     backend = layer_benchmark.choose_backend(torch.device("cpu"), plan.dtype)
     mix, calls = layer_benchmark._Mix(plan, SMALL, 0.5, backend), []
     assert mix.union > 0.7
-    timed = layer_benchmark._timed
+    timed = layer_benchmark.timed
     monkeypatch.setattr(
         layer_benchmark,
-        "_timed",
+        "timed",
         lambda function, arguments: calls.append(arguments[3]) or timed(function, arguments),
     )
     assert mix.measure(8).rounds == 3
@@ -106,7 +106,7 @@ def test_rounds_take_turns_and_count_what_they_route(monkeypatch):
     half, calls = trio(0.5), []
     monkeypatch.setattr(
         layer_benchmark,
-        "_timed",
+        "timed",
         lambda function, arguments: calls.append((function, arguments)) or 1,
     )
     cell = half.measure(3, "random")
@@ -157,9 +157,17 @@ def test_command(monkeypatch, tmp_path):
     mixes = [(mix["pruned"], mix["tokens"], mix["rounds"]) for mix in report["mixes"]]
     assert mixes == [(0.25, 9, 3), (0.5, 9, 3)]
     assert all(mix["ratio"] > 0 and mix["union"] > 1 - mix["pruned"] for mix in report["mixes"])
+    rows = [(cell["rows"], cell["tokens"], cell["rounds"]) for cell in report["formats"][:6]]
+    assert rows == [(name, tokens, 3) for tokens in (1, 9) for name in ("fp8", "int4", "mxfp4")]
+    assert len(report["formats"]) == 12
+    for cell in report["formats"]:
+        assert cell["ratio"] > 0
+        assert cell["plain_ms"] > 0
+        assert 0.25 < cell["size"] < 0.6
     assert plot.stat().st_size > 1000
     table = CliRunner().invoke(app, options.split())
     assert "small" in table.stdout
+    assert "quantized rows, beside plain ones of the same atoms:" in table.stdout
     assert "ceilings: reading 1.0 GB/s, sgemm 1 GFLOP/s" in table.stdout
 
 

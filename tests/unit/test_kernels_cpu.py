@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import shutil
@@ -19,10 +20,11 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import WIDTHS, KernelSuite
-from vllm_atomic_moe.experts.backends import choose_backend, cpu
+from vllm_atomic_moe.experts.backends import choose_backend, cpu, reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
-from vllm_atomic_moe.experts.packing import with_slots
+from vllm_atomic_moe.experts.formats import PLAIN, Block, Encoded, RowFormat
+from vllm_atomic_moe.experts.packing import PROJECTIONS, PackedExperts, build_layout, with_slots
 
 REASON = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 needs_library = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -32,6 +34,11 @@ VARIANTS = {variant.name: variant for variant in cpu_library.VARIANTS}
 # AMX has rules of its own for who is computed with whom.
 USABLE = [variant.name for variant in cpu_library.usable_variants()]
 LOWEST = USABLE[-1] if USABLE else None
+FP8 = RowFormat("e4m3", Block(16, 32), Block(32, 16))
+INT4 = RowFormat("int4", Block(1, 32), Block(32, 1), torch.bfloat16)
+AWQ = RowFormat("uint4", Block(1, 32), Block(32, 1), torch.float16, zeros=True)
+NVFP4 = RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn, factor="over")
+CODED = (FP8, INT4, AWQ, NVFP4)
 
 
 @contextmanager
@@ -219,6 +226,184 @@ def test_rows_of_any_strides_and_dtype_are_written(projection, source):
     assert torch.equal(packed[0], packed[1])
     assert torch.equal(packed[0], packed[2])
     assert packed[0].count_nonzero() == 37 * 70
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("hidden_size", [2, 62, 64, 152])
+@pytest.mark.parametrize("turned", [False, True])
+def test_codes_lie_as_weights_do(bits, hidden_size, turned):
+    """Half as wide, or a quarter: read back through the layout of float16, a number each."""
+    row_format = FP8 if bits == 8 else INT4
+    generator = torch.Generator().manual_seed(0)
+    offsets_E1 = torch.tensor([0, *WIDTHS]).cumsum(0)
+    sizes = offsets_E1, hidden_size, torch.float16, None, True
+    packed, plain = (cpu.STORAGE.allocate(*sizes, how)["packed"] for how in (row_format, PLAIN))
+    assert packed.nbytes - 64 == (plain.nbytes - 64) * bits // 16
+    packed[:-64] = 0xAA
+    for expert, width in enumerate(WIDTHS):
+        atoms_F = torch.randperm(FULL, generator=generator)[:width]
+        for name in PROJECTIONS:
+            shape = (hidden_size, FULL) if turned else (FULL, hidden_size)
+            codes = torch.randint(0, 1 << bits, shape, generator=generator).to(torch.uint8)
+            codes_IH = codes.t() if turned else codes
+            where = offsets_E1, expert, name
+            cpu.STORAGE.write([packed], *where, codes_IH, atoms_F, True, row_format)
+            cpu.STORAGE.write([plain], *where, codes_IH.half(), atoms_F)
+    found = Problem(
+        unpack_codes_of_panels(packed[:-64], bits, offsets_E1, hidden_size), offsets_E1, {}
+    )
+    wanted = Problem(plain[:-32], offsets_E1, {})
+    for expert in range(len(WIDTHS)):
+        rows = unpack(found, expert, hidden_size)
+        for name, rows_FH in unpack(wanted, expert, hidden_size).items():
+            assert torch.equal(rows[name], rows_FH)
+
+
+def unpack_codes_of_panels(packed, bits, offsets_E1, hidden_size):
+    """Panels of codes as panels of a number each, float16."""
+    if bits == 8:
+        return packed.half()
+    panels, at = [], 0
+    for width in offsets_E1.diff().tolist():
+        atoms = (width + 1) // 2 * 2
+        tiles = [2 * min(32, atoms - tile) for tile in range(0, atoms, 32)]
+        blocks = [min(64, hidden_size - column) for column in range(0, hidden_size, 64)]
+        for columns, summed in [*((t, hidden_size) for t in tiles), *((b, atoms) for b in blocks)]:
+            panel = packed[at : at + columns * summed // 2].view(-1, columns)
+            at += panel.numel()
+            panels.append(torch.stack((panel & 15, panel >> 4), dim=1).flatten())
+    assert at == len(packed)
+    return torch.cat(panels).half()
+
+
+def make_codes(row_format, dtype, widths=WIDTHS, hidden_size=152, storage=cpu.STORAGE):
+    """Experts of random codes and scales, all atoms of which one slot uses and another some."""
+    generator = torch.Generator().manual_seed(0)
+    full = max(widths)
+    keep_EI = torch.arange(full) < torch.tensor(widths)[:, None]
+    some_EI = keep_EI & (torch.rand(keep_EI.shape, generator=generator) < 0.6)
+    layout = build_layout({"all": keep_EI, "some": some_EI})
+    packed = PackedExperts(layout, hidden_size, dtype, storage=storage, row_format=row_format)
+    for expert, name in itertools.product(range(len(widths)), PROJECTIONS):
+        atoms, columns = row_format.block(name)
+        shape = -(-full // atoms), -(-hidden_size // columns)
+        most = 120 if row_format.bits == 8 else 16
+        codes = torch.randint(0, most, (full, hidden_size), generator=generator).to(torch.uint8)
+        if row_format.bits == 8:
+            codes += 128 * torch.randint(0, 2, codes.shape, generator=generator).to(torch.uint8)
+        scales = torch.rand(shape, generator=generator) / 99
+        zeros = torch.randint(0, 16, shape, generator=generator).to(torch.uint8)
+        factor = torch.rand((), generator=generator) + 1
+        encoded = Encoded(
+            codes,
+            scales.to(row_format.scale),
+            zeros if row_format.zeros else None,
+            factor if row_format.factor != "none" else None,
+        )
+        packed.load_encoded(expert, name, encoded)
+    return packed
+
+
+def run_codes(packed, x_TH, topk_weights_TK, ids_TK, threads=2, library=None, slots_T1=None):
+    if slots_T1 is None:
+        slots_T1 = torch.arange(len(x_TH), dtype=torch.int32)[:, None] % 2
+    return (library or cpu._library()).fused_experts(
+        x_TH,
+        packed.weights[0],
+        *packed.index,
+        topk_weights_TK,
+        with_slots(ids_TK, slots_T1),
+        threads,
+        scales=packed.scales,
+        rows=packed.row_format.spec,
+    )
+
+
+@pytest.mark.parametrize("isa", USABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_format", [FP8, AWQ], ids=lambda it: it.spec)
+@pytest.mark.parametrize("tokens", [4, 90])
+def test_codes_give_the_same_bits_for_any_number_of_threads(isa, dtype, row_format, tokens):
+    """Experts of few rows and of many, decoded in registers and ahead. Where rows are float32,
+    these give the same bits too."""
+    with forced(isa):
+        packed = make_codes(row_format, dtype)
+        x_TH, topk_weights_TK, ids_TK = make_input(tokens, len(WIDTHS), dtype=dtype)
+        alone = run_codes(packed, x_TH, topk_weights_TK, ids_TK, threads=1)
+        assert alone.isfinite().all()
+        for threads in (2, 7):
+            found = run_codes(packed, x_TH, topk_weights_TK, ids_TK, threads=threads)
+            assert torch.equal(found, alone)
+        if dtype != torch.bfloat16 or isa not in ("amx", "avx512_bf16"):
+            some = slice(0, 4)
+            found = run_codes(packed, x_TH[some], topk_weights_TK[some], ids_TK[some])
+            assert torch.equal(found, alone[some])
+
+
+@needs_library
+@pytest.mark.parametrize("row_format", CODED, ids=lambda it: it.spec)
+def test_long_experts_of_codes_are_summed_in_stretches(row_format):
+    """Atoms of one slot lie in some of them only."""
+    packed, oracle = (
+        make_codes(row_format, torch.float32, (5001, 3), 64, storage)
+        for storage in (cpu.STORAGE, reference.STORAGE)
+    )
+    mask_EI = torch.zeros(2, 5001).bool()
+    mask_EI[0, 4500:4900] = True
+    for experts in (packed, oracle):
+        experts.set_slot(1, mask_EI)
+    for tokens in (3, 12):
+        arguments = make_input(tokens, 2, 64, torch.float32, k=2)
+        for slot in range(2):
+            slots_T1 = torch.full((tokens, 1), slot, dtype=torch.int32)
+            found = run_codes(packed, *arguments, slots_T1=slots_T1)
+            x_TH, topk_weights_TK, ids_TK = arguments
+            wanted = reference.fused_experts(
+                x_TH,
+                oracle.weights,
+                oracle.scales,
+                [],
+                *oracle.index,
+                topk_weights_TK,
+                with_slots(ids_TK, slots_T1),
+                oracle.widest,
+                oracle.activation.spec,
+                row_format.spec,
+            )
+            assert_close(found, wanted.double())
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("table", "change", "said"),
+    [
+        ("weights", lambda it: it.view(torch.int8), "codes are torch.int8, wanted uint8"),
+        ("weights", lambda it: it[:-1], "numbers for hidden size 152, wanted"),
+        ("up_scales", lambda it: it.t().contiguous().t(), "wanted contiguous"),
+        ("up_scales", lambda it: it[:, :-1].contiguous(), "up: scales are .*wanted"),
+        ("up_scales", lambda it: it[:-1], "up: row [0-9]+ of [0-9]+ rows of scales"),
+        ("gate_scales", lambda it: it.double(), "scales are torch.float64"),
+        ("up_scales", lambda it: it.half(), r"up: scales are torch.float16 .*wanted torch.float32"),
+        ("down_rows", lambda it: it.long(), "down: rows are torch.int64"),
+        ("down_rows", lambda it: it[1:], "down: rows are torch.int32"),
+        ("down_rows", lambda it: it - 1, "down: row -1 of"),
+        ("down_rows", lambda it: it[:0], "down: [0-9]+ rows of scales, wanted"),
+        ("down_zeros", lambda it: it.new_zeros(7), "down: zeros are torch.uint8"),
+        ("gate_zeros", lambda it: it.new_zeros(7), "e4m3 codes have no zeros"),
+        ("up_factors", lambda it: it.new_zeros(9), "up: factors are torch.float32"),
+        ("up_scales", lambda it: it.to("meta"), "on meta, wanted cpu"),
+    ],
+)
+def test_scales_that_only_our_own_bug_could_pass(table, change, said):
+    packed = make_codes(FP8, torch.bfloat16)
+    arguments = make_input(3, len(WIDTHS))
+    run_codes(packed, *arguments)
+    name = "packed" if table == "weights" else table
+    changed = torch.nn.Parameter(change(getattr(packed, name).data), requires_grad=False)
+    setattr(packed, name, changed)
+    with pytest.raises(AssertionError, match=said):
+        run_codes(packed, *arguments)
 
 
 @needs_library
@@ -592,6 +777,20 @@ def test_amx_in_emulation_is_the_same_for_any_number_of_threads_and_mix(emulated
 
 
 @needs_library
+@pytest.mark.parametrize("row_format", CODED, ids=lambda it: it.spec)
+def test_amx_in_emulation_takes_decoded_codes(emulated, row_format):
+    packed = make_codes(row_format, torch.bfloat16)
+    for tokens in (2, 90):
+        arguments = make_input(tokens, len(WIDTHS))
+        before = emulated.functions.amx_products()
+        found = run_codes(packed, *arguments, library=emulated)
+        assert (emulated.functions.amx_products() > before) == (tokens > 2)
+        assert_close(found, run_codes(packed, *arguments).double())
+        for threads in (1, 3):
+            assert torch.equal(run_codes(packed, *arguments, threads, emulated), found)
+
+
+@needs_library
 def test_amx_in_emulation_passes_the_self_check_and_does_float32(emulated):
     before = emulated.functions.amx_products()
     cpu._check(emulated)
@@ -658,6 +857,20 @@ def test_a_quota_idles_threads_and_changes_no_bit(monkeypatch, tokens):
         assert torch.equal(run(problem, *arguments, threads=4), wanted)
         one = make_problem()
         assert torch.equal(one.packed, problem.packed)
+
+
+@needs_library
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("name", [v.name for v in cpu_library.variants_of_machine()])
+def test_every_variant_is_understood(compiler, name):
+    """Also those that do not run here, and not by emulation, which replaces AMX's macros."""
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    include = "-isystem", str(Path(torch.__file__).parent / "include")
+    flags = [*cpu_library.COMMON_FLAGS, *VARIANTS[name].compiler_flags, "-fsyntax-only"]
+    command = [compiler, *flags, *include, str(cpu_library.SOURCES[0])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_library
@@ -804,12 +1017,16 @@ def test_building_ahead_skips_what_the_compiler_does_not_know(fresh, tmp_path):
 @needs_library
 def test_a_library_that_computes_wrongly_is_not_used(unloaded, caplog):
     right = Library.fused_experts
-    unloaded.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * 2)
+
+    def wrongly_by(factor):
+        return lambda *arguments, **more: right(*arguments, **more) * factor
+
+    unloaded.setattr(Library, "fused_experts", wrongly_by(2))
     with caplog.at_level(logging.WARNING):
         reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
     assert reason.startswith("its self-check failed: relative error 1.0e+00")
     assert "its self-check failed" in caplog.text
-    unloaded.setattr(Library, "fused_experts", lambda *arguments: right(*arguments) * torch.nan)
+    unloaded.setattr(Library, "fused_experts", wrongly_by(torch.nan))
     cpu._load.cache_clear()
     assert "relative error nan" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,7 +109,8 @@ def bench(
     """Measure pruned beside dense, in one run: layers, or with MODEL whole servers.
 
     Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
-    full width), 1 for a kernel as fast as the atoms that are left. Options: --shape, --tokens,
+    full width), 1 for a kernel as fast as the atoms that are left; then fp8, int4 and mxfp4 rows
+    beside plain ones of the same atoms. Options: --shape, --tokens,
     --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
@@ -186,6 +187,7 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
     from vllm_atomic_moe.measure.instruction_set import hide_wider_instructions
 
     hide_wider_instructions()
+    from vllm_atomic_moe.measure.format_benchmark import measure_formats
     from vllm_atomic_moe.measure.layer_benchmark import SHAPES, LayerPlan, measure_layers
 
     plot = options.pop("plot", None)
@@ -193,11 +195,14 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
         options["shapes"] = [_shape(name, SHAPES) for name in options.pop("shape")]
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    report = measure_layers(LayerPlan(seed=seed, **options), status_lines())
+    plan = LayerPlan(seed=seed, **options)
+    report = measure_layers(plan, status_lines())
+    formats = measure_formats(plan)
     if as_json:
-        print_json(dataclasses.asdict(report))
+        print_json({**dataclasses.asdict(report), "formats": [*map(dataclasses.asdict, formats)]})
     else:
         _print(report)
+        _print_formats(formats)
     if plot is not None:
         from vllm_atomic_moe.measure.plots import LayerPoint, plot_layers
 
@@ -386,5 +391,28 @@ def _print(report: Any) -> None:
                 f"{_number(mix.ratio_low)}–{_number(mix.ratio_high)}",
             ]
             for mix in report.mixes
+        ],
+    )
+
+
+def _print_formats(cells: Sequence[Any]) -> None:
+    if not cells:
+        return
+    typer.echo("\nquantized rows, beside plain ones of the same atoms:\n")
+    print_table(
+        ["layer", "T", "pruned", "rows", "bytes", "plain", "ours", "ratio", "quartiles"],
+        [
+            [
+                cell.shape,
+                str(cell.tokens),
+                f"{cell.pruned:.0%}",
+                cell.rows,
+                f"{cell.size:.2f}",
+                f"{cell.plain_ms:.2f} ms",
+                f"{cell.ours_ms:.2f} ms",
+                _number(cell.ratio),
+                f"{_number(cell.ratio_low)}–{_number(cell.ratio_high)}",
+            ]
+            for cell in cells
         ],
     )

@@ -283,7 +283,7 @@ class _Trio:
         seconds = [0.0] * len(contestants)
         for index in range(len(contestants)):
             which = (index + turn) % len(contestants)
-            seconds[which] = _timed(contestants[which], arguments)
+            seconds[which] = timed(contestants[which], arguments)
         widths = self.widths_E[ids_TK.long()]
         used = int(self.widths_E[ids_TK.unique().long()].sum())
         return _Round(
@@ -298,13 +298,11 @@ class _Trio:
     def _ours(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> torch.Tensor:
-        return _compute(
-            self.packed, x_TH, weights_TK, with_slots(ids_TK, self.slot_1), self.backend
-        )
+        return compute(self.packed, x_TH, weights_TK, with_slots(ids_TK, self.slot_1), self.backend)
 
     def _cell(self, tokens: int, routing: Routing, rounds: Sequence[_Round]) -> LayerCell:
         ratios = [r.ours / (r.dense * r.kept) for r in rounds if r.kept > 0]
-        low, middle, high = _quartiles(ratios)
+        low, middle, high = quartiles(ratios)
         part = self.uniform_width / self.shape.intermediate
         uniform = [(r.uniform, r.uniform / (r.dense * part)) for r in rounds if r.uniform]
         return LayerCell(
@@ -360,10 +358,10 @@ class _Mix:
                 which = (index + len(rounds)) % 2
                 ids = with_slots(ids_TK, contestants[which])
                 call = (self.packed, x_TH, weights_TK, ids, self.backend)
-                seconds[which] = _timed(_compute, call)
+                seconds[which] = timed(compute, call)
             rounds.append(seconds)
         union, mixed = zip(*rounds[1:], strict=True)  # the first warms up
-        low, middle, high = _quartiles([two / one for one, two in rounds[1:]])
+        low, middle, high = quartiles([two / one for one, two in rounds[1:]])
         return MixCell(
             shape=self.shape.name,
             tokens=tokens,
@@ -378,7 +376,7 @@ class _Mix:
         )
 
 
-def _compute(
+def compute(
     packed: PackedExperts,
     x_TH: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -400,7 +398,7 @@ def _compute(
     )
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+def quartiles(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     if len(values) < 2:
         return (values[0],) * 3 if values else (None, None, None)
     low, middle, high = quantiles(values, n=4, method="inclusive")
@@ -466,7 +464,7 @@ def _pack(
     return packed
 
 
-def _timed(function: Callable[..., object], arguments: tuple[Any, ...]) -> float:
+def timed(function: Callable[..., object], arguments: tuple[Any, ...]) -> float:
     """Seconds of one call."""
     began = time.perf_counter()
     function(*arguments)
@@ -491,10 +489,10 @@ def processor_name() -> str:
 
 def _read_ceiling() -> float:
     numbers = torch.ones(1 << 27)
-    return numbers.nbytes / min(_timed(numbers.sum, ()) for _ in range(7))
+    return numbers.nbytes / min(timed(numbers.sum, ()) for _ in range(7))
 
 
 def _sgemm_ceiling() -> float:
     size = 2048
     matrix = torch.randn(size, size)
-    return float(2 * size**3 / min(_timed(torch.matmul, (matrix, matrix)) for _ in range(7)))
+    return float(2 * size**3 / min(timed(torch.matmul, (matrix, matrix)) for _ in range(7)))

@@ -2,8 +2,9 @@
 
 One flat tensor holds the experts one after another, each padded to an even number of atoms with
 zeros; behind the last one stand 64 bytes that vectors may read. That is all the padding there is.
-experts.cpp describes the layout of an expert; every instruction set shares it. `python -m
-vllm_atomic_moe.experts.backends.cpu` builds the libraries ahead.
+Codes lie as weights do, 4-bit ones two a byte along the dimension that is summed over; scales stay
+in their tables. experts.cpp describes the layout of an expert; every instruction set shares it.
+`python -m vllm_atomic_moe.experts.backends.cpu` builds the libraries ahead.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S stored rows, F atoms of an
 expert, W words.
@@ -13,26 +14,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import mmap
 from collections.abc import Sequence
 
 import torch
 
+from vllm_atomic_moe.experts import formats
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
+from vllm_atomic_moe.experts.backends.cpu.arguments import SLACK_BYTES, bits_of
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
-from vllm_atomic_moe.experts.formats import PLAIN, Code, RowFormat
+from vllm_atomic_moe.experts.formats import PLAIN, Block, Encoded, RowFormat
 from vllm_atomic_moe.experts.packing import (
     PROJECTIONS,
+    PackedExperts,
     Projection,
     build_layout,
     projections_of,
     with_slots,
 )
 
-CODES: frozenset[Code] = frozenset({"plain"})
+CODES = frozenset(formats.CODES)
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -69,8 +74,12 @@ def _load() -> Library | str:
 class TiledStorage:
     """Packed rows in tiles: one tensor "packed" of 3 · H · padded P numbers and 64 bytes.
 
-    Without a gate it is 2 · H · padded P.
+    Without a gate it is 2 · H · padded P. Codes are bytes, of 8 bits one each, of 4 bits two.
     """
+
+    def __init__(self, library: Library | None = None) -> None:
+        """`library` packs; None stands for the fastest that works here."""
+        self._library = library
 
     def allocate(
         self,
@@ -92,10 +101,12 @@ class TiledStorage:
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
                 "choose the kernel `reference`"
             )
-        numel = (
-            len(projections_of(gated)) * hidden_size * _first_atom(offsets_E1, len(offsets_E1) - 1)
-        )
-        slack = cpu_library.SLACK_BYTES // dtype.itemsize
+        if not row_format.plain:
+            dtype = torch.uint8
+        atoms = _first_atom(offsets_E1, len(offsets_E1) - 1)
+        bits = bits_of(row_format, dtype)
+        numel = len(projections_of(gated)) * hidden_size * atoms * bits // (8 * dtype.itemsize)
+        slack = SLACK_BYTES // dtype.itemsize
         packed = torch.empty(numel + slack, dtype=dtype, device=device)
         if packed.device.type == "cpu":
             _advise_huge_pages(packed)
@@ -119,8 +130,8 @@ class TiledStorage:
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
             atoms_F = torch.arange(len(rows_SH), device="cpu")
-        threads = torch.get_num_threads()
-        _library().pack(packed, first_atom, projection, rows_SH, atoms_F, threads, gated)
+        library, threads = self._library or _library(), torch.get_num_threads()
+        library.pack(packed, first_atom, projection, rows_SH, atoms_F, threads, gated, row_format)
 
 
 STORAGE = TiledStorage()
@@ -152,6 +163,8 @@ def fused_experts(
         torch.get_num_threads(),
         biases,
         activation,
+        scales,
+        rows,
     )
 
 
@@ -159,6 +172,16 @@ def _library() -> Library:
     loaded = _load()
     assert not isinstance(loaded, str), f"chosen without asking `unavailable`: {loaded}"
     return loaded
+
+
+# Of the self-check's relative errors.
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+# What the self-check computes: plain weights, and codes of either size in blocks of 16 atoms.
+_CHECKED = (
+    PLAIN,
+    RowFormat("e4m3", Block(16, 32), Block(16, 32)),
+    RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn),
+)
 
 
 def _check(library: Library) -> None:
@@ -171,42 +194,63 @@ def _check(library: Library) -> None:
     """
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
-        rows_3PH = torch.randn(3, 109, 88, generator=generator, dtype=torch.float32) / 9
+        rows_3IH = torch.randn(3, 75, 88, generator=generator, dtype=torch.float32) / 9
         widths = (75, 0, 34)  # an odd width, none, a narrow tile
         keep_EI = torch.arange(75) < torch.tensor(widths)[:, None]
         layout = build_layout({"all": keep_EI, "some": keep_EI & (torch.arange(75) % 37 > 20)})
-        index = layout.slot_bits(), layout.words_E1, layout.offsets_E1
         slots_T1 = torch.arange(40, dtype=torch.int32)[:, None] % 2
         ids_TK = with_slots(torch.arange(80).view(40, 2) % 4 - 1, slots_T1)  # enough for AMX
-        x_TH, topk_weights_TK = 9 * rows_3PH[0, :40], rows_3PH[1, :40, :2].abs()
-        for dtype, tolerance in (
-            (torch.bfloat16, 2e-2),
-            (torch.float16, 2e-3),
-            (torch.float32, 1e-5),
-        ):
-            rounded_3PH, x = rows_3PH.to(dtype), x_TH.to(dtype)
-            packed = TiledStorage().allocate(layout.offsets_E1, 88, dtype, None)["packed"]
-            for expert in range(len(widths)):
-                first_atom = _first_atom(layout.offsets_E1, expert)
-                atoms_F = torch.arange(*layout.offsets_E1[expert : expert + 2].tolist())
-                for projection, rows_PH in zip(PROJECTIONS, rounded_3PH, strict=True):
-                    library.pack(packed, first_atom, projection, rows_PH, atoms_F, 1)
-            found_TH = library.fused_experts(x, packed, *index, topk_weights_TK, ids_TK, 1)
-            wanted_TH = reference.fused_experts(
-                x,
-                rounded_3PH.float().unbind(),
-                [],
-                [],
-                *index,
-                topk_weights_TK,
-                ids_TK,
-                max(widths),
-                SILU.spec,
-                PLAIN.spec,
-            ).float()
-            error = float((found_TH.float() - wanted_TH).norm() / wanted_TH.norm())
-            if not error <= tolerance:
-                raise VariantError(f"its self-check failed: relative error {error:.1e} in {dtype}")
+        x_TH, topk_weights_TK = 9 * rows_3IH[0, :40], rows_3IH[1, :40, :2].abs()
+        for dtype, row_format in itertools.product(cpu_library.DTYPES, _CHECKED):
+            found, wanted = (
+                PackedExperts(layout, 88, dtype, storage=storage, row_format=row_format)
+                for storage in (TiledStorage(library), reference.STORAGE)
+            )
+            for experts in (found, wanted):
+                for expert, projection in itertools.product(range(len(widths)), PROJECTIONS):
+                    rows_IH = rows_3IH[PROJECTIONS.index(projection)]
+                    encoded = _encoded(rows_IH, row_format, projection)
+                    experts.load_encoded(expert, projection, encoded)
+            for tokens in (40, 3):
+                x, ids, weights = x_TH[:tokens].to(dtype), ids_TK[:tokens], topk_weights_TK[:tokens]
+                found_TH = library.fused_experts(
+                    x,
+                    found.weights[0],
+                    *found.index,
+                    weights,
+                    ids,
+                    1,
+                    scales=found.scales,
+                    rows=row_format.spec,
+                ).float()
+                wanted_TH = reference.fused_experts(
+                    x,
+                    wanted.weights,
+                    wanted.scales,
+                    [],
+                    *wanted.index,
+                    weights,
+                    ids,
+                    wanted.widest,
+                    SILU.spec,
+                    row_format.spec,
+                ).float()
+                error = float((found_TH - wanted_TH).norm() / wanted_TH.norm())
+                if not error <= _TOLERANCE[dtype]:
+                    raise VariantError(
+                        f"its self-check failed: relative error {error:.1e} in {dtype}"
+                    )
+
+
+def _encoded(rows_IH: torch.Tensor, row_format: RowFormat, projection: Projection) -> Encoded:
+    """Some codes and scales that depend on the numbers; plain rows as they are."""
+    if row_format.plain:
+        return Encoded(rows_IH)
+    atoms, columns = row_format.block(projection)
+    codes_IH = (rows_IH.abs() * 1000).to(torch.uint8) % (120 if row_format.bits == 8 else 16)
+    codes_IH += (rows_IH < 0).to(torch.uint8) * (128 if row_format.bits == 8 else 0)
+    scales_GC = rows_IH[::atoms, ::columns].abs() / 99
+    return Encoded(codes_IH, scales_GC.to(row_format.scale))
 
 
 def _first_atom(offsets_E1: torch.Tensor, expert: int) -> int:

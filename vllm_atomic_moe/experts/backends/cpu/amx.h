@@ -37,6 +37,7 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
   shape(6, kAmxUnits, whole_columns);
   shape(7, kAmxUnits, narrow);
   finish_writing(&config);
+  finish_writing(panel.units);  // which may be decoded codes
   _tile_loadconfig(&config);
   // Tile numbers are part of the instructions.
   const auto each_group = [&](const auto& zero, const auto& one, const auto& two,
@@ -73,15 +74,19 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
       _tile_dpbf16ps(2, 4, 5);
     }
     _tile_loadd(7, units + 16 * last, stride);
+    // Statements, not expressions: so some compilers' macros want it.
     switch (last) {
       case 0:
-        return _tile_dpbf16ps(0, 4, 7);
+        _tile_dpbf16ps(0, 4, 7);
+        break;
       case 1:
-        return _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(1, 4, 7);
+        break;
       case 2:
-        return _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(2, 4, 7);
+        break;
       case 3:
-        return _tile_dpbf16ps(3, 4, 7);
+        _tile_dpbf16ps(3, 4, 7);
     }
   };
   const int64_t row_stride = count > 1 ? 2 * (rows[1] - rows[0]) : 4 * kAmxUnits;

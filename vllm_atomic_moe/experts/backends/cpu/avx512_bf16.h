@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#include <array>
+
 #include "vectors.h"
 
 namespace {
@@ -12,11 +14,13 @@ struct PairedBFloat16 {
   using Element = c10::BFloat16;
   using Unit = uint32_t;
   using Row = c10::BFloat16;
+  using Scales = NoScales;
   static constexpr int kPerUnit = 2;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
-                                              const Unit* units) {
+                                              const Unit* units, NoScales) {
     __m512i weights[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) weights[j] = _mm512_loadu_si512(units + j * kWidth);
@@ -29,6 +33,16 @@ struct PairedBFloat16 {
         sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(pair),
                                      (__m512bh)weights[j]);
     }
+  }
+  static void store_unit(Unit* to, const Vec& low, const Vec& high) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    alignas(64) static constexpr auto kInterleaved = [] {
+      std::array<uint16_t, 32> places{};
+      for (int i = 0; i < 32; ++i) places[i] = i / 2 + i % 2 * 16;
+      return places;
+    }();
+    const __m512i places = _mm512_load_si512(kInterleaved.data());
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, halves));
   }
 };
 

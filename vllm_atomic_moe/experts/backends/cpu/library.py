@@ -30,26 +30,28 @@ from pathlib import Path
 import torch
 
 from vllm_atomic_moe.experts.activation import KINDS, SILU, Activation
-from vllm_atomic_moe.experts.packing import (
-    BIAS_SLACK,
-    PROJECTIONS,
-    SLOTS,
-    Projection,
-    projections_of,
+from vllm_atomic_moe.experts.backends.cpu.arguments import (
+    Quantized,
+    bits_of,
+    check_layer,
+    quantized,
 )
+from vllm_atomic_moe.experts.formats import PLAIN, RowFormat
+from vllm_atomic_moe.experts.packing import PROJECTIONS, Projection, projections_of
 from vllm_atomic_moe.files.plain_files import allow_reading, lock
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("experts.cpp", "panels.h", "vectors.h", "avx512_bf16.h", "amx.h")
+    for name in (
+        *("experts.cpp", "packing.h", "weights.h", "plan.h", "scales.h", "codes.h"),
+        *("panels.h", "amx.h", "avx512_bf16.h", "activation.h", "threads.h", "vectors.h"),
+    )
 )
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
 BUILD_SECONDS = 300
 CGROUP = Path("/sys/fs/cgroup")
 # By the number that C++ knows them by.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Bytes behind the last weight that vectors may read.
-SLACK_BYTES = 64
 
 
 class VariantError(Exception):
@@ -258,7 +260,7 @@ class Library:
             VariantError: it brings a second OpenMP runtime.
         """
         # Layers by addresses, sizes and dtype: memory of one that is gone may serve another.
-        self._checked: set[tuple[tuple[float, ...], int]] = set()
+        self._checked: dict[tuple[object, ...], Quantized | None] = {}
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
         if before and (second := _openmp_runtimes() - before):
@@ -275,7 +277,7 @@ class Library:
         pack.restype = number
         fused_experts = self.functions.atomic_moe_fused_experts
         fused_experts.argtypes = [
-            *[pointer] * 7,
+            *[pointer] * 8,
             *[size] * 3,
             *[number] * 2,
             *[ctypes.c_float] * 3,
@@ -294,31 +296,35 @@ class Library:
         atoms_F: torch.Tensor,
         threads: int,
         gated: bool = True,
+        row_format: RowFormat = PLAIN,
     ) -> None:
         """Put rows_SH[atoms_F] where the projection of the expert at `first_atom` lies.
 
         Args:
             packed: the flat tensor of all experts.
             first_atom: atoms before the expert, padding included.
-            rows_SH: of packed's dtype, any strides.
+            rows_SH: of packed's dtype, any strides; codes one a byte.
             atoms_F: int64, indices into rows_SH.
             gated: whether there is a gate_proj.
+            row_format: of the rows.
 
         Raises:
             MemoryError: there is none for what is gathered.
         """
+        dtypes = DTYPES if row_format.plain else (torch.uint8,)
         atoms = first_atom + len(atoms_F)
         for tensor in (packed, rows_SH, atoms_F):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
-        assert rows_SH.dtype == packed.dtype in DTYPES, f"{rows_SH.dtype} into {packed.dtype}"
+        assert rows_SH.dtype == packed.dtype in dtypes, f"{rows_SH.dtype} into {packed.dtype}"
         assert atoms_F.dtype == torch.int64, f"atoms are {atoms_F.dtype}, wanted int64"
         vectors = len(projections_of(gated))
-        assert vectors * atoms * rows_SH.shape[1] <= packed.numel(), "atoms lie beyond the tensor"
+        atom_bytes = vectors * rows_SH.shape[1] * bits_of(row_format, packed.dtype) // 8
+        assert atoms * atom_bytes <= packed.nbytes, "atoms lie beyond the tensor"
         if projection != "down" and rows_SH.stride(1) != 1:
             rows_SH = rows_SH.contiguous()
         atoms_F, hidden_size = atoms_F.contiguous(), rows_SH.shape[1]
         failed = self.functions.atomic_moe_pack(
-            packed.data_ptr() + vectors * first_atom * hidden_size * packed.element_size(),
+            packed.data_ptr() + first_atom * atom_bytes,
             PROJECTIONS.index(projection),
             vectors - 1,
             rows_SH.data_ptr(),
@@ -326,7 +332,9 @@ class Library:
             atoms_F.data_ptr(),
             len(atoms_F),
             hidden_size,
-            DTYPES.index(packed.dtype),
+            DTYPES.index(packed.dtype)
+            if row_format.plain
+            else len(DTYPES) + (row_format.bits == 4),
             threads,
             min(threads, quota()),
         )
@@ -345,8 +353,10 @@ class Library:
         threads: int,
         biases: Sequence[torch.Tensor] = (),
         activation: str = SILU.spec,
+        scales: Sequence[torch.Tensor] = (),
+        rows: str = PLAIN.spec,
     ) -> torch.Tensor:
-        """Arguments as those of the op; x has packed's dtype.
+        """Arguments as those of the op; x has packed's dtype, where that holds no codes.
 
         Raises:
             MemoryError: there is none for the intermediate activations.
@@ -358,13 +368,23 @@ class Library:
         pointers = bits_SW.data_ptr(), words_E1.data_ptr(), offsets_E1.data_ptr()
         sizes = offsets_E1.numel() - 1, bits_SW.shape[1], hidden_size
         layer = (
-            *(packed.data_ptr(), *bias_pointers, *pointers, *sizes),
-            *(DTYPES.index(packed.dtype), *numbers),
+            *(*bias_pointers, *pointers, *sizes),
+            *(DTYPES.index(x_TH.dtype), *numbers),
         )
-        if (layer, packed.numel()) not in self._checked:
-            _check_layer(packed, bits_SW, words_E1, offsets_E1, hidden_size, biases, gated)
-            self._checked.add((layer, packed.numel()))
-        assert x_TH.dtype == packed.dtype, f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+        tables = tuple((table.data_ptr(), table.numel(), table.dtype) for table in scales)
+        key = (packed.data_ptr(), packed.numel(), packed.dtype, layer, rows, tables)
+        if key not in self._checked:
+            row_format = RowFormat.parse(rows)
+            check_layer(
+                *(packed, bits_SW, words_E1, offsets_E1, hidden_size),
+                *(biases, gated, row_format, scales),
+            )
+            if row_format.plain:
+                assert x_TH.dtype == packed.dtype, (
+                    f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+                )
+            self._checked[key] = None if row_format.plain else quantized(scales, row_format)
+        codes = self._checked[key]
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert ids == tokens, f"{ids} rows of expert ids for {tokens} tokens"
@@ -379,6 +399,8 @@ class Library:
         topk_ids_TK = topk_ids_TK.contiguous()
         out_TH = torch.empty_like(x_TH)
         failed = self.functions.atomic_moe_fused_experts(
+            packed.data_ptr(),
+            None if codes is None else ctypes.addressof(codes),
             *layer,
             x_TH.data_ptr(),
             topk_weights_TK.data_ptr(),
@@ -400,41 +422,6 @@ def _activation_numbers(spec: str) -> tuple[bool, tuple[int, float, float, float
     """Whether there is a gate; and the kind's number, limit, alpha and beta, as C++ takes them."""
     act = Activation.parse(spec)
     return act.gated, (KINDS.index(act.kind), act.limit, act.alpha, act.beta)
-
-
-def _check_layer(
-    packed: torch.Tensor,
-    bits_SW: torch.Tensor,
-    words_E1: torch.Tensor,
-    offsets_E1: torch.Tensor,
-    hidden_size: int,
-    biases: Sequence[torch.Tensor],
-    gated: bool,
-) -> None:
-    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
-    for tensor in (packed, bits_SW, words_E1, offsets_E1, *biases):
-        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
-        assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
-    assert bits_SW.dtype == torch.int32, f"bits are {bits_SW.dtype}, wanted int32"
-    assert words_E1.dtype == torch.int64, f"words are {words_E1.dtype}, wanted int64"
-    assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
-    widths_E = offsets_E1.diff()
-    vectors = len(projections_of(gated))
-    numbers = vectors * hidden_size * int((widths_E + widths_E % 2).sum())
-    wanted = numbers + SLACK_BYTES // packed.element_size()
-    assert packed.numel() == wanted, (
-        f"{packed.numel()} numbers for hidden size {hidden_size}, wanted {wanted}"
-    )
-    if biases:
-        atoms = (int(offsets_E1[-1]) + BIAS_SLACK,)
-        shapes = [*[atoms] * (vectors - 1), (len(widths_E), hidden_size)]
-        found = [tuple(bias.shape) for bias in biases]
-        assert found == shapes, f"biases are {found}, wanted {shapes}"
-        assert all(bias.dtype == torch.float32 for bias in biases), "biases are not float32"
-    words_E = (widths_E + 31) // 32
-    assert torch.equal(words_E1.diff(), words_E), f"words are {words_E1.diff()}, wanted {words_E}"
-    shape = (SLOTS, int(words_E.sum()))
-    assert bits_SW.shape == shape, f"bits are {tuple(bits_SW.shape)}, wanted {shape}"
 
 
 @functools.cache

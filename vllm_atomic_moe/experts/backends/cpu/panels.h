@@ -12,6 +12,15 @@
 
 #include "vectors.h"
 
+namespace {
+
+// What plain weights have beside their units.
+struct NoScales {
+  NoScales from(int64_t) const { return {}; }
+};
+
+}  // namespace
+
 #ifdef __AVX512BF16__
 #include "avx512_bf16.h"
 #endif
@@ -21,14 +30,22 @@ namespace {
 constexpr int kPanelColumns = 64;
 // Of a panel that is passed over several times, which then come out of the L1 cache.
 constexpr int64_t kChunkBytes = 8 << 10;
+// Of codes, how far ahead of what is decoded memory is asked for: processors do so too late where
+// each byte takes long to compute with.
+constexpr int64_t kAheadBytes = 4 << 10;
 
 // ---- element types ------------------------------------------------------------------------------
 
 // What a type says: Element, of the weights; Unit, and how many elements it holds; Row, of the rows;
-// and add_step, which adds one step of R rows times J vectors of units to their sums.
+// Scales, what a panel has beside its units; and add_step, which adds one step of R rows times J
+// vectors of units to their sums. Those that codes are decoded to have store_unit, which makes units
+// of kPerUnit vectors of weights.
 
-template <class Load, int R, int J>
-[[gnu::always_inline]] inline void add_products(Native (&sum)[R][J], const float* const* rows,
+inline float as_float(float number) { return number; }
+inline float as_float(c10::BFloat16 number) { return number; }
+
+template <class Load, class Row, int R, int J>
+[[gnu::always_inline]] inline void add_products(Native (&sum)[R][J], const Row* const* rows,
                                                 int64_t at, const Load& weights) {
   if constexpr (R > J) {  // the weights stay in registers, the rows pass by
     Native held[J];
@@ -36,14 +53,14 @@ template <class Load, int R, int J>
     for (int j = 0; j < J; ++j) held[j] = weights(j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec x(rows[r][at]);
+      const Vec x(as_float(rows[r][at]));
 #pragma GCC unroll 16
       for (int j = 0; j < J; ++j) sum[r][j] = fmadd(x, Vec(held[j]), Vec(sum[r][j]));
     }
   } else {
     Native x[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) x[r] = Vec(rows[r][at]);
+    for (int r = 0; r < R; ++r) x[r] = Vec(as_float(rows[r][at]));
 #pragma GCC unroll 16
     for (int j = 0; j < J; ++j) {
       const Vec held = weights(j);
@@ -57,24 +74,29 @@ struct Float32 {
   using Element = float;
   using Unit = float;
   using Row = float;
+  using Scales = NoScales;
   static constexpr int kPerUnit = 1;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
-                                              const Unit* units) {
+                                              const Unit* units, NoScales) {
     add_products(sum, rows, at, [&](int j) { return Vec::loadu(units + j * kWidth); });
   }
+  static void store_unit(Unit* to, const Vec& weights) { weights.store(to); }
 };
 
 struct Float16 {
   using Element = c10::Half;
   using Unit = uint16_t;
   using Row = float;
+  using Scales = NoScales;
   static constexpr int kPerUnit = 1;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
-                                              const Unit* units) {
+                                              const Unit* units, NoScales) {
     add_products(sum, rows, at, [&](int j) {
       Vec weights;
       at::vec::load_fp32_from_fp16(reinterpret_cast<const Element*>(units + j * kWidth), weights);
@@ -90,11 +112,13 @@ struct BFloat16 {
   using Element = c10::BFloat16;
   using Unit = uint32_t;
   using Row = float;
+  using Scales = NoScales;
   static constexpr int kPerUnit = 2;
+  static constexpr int kAhead = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
-                                              const Unit* units) {
+                                              const Unit* units, NoScales) {
     const auto pairs = [&](int j) { return Ints::loadu(units + j * kWidth); };
     add_products(sum, rows, at, [&](int j) { return as_floats(pairs(j) << Ints(16)); });
     add_products(sum, rows, at + 1,
@@ -113,14 +137,15 @@ struct Panel {
   const typename D::Unit* units;
   int64_t steps;
   int64_t columns;
+  typename D::Scales scales{};
 };
 
 // Adds steps at..at+steps of R rows times J vectors of columns to the sums, [R][64] floats. Brings in
 // as many bytes as it reads from `next` on, if any: memory in its own order, which streams best.
 template <class D, int R, int J>
 void multiply_vectors(const typename D::Row* const* rows, int64_t at, int64_t steps,
-                      const typename D::Unit* units, int64_t stride, float* sums, bool fresh,
-                      const char* next) {
+                      const typename D::Unit* units, int64_t stride, typename D::Scales scales,
+                      float* sums, bool fresh, const char* next) {
   constexpr int kStepBytes = J * kWidth * sizeof *units;
   Native sum[R][J];
 #pragma GCC unroll 8
@@ -135,7 +160,7 @@ void multiply_vectors(const typename D::Row* const* rows, int64_t at, int64_t st
       for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(next + line);
       next += kStepBytes;
     }
-    D::add_step(sum, rows, at, units);
+    D::add_step(sum, rows, at, units, scales);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -151,7 +176,8 @@ void multiply_all_vectors(const typename D::Row* const* rows, int64_t at, int64_
   const auto* units = panel.units + at * panel.columns;
   for (; vectors - vector >= J; vector += J) {
     multiply_vectors<D, R, J>(rows, at, steps, units + vector * kWidth, panel.columns,
-                              product + vector * kWidth, fresh, next);
+                              panel.scales.from(vector * kWidth), product + vector * kWidth, fresh,
+                              next);
     if (next) next += steps * J * kWidth * sizeof *units;
   }
   if constexpr (J > 1)
@@ -175,18 +201,25 @@ void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, fl
   if (vectors > J)
     chunk = std::max<int64_t>(1, kChunkBytes / int64_t(panel.columns * sizeof *panel.units));
   for (int64_t at = 0; at < panel.steps; at += chunk) {
-    const auto* next = panel.units + (at + chunk) * panel.columns;
+    const auto* next = reinterpret_cast<const char*>(panel.units + (at + chunk) * panel.columns);
+    if (vectors <= J)
+      next = D::kAhead ? reinterpret_cast<const char*>(panel.units) + D::kAhead : nullptr;
     multiply_all_vectors<D, R, J>(rows, at, std::min(chunk, panel.steps - at), panel, product,
-                                  fresh && at == 0, 0, vectors,
-                                  vectors > J ? reinterpret_cast<const char*>(next) : nullptr);
+                                  fresh && at == 0, 0, vectors, next);
   }
 }
 
 constexpr int kRows = 6;
+constexpr int kFewRows = 4;
 
-template <class D>
+// Up to kMost rows, of which there are 4 or 6.
+template <class D, int kMost = kRows>
 void multiply(const typename D::Row* const* rows, int count, const Panel<D>& panel, float* product,
               bool fresh) {
+  if constexpr (kMost > 4) {
+    if (count == 5) return multiply_rows<D, 5>(rows, panel, product, fresh);
+    if (count == 6) return multiply_rows<D, 6>(rows, panel, product, fresh);
+  }
   switch (count) {
     case 1:
       return multiply_rows<D, 1>(rows, panel, product, fresh);
@@ -196,10 +229,6 @@ void multiply(const typename D::Row* const* rows, int count, const Panel<D>& pan
       return multiply_rows<D, 3>(rows, panel, product, fresh);
     case 4:
       return multiply_rows<D, 4>(rows, panel, product, fresh);
-    case 5:
-      return multiply_rows<D, 5>(rows, panel, product, fresh);
-    case 6:
-      return multiply_rows<D, 6>(rows, panel, product, fresh);
   }
   static_assert(kRows == 6);
 }

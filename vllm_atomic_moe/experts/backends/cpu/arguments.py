@@ -1,0 +1,149 @@
+"""What C++ takes of a layer beside tensors of a call, and what it trusts of them.
+
+Legend: E experts, G scale rows of a layer, C scale columns, P packed rows, W words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from vllm_atomic_moe.experts.formats import CODES, FACTORS, TABLES, Projection, RowFormat
+from vllm_atomic_moe.experts.packing import (
+    BIAS_SLACK,
+    PROJECTIONS,
+    SLOTS,
+    projections_of,
+)
+
+# Of scales, by the number that C++ knows them by.
+SCALE_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e8m0fnu,
+    torch.float8_e4m3fn,
+)
+# Bytes behind the last weight that vectors may read.
+SLACK_BYTES = 64
+
+
+class ScaleTable(ctypes.Structure):
+    """As scales.h has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in TABLES),
+        *((name, ctypes.c_int64) for name in ("columns", "columns_of_scale")),
+    )
+
+
+class Quantized(ctypes.Structure):
+    """As scales.h has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("code", "scale", "factor")),
+        ("tables", ScaleTable * len(PROJECTIONS)),
+    )
+
+
+def bits_of(row_format: RowFormat, dtype: torch.dtype) -> int:
+    """Of one weight that is stored: a code, or a plain one of `dtype`."""
+    return row_format.bits or 8 * dtype.itemsize
+
+
+def quantized(scales: Sequence[torch.Tensor], row_format: RowFormat) -> Quantized:
+    """What C++ takes beside codes; valid as long as the scales are."""
+    found = Quantized(
+        CODES.index(row_format.code) - 1,
+        SCALE_DTYPES.index(scales[0].dtype),
+        FACTORS.index(row_format.factor),
+    )
+    projections = PROJECTIONS[-(len(scales) // len(TABLES)) :]
+    for which, name in enumerate(projections):
+        tables = scales[which * len(TABLES) :][: len(TABLES)]
+        found.tables[PROJECTIONS.index(name)] = ScaleTable(
+            *(table.data_ptr() if table.numel() else None for table in tables),
+            tables[0].shape[1],
+            row_format.block(name).columns,
+        )
+    return found
+
+
+def check_layer(
+    packed: torch.Tensor,
+    bits_SW: torch.Tensor,
+    words_E1: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    hidden_size: int,
+    biases: Sequence[torch.Tensor],
+    gated: bool,
+    row_format: RowFormat,
+    scales: Sequence[torch.Tensor],
+) -> None:
+    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
+    for tensor in (packed, bits_SW, words_E1, offsets_E1, *biases, *scales):
+        assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
+        assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
+    assert bits_SW.dtype == torch.int32, f"bits are {bits_SW.dtype}, wanted int32"
+    assert words_E1.dtype == torch.int64, f"words are {words_E1.dtype}, wanted int64"
+    assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
+    widths_E = offsets_E1.diff()
+    vectors = len(projections_of(gated))
+    numbers = vectors * hidden_size * int((widths_E + widths_E % 2).sum())
+    weight_bytes = numbers * bits_of(row_format, packed.dtype) // 8
+    wanted = (weight_bytes + SLACK_BYTES) // packed.element_size()
+    assert packed.numel() == wanted, (
+        f"{packed.numel()} numbers for hidden size {hidden_size}, wanted {wanted}"
+    )
+    if biases:
+        atoms = (int(offsets_E1[-1]) + BIAS_SLACK,)
+        shapes = [*[atoms] * (vectors - 1), (len(widths_E), hidden_size)]
+        found = [tuple(bias.shape) for bias in biases]
+        assert found == shapes, f"biases are {found}, wanted {shapes}"
+        assert all(bias.dtype == torch.float32 for bias in biases), "biases are not float32"
+    words_E = (widths_E + 31) // 32
+    assert torch.equal(words_E1.diff(), words_E), f"words are {words_E1.diff()}, wanted {words_E}"
+    shape = (SLOTS, int(words_E.sum()))
+    assert bits_SW.shape == shape, f"bits are {tuple(bits_SW.shape)}, wanted {shape}"
+    if not row_format.plain:
+        assert packed.dtype == torch.uint8, f"codes are {packed.dtype}, wanted uint8"
+        _check_scales(scales, offsets_E1, hidden_size, projections_of(gated), row_format)
+
+
+def _check_scales(
+    scales: Sequence[torch.Tensor],
+    offsets_E1: torch.Tensor,
+    hidden_size: int,
+    projections: Sequence[Projection],
+    row_format: RowFormat,
+) -> None:
+    assert len(scales) == len(projections) * len(TABLES), f"{len(scales)} tables of scales"
+    atoms, experts = int(offsets_E1[-1]), len(offsets_E1) - 1
+    with_zeros = scales[TABLES.index("zeros")].numel() > 0
+    assert row_format.bits == 4 or not with_zeros, f"{row_format.code} codes have no zeros"
+    dtype = scales[0].dtype
+    assert dtype in SCALE_DTYPES, f"scales are {dtype}"
+    for which, name in enumerate(projections):
+        tables = scales[which * len(TABLES) :][: len(TABLES)]
+        scales_GC, rows_P, _, _ = tables
+        groups, columns = len(scales_GC), -(-hidden_size // row_format.block(name).columns)
+        factors = 0 if row_format.factor == "none" else experts
+        wanted = (
+            ((groups, columns), dtype),
+            ((atoms if rows_P.numel() else 0,), torch.int32),
+            ((groups, columns) if with_zeros else (0,), torch.uint8),
+            ((factors,), torch.float32),
+        )
+        for table, found, (shape, dtype_of_table) in zip(TABLES, tables, wanted, strict=True):
+            assert (tuple(found.shape), found.dtype) == (shape, dtype_of_table), (
+                f"{name}: {table} are {found.dtype} {tuple(found.shape)}, wanted {dtype_of_table} "
+                f"{shape}"
+            )
+        if not rows_P.numel():
+            assert groups == atoms, f"{name}: {groups} rows of scales, wanted {atoms}"
+            continue
+        low, high = rows_P.aminmax()
+        assert low >= 0, f"{name}: row {int(low)} of {groups} rows of scales"
+        assert high < groups, f"{name}: row {int(high)} of {groups} rows of scales"

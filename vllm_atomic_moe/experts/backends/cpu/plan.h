@@ -1,0 +1,287 @@
+// What one call has to do: its routed rows sorted, and the blocks, segments and tiles of its experts.
+//
+// For the legend see experts.cpp.
+
+#pragma once
+
+#include <vector>
+
+#include "activation.h"
+#include "panels.h"
+#include "scales.h"
+#include "threads.h"
+
+#ifdef __AMX_BF16__
+#include "amx.h"
+#endif
+
+namespace {
+
+constexpr int kTileAtoms = 32;
+constexpr int kSlotBits = 4;  // of an id, the lowest
+constexpr int kSlots = 1 << kSlotBits;
+// Products are summed over so many atoms of a down panel before they are weighted and added: 256 KiB
+// of bfloat16, which stay in L2. Fixed, so that it does not depend on what a batch uses.
+constexpr int64_t kStretchAtoms = 2048;
+constexpr int64_t kScratchBytes = 64ll << 20;
+constexpr int64_t kTokenRange = 512;  // sums of so many tokens: 128 KiB of a thread's stack
+
+#ifdef __AMX_BF16__
+template <class D>
+constexpr bool kUsesAmx = std::is_same_v<D, BFloat16>;
+constexpr int kMostRows = kAmxRows;
+#else
+template <class D>
+constexpr bool kUsesAmx = false;
+constexpr int kMostRows = kRows;
+#endif
+
+// How many rows one product takes at most: AMX needs some to be worth its set-up. It sums in
+// another order, so this must depend on nothing but the routing.
+template <class D>
+int rows_at_once(int64_t rows_of_expert) {
+  return kUsesAmx<D> && rows_of_expert > kFewRows ? kMostRows : kRows;
+}
+
+struct Call {
+  const void* x_TH;
+  const void* packed;
+  int bits;                    // of one weight
+  const Quantized* quantized;  // or null: weights are plain
+  // By atom, by atom, by expert [E, H]; all null, or gate's alone.
+  const float *gate_bias, *up_bias, *down_bias;
+  Activation activation;
+  const int32_t* bits_SW;
+  const int64_t *words_E1, *offsets_E1;
+  const float* weights_TK;
+  const void* ids_TK;
+  bool wide_ids;  // int64, not int32
+  void* out_TH;
+  int64_t T, K, E, W, H;
+  Threads threads;
+
+  int64_t width(int64_t id) const { return offsets_E1[id + 1] - offsets_E1[id]; }
+  int64_t bytes(int64_t weights) const { return weights * bits / 8; }
+  int64_t id(int64_t n) const {
+    return wide_ids ? static_cast<const int64_t*>(ids_TK)[n]
+                    : static_cast<const int32_t*>(ids_TK)[n];
+  }
+  int64_t expert(int64_t n) const { return id(n) >> kSlotBits; }
+  int slot(int64_t n) const { return id(n) & (kSlots - 1); }
+};
+
+struct Expert {
+  int64_t id, rows;
+  int64_t atoms;  // F
+  const char *gate_up, *down;
+  // Of codes, down's: which scale rows the expert has, and where its part of table_rows_F begins.
+  int64_t first_scale_row = 0, scale_rows = 0, table_rows = 0;
+};
+
+// Rows of one expert and one range of tokens that are computed together.
+struct Block {
+  int64_t first;
+  int count;
+  int64_t words;  // where the OR of its rows' words begins
+  int64_t first_segment, last_segment;
+};
+
+struct Segment {
+  int64_t first, count;  // atoms, both even, within one stretch
+};
+
+struct Tile {
+  int64_t expert, index;
+};
+
+template <class D>
+struct Plan {
+  using Row = typename D::Row;
+  // Routed rows, sorted by expert, range of tokens, slot and token.
+  std::vector<int64_t> tokens_N;
+  std::vector<float> weights_N;
+  std::vector<uint8_t> slots_N;
+  std::vector<const Row*> rows_N;
+
+  std::vector<Expert> experts;  // those with rows
+  std::vector<Block> blocks;
+  std::vector<int64_t> blocks_ER1;  // first block of every expert and range
+  std::vector<uint32_t> words;
+  std::vector<Segment> segments;
+  std::vector<Tile> tiles;
+
+  std::vector<Row> x_NH;  // gathered for AMX, or converted: then one row a token
+  std::vector<Row> hidden_NF;
+  int64_t hidden_stride = 0;
+
+  // Of codes: the row of a table of scales that an element of H, or an atom of `experts`, has.
+  std::vector<int32_t> table_rows_H, table_rows_F;
+  std::vector<float> scratch;
+  std::vector<int64_t> bounds;  // only for sorting
+};
+
+// The OR of the words of the block's rows, and the stretches of atoms that it covers.
+template <class D>
+void plan_block(Plan<D>& plan, const Call& call, const Expert& expert, Block& block) {
+  const int64_t tiles = ceil_div(expert.atoms, kTileAtoms);
+  const int32_t* words = call.bits_SW + call.words_E1[expert.id];
+  block.words = plan.words.size();
+  plan.words.resize(block.words + tiles, 0);
+  uint32_t* used = plan.words.data() + block.words;
+  int slot = -1;
+  for (int r = 0; r < block.count; ++r) {
+    if (plan.slots_N[block.first + r] == slot) continue;
+    slot = plan.slots_N[block.first + r];
+    for (int64_t tile = 0; tile < tiles; ++tile) used[tile] |= words[slot * call.W + tile];
+  }
+  // Bits beyond the expert's rows are nobody's.
+  if (const int64_t rest = call.width(expert.id) % kTileAtoms) used[tiles - 1] &= (1u << rest) - 1;
+  block.first_segment = plan.segments.size();
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (!used[tile]) continue;
+    int64_t first = tile * kTileAtoms + __builtin_ctz(used[tile]) / 2 * 2;
+    int64_t end = (tile + 1) * kTileAtoms - __builtin_clz(used[tile]) / 2 * 2;
+    if (kUsesAmx<D>) {  // which sums a tile at once: where that begins must not depend on the block
+      first = tile * kTileAtoms;
+      end = std::min(expert.atoms, first + kTileAtoms);
+    }
+    Segment* before =
+        int64_t(plan.segments.size()) > block.first_segment ? &plan.segments.back() : nullptr;
+    if (before && before->first + before->count == first && first % kStretchAtoms)
+      before->count = end - before->first;
+    else
+      plan.segments.push_back({first, end - first});
+  }
+  block.last_segment = plan.segments.size();
+}
+
+// Which rows of down's scales an expert's atoms have, from its first one on. Padding has some row too.
+template <class D>
+void plan_scales(Plan<D>& plan, const Call& call, Expert& expert) {
+  const int64_t first = call.offsets_E1[expert.id], width = call.width(expert.id);
+  const int32_t* rows = call.quantized->tables[2].rows_P;
+  expert.table_rows = plan.table_rows_F.size();
+  plan.table_rows_F.resize(expert.table_rows + expert.atoms, 0);
+  if (!width) return;
+  int32_t* to = plan.table_rows_F.data() + expert.table_rows;
+  expert.first_scale_row = rows ? *std::min_element(rows + first, rows + first + width) : first;
+  for (int64_t atom = 0; atom < width; ++atom)
+    to[atom] = rows ? rows[first + atom] - expert.first_scale_row : atom;
+  expert.scale_rows = *std::max_element(to, to + width) + 1;
+}
+
+// Sorts the routed rows of tokens begin..end, `range` tokens at a time, and finds the work.
+template <class D>
+void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, int64_t range) {
+  // Keys: expert, range, and which of the slots that occur.
+  const int64_t ranges = ceil_div(end - begin, range);
+  uint32_t slots = 0;
+  for (int64_t n = begin * call.K; n < end * call.K; ++n) slots |= 1u << call.slot(n);
+  const int64_t num_slots = std::max(1, __builtin_popcount(slots));
+  const auto key = [&](int64_t n) {
+    const int64_t id = call.expert(n);
+    if (id < 0 || id >= call.E) return int64_t(-1);
+    const int64_t part = (n / call.K - begin) / range;
+    return (id * ranges + part) * num_slots +
+           __builtin_popcount(slots & ((1u << call.slot(n)) - 1));
+  };
+  auto& bounds = plan.bounds;
+  bounds.assign(call.E * ranges * num_slots + 1, 0);
+  for (int64_t n = begin * call.K; n < end * call.K; ++n)
+    if (const int64_t at = key(n); at >= 0) ++bounds[at + 1];
+  for (size_t at = 1; at < bounds.size(); ++at) bounds[at] += bounds[at - 1];
+  const int64_t routed = bounds.back();
+  plan.tokens_N.resize(routed);
+  plan.weights_N.resize(routed);
+  plan.slots_N.resize(routed);
+  plan.rows_N.resize(routed);
+  for (int64_t n = begin * call.K; n < end * call.K; ++n) {
+    const int64_t at = key(n);
+    if (at < 0) continue;
+    const int64_t row = bounds[at]++;
+    plan.tokens_N[row] = n / call.K;
+    plan.weights_N[row] = call.weights_TK[n];
+    plan.slots_N[row] = call.slot(n);
+  }
+  // Now every bound is the end of its key.
+  plan.experts.clear(), plan.blocks.clear(), plan.blocks_ER1.clear();
+  plan.words.clear(), plan.segments.clear(), plan.tiles.clear(), plan.table_rows_F.clear();
+  int64_t padded = 0, first = 0;
+  for (int64_t id = 0; id < call.E; ++id) {
+    const int64_t atoms = round_up(call.width(id), 2);
+    const int sides = call.activation.sides();
+    const char* packed =
+        static_cast<const char*>(call.packed) + call.bytes((sides + 1) * padded * call.H);
+    padded += atoms;
+    const int64_t rows = bounds[(id + 1) * ranges * num_slots - 1] - first;
+    if (!rows) continue;
+    const int64_t index = plan.experts.size(), first_block = plan.blocks.size();
+    plan.experts.push_back(
+        {id, rows, atoms, packed, packed + call.bytes(sides * atoms * call.H)});
+    if (call.quantized) plan_scales(plan, call, plan.experts.back());
+    const int at_once = rows_at_once<D>(rows);
+    for (int64_t part = 0; part < ranges; ++part) {
+      plan.blocks_ER1.push_back(plan.blocks.size());
+      const int64_t last = bounds[(id * ranges + part + 1) * num_slots - 1];
+      const int64_t count = ceil_div(last - first, at_once);  // of nearly equal size
+      for (int64_t block = 0; block < count; ++block) {
+        const int64_t from = first + (last - first) * block / count;
+        const int64_t to = first + (last - first) * (block + 1) / count;
+        Block made{from, static_cast<int>(to - from), 0, 0, 0};
+        const Block* before =
+            int64_t(plan.blocks.size()) > first_block ? &plan.blocks.back() : nullptr;
+        if (before && num_slots == 1)
+          made = {from, made.count, before->words, before->first_segment, before->last_segment};
+        else
+          plan_block(plan, call, plan.experts.back(), made);
+        plan.blocks.push_back(made);
+      }
+      first = last;
+    }
+    plan.blocks_ER1.push_back(plan.blocks.size());
+    for (int64_t tile = 0; tile < ceil_div(atoms, kTileAtoms); ++tile)
+      for (size_t block = first_block; block < plan.blocks.size(); ++block)
+        if (plan.words[plan.blocks[block].words + tile]) {
+          plan.tiles.push_back({index, tile});
+          break;
+        }
+  }
+}
+
+// Whether rows have another type than the activations: then they are converted, once a token.
+template <class D>
+constexpr bool kConverts = !std::is_same_v<typename D::Row, typename D::Element>;
+
+// How many rows a call prepares: one a token, or one a routed row for AMX, which reads rows at equal
+// distances, or none.
+template <class D>
+int64_t rows_to_prepare(int64_t tokens, int64_t routed) {
+  return kConverts<D> ? tokens : kUsesAmx<D> && tokens > 1 ? routed : 0;
+}
+
+// One of them; run by all threads.
+template <class D>
+void prepare_row(Plan<D>& plan, const Call& call, int64_t begin, int64_t index) {
+  const auto* x_TH = static_cast<const typename D::Element*>(call.x_TH);
+  auto* to = plan.x_NH.data() + index * call.H;
+  if constexpr (kConverts<D>) {
+    const auto* from = x_TH + (begin + index) * call.H;
+    for (int64_t h = 0; h < call.H; ++h) to[h] = static_cast<float>(from[h]);
+  } else {
+    std::memcpy(to, x_TH + plan.tokens_N[index] * call.H, sizeof(*to) * call.H);
+  }
+}
+
+template <class D>
+void point_to_rows(Plan<D>& plan, const Call& call, int64_t begin, bool prepared) {
+  const auto* x_TH = static_cast<const typename D::Element*>(call.x_TH);
+  for (size_t row = 0; row < plan.rows_N.size(); ++row) {
+    if constexpr (kConverts<D>)
+      plan.rows_N[row] = plan.x_NH.data() + (plan.tokens_N[row] - begin) * call.H;
+    else
+      plan.rows_N[row] = prepared ? plan.x_NH.data() + row * call.H
+                                  : x_TH + plan.tokens_N[row] * call.H;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,40 @@
+// Work shared among the threads of torch's own OpenMP runtime.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+// Of the OpenMP runtime that torch has loaded, GNU's or one with its entry points: its threads are
+// those that the process has bound to cores. Called by name, any compiler can build this.
+extern "C" {
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+void GOMP_barrier();
+int omp_get_thread_num();
+}
+
+namespace {
+
+// Threads of a parallel region, all that torch has: a smaller team would end the others, and with
+// them what bound them to cores. No more than `workers` of them work.
+struct Threads {
+  int count, workers;
+};
+
+template <class Body>
+void parallel(const Threads& threads, Body&& body) {
+  if (threads.count == 1) return body();
+  GOMP_parallel([](void* data) { (*static_cast<std::remove_reference_t<Body>*>(data))(); }, &body,
+                threads.count, 0);
+}
+
+// Inside `parallel`: items 0..count one by one, whoever is free; then all threads wait.
+template <class Body>
+void share(std::atomic<int64_t>& next, int64_t count, const Threads& threads, const Body& body) {
+  if (threads.count == 1 || omp_get_thread_num() < threads.workers)
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(item);
+  if (threads.count > 1) GOMP_barrier();
+}
+
+}  // namespace

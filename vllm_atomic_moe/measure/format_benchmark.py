@@ -1,0 +1,157 @@
+"""Time of one MoE layer of quantized rows, beside our own plain layer of the same atoms.
+
+Both answer the same routing in turn; the figure is the ratio of their times within a round.
+
+Legend: T tokens, E experts, H hidden size, I full intermediate size, G scale rows and C scale
+columns of one expert's projection.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from vllm_atomic_moe.experts.backends import Backend, backend_module, choose_backend
+from vllm_atomic_moe.experts.formats import PLAIN, PROJECTIONS, Block, Encoded, RowFormat
+from vllm_atomic_moe.experts.packing import PackedExperts, PackedLayout, build_layout, with_slots
+from vllm_atomic_moe.measure.layer_benchmark import (
+    PROFILE,
+    LayerPlan,
+    compute,
+    draw_mask,
+    draw_routing,
+    quartiles,
+    timed,
+)
+from vllm_atomic_moe.measure.shapes import LayerShape
+
+FORMATS = {
+    "fp8": RowFormat("e4m3", Block(128, 128), Block(128, 128)),
+    "int4": RowFormat("int4", Block(1, 32), Block(32, 1), torch.bfloat16),
+    "mxfp4": RowFormat("e2m1", Block(1, 32), Block(32, 1), torch.float8_e8m0fnu),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FormatCell:
+    """One row format; times are medians in milliseconds.
+
+    Attributes:
+        shape, tokens, pruned: as in `LayerCell`.
+        rows: name of the format, as in FORMATS.
+        size: bytes of its layer ÷ bytes of the plain layer.
+        plain_ms: ours, of plain rows.
+        ours_ms: ours, of these.
+        ratio, ratio_low, ratio_high: median over rounds of ours ÷ plain, and its quartiles.
+        rounds: how many were timed.
+    """
+
+    shape: str
+    tokens: int
+    pruned: float
+    rows: str
+    size: float
+    plain_ms: float
+    ours_ms: float
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    rounds: int
+
+
+def measure_formats(plan: LayerPlan) -> list[FormatCell]:
+    """Measure every format that the backend reads, at every shape, pruned fraction and T."""
+    backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
+    readable = backend_module(backend.name).CODES
+    formats = {name: rows for name, rows in FORMATS.items() if rows.code in readable}
+    cells: list[FormatCell] = []
+    for shape, pruned in itertools.product(plan.shapes, plan.pruned):
+        generator = torch.Generator().manual_seed(plan.seed)
+        keep_EI = draw_mask(shape, pruned, "spread", generator)
+        layout = build_layout({PROFILE: keep_EI})
+        layers = {
+            name: random_layer(layout, shape, rows, plan.dtype, backend, generator)
+            for name, rows in {"plain": PLAIN, **formats}.items()
+        }
+        for tokens in plan.tokens:
+            cells.extend(_measure(plan, shape, pruned, layers, backend, tokens, generator))
+    return cells
+
+
+def _measure(
+    plan: LayerPlan,
+    shape: LayerShape,
+    pruned: float,
+    layers: dict[str, PackedExperts],
+    backend: Backend,
+    tokens: int,
+    generator: torch.Generator,
+) -> list[FormatCell]:
+    """Time all layers in turn until there are enough rounds."""
+    x_TH = torch.randn(tokens, shape.hidden, generator=generator).to(plan.dtype)
+    rounds: list[dict[str, float]] = []
+    names, began = list(layers), time.perf_counter()
+    while len(rounds) <= plan.rounds and (
+        len(rounds) <= 3 or time.perf_counter() - began < plan.seconds
+    ):
+        ids_TK = draw_routing(shape, tokens, "random", generator)
+        weights_TK = torch.full(ids_TK.shape, 1 / shape.top_k)
+        ids = with_slots(ids_TK, torch.zeros(1, dtype=torch.int32))
+        turn = len(rounds) % len(names)
+        rounds.append(
+            {
+                name: timed(compute, (layers[name], x_TH, weights_TK, ids, backend))
+                for name in [*names[turn:], *names[:turn]]
+            }
+        )
+    del rounds[0]  # which warms up
+    cells = []
+    for name in names[1:]:
+        low, middle, high = quartiles([times[name] / times["plain"] for times in rounds])
+        cells.append(
+            FormatCell(
+                shape=shape.name,
+                tokens=tokens,
+                pruned=pruned,
+                rows=name,
+                size=layers[name].weight_bytes / layers["plain"].weight_bytes,
+                plain_ms=1e3 * median(times["plain"] for times in rounds),
+                ours_ms=1e3 * median(times[name] for times in rounds),
+                ratio=middle,
+                ratio_low=low,
+                ratio_high=high,
+                rounds=len(rounds),
+            )
+        )
+    return cells
+
+
+def random_layer(
+    layout: PackedLayout,
+    shape: LayerShape,
+    rows: RowFormat,
+    dtype: torch.dtype,
+    backend: Backend,
+    generator: torch.Generator,
+) -> PackedExperts:
+    """A layer of random rows, all experts alike."""
+    packed = PackedExperts(layout, shape.hidden, dtype, storage=backend.storage, row_format=rows)
+    for projection in PROJECTIONS:
+        size = (shape.intermediate, shape.hidden)
+        if rows.plain:
+            drawn = torch.randn(size, generator=generator) * shape.hidden**-0.5
+            encoded = Encoded(drawn.to(dtype))
+        else:
+            atoms, columns = rows.block(projection)
+            # Of e4m3 the highest codes are no numbers.
+            codes_IH = torch.randint(0, 120 if rows.bits == 8 else 16, size, generator=generator)
+            scales = torch.rand(-(-size[0] // atoms), -(-size[1] // columns), generator=generator)
+            scales_GC = ((scales + 0.1) * shape.hidden**-0.5 / 100).to(rows.scale)
+            encoded = Encoded(codes_IH.to(torch.uint8), scales_GC)
+        for expert in range(shape.experts):
+            packed.load_encoded(expert, projection, encoded)
+    return packed
