@@ -322,14 +322,9 @@ class KernelSuite:
                 names = [("a", "b")[token % 2] for token in range(tokens)]
                 experts.check(5 * x, weights, ids, names)
 
-    def _reads_codes(self) -> None:
-        if {"plain"} == backend_module(self.backend).CODES:
-            pytest.skip(f"{self.backend} does not read quantized rows yet")
-
     @pytest.mark.parametrize("name", FORMATS)
     def test_rows_that_are_codes(self, name: str) -> None:
         """Every format, sizes that are not multiples of its blocks, two profiles in one batch."""
-        self._reads_codes()
         masks = {"a": ragged(), "b": ragged(1)}
         for dtype in self.dtypes:
             experts = self.make(masks, dtype, hidden_size=96, quantize=FORMATS[name])
@@ -344,7 +339,6 @@ class KernelSuite:
     )
     def test_codes_with_every_shape_of_expert(self, activation: Activation, has_bias: bool) -> None:
         """Biases, and no gate."""
-        self._reads_codes()
         for dtype in self.dtypes:
             experts = self.make(
                 {"a": ragged()},

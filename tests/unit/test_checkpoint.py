@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from tests.checkpoints import make_checkpoint
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
+from vllm_atomic_moe.files.shards import Shards
 
 
 @pytest.mark.parametrize("architecture", PER_EXPERT)
@@ -315,3 +319,26 @@ def test_a_configuration_may_leave_the_number_of_layers_open(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": None}))
     assert describe_checkpoint(tmp_path) == wanted
+
+
+def test_shards_are_closed_while_threads_read(tmp_path):
+    """transformers' threads go on for a while after one of them failed."""
+    save_file({f"t{index}": torch.ones(9, 9) for index in range(9)}, tmp_path / "model.safetensors")
+    over = Event()
+
+    def read(shards: Shards) -> None:
+        with suppress(ValueError):
+            while not over.is_set():
+                for name in shards.where:
+                    shards.tensor(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            over.clear()
+            try:
+                with Shards(tmp_path) as shards:
+                    readers = [pool.submit(read, shards) for _ in range(4)]
+            finally:
+                over.set()
+            for reader in readers:
+                reader.result()

@@ -49,7 +49,7 @@ def test_the_reference_runs_where_nothing_else_does(monkeypatch):
     assert backend.name == "reference"
     monkeypatch.setitem(backends.BACKENDS, "cpu", ("broken", "reference"))
     reason = staticmethod(lambda device, dtype: "no compiler")
-    broken = type("Broken", (), {"unavailable": reason, "CODES": frozenset({"plain"})})
+    broken = type("Broken", (), {"unavailable": reason})
     real = backends.backend_module
     monkeypatch.setattr(
         backends, "backend_module", lambda name: broken if name == "broken" else real(name)
@@ -71,13 +71,3 @@ def test_the_option_names_a_kernel():
     assert LoaderOptions.parse({"kernel": "reference"}).kernel == "reference"
     with pytest.raises(ValueError, match=r"`kernel` is 'fast', wanted one of .*reference"):
         LoaderOptions.parse({"kernel": "fast"})
-
-
-def test_a_kernel_that_does_not_read_codes_is_passed_over(monkeypatch):
-    """Of what is chosen alone; when named, it is refused."""
-    monkeypatch.setattr(backends.backend_module("cpu"), "CODES", frozenset({"plain"}))
-    backend = choose_backend(CPU, torch.float32, codes={"plain", "e4m3"})
-    assert (backend.name, backend.fallback) == ("reference", True)
-    assert "does not read quantized rows (e4m3)" in backend.reason
-    with pytest.raises(ValueError, match=r"kernel 'cpu' cannot be used: it does not read"):
-        choose_backend(CPU, torch.float32, "cpu", codes={"e4m3"})

@@ -8,7 +8,7 @@ and experts. At the end the ranks compare the profiles they read, and the first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +31,7 @@ from vllm_atomic_moe.engine.options import (
     select_profiles,
 )
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
-from vllm_atomic_moe.experts.encoding import codes_of, dense_bytes
-from vllm_atomic_moe.experts.formats import Code
+from vllm_atomic_moe.experts.encoding import dense_bytes
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.export_format import weights_directory
 
@@ -185,7 +184,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             logger.warning("Never tried with packed experts: %s", feature)
         directory = self._checkpoint(model_config)
         checkpoint = describe_checkpoint(directory)
-        backend = self._choose_backend(vllm_config, model_config.dtype, codes_of(checkpoint))
+        backend = self._choose_backend(vllm_config, model_config.dtype)
         return LoadPlan(
             directory,
             select_profiles(self.options, directory, checkpoint),
@@ -193,9 +192,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             _layers_of_rank(vllm_config, model_config, checkpoint.layers),
         )
 
-    def _choose_backend(
-        self, vllm_config: VllmConfig, dtype: torch.dtype, codes: Set[Code]
-    ) -> Backend:
+    def _choose_backend(self, vllm_config: VllmConfig, dtype: torch.dtype) -> Backend:
         from vllm_atomic_moe.engine.refusals import check_graphs
 
         device = torch.device(vllm_config.device_config.device)
@@ -205,7 +202,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 f"the load config's device is {load_device}, the model runs on {device}; "
                 "atomic-pruned packs the experts where they run: leave it out"
             )
-        backend = choose_backend(device, dtype, self.options.kernel, codes)
+        backend = choose_backend(device, dtype, self.options.kernel)
         check_graphs(vllm_config, backend)
         say = logger.warning if backend.fallback else logger.info
         say("Expert kernel: %s, %s", backend.name, backend.reason)

@@ -69,12 +69,6 @@ def row_format(scheme: Scheme, hidden_size: int, intermediate_size: int) -> RowF
     )
 
 
-def codes_of(model: CheckpointInfo) -> frozenset[Code]:
-    """What the rows of a checkpoint's layers are, packed."""
-    sizes = model.hidden_size, model.intermediate_size
-    return frozenset(row_format(model.scheme(layer), *sizes).code for layer in model.layers)
-
-
 def dense_bytes(model: CheckpointInfo, itemsize: int, gated: bool = True) -> int:
     """Bytes of all experts of a checkpoint, scales included, biases not.
 

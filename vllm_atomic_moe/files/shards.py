@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from vllm_atomic_moe.files.tensors import open_safetensors
 class Shards:
     """A checkpoint's shards, each memory-mapped from its first use on.
 
+    Threads may read; a file cannot be closed while one does.
+
     Attributes:
         where: tensor name -> shard.
     """
@@ -24,20 +27,24 @@ class Shards:
         self.where = locate_tensors(directory)
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()
+        self._lock = Lock()
 
     def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        with self._lock:
+            self._stack.close()
 
     def shape(self, name: str) -> list[int]:
         """The tensor's shape, from the header."""
-        return self._file(name).get_slice(name).get_shape()
+        with self._lock:
+            return self._file(name).get_slice(name).get_shape()
 
     def dtype(self, name: str) -> str:
         """The tensor's dtype as safetensors spells it, from the header."""
-        return self._file(name).get_slice(name).get_dtype()
+        with self._lock:
+            return self._file(name).get_slice(name).get_dtype()
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, backed by the file: pages are read as they are used.
@@ -46,7 +53,8 @@ class Shards:
             ValueError: torch has no such dtype.
         """
         try:
-            return self._file(name).get_tensor(name)
+            with self._lock:
+                return self._file(name).get_tensor(name)
         except (SafetensorError, RuntimeError, TypeError) as error:
             raise ValueError(f"{self.where[name]}: {name} cannot be read ({error})") from None
 

@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from vllm_atomic_moe.experts.backends import Backend, backend_module, choose_backend
+from vllm_atomic_moe.experts.backends import Backend, choose_backend
 from vllm_atomic_moe.experts.formats import PLAIN, PROJECTIONS, Block, Encoded, RowFormat
 from vllm_atomic_moe.experts.packing import PackedExperts, PackedLayout, build_layout, with_slots
 from vllm_atomic_moe.measure.layer_benchmark import (
@@ -64,10 +64,8 @@ class FormatCell:
 
 
 def measure_formats(plan: LayerPlan) -> list[FormatCell]:
-    """Measure every format that the backend reads, at every shape, pruned fraction and T."""
+    """Measure every format at every shape, pruned fraction and T."""
     backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
-    readable = backend_module(backend.name).CODES
-    formats = {name: rows for name, rows in FORMATS.items() if rows.code in readable}
     cells: list[FormatCell] = []
     for shape, pruned in itertools.product(plan.shapes, plan.pruned):
         generator = torch.Generator().manual_seed(plan.seed)
@@ -75,7 +73,7 @@ def measure_formats(plan: LayerPlan) -> list[FormatCell]:
         layout = build_layout({PROFILE: keep_EI})
         layers = {
             name: random_layer(layout, shape, rows, plan.dtype, backend, generator)
-            for name, rows in {"plain": PLAIN, **formats}.items()
+            for name, rows in {"plain": PLAIN, **FORMATS}.items()
         }
         for tokens in plan.tokens:
             cells.extend(_measure(plan, shape, pruned, layers, backend, tokens, generator))

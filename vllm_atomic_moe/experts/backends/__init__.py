@@ -8,7 +8,7 @@ Legend: T tokens, K experts per token, E experts, H hidden size, S slots, W word
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -16,7 +16,6 @@ from typing import Protocol, cast
 
 import torch
 
-from vllm_atomic_moe.experts.formats import Code
 from vllm_atomic_moe.experts.packing import Storage
 
 # By device type, the fastest first; modules of this package. The reference runs everywhere, so that
@@ -32,11 +31,9 @@ class BackendModule(Protocol):
 
     Attributes:
         STORAGE: the order in which it keeps the packed rows.
-        CODES: what rows it reads, by `RowFormat.code`.
     """
 
     STORAGE: Storage
-    CODES: frozenset[Code]
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run there, as half a sentence; None where it can. May compile."""
@@ -85,16 +82,8 @@ def backend_module(name: str) -> BackendModule:
     return cast(BackendModule, import_module(f"{__name__}.{name}"))
 
 
-def choose_backend(
-    device: torch.device,
-    dtype: torch.dtype,
-    wanted: str | None = None,
-    codes: Set[Code] = frozenset({"plain"}),
-) -> Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str | None = None) -> Backend:
     """The fastest backend that runs on `device` in `dtype`, or `wanted` and no other.
-
-    Args:
-        codes: of the rows that it must read.
 
     Raises:
         ValueError: `wanted` is unknown, or cannot run there.
@@ -105,7 +94,7 @@ def choose_backend(
             raise ValueError(
                 f"kernel {wanted!r} does not run on {device.type}; wanted one of {', '.join(names)}"
             )
-        reason = _unavailable(wanted, device, dtype, codes)
+        reason = backend_module(wanted).unavailable(device, dtype)
         if reason is not None:
             raise ValueError(
                 f"kernel {wanted!r} cannot be used: {reason}; leave the option out to take "
@@ -114,7 +103,7 @@ def choose_backend(
         return Backend(wanted, "as the options ask")
     passed_over: list[str] = []
     for name in names:
-        reason = _unavailable(name, device, dtype, codes)
+        reason = backend_module(name).unavailable(device, dtype)
         if reason is None and not passed_over:
             return Backend(name, f"the fastest on {device.type}")
         if reason is None:
@@ -123,12 +112,3 @@ def choose_backend(
             return Backend(name, f"{why}{slow}", fallback=True)
         passed_over.append(f"not {name}: {reason}")
     raise AssertionError("the reference runs everywhere")
-
-
-def _unavailable(
-    name: str, device: torch.device, dtype: torch.dtype, codes: Set[Code]
-) -> str | None:
-    module = backend_module(name)
-    if strange := codes - module.CODES:
-        return f"it does not read quantized rows ({', '.join(sorted(strange))}) yet"
-    return module.unavailable(device, dtype)

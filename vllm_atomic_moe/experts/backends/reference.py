@@ -13,13 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_atomic_moe.experts import formats
 from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.formats import RowFormat, stored_values
 from vllm_atomic_moe.experts.packing import SLOTS, RowStorage, unpack_bits
 
 STORAGE = RowStorage()
-CODES = frozenset(formats.CODES)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

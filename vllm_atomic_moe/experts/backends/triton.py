@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vllm_atomic_moe.experts import formats
 from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.formats import RowFormat
 from vllm_atomic_moe.experts.packing import WORD_BITS, RowStorage
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from vllm_atomic_moe.experts.backends.triton_rows import Rows
 
 STORAGE = RowStorage()
-CODES = frozenset(formats.CODES)
 # Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
 # atomic additions for a row take about a tenth of the time of reading its expert's weights.
 ONE_KERNEL_ROWS = 1

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_atomic_moe.experts.backends.triton import CODES, STORAGE, launch, unavailable
+from vllm_atomic_moe.experts.backends.triton import STORAGE, launch, unavailable
 
-__all__ = ["CODES", "STORAGE", "fused_experts", "unavailable"]
+__all__ = ["STORAGE", "fused_experts", "unavailable"]
 
 
 def fused_experts(

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_atomic_moe.experts import formats
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
@@ -36,8 +35,6 @@ from vllm_atomic_moe.experts.packing import (
     projections_of,
     with_slots,
 )
-
-CODES = frozenset(formats.CODES)
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -90,12 +87,11 @@ class TiledStorage:
         gated: bool = True,
         row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
-        """Uninitialized weights; `write` fills an expert's padding too. Plain rows only (CODES).
+        """Uninitialized weights; `write` fills an expert's padding too.
 
         Raises:
             ValueError: the hidden size is odd.
         """
-        assert row_format.plain, f"chosen for rows of {row_format.code}, which it does not read"
         if hidden_size % 2:
             raise ValueError(
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
