@@ -29,8 +29,8 @@ SHIPPED = sorted(path.stem for path in (DEMO / "atomic_profiles").glob("*.safete
         pytest.param(
             {"active": "heapr-20"},
             ["--enable-expert-parallel", "--expert-placement-strategy=round_robin"],
-            "atomic-pruned: not served by this version: round_robin placement of experts "
-            "(--expert-placement-strategy); use linear",
+            "atomic-pruned: not served by this version: round-robin expert placement "
+            "(--expert-placement-strategy round_robin); use linear",
             marks=pytest.mark.full,
         ),
     ],

@@ -206,7 +206,7 @@ SAID = [
      "exported checkpoints empty it, so that the streamer reads their own folder"),
     ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model",
      "mode == CompilationMode.NONE:\n            return",
-     "why eager pipelines are refused on CPU: once it runs, serve them (`check_config`)"),
+     "why eager pipelines are refused on CPU: once it runs, serve them (`unserved.py`)"),
     # A request's profile.
     (f"{OFFLINE}.add_request", "lora_request=lora_request", "ours takes it by keyword"),
     (f"{CLIENT}.add_request", "lora_request=lora_request", "ours takes it by keyword"),
@@ -282,7 +282,7 @@ ROUTER_ATTRIBUTES = {
 
 # What vLLM cannot do yet, so that we refuse it or did not try: the day it can, its probe fails.
 NOT_YET = {
-    "data parallelism on CPU: drop its refusal in `refusals.py`": (
+    "data parallelism on CPU: drop its refusal in `unserved.py`": (
         lambda: not compat.cpu_ranks_can_gather()
     ),
     "Ray on CPU: try the Ray overlays, and say so in the README": (

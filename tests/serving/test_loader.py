@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
+from tests.checkpoints import COMMON, make_checkpoint, write_profile, zero_pruned
 from tests.serving.conftest import (
     check_resident,
     core,
@@ -23,6 +23,7 @@ from tests.serving.conftest import (
     prompt_logprobs,
 )
 from vllm_atomic_moe.engine.options import LoaderOptions
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 
@@ -58,6 +59,17 @@ def load(model, extra=None, **engine_options):
     return get_model(vllm_config=configure(model, extra, **engine_options))
 
 
+@pytest.fixture
+def nothing_packed(monkeypatch):
+    """Fail if any expert's weights are allocated."""
+    from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
+
+    def pack(*arguments):
+        raise AssertionError("weights were allocated")
+
+    monkeypatch.setattr(AtomicRoutedExperts, "pack", pack)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -90,10 +102,10 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
             {"data_parallel_size": 2},
             r"data parallelism on CPU \(vLLM's own: its CPU ranks .*\); start several servers",
         ),
-        ({"pipeline_parallel_size": 2}, r"pipeline parallelism in eager mode on CPU .*drop --enf"),
+        ({"pipeline_parallel_size": 2}, r"pipelines in eager mode on CPU .*drop --enf"),
         (
             {"enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
-            r"round_robin placement of experts \(--expert-placement-strategy\); use linear",
+            r"round-robin expert placement \(--expert-placement-strategy round_robin\); use linear",
         ),
         (
             {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
@@ -126,7 +138,7 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
         ),
         (
             lambda c: c.parallel_config.__setattr__("decode_context_parallel_size", 2),
-            r"decode context parallelism \(--decode-context-parallel-size 2\); use 1",
+            r"decode-context parallelism \(--decode-context-parallel-size 2\); use 1",
         ),
         (lambda c: c.parallel_config.__setattr__("enable_dbo", True), r"--enable-dbo"),
         (lambda c: c.parallel_config.__setattr__("ubatch_size", 2), r"--ubatch-size"),
@@ -134,7 +146,7 @@ def test_features_are_refused_by_name(model, no_weights_read, options, words):
         (lambda c: c.__setattr__("kv_transfer_config", object()), r"--kv-transfer-config"),
         (
             lambda c: c.parallel_config.__setattr__("data_parallel_external_lb", True),
-            r"do not reach all data parallel engines \(--data-parallel-rank",
+            r"reach some data parallel engines only \(--data-parallel-rank",
         ),
         (
             lambda c: c.parallel_config.__setattr__("data_parallel_hybrid_lb", True),
@@ -151,10 +163,10 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
     from vllm_atomic_moe.engine.refusals import check_config
 
     config = configure(model)
-    check_config(config, config.model_config)
+    check_config(config)
     change(config)
     with pytest.raises(ValueError, match=words):
-        check_config(config, config.model_config)
+        check_config(config)
 
 
 def test_front_ends_that_know_no_profiles_are_refused(model, monkeypatch):
@@ -166,7 +178,7 @@ def test_front_ends_that_know_no_profiles_are_refused(model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_USE_RUST_FRONTEND", "1")
         with pytest.raises(ValueError, match="the Rust front end"):
-            check_config(config, config.model_config)
+            check_config(config)
     name = "vllm.entrypoints.launchers.grpc_server"
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     with pytest.raises(ValueError, match="the gRPC front end"):
@@ -179,7 +191,7 @@ def test_what_was_never_tried_is_named(model):
     config = configure(model)
     assert list(unverified(config.parallel_config)) == []
     config.parallel_config.distributed_executor_backend = "ray"
-    check_config(config, config.model_config)
+    check_config(config)
     assert list(unverified(config.parallel_config)) == [
         "the executor ray (--distributed-executor-backend)",
     ]
@@ -198,7 +210,7 @@ def test_cuda_graphs_need_a_kernel_that_can_be_captured(model, monkeypatch):
     refusals.check_graphs(config, reference)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     refusals.check_graphs(config, Backend("triton", "the fastest on cuda"))
-    with pytest.raises(ValueError, match=r"CUDA graph capture .*no GPU\); add --enforce-eager"):
+    with pytest.raises(ValueError, match=r"CUDA graphs .*no GPU\); add --enforce-eager"):
         refusals.check_graphs(config, reference)
 
 
@@ -211,22 +223,41 @@ def test_additional_config_must_be_a_dict(model, no_weights_read):
         get_model(vllm_config=config)
 
 
-def test_models_that_bring_their_own_experts_class_are_refused(model):
-    """transformers' backend builds a subclass of its own, which our replacement does not reach.
+def test_transformers_backend_is_refused_before_anything_is_built(model, tmp_path, no_weights_read):
+    """Asked for, and by vLLM's own choice, for an architecture that it has no model for."""
+    words = r"the transformers backend \({}; vLLM has no model of its own .*; serve the model dense"
+    with pytest.raises(ValueError, match=words.format("Qwen3MoeForCausalLM")):
+        load(model, model_impl="transformers")
+    config = transformers.FlexOlmoConfig(
+        **COMMON, num_experts=8, num_experts_per_tok=2, intermediate_size=64
+    )
+    chosen = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(chosen)
+    write_profile(describe_checkpoint(chosen), "narrow", chosen / "atomic_profiles", seed=1)
+    with pytest.raises(ValueError, match=words.format("FlexOlmoForCausalLM")):
+        load(chosen)
 
-    In a process of its own: that backend leaves transformers' classes patched.
-    """
-    code = f"""
-from tests.serving.conftest import engine
-with engine({str(model)!r}, load_format="atomic-pruned", model_impl="transformers",
-            model_loader_extra_config={{"active": "narrow"}}):
-    pass
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
-    line = "vLLM builds packed experts in layers [], the checkpoint's MoE layers are [0, 1, 2]"
-    assert f"ValueError: {line}" in done.stderr
-    assert "Loading weights took" not in done.stdout + done.stderr
+
+def test_experts_class_of_a_models_own_is_refused(model, monkeypatch, nothing_packed):
+    from vllm.model_executor.models import qwen3_moe
+
+    from vllm_atomic_moe.engine.compat import RoutedExperts
+
+    class OwnExperts(RoutedExperts):
+        pass
+
+    original = qwen3_moe.FusedMoEFactory
+    monkeypatch.setattr(
+        qwen3_moe,
+        "FusedMoEFactory",
+        lambda **given: original(**given, routed_experts_cls=OwnExperts),
+    )
+    words = r"experts of a model's own class \(OwnExperts; model.layers.0.mlp.experts.*\); serve"
+    with (
+        pytest.raises(ValueError, match=words),
+        engine(model, load_format="atomic-pruned", model_loader_extra_config={"active": "narrow"}),
+    ):
+        pass
 
 
 def test_configuration_that_contradicts_the_checkpoint_is_refused(model, no_weights_read):
@@ -266,11 +297,11 @@ def test_profile_of_another_model_is_refused(model, tmp_path, no_weights_read):
 @pytest.mark.parametrize(
     ("layer_options", "words"),
     [
-        ({"activation": "gelu"}, r"the activation gelu"),
-        ({"apply_router_weight_on_input": True}, r"applied to the input of several experts"),
+        ({"activation": "gelu"}, r"activations that the kernels do not know \(gelu with limit Non"),
+        ({"apply_router_weight_on_input": True}, r"router weights on the input of several expert"),
     ],
 )
-def test_unsupported_experts_are_refused(model, monkeypatch, no_weights_read, layer_options, words):
+def test_unsupported_experts_are_refused(model, monkeypatch, nothing_packed, layer_options, words):
     """Properties no small architecture here has, asked for where the model builds its experts."""
     from vllm.model_executor.models import qwen3_moe
 
@@ -292,6 +323,7 @@ def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
 
     layer = SimpleNamespace(
         layer_name="model.layers.0.mlp.experts",
+        special="",
         moe_config=SimpleNamespace(
             has_bias=False,
             activation=MoEActivation.SILU,
@@ -307,13 +339,13 @@ def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
     with pytest.raises(ValueError, match=r"shared experts fused into the routed ones \(model.l"):
         check_layer(layer, None)
     layer.moe_config.moe_parallel_config.is_sequence_parallel = True
-    with pytest.raises(ValueError, match=r"experts with sequence parallelism \(model.l"):
+    with pytest.raises(ValueError, match=r"sequence-parallel experts \(model.l"):
         check_layer(layer, None)
 
 
-def test_quantised_experts_are_refused(model, no_weights_read):
+def test_quantised_experts_are_refused(model, nothing_packed):
     with (
-        pytest.raises(ValueError, match=r"quantized experts \(\w+\)"),
+        pytest.raises(ValueError, match=r"quantized experts of other kinds \(\w+; model.l"),
         engine(
             model,
             load_format="atomic-pruned",

@@ -305,7 +305,7 @@ def test_profiles_that_mask_nothing_leave_any_router_alone(model, monkeypatch):
 @pytest.mark.parametrize("resident", [("whole",), ("zeroed", "whole")])
 def test_unknown_router_is_refused(model, monkeypatch, no_weights_read, resident):
     monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
-    words = r"routing mask of profile 'whole' with the router RoutingSimulatorRouter \(model.layers"
+    words = r"not read \(RoutingSimulatorRouter; .* mask of profile 'whole', model.layers"
     with pytest.raises(ValueError, match=words), engine(model, **options(*resident)):
         pass
 
@@ -319,7 +319,7 @@ def test_custom_routing_is_refused(model, monkeypatch, no_weights_read):
         "FusedMoEFactory",
         lambda **given: original(**given, custom_routing_function=lambda **_: None),
     )
-    words = r"profile 'whole' with a custom routing function .*; drop `routable`"
+    words = r"custom routing \(with the routing mask of profile 'whole', .*; drop `routable`"
     with pytest.raises(ValueError, match=words), engine(model, **options("whole")):
         pass
 
@@ -329,9 +329,9 @@ def test_custom_routing_is_refused(model, monkeypatch, no_weights_read):
     [
         ({"_hash_indices_table": torch.zeros(3)}, "hash routing"),
         ({"bias_vl": torch.zeros(4)}, "a routing bias for image tokens"),
-        ({"scoring_func": "sqrtsoftplus"}, "the scoring function sqrtsoftplus"),
-        ({"_compute_routing": print}, "another layer or plug-in has taken"),
-        ({"e_score_correction_bias": torch.zeros(4)}, "bias that is not the layer's own"),
+        ({"scoring_func": "sqrtsoftplus"}, r"other than softmax or sigmoid \(sqrtsoftplus; "),
+        ({"_compute_routing": print}, "routers that another plug-in has taken"),
+        ({"e_score_correction_bias": torch.zeros(4)}, "biases that are not the layer's own"),
     ],
 )
 def test_router_properties_no_small_model_here_has_are_refused(change, words):
@@ -348,18 +348,18 @@ def test_runner_platform_and_float16_are_refused(monkeypatch):
     from vllm_atomic_moe.engine import refusals
 
     layer, runner, masks = routed_layer()
-    with pytest.raises(ValueError, match="the runner NoneType"):
+    with pytest.raises(ValueError, match=r"routers that were not read \(NoneType"):
         refusals.check_router(layer, None, masks)
     layer.moe_config.in_dtype = torch.float16
     refusals.check_router(layer, runner, masks)  # vLLM's CPU router computes in float32
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="other")
     monkeypatch.setattr(refusals, "current_platform", platform)
-    with pytest.raises(ValueError, match=r"correction bias in float16 .*use --dtype bfloat16"):
+    with pytest.raises(ValueError, match=r"correction biases in float16 .*use --dtype bfloat16"):
         refusals.check_router(layer, runner, masks)
     layer.moe_config.in_dtype = torch.bfloat16
     refusals.check_router(layer, runner, masks)
     platform.is_cuda = lambda: False
-    with pytest.raises(ValueError, match="the routers of other"):
+    with pytest.raises(ValueError, match=r"platforms other than CPU and CUDA \(other; "):
         refusals.check_router(layer, runner, masks)
 
 

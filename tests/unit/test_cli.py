@@ -84,6 +84,8 @@ def test_from_text_to_checked_profiles(work, profiles):
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[1][:4] == ["heapr-20", "ok", "80.01%", "heapr-20.safetensors"]
     assert rows[2][:4] == ["heapr-40", "ok", "60.03%", "heapr-40.safetensors"]
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("only the server can tell: whether vLLM has a model of its own for Qwen")
 
 
 def test_score_and_prune_give_what_prune_alone_gives(work, profiles, tmp_path):

@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from tests.documents import DOCUMENTS, FENCE, NOT_RUN, ROOT, RUN, blocks
 from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.engine.unserved import CONFIGURATION, LAYER, ROUTING
 
 ALL = [*DOCUMENTS, "CONTRIBUTING.md", "patches/README.md"]
 SOURCES = "\n".join(
@@ -115,6 +116,20 @@ def test_error_lines_of_the_table_are_the_codes_own():
         for part in line.split("…"):
             words = re.sub(r"\s+", " ", part).strip()
             assert words in re.sub(r"\s+", " ", plain), words
+
+
+@pytest.mark.parametrize(
+    ("opening", "features"),
+    [
+        ("never silently wrong:", CONFIGURATION),
+        ("before their weights are\nallocated:", LAYER),
+        ("Refused with a mask:", ROUTING),
+    ],
+)
+def test_readme_lists_what_is_refused(opening, features):
+    text = (ROOT / "README.md").read_text().partition(opening)[2]
+    listed = re.sub(r"\s*\([^()]*(?:\([^()]*\)[^()]*)*\)", "", text).partition(". ")[0]
+    assert [re.sub(r"\s+", " ", name).strip() for name in listed.split(",")] == list(features)
 
 
 def test_version_stands_in_one_place():

@@ -24,6 +24,8 @@ def check(
 ) -> None:
     """Check profiles against a model, before a server does.
 
+    What vLLM builds for the architecture and what its flags ask for, only the server can tell.
+
     Exit code 1 if any profile is refused; each refusal is one line on stderr.
     """
     from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
@@ -54,6 +56,10 @@ def check(
                 ]
                 for result in results
             ],
+        )
+        typer.echo(
+            f"only the server can tell: whether vLLM has a model of its own for "
+            f"{checkpoint.architecture}, what its experts compute, and what flags ask for"
         )
     for result in results:
         for warning in result["warnings"]:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_atomic_moe.engine import LOAD_FORMAT
+from vllm_atomic_moe.engine.unserved import CONFIGURATION, refuse
 
 
 def attach_to_engines() -> None:
@@ -102,11 +103,9 @@ def attach_to_front_ends(on_front_end: Callable[[], None]) -> None:
 
     @functools.wraps(init_processor)
     def init_input_processor(self: Any, vllm_config: Any, *rest: Any, **named: Any) -> None:
-        if is_ours(vllm_config) and "vllm.entrypoints.launchers.grpc_server" in sys.modules:
-            raise ValueError(
-                "not served by this version: the gRPC front end (--grpc), which knows no profiles; "
-                "use vLLM's Python API server"
-            )
+        if is_ours(vllm_config):
+            grpc = "vllm.entrypoints.launchers.grpc_server" in sys.modules
+            refuse(CONFIGURATION, {"the gRPC front end": grpc})
         init_processor(self, vllm_config, *rest, **named)
         if is_ours(vllm_config):
             on_front_end()

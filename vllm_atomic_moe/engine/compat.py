@@ -60,7 +60,8 @@ def import_model_class(model_config: ModelConfig) -> None:
 def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[None]:
     """While open, every `RoutedExperts` that vLLM builds is a `layer_class`.
 
-    So is every one of KNOWN_EXPERTS that is imported by now; then it is its subclass as well.
+    So is every subclass of it that a model brings and that is imported by now; then it is its
+    subclass as well, with the model's class in the attribute `special`.
 
     Reason: `PluggableLayer.register_oot`, the public way, replaces the layer for the whole process
     and for good, also for models that use another load format. The registry behind it is the same.
@@ -69,8 +70,9 @@ def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[Non
 
     replaced = {"RoutedExperts": layer_class}
     for special in RoutedExperts.__subclasses__():
-        if special.__name__ in KNOWN_EXPERTS:
-            replaced[special.__name__] = type(special.__name__, (layer_class, special), {})
+        if special is not layer_class:
+            own = {"special": special.__name__}
+            replaced[special.__name__] = type(special.__name__, (layer_class, special), own)
     for name in replaced:
         if name in op_registry_oot:
             raise ValueError(

@@ -90,8 +90,10 @@ class AtomicRoutedExperts(RoutedExperts):
         gathered_slots: int32 [T, 1] of all data parallel ranks' tokens, while those are gathered.
         own_experts: ids of the experts that this rank holds, or holds a part of.
         loaded: (expert, tensor) of every tensor of theirs that has arrived, as in `tensors`.
+        special: the model's own class of experts, if it has one.
     """
 
+    special: str = ""
     packed: PackedExperts
     scheme: Scheme
     token_slots: torch.Tensor

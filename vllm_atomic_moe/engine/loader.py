@@ -179,7 +179,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         """Check configuration, options and profiles, cheapest first."""
         from vllm_atomic_moe.engine.refusals import check_config, unverified
 
-        check_config(vllm_config, model_config)
+        check_config(vllm_config)
         for feature in unverified(vllm_config.parallel_config):
             logger.warning("Never tried with packed experts: %s", feature)
         directory = self._checkpoint(model_config)

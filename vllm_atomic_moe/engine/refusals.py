@@ -1,6 +1,7 @@
-"""What this version does not serve, refused by name before any weight is read.
+"""Look for what `unserved.py` lists, and refuse it before any weight is read.
 
-Never silently wrong: a feature that was not tested with packed experts is on this list.
+What the configuration shows is refused before anything is built; what an expert computes, at the
+first layer that computes it, before its weights are allocated.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from vllm import envs
 from vllm.config import (
     CompilationMode,
     CUDAGraphMode,
-    ModelConfig,
     ParallelConfig,
     VllmConfig,
 )
 from vllm.platforms import current_platform
 
 from vllm_atomic_moe.engine.compat import (
+    KNOWN_EXPERTS,
     KNOWN_ROUTERS,
     FusedMoERouter,
     MoERunner,
@@ -28,6 +29,7 @@ from vllm_atomic_moe.engine.compat import (
     activation_of,
     cpu_ranks_can_gather,
 )
+from vllm_atomic_moe.engine.unserved import CONFIGURATION, LAYER, ROUTING, refuse
 from vllm_atomic_moe.experts.backends import Backend
 from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
 
@@ -35,106 +37,49 @@ if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
 
 
-def check_config(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+def check_config(vllm_config: VllmConfig) -> None:
     """Refuse what the configuration alone shows.
 
     Raises:
         ValueError: one line naming the feature, the flag that asked for it and the remedy.
     """
-    offload = vllm_config.offload_config
-    compilation = vllm_config.compilation_config
-    refused: tuple[tuple[bool, str, str], ...] = (
-        *_parallel_features(vllm_config.parallel_config),
-        (
-            current_platform.is_cpu()
-            and vllm_config.parallel_config.pipeline_parallel_size > 1
-            and compilation.mode == CompilationMode.NONE,
-            "pipeline parallelism in eager mode on CPU (vLLM's own second stage fails there)",
-            "drop --enforce-eager",
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    offload, compilation = vllm_config.offload_config, vllm_config.compilation_config
+    on_cpu, placement = current_platform.is_cpu(), parallel.expert_placement_strategy
+    contexts = parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size
+    found = {
+        "the transformers backend": model.using_transformers_backend() and model.architectures[0],
+        "prefill-context parallelism": contexts[0] > 1 and contexts[0],
+        "decode-context parallelism": contexts[1] > 1 and contexts[1],
+        "API servers that reach some data parallel engines only": (
+            parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         ),
-        (
-            envs.VLLM_USE_RUST_FRONTEND,
-            "the Rust front end (VLLM_USE_RUST_FRONTEND), which knows no profiles",
-            "use vLLM's Python API server",
+        "data parallelism on CPU": (
+            parallel.data_parallel_size > 1 and on_cpu and not cpu_ranks_can_gather()
         ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size; some know "
-            "what they hold by its tokens alone and would mix profiles)",
-            "",
+        "the expert load balancer": parallel.enable_eplb,
+        "elastic expert parallelism": parallel.enable_elastic_ep,
+        "round-robin expert placement": placement != "linear" and placement,
+        "all-to-all kernels between experts": (
+            parallel.all2all_backend != "allgather_reducescatter" and parallel.all2all_backend
         ),
-        (
-            vllm_config.lora_config is not None,
-            "LoRA (--enable-lora; profiles travel with requests in its place)",
-            "merge the adapter into the checkpoint",
+        "dual-batch overlap": parallel.use_ubatching,
+        "pipelines in eager mode on CPU": (
+            on_cpu
+            and parallel.pipeline_parallel_size > 1
+            and compilation.mode == CompilationMode.NONE
         ),
-        (
-            model_config.enable_sleep_mode,
-            "sleep mode (--enable-sleep-mode; level 2 drops weights that cannot be reloaded)",
-            "",
+        "the Rust front end": envs.VLLM_USE_RUST_FRONTEND,
+        "KV connectors and offloading": vllm_config.kv_transfer_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "sleep mode": model.enable_sleep_mode,
+        "weight updates from a trainer": vllm_config.weight_transfer_config is not None,
+        "weights offloaded to host memory": (
+            offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
         ),
-        (
-            vllm_config.weight_transfer_config is not None,
-            "weight updates from a trainer (--weight-transfer-config)",
-            "restart with the new checkpoint and a profile made for it",
-        ),
-        (
-            offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
-            "weights offloaded to host memory (--cpu-offload-gb, --offload-group-size)",
-            "",
-        ),
-        (
-            current_platform.is_cpu()
-            and bool(compilation.inductor_compile_config.get("max_autotune")),
-            "max_autotune on CPU (inductor_compile_config; it freezes parameters)",
-            "",
-        ),
-    )
-    for applies, feature, remedy in refused:
-        if applies:
-            raise ValueError(f"not served by this version: {feature}; {remedy or 'leave it out'}")
-
-
-def _parallel_features(parallel: ParallelConfig) -> Iterator[tuple[bool, str, str]]:
-    """Ways to spread a model that were not tested: whether asked for, name and remedy.
-
-    Experts that exchange tokens (all-to-all kernels, sequence parallel MoE) are among them: packed
-    experts and their global ids know nothing of it.
-    """
-    for name in ("prefill_context", "decode_context"):
-        size = getattr(parallel, f"{name}_parallel_size")
-        feature = name.replace("_", " ") + " parallelism"
-        flag = f"--{name.replace('_', '-')}-parallel-size {size}"
-        yield size > 1, f"{feature} ({flag})", "use 1"
-    yield (
-        parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb,
-        "API servers that do not reach all data parallel engines (--data-parallel-rank, "
-        "--data-parallel-external-lb, --data-parallel-hybrid-lb; the engines exchange tokens, and "
-        "all must have loaded the same profiles)",
-        "let vLLM balance the load",
-    )
-    yield (
-        parallel.data_parallel_size > 1
-        and current_platform.is_cpu()
-        and not cpu_ranks_can_gather(),
-        "data parallelism on CPU (vLLM's own: its CPU ranks cannot gather tokens, and the first "
-        "request of any MoE model ends the server)",
-        "start several servers",
-    )
-    placement, backend = parallel.expert_placement_strategy, parallel.all2all_backend
-    yield parallel.enable_eplb, "the expert load balancer (--enable-eplb)", ""
-    yield parallel.enable_elastic_ep, "elastic expert parallelism (--enable-elastic-ep)", ""
-    yield (
-        placement != "linear",
-        f"{placement} placement of experts (--expert-placement-strategy)",
-        "use linear",
-    )
-    yield (
-        backend != "allgather_reducescatter",
-        f"all-to-all kernels between experts (--all2all-backend {backend})",
-        "",
-    )
-    yield parallel.use_ubatching, "dual-batch overlap (--enable-dbo, --ubatch-size)", ""
+        "max_autotune on CPU": (on_cpu and compilation.inductor_compile_config.get("max_autotune")),
+    }
+    refuse(CONFIGURATION, found)
 
 
 def unverified(parallel: ParallelConfig) -> Iterator[str]:
@@ -150,15 +95,9 @@ def check_graphs(vllm_config: VllmConfig, backend: Backend) -> None:
         ValueError: CUDA graphs are on, and `backend` is the reference.
     """
     mode = vllm_config.compilation_config.cudagraph_mode
-    if (
-        backend.name == "reference"
-        and not current_platform.is_cpu()
-        and mode not in (None, CUDAGraphMode.NONE)
-    ):
-        raise ValueError(
-            f"not served by this version: CUDA graph capture (kernel {backend.name!r} reads widths "
-            f"on the host; {backend.reason}); add --enforce-eager"
-        )
+    captured = not current_platform.is_cpu() and mode not in (None, CUDAGraphMode.NONE)
+    host = backend.name == "reference" and backend.reason
+    refuse(CONFIGURATION, {"CUDA graphs of the kernel reference": captured and host})
 
 
 def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
@@ -172,30 +111,26 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
         ValueError: one line naming the property.
     """
     config = layer.moe_config
-    refused: tuple[tuple[bool, str], ...] = (
-        (
-            not isinstance(quant_method, UnquantizedFusedMoEMethod | None),
-            f"quantized experts ({type(quant_method).__name__})",
+    kind, limit = config.activation.value, config.swiglu_limit
+    own_class = layer.special if layer.special not in KNOWN_EXPERTS else ""
+    found = {
+        "experts of a model's own class": own_class,
+        "quantized experts of other kinds": (
+            not isinstance(quant_method, UnquantizedFusedMoEMethod | None)
+            and type(quant_method).__name__
         ),
-        (
-            activation_of(config) is None,
-            f"the activation {config.activation.value} with limit {config.swiglu_limit}",
+        "activations that the kernels do not know": (
+            activation_of(config) is None and f"{kind} with limit {limit}"
         ),
-        (
-            layer.apply_router_weight_on_input and config.experts_per_token > 1,
-            "router weights applied to the input of several experts a token",
+        "router weights on the input of several experts a token": (
+            layer.apply_router_weight_on_input and config.experts_per_token > 1
         ),
-        (config.moe_parallel_config.is_sequence_parallel, "experts with sequence parallelism"),
-        (
-            layer.expert_map_manager.num_fused_shared_experts > 0,
-            "shared experts fused into the routed ones",
+        "sequence-parallel experts": config.moe_parallel_config.is_sequence_parallel,
+        "shared experts fused into the routed ones": (
+            layer.expert_map_manager.num_fused_shared_experts > 0
         ),
-    )
-    for applies, feature in refused:
-        if applies:
-            raise ValueError(
-                f"not served by this version: {feature} ({layer.layer_name}); serve the model dense"
-            )
+    }
+    refuse(LAYER, found, layer.layer_name)
 
 
 def check_router(
@@ -211,11 +146,11 @@ def check_router(
     Raises:
         ValueError: one line naming the profile, the router's property and the remedy.
     """
-    for feature in _unsafe_routing(layer, runner):
-        raise ValueError(
-            f"not served by this version: the routing mask of profile {next(iter(masks))!r} with "
-            f"{feature} ({layer.layer_name}); drop `routable` to keep experts routable and zero"
-        )
+    refuse(
+        ROUTING,
+        _unsafe_routing(layer, runner),
+        f"with the routing mask of profile {next(iter(masks))!r}, {layer.layer_name}",
+    )
     assert runner is not None
     # Again, as the router has it: --hf-overrides may change what config.json says.
     groups, top_k = _groups(layer, runner.router), runner.router.top_k
@@ -227,34 +162,32 @@ def check_router(
             raise ValueError(f"profile {name!r}: layers.{layer.index}.routable {fault}")
 
 
-def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> Iterator[str]:
-    """What forbids a routing mask, in words."""
+def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> dict[str, object]:
+    """What forbids a routing mask."""
     if runner is None or type(runner) is not MoERunner:
-        yield f"the runner {type(runner).__name__}"
-        return
+        return {"routers that were not read": type(runner).__name__}
     router = runner.router
     if type(router) not in KNOWN_ROUTERS:
-        yield f"the router {type(router).__name__}"
-        return
-    if getattr(router, "custom_routing_function", None) is not None:
-        yield "a custom routing function"
-    if getattr(router, "_hash_indices_table", None) is not None:
-        yield "hash routing"
-    if router.bias_vl is not None:
-        yield "a routing bias for image tokens"
-    if router.scoring_func not in ("softmax", "sigmoid"):
-        yield f"the scoring function {router.scoring_func}"
-    if {"select_experts", "_compute_routing"} & vars(router).keys():
-        yield "a router that another layer or plug-in has taken"
-    bias = getattr(router, "e_score_correction_bias", None)
-    if bias is not layer.e_score_correction_bias:
-        yield "a correction bias that is not the layer's own"
-    if bias is not None and tuple(bias.shape) != (layer.global_num_experts,):
-        yield f"a correction bias of shape {list(bias.shape)}"
-    if not (current_platform.is_cpu() or current_platform.is_cuda()):
-        yield f"the routers of {current_platform.device_name}"
-    if bias is not None and not current_platform.is_cpu() and _in_float16(layer):
-        yield "a correction bias in float16 (-1e9 is out of its range; use --dtype bfloat16)"
+        return {"routers that were not read": type(router).__name__}
+    scoring, bias = router.scoring_func, getattr(router, "e_score_correction_bias", None)
+    known_platform = current_platform.is_cpu() or current_platform.is_cuda()
+    return {
+        "custom routing": getattr(router, "custom_routing_function", None) is not None,
+        "hash routing": getattr(router, "_hash_indices_table", None) is not None,
+        "a routing bias for image tokens": router.bias_vl is not None,
+        "scoring other than softmax or sigmoid": scoring not in ("softmax", "sigmoid") and scoring,
+        "routers that another plug-in has taken": (
+            {"select_experts", "_compute_routing"} & vars(router).keys()
+        ),
+        "correction biases that are not the layer's own": (
+            bias is not layer.e_score_correction_bias
+            or (bias is not None and tuple(bias.shape) != (layer.global_num_experts,))
+        ),
+        "platforms other than CPU and CUDA": not known_platform and current_platform.device_name,
+        "correction biases in float16 on CUDA": (
+            bias is not None and not current_platform.is_cpu() and _in_float16(layer)
+        ),
+    }
 
 
 def _in_float16(layer: AtomicRoutedExperts) -> bool:

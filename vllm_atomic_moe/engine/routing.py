@@ -31,6 +31,7 @@ from torch import nn
 from vllm_atomic_moe.engine.compat import FusedMoERouter, MoERunner
 from vllm_atomic_moe.engine.options import ResidentProfiles
 from vllm_atomic_moe.engine.refusals import check_router
+from vllm_atomic_moe.engine.unserved import CONFIGURATION, refuse
 from vllm_atomic_moe.experts.packing import SLOTS
 
 if TYPE_CHECKING:
@@ -196,10 +197,9 @@ def send_slots_along(layer: AtomicRoutedExperts, runner: MoERunner | None) -> No
         ValueError: vLLM does not gather hidden states and router logits there.
     """
     if runner is None or type(runner) is not MoERunner or not runner.do_naive_dispatch_combine:
-        raise ValueError(
-            f"not served by this version: data parallelism with the runner "
-            f"{type(runner).__name__} ({layer.layer_name}); use --data-parallel-size 1"
-        )
+        feature = "data parallelism with a model's own runner of experts"
+        refuse(CONFIGURATION, {feature: type(runner).__name__}, layer.layer_name)
+    assert runner is not None
     dispatch = runner._maybe_dispatch
 
     def dispatch_with_slots(
