@@ -232,7 +232,6 @@ ARCHITECTURES = {
             "attention_chunk_size": 128,
         },
         kind="llama4_text",
-        not_calibrated="does not build its experts through the experts interface",
     ),
     "granitemoe": Architecture("GraniteMoeForCausalLM", LOCAL),
     "granitemoeshared": Architecture(

@@ -54,8 +54,11 @@ class LongWay:
 
         self.ungated = info.architecture == "NemotronHForCausalLM"
         self.biased = info.architecture == "GptOssForCausalLM"
+        self.weighted_input = info.architecture == "Llama4ForCausalLM"
         if self.biased:
             self._read_gpt_oss(directory, layer, dtype)
+        elif self.weighted_input:
+            self._read_llama4(directory, layer, dtype)
         else:
             self.up, self.down = matrices(UP), matrices(DOWN)
             self.gate = self.up if self.ungated else matrices(GATE)
@@ -77,6 +80,17 @@ class LongWay:
         self.up = list(gate_up[:, :, 1::2].transpose(1, 2))
         self.down = list(of_layer["down_proj"].transpose(1, 2))
         self.bias = list(zip(bias[:, ::2], bias[:, 1::2], of_layer["down_proj_bias"], strict=True))
+
+    def _read_llama4(self, directory: Path, layer: int, dtype: torch.dtype) -> None:
+        """All experts in one tensor, [E, H, 2I], gate before up, and [E, I, H]."""
+        name = f"model.layers.{layer}.feed_forward.experts"
+        with safe_open(directory / "model.safetensors", framework="pt") as file:
+            gate_up, down = (
+                file.get_tensor(f"{name}.{part}").to(dtype).transpose(1, 2)
+                for part in ("gate_up_proj", "down_proj")
+            )
+        size = down.shape[2]
+        self.gate, self.up, self.down = list(gate_up[:, :size]), list(gate_up[:, size:]), list(down)
 
     def expert(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h and y of rows x."""
@@ -106,6 +120,24 @@ class LongWay:
                 output = output.index_add(0, tokens, y * p[:, None])
         return output
 
+    def forward_weighted_input(self, every_input):
+        """Llama-4: every token once per expert, times its router weight, which is 0 elsewhere."""
+        x_ETH = every_input.view(len(self.gate), -1, every_input.shape[1])
+        routed_ET = (x_ETH != 0).any(dim=2)
+        self.chosen += [
+            (self.domain, frozenset(chosen.nonzero().flatten().tolist())) for chosen in routed_ET.T
+        ]
+        output = torch.zeros_like(x_ETH)
+        for expert, routed in enumerate(routed_ET):
+            tokens = routed.nonzero().flatten()
+            x = x_ETH[expert, tokens]
+            h, y = self.expert(expert, x)
+            if tokens.numel():
+                y.retain_grad()
+                self.pending.append((expert, x, h, y, torch.ones(len(tokens))))
+            output = output.index_put((torch.full_like(tokens, expert), tokens), y)
+        return output.view_as(every_input)
+
     def accumulate(self):
         """After the backward pass: note every token with its gradient."""
         for expert, x, h, y, p in self.pending:
@@ -127,7 +159,8 @@ def run_the_long_way(
     layers = {}
     for layer, module in find_experts(model, info).items():
         layers[layer] = LongWay(directory, layer, info, dtype)
-        module.forward = layers[layer].forward
+        way = layers[layer]
+        module.forward = way.forward_weighted_input if way.weighted_input else way.forward
     for domain, windows in enumerate(domains):
         for ids in windows.long():
             for layer in layers.values():

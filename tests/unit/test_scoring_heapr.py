@@ -16,7 +16,8 @@ from vllm_atomic_moe.scoring.heapr import score_heapr
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "architecture", ["qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3", "nemotron_h"]
+    "architecture",
+    ["qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3", "nemotron_h", "llama4"],
 )
 def test_heapr_is_the_papers_formula(architecture, dtype, tmp_path):
     info = make_model(architecture, tmp_path)

@@ -21,7 +21,7 @@ SEQ_LEN = 24
 WHOLE = ("shape", "reap")
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral", "llama4"])
 def calibrated(request, tmp_path_factory):
     """Sums of the calibration run, and the long way over the same two domains, in float64."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -1,9 +1,9 @@
 """Watch the experts of a transformers model, through its experts interface.
 
 Every MoE architecture whose experts class carries transformers' `use_experts_implementation` calls
-a registered function instead of its own forward. Ours computes the same thing and shows inputs,
-activations h = act(gate·x, up·x), outputs and router weights of every expert, still in the
-autograd graph, to an observer.
+a registered function instead of its own forward; Llama-4 is made to. Ours computes the same thing
+and shows inputs, activations h = act(gate·x, up·x), outputs and router weights of every expert,
+still in the autograd graph, to an observer.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, I full
 intermediate size.
@@ -11,6 +11,7 @@ intermediate size.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 
@@ -72,8 +74,8 @@ def observed_experts_forward(
     """The experts' output [T, H], as `grouped_mm_experts_forward` of transformers computes it.
 
     `module.layer_observer` sees every expert's rows. The router weight is applied after
-    `down_proj`, so that the gradient of h includes it. Ids of E and above stand for "no expert" and
-    contribute zero.
+    `down_proj`, so that the gradient of h includes it; where the model applies it to the input, x
+    includes it and p is 1. Ids of E and above stand for "no expert" and contribute zero.
     """
     num_tokens, top_k = topk_ids_TK.shape
     topk_ids_TK = module.layer_observer.see_routing(module, topk_ids_TK)
@@ -83,9 +85,11 @@ def observed_experts_forward(
 
     outputs = []
     # One gather for all experts: its backward is one scatter, not one per expert.
-    x_by_expert = hidden_TH[order_N // top_k].split(counts)
+    x_NH = hidden_TH[order_N // top_k]
     p_N = topk_weights_TK.reshape(-1)[order_N]
-    for expert, (x, p) in enumerate(zip(x_by_expert, p_N.split(counts), strict=True)):
+    if isinstance(module, Llama4TextExperts):
+        x_NH, p_N = x_NH * p_N[:, None], torch.ones_like(p_N)
+    for expert, (x, p) in enumerate(zip(x_NH.split(counts), p_N.split(counts), strict=True)):
         if x.shape[0] == 0:
             continue
         h = _activate(module, _project(module, _first(module), expert, x))
@@ -105,6 +109,33 @@ def observed_experts_forward(
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts_forward)
 
 
+def _llama4_experts_forward(module: ExpertsModule, every_input: torch.Tensor) -> torch.Tensor:
+    """Llama-4's experts get every token times its router weight once per expert, [E·T, H], and the
+    outputs are added up over E: the sum and zeros stand for them.
+    """
+    if not hasattr(module, "layer_observer"):
+        return _unobserved_llama4_forward(module, every_input)
+    output_TH = observed_experts_forward(module, *module.routing.pop())
+    return functional.pad(output_TH, (0, 0, 0, every_input.shape[0] - output_TH.shape[0]))
+
+
+# Llama-4 does not use the experts interface. Its class, not its modules: what accelerate puts
+# around a module stays around it.
+_unobserved_llama4_forward = Llama4TextExperts.forward
+Llama4TextExperts.forward = _llama4_experts_forward
+Llama4TextExperts._apply_gate = _default_apply_gate
+LLAMA4_FLAGS = dict(zip(INTERFACE_FLAGS, (True, False, True, True), strict=True))
+
+
+def _note_llama4_routing(
+    experts: ExpertsModule, router: Any, given: tuple[torch.Tensor], answer: Any
+) -> None:
+    """Hook of a router: what it was given and chose, for the experts that are called next."""
+    scores_TE, logits_TE = answer
+    topk_ids_TK = logits_TE.topk(router.top_k, dim=1).indices
+    experts.routing = [(given[0], topk_ids_TK, scores_TE.gather(1, topk_ids_TK))]
+
+
 @contextmanager
 def observe(
     model: transformers.PreTrainedModel,
@@ -115,13 +146,21 @@ def observe(
     before = model.get_experts_implementation()
     for layer, module in experts.items():
         module.layer_observer = observers[layer]
+    hooks = [
+        block.router.register_forward_hook(functools.partial(_note_llama4_routing, block.experts))
+        for block in model.modules()
+        if isinstance(block, Llama4TextMoe)
+    ]
     model.set_experts_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_experts_implementation(before)
+        for hook in hooks:
+            hook.remove()
         for module in experts.values():
             del module.layer_observer
+            module.__dict__.pop("routing", None)
 
 
 @torch.no_grad()
@@ -160,6 +199,8 @@ def find_experts(
     """
     experts: dict[int, ExpertsModule] = {}
     for name, module in model.named_modules():
+        if isinstance(module, Llama4TextExperts):
+            vars(module).update(LLAMA4_FLAGS)
         if not all(flag in vars(module) for flag in INTERFACE_FLAGS):
             continue
         found = LAYER.findall(name)
