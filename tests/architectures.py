@@ -199,6 +199,17 @@ ARCHITECTURES = {
         },
         tested=ALONE,
     ),
+    # Stock vLLM's own loading of it fails: `KeyError: 'w13_weight'` (0.32).
+    "dbrx": Architecture(
+        "DbrxForCausalLM",
+        {
+            **{"d_model": 128, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        },
+        tested=TRANSFORMERS,
+        not_calibrated="does not build its experts through the experts interface",
+    ),
     "gpt_oss": Architecture(
         "GptOssForCausalLM",
         {**LOCAL, "head_dim": 32},

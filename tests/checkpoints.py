@@ -149,7 +149,7 @@ def write_routing_profiles(model: CheckpointInfo, directory: Path) -> dict[str, 
 def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
     """Copy a checkpoint, I unlike H, with the down-projection of every pruned atom set to zero."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("atomic_profiles"))
-    path = target / "model.safetensors"
+    [path] = target.glob("*.safetensors")
     tensors = load_file(path)
     for name, tensor in tensors.items():
         found = expert_tensor(name)
@@ -158,6 +158,8 @@ def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
         keep = profile.keep[found.layer]
         if found.expert is not None:
             tensors[name] = tensor * keep[found.expert]
+        elif tensor.dim() == 2:  # DBRX's, one expert below another
+            tensors[name] = tensor * keep.reshape(-1, 1)
         elif tensor.shape[2] == keep.shape[1]:
             tensors[name] = tensor * keep[:, None, :]
         else:  # transposed

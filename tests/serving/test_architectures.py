@@ -21,7 +21,14 @@ from tests.architectures import (
     TRANSFORMERS,
 )
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
-from tests.serving.conftest import PROMPTS, engine, logprobs_of, mixed_logprobs
+from tests.mistral_names import make_mistral_checkpoint
+from tests.serving.conftest import (
+    PROMPTS,
+    engine,
+    logprobs_of,
+    mixed_logprobs,
+    prompt_logprobs,
+)
 from vllm_atomic_moe.convert.exporting.export import export
 
 NAMES = ["ragged", "second"]
@@ -84,6 +91,26 @@ def test_fused_tensors_are_served_as_the_same_model(tmp_path, architecture):
             found.append(mixed_logprobs(llm, NAMES))
     for name in NAMES:
         assert torch.equal(found[0][name], found[1][name]), name
+
+
+@pytest.mark.full
+def test_mistrals_own_names(tmp_path, monkeypatch):
+    """Of what vLLM takes for a DeepSeek-V3; its export too."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    model, alone = tmp_path / "model", {"max_num_seqs": 1}
+    info = make_mistral_checkpoint(model)
+    profile = write_profile(info, NAMES[0], model / "atomic_profiles", seed=1)
+    zero_pruned(model, tmp_path / "zeroed", profile)
+    wanted = logprobs_of(tmp_path / "zeroed", load_format="mistral", **alone)
+    extra = {"active": NAMES[0]}
+    packed = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
+    with engine(model, **packed, **alone) as llm:
+        found = prompt_logprobs(llm)
+    assert (found - wanted).abs().max() < TOLERANCE
+    export(str(model), model / f"atomic_profiles/{NAMES[0]}.safetensors", tmp_path / "exported")
+    # vLLM knows the format by the names of shards, which an export has not.
+    settings = {"load_format": "atomic-pruned", "config_format": "mistral", **alone}
+    assert torch.equal(logprobs_of(tmp_path / "exported", **settings), found)
 
 
 @pytest.mark.full

@@ -122,14 +122,14 @@ def test_error_lines_of_the_table_are_the_codes_own():
     ("opening", "features"),
     [
         ("never silently wrong:", CONFIGURATION),
-        ("before their weights are\nallocated:", LAYER),
+        ("before their weights are allocated:", LAYER),
         ("Refused with a mask:", ROUTING),
     ],
 )
 def test_readme_lists_what_is_refused(opening, features):
-    text = (ROOT / "README.md").read_text().partition(opening)[2]
-    listed = re.sub(r"\s*\([^()]*(?:\([^()]*\)[^()]*)*\)", "", text).partition(". ")[0]
-    assert [re.sub(r"\s+", " ", name).strip() for name in listed.split(",")] == list(features)
+    text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text()).partition(opening)[2]
+    listed = re.sub(r" ?\([^()]*(?:\([^()]*\)[^()]*)*\)", "", text).partition(". ")[0]
+    assert [name.strip() for name in listed.split(",")] == list(features)
 
 
 def test_version_stands_in_one_place():

@@ -69,8 +69,8 @@ def check_depth(
             f"experts of layer {max(beyond)}; is config.json of this checkpoint?"
         )
     index, facts = next(iter(layers.items()))
-    decoder = facts.block[: facts.block.index(f"layers.{index}")]
-    there = {decoder_layer(name) for name in where if name.startswith(f"{decoder}layers.")}
+    decoder = re.sub(rf"(\b(?:layers|blocks)\.){index}\b.*", r"\1", facts.block)
+    there = {decoder_layer(name) for name in where if name.startswith(decoder)}
     if absent := sorted(set(range(number)) - there):
         raise ValueError(
             f"{directory}: config.json says num_hidden_layers {number}, the files hold nothing of "
@@ -109,6 +109,14 @@ def check_layout(
             f"{directory}: no routed experts among {len(where)} tensors; "
             "atomic profiles apply to Mixture-of-Experts checkpoints"
         )
+
+
+def by_expert(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape [E·N, K] of matrices that stand one below another, as [E, N, K]; others as they are."""
+    number = next(iter(declared_experts(config).values()), 0)
+    if len(shape) != 2 or not number or shape[0] % number:
+        return shape
+    return number, shape[0] // number, shape[1]
 
 
 def is_prediction(name: str) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from vllm_atomic_moe.files.agreement import (
     LayerFacts,
+    by_expert,
     check_choice,
     check_dense_layers,
     check_depth,
@@ -214,7 +215,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     config = read_config(directory)
     where = locate_tensors(directory)
     settings = quantization_settings(directory, config)
-    layers = _gather_layers(where, config["hidden_size"], settings)
+    layers = _gather_layers(where, config, settings)
     check_depth(directory, config, where, layers)
     num_layers = config.get("num_hidden_layers", 1 << 30)
     layers = {index: layer for index, layer in layers.items() if index < num_layers}
@@ -265,13 +266,14 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 
 
 def _gather_layers(
-    where: Mapping[str, Path], hidden_size: int, settings: Mapping[str, Any]
+    where: Mapping[str, Path], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[int, LayerFacts]:
     """MoE layers by index, among them those of multi-token prediction that follow the decoder's.
 
     Args:
-        settings: what config.json says of quantization.
+        settings: what its configuration says of quantization.
     """
+    hidden_size = config["hidden_size"]
     layers: dict[int, LayerFacts] = {}
     by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
     for name, path in where.items():
@@ -295,7 +297,10 @@ def _gather_layers(
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
                 entry = shard.get_slice(name)
-                told = (entry.get_dtype(), tuple(entry.get_shape()))
+                shape = tuple(entry.get_shape())
+                if tensor.expert is None and not tensor.packed:
+                    shape = by_expert(config, shape)
+                told = (entry.get_dtype(), shape)
                 matrices[tensor.layer, tensor.part, tensor.expert][tensor.quantity] = told
     for (index, part, expert), parts in matrices.items():
         layer = layers[index]

@@ -40,6 +40,7 @@ from vllm_atomic_moe.files.checkpoint import (
     describe_checkpoint,
     resolve_model,
 )
+from vllm_atomic_moe.files.config import config_file
 from vllm_atomic_moe.files.export_format import (
     EXPORT_DIRECTORY,
     EXPORT_FORMAT,
@@ -118,10 +119,11 @@ def export(
     with Shards(directory) as source:
         tensors = plan_tensors(source, info, chosen)
         files = plan_files(directory, profile, chosen.name)
-        config = complete_config((directory / "config.json").read_bytes(), source)
+        settings = config_file(directory)
+        config = complete_config(settings.read_bytes(), source)
         shards = split_shards(tensors, shard_bytes)
         with working_directory(output) as work:
-            made = {*shards, f"{EXPORT_DIRECTORY}/{INDEX}", *files, "config.json"}
+            made = {*shards, f"{EXPORT_DIRECTORY}/{INDEX}", *files, settings.name}
             check_replaced(output, info, chosen, made)
             copied = sum(path.stat().st_size for path in files.values())
             check_space(output, sum(tensor.nbytes for tensor in tensors) + copied)
@@ -129,7 +131,7 @@ def export(
             for name, path in files.items():
                 _write_file(work / name, path)
             # Last: without it nothing takes the directory for a checkpoint.
-            _write_file(work / "config.json", config)
+            _write_file(work / settings.name, config)
             weight_bytes = sum((work / name).stat().st_size for name in shards)
             publish(work, output)
     return ExportResult(
@@ -217,7 +219,7 @@ def split_shards(
 
 
 def plan_files(directory: Path, profile: Path, name: str) -> dict[str, Path]:
-    """File of the export -> where it comes from, without weights and config.json.
+    """File of the export -> where it comes from, without weights and configuration.
 
     Tokenizer, generation config, chat template, code and licences are whatever is in the model's
     directory and its folders and is not hidden, no weights and no other profile.
@@ -230,7 +232,7 @@ def plan_files(directory: Path, profile: Path, name: str) -> dict[str, Path]:
             path = Path(root, entry)
             if not entry.startswith(".") and not WEIGHT_FILES.fullmatch(entry):
                 files[path.relative_to(directory).as_posix()] = path
-    del files["config.json"]
+    del files[config_file(directory).name]
     return dict(sorted(files.items()))
 
 

@@ -283,6 +283,8 @@ def _fused_rows(
     """
     experts, size, hidden = info.num_experts, info.intermediate_size, info.hidden_size
     shapes = {part: source.shape(name) for part, name in names.items()}
+    if set(map(tuple, shapes.values())) == {(experts * size, hidden)}:
+        return LayerRows(dtype, partial(_rows_below, source, names, size))
     sizes = {"gate_up": 2 * size, "gate": size, "up": size}
     upright = {part: [experts, sizes.get(part, hidden), hidden] for part in names}
     upright["down"] = [experts, hidden, size]
@@ -306,6 +308,13 @@ def _fused_rows(
         return matrix[:size] if part == "gate" else matrix[size:]
 
     return LayerRows(dtype, rows)
+
+
+def _rows_below(
+    source: Shards, names: Mapping[str, str], size: int, part: str, expert: int
+) -> torch.Tensor:
+    """DBRX's, one expert below another, down transposed."""
+    return source.tensor(names[part.removesuffix("_t")])[expert * size : (expert + 1) * size]
 
 
 def _per_expert_rows(
