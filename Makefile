@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist image demo-model demo-profiles demo-report clean
+.PHONY: help install serve test test-full lint dist image demo-model demo-profiles demo-report demo-quantized clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -86,6 +86,9 @@ demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %
 demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (deploy/demo/quality.md)
 	rm -rf build/demo/report
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py $(STATISTICS) build/demo/report
+
+demo-quantized: install ## the demo in FP8, INT4 and MXFP4, dense and pruned (deploy/demo/quantized.md)
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/quantized.py build/demo/quantized
 
 clean: ## remove .venv/, build/ and dist/
 	rm -rf .venv build dist

@@ -58,8 +58,10 @@ def check_bits(model, plain) -> None:
     assert not row_format.plain
     wanted, row_format = answers(plain, info, kernel="reference")
     assert row_format.plain
+    fast, _ = answers(model, info)
     for profile in NAMES:
         assert torch.equal(found[profile], wanted[profile]), profile
+        assert (fast[profile] - wanted[profile]).abs().max() < 2e-2, profile
 
 
 def test_nvfp4_is_what_vllm_emulates():
