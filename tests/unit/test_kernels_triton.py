@@ -47,7 +47,7 @@ def shapes(argument):
     return tuple(argument.shape) if torch.is_tensor(argument) else str(argument)
 
 
-@pytest.mark.parametrize("rows", [PLAIN, NVFP4], ids=lambda it: it.name)
+@pytest.mark.parametrize("rows", [PLAIN, NVFP4], ids=lambda it: it.code)
 @pytest.mark.parametrize("one_kernel", [False, True])
 @pytest.mark.parametrize("T", [1, 40])
 def test_launches_depend_on_shapes_alone(T, one_kernel, rows, monkeypatch):
