@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
-from tests.quantized import FORMATS, SETTINGS, quantize_checkpoint
+from tests.quantized import FORMATS, SCHEMES, SETTINGS, quantize_checkpoint
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
 
@@ -188,3 +189,15 @@ def test_a_shard_that_was_cut_short(original, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         describe_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_resident_bytes_follow_the_atoms_that_are_kept(name, ratio):
+    """At most two points more, for scales that atoms share, at a real model's sizes."""
+    hidden, size, experts = 2048, 768, 4
+    keep = torch.rand(experts, size, generator=torch.Generator().manual_seed(0)) >= ratio
+    rows = row_format(SCHEMES[name], hidden, size)
+    packed = PackedExperts(build_layout({"a": keep}), hidden, torch.bfloat16, row_format=rows)
+    whole = experts * rows.expert_bytes(hidden, size, itemsize=2)
+    assert -1e-6 < packed.weight_bytes / whole - keep.double().mean() < 0.02
