@@ -25,7 +25,7 @@ WHOLE = ("shape", "reap")
 def calibrated(request, tmp_path_factory):
     """Sums of the calibration run, and the long way over the same two domains, in float64."""
     directory = tmp_path_factory.mktemp(request.param)
-    info = make_model(request.param, directory)
+    info = make_model(request.param, directory, num_experts_per_tok=2)
     domains = [random_windows(2, SEQ_LEN), random_windows(3, SEQ_LEN, seed=1)]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     text = CalibrationText({"a": domains[0], "b": domains[1]}, ())
