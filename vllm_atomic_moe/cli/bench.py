@@ -187,8 +187,8 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
     from vllm_atomic_moe.measure.instruction_set import hide_wider_instructions
 
     hide_wider_instructions()
-    from vllm_atomic_moe.measure.format_benchmark import measure_formats
     from vllm_atomic_moe.measure.layer_benchmark import SHAPES, LayerPlan, measure_layers
+    from vllm_atomic_moe.measure.variant_benchmark import measure_variants
 
     plot = options.pop("plot", None)
     if "shape" in options:
@@ -197,12 +197,12 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
         options["dtype"] = getattr(torch, options["dtype"])
     plan = LayerPlan(seed=seed, **options)
     report = measure_layers(plan, status_lines())
-    formats = measure_formats(plan)
+    variants = measure_variants(plan)
     if as_json:
-        print_json({**dataclasses.asdict(report), "formats": [*map(dataclasses.asdict, formats)]})
+        print_json({**dataclasses.asdict(report), "variants": [*map(dataclasses.asdict, variants)]})
     else:
         _print(report)
-        _print_formats(formats)
+        _print_variants(variants)
     if plot is not None:
         from vllm_atomic_moe.measure.plots import LayerPoint, plot_layers
 
@@ -395,18 +395,16 @@ def _print(report: Any) -> None:
     )
 
 
-def _print_formats(cells: Sequence[Any]) -> None:
-    if not cells:
-        return
-    typer.echo("\nquantized rows, beside plain ones of the same atoms:\n")
+def _print_variants(cells: Sequence[Any]) -> None:
+    typer.echo("\nother rows and activations, beside plain rows and SiLU of the same atoms:\n")
     print_table(
-        ["layer", "T", "pruned", "rows", "bytes", "plain", "ours", "ratio", "quartiles"],
+        ["layer", "T", "pruned", "variant", "bytes", "plain", "ours", "ratio", "quartiles"],
         [
             [
                 cell.shape,
                 str(cell.tokens),
                 f"{cell.pruned:.0%}",
-                cell.rows,
+                cell.variant,
                 f"{cell.size:.2f}",
                 f"{cell.plain_ms:.2f} ms",
                 f"{cell.ours_ms:.2f} ms",
