@@ -16,6 +16,8 @@ from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import scheme_of_down
 
 NAMES = ["ragged", "second"]
+# What `make test` takes: a kind each of codes, scales and factors.
+QUICK = ("fp8-block", "int4", "awq", "nvfp4")
 UP = "model.layers.1.mlp.experts.3.up_proj"
 
 
@@ -38,7 +40,10 @@ def answers(model, info, **options) -> tuple[dict[str, torch.Tensor], RowFormat]
         return mixed_logprobs(llm, NAMES), packed_layers_of(llm)[0].packed.row_format
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in FORMATS],
+)
 def test_serves_what_the_checkpoint_stands_for(original, tmp_path, name):
     plain = quantize_checkpoint(original, tmp_path / "model", name)
     check_bits(tmp_path / "model", plain)
@@ -58,10 +63,12 @@ def check_bits(model, plain) -> None:
     assert not row_format.plain
     wanted, row_format = answers(plain, info, kernel="reference")
     assert row_format.plain
-    fast, _ = answers(model, info)
     for profile in NAMES:
         assert torch.equal(found[profile], wanted[profile]), profile
-        assert (fast[profile] - wanted[profile]).abs().max() < 2e-2, profile
+    # Random layers in bfloat16 carry any rounding far, so each kernel with itself.
+    (found, _), (wanted, _) = answers(model, info), answers(plain, info)
+    for profile in NAMES:
+        assert (found[profile] - wanted[profile]).abs().max() < 2e-2, profile
 
 
 def test_nvfp4_is_what_vllm_emulates():
