@@ -317,7 +317,9 @@ def test_requests_of_others_are_ended_where_that_is_wanted(page, server):
 def test_a_profile_is_loaded_and_unloaded(page, server):
     page.get_by_role("button", name="Load heapr-60").click()
     expect(state(page, "heapr-60")).to_have_text("loaded")
-    expect(page.get_by_label("First profile").locator("option")).to_have_count(len(LOADED) + 1)
+    expect(page.get_by_label("First profile", exact=True).locator("option")).to_have_count(
+        len(LOADED) + 1
+    )
     live = server.ask("GET", "/atomic/v1/profiles/heapr-60").json()["live_tiles"]
     expect(row(page, "heapr-60")).to_contain_text(f"{100 * live:.1f} %")
     assert "heapr-60" in server.status()["profiles"]
@@ -405,7 +407,7 @@ def test_a_profile_is_compared_with_itself_one_after_the_other(page):
     page.get_by_role("button", name="Ask both").click()
     page.get_by_label("Tokens").fill("16")
     page.get_by_label("As", exact=True).select_option("a chat message")
-    page.get_by_label("Second profile").select_option(ACTIVE)
+    page.get_by_label("Second profile", exact=True).select_option(ACTIVE)
     page.get_by_label("One after the other").check()
     give_serving_key(page)
     expect(page.locator("#difference")).to_have_text("Both answers are the same.")
