@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
 from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.findings import inspect_sums
+from vllm_atomic_moe.calibration.layer_reader import LayerReader
 from vllm_atomic_moe.calibration.model import (
     check_config,
     check_model_code,
@@ -24,6 +27,7 @@ from vllm_atomic_moe.calibration.model import (
     check_vocabulary,
     load_model,
     load_tokenizer,
+    loading_dtype,
     resolve_device,
 )
 from vllm_atomic_moe.calibration.passes import (
@@ -34,6 +38,9 @@ from vllm_atomic_moe.calibration.passes import (
     run_forward,
     run_forward_backward,
 )
+from vllm_atomic_moe.calibration.ranks import Ranks, joined
+from vllm_atomic_moe.calibration.streamed import collect_streamed
+from vllm_atomic_moe.calibration.streaming import keep, one_device, streaming_reason
 from vllm_atomic_moe.calibration.text import (
     CalibrationText,
     draw_windows,
@@ -62,6 +69,9 @@ class CalibrationOptions:
         seed: of the drawing of windows.
         gradients: whether to run the backward pass, which `heapr` needs.
         shard: `i/N`, 1 <= i <= N, or None for the whole text.
+        stream: whether to run layer by layer; None: where the weights do not fit what is free.
+        scratch: directory to keep layers' inputs in, which makes it run layer by layer and lets a
+            run that was killed go on; None for memory.
         field: field or column of the data files; None for `text`, else `messages`.
         trust_remote_code: whether Python files of the model's directory may run.
     """
@@ -74,6 +84,8 @@ class CalibrationOptions:
     seed: int = 0
     gradients: bool = True
     shard: str | None = None
+    stream: bool | None = None
+    scratch: Path | None = None
     field: str | None = None
     trust_remote_code: bool = False
 
@@ -83,14 +95,18 @@ def calibrate(
     data: Sequence[str],
     options: CalibrationOptions,
     on_progress: Progress = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Statistics, list[str]]:
     """Run a model over text and sum up what its experts do.
+
+    Processes that torchrun started share the windows, and all return the same.
 
     Args:
         model: a local directory or a Hugging Face id.
         data: `FILE[:DOMAIN]` arguments, at least one.
         options: how.
         on_progress: called after every batch.
+        on_note: called with a line about how it is done, before it is.
 
     Returns:
         The statistics, and warnings of one line each.
@@ -99,8 +115,20 @@ def calibrate(
         ValueError: the text, the model or an option is refused (one line, see the parts).
         OSError: the model's files cannot be read.
     """
+    with joined() as ranks:
+        return _calibrate(model, data, options, ranks, on_progress, on_note)
+
+
+def _calibrate(
+    model: str,
+    data: Sequence[str],
+    options: CalibrationOptions,
+    ranks: Ranks,
+    on_progress: Progress,
+    on_note: Callable[[str], None],
+) -> tuple[Statistics, list[str]]:
     files = parse_files(data)
-    device_map = resolve_device(options.device)
+    device_map = resolve_device(ranks.device(options.device))
     shard = parse_shard(options.shard) if options.shard else None
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
@@ -119,15 +147,28 @@ def calibrate(
     )
     if shard:
         text = take_shard(text, *shard)
+    share = ranks.share(text)
 
-    loaded = load_model(directory, options.dtype, device_map, trusted)
-    check_offload(loaded, options.gradients)
-    check_vocabulary(text, loaded)
-    experts = find_experts(loaded, checkpoint)
-    sums = collect(
-        loaded, experts, checkpoint, text, options.batch_size, on_progress, options.gradients
-    )
-    calibration = describe_calibration(text, options, loaded.dtype)
+    dtype = loading_dtype(options.dtype, directory, device_map, trusted)
+    reason = streaming_reason(options.stream, options.scratch, directory, dtype, device_map, ranks)
+    batch_size, gradients = options.batch_size, options.gradients
+    if reason is None:
+        loaded = load_model(directory, options.dtype, device_map, trusted)
+        check_offload(loaded, gradients)
+        check_vocabulary(text, loaded)
+        experts = find_experts(loaded, checkpoint)
+        own = collect(loaded, experts, checkpoint, share, batch_size, on_progress, gradients)
+        sums = ranks.add(own)
+    else:
+        on_note(reason)
+        reader = LayerReader(directory, checkpoint, dtype, one_device(device_map), trusted)
+        check_vocabulary(text, reader.outline)
+        experts = find_experts(reader.outline, checkpoint)
+        with closing(keep(reader, share, batch_size, gradients, options.scratch, ranks)) as kept:
+            own = collect_streamed(reader, kept, share, batch_size, on_progress, gradients)
+            sums = ranks.add(own)
+            kept.clear()
+    calibration = describe_calibration(text, options, dtype)
     calibration["experts_per_token"] = checkpoint.experts_per_token
     groups = checkpoint.groups
     calibration["expert_groups"] = None if groups is None else dataclasses.asdict(groups)

@@ -54,6 +54,9 @@ class Kept(Protocol):
     def clear(self) -> None:
         """Forget everything."""
 
+    def close(self) -> None:
+        """Let others have it; what is finished stays for a run that goes on."""
+
 
 class InMemory:
     """Keeps stages in host memory."""
@@ -91,6 +94,9 @@ class InMemory:
         self._stages.clear()
         self._finished.clear()
 
+    def close(self) -> None:
+        self.clear()
+
 
 class Scratch:
     """Keeps stages in a directory, one file per batch, for a run that may be killed and resumed."""
@@ -99,11 +105,11 @@ class Scratch:
         """Open a scratch directory, and lock it.
 
         Args:
-            directory: empty, or with what a run of the same description left; made if need be.
+            directory: new, or with what a run of the same description left.
             run: what makes this run another than others; JSON.
 
         Raises:
-            ValueError: it holds something else, another process uses it, or it cannot be written.
+            ValueError: it is of another run, another process uses it, or it cannot be written.
         """
         self.directory = directory
         self._sound: set[str] = set()
@@ -115,11 +121,6 @@ class Scratch:
             handle = self._lock.enter_context((directory / ".lock").open("w"))
             lock(handle.fileno(), wait=False)
             if not (directory / RUN).exists():
-                if foreign := [it.name for it in directory.iterdir() if it.name[0] != "."]:
-                    raise ValueError(
-                        f"scratch {directory} holds {shorten(foreign[0])}, and is not of a "
-                        "calibration; name an empty directory"
-                    )
                 _write(directory / RUN, json.dumps(told, indent=2).encode())
         except BlockingIOError:
             raise ValueError(
@@ -181,11 +182,9 @@ class Scratch:
         return shutil.disk_usage(self.directory).free + used
 
     def clear(self) -> None:
-        for path in self.directory.iterdir():
-            if path.is_dir():
-                self.drop(path.name)
-        (self.directory / RUN).unlink(missing_ok=True)
-        (self.directory / ".lock").unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
         self._lock.close()
 
     def _cannot_write(self, error: OSError) -> ValueError:

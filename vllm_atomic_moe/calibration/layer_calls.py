@@ -126,21 +126,21 @@ class CallRecorder:
             CannotStreamError: the model computes between its layers, or hands over what cannot be
                 carried.
         """
-        failure: Exception | None = None
+        reason = ""
         for extras in self.possible:
             stubs = [_Stub(extras) for _ in blocks]
             try:
                 with replaced(blocks, [stub.forward for stub in stubs]):
                     model.base_model(**model_inputs(model, ids))
             except Exception as error:  # of a model that takes another kind of answer
-                failure = failure or error
+                if extras is None:
+                    reason = f" ({one_line(error)})"
                 continue
             if all(map(_hands_over, stubs, [*stubs[1:], None])):
                 self.possible = (extras,)
                 owner = type(model).__name__
                 calls = [self._call(owner, index, stubs) for index in range(len(stubs))]
                 return calls, stubs[0].hidden
-        reason = f" ({one_line(failure)})" if failure else ""
         raise CannotStreamError(f"{type(model).__name__} computes between its layers{reason}")
 
     def _call(self, owner: str, index: int, stubs: list[_Stub]) -> LayerCall:

@@ -7,6 +7,7 @@ and the rest stays on the meta device and takes no memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,16 +24,14 @@ from vllm_atomic_moe.calibration.experts import (
     LAYER,
     ExpertsModule,
     find_experts,
-    serving_notes,
 )
 from vllm_atomic_moe.calibration.model import (
     check_missing,
     empty_model,
     failures_explained,
-    resolve_dtype,
-    stored_dtype,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.config import quantization_settings, read_config
 from vllm_atomic_moe.files.shards import Shards
 
 
@@ -65,28 +64,24 @@ class LayerReader:
         layers: number of decoder layers.
         weight_bytes: of all the model's weights in `dtype`.
         largest_layer_bytes: of its largest decoder layer.
-        notes: see `serving_notes`.
+        outline: the model on the meta device.
     """
 
     def __init__(
         self,
         directory: Path,
         checkpoint: CheckpointInfo,
-        dtype: str,
+        dtype: torch.dtype,
         device: torch.device,
         trusted: bool = False,
     ) -> None:
         """Describe the checkpoint; no weights are read.
 
         Raises:
-            ValueError: an unknown dtype, a model that transformers refuses, or weights that the
-                checkpoint lacks.
+            ValueError: transformers refuses the model, or the checkpoint lacks weights.
         """
         self.directory, self.checkpoint, self.device = directory, checkpoint, device
-        wanted = resolve_dtype(dtype, directory, {"": device.type}, trusted)
-        told = stored_dtype(directory, trusted) if wanted == "auto" else wanted
-        assert isinstance(told, torch.dtype)
-        self.dtype = told
+        self.dtype = dtype
         self._settings, self._config, empty = empty_model(directory, trusted)
         self._kind = type(empty)
         self._of_model = {name: (*it.shape,) for name, it in empty.state_dict().items()}
@@ -95,10 +90,9 @@ class LayerReader:
         with Shards(directory) as shards:
             stored = stored_weights(shards, self._settings, shards.where, _ignore)
             # Everything without data: what would not fit the model is refused before it is read.
-            dense = self._load({name: Absent(it.shape) for name, it in stored.items()})
-        self.notes = serving_notes(find_experts(dense, checkpoint))
-        self.weight_bytes = _nbytes(dense)
-        self.largest_layer_bytes = max(_nbytes(block) for block in self.blocks(dense))
+            self.outline = self._load({name: Absent(it.shape) for name, it in stored.items()})
+        self.weight_bytes = _nbytes(self.outline)
+        self.largest_layer_bytes = max(_nbytes(block) for block in self.blocks(self.outline))
 
     @contextmanager
     def around(self) -> Iterator[PreTrainedModel]:
@@ -171,6 +165,14 @@ class LayerReader:
         if not name.startswith(self._prefix):
             return None
         return int(name.removeprefix(self._prefix).partition(".")[0])
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Of all tensors of a checkpoint in `dtype`, the quantized ones decoded; from the headers."""
+    settings = quantization_settings(directory, read_config(directory)) or {}
+    with Shards(directory) as shards:
+        stored = stored_weights(shards, settings, shards.where, _ignore)
+        return sum(math.prod(it.shape) for it in stored.values()) * dtype.itemsize
 
 
 def _layer(name: str) -> int | None:

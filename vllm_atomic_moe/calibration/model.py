@@ -123,6 +123,14 @@ def resolve_dtype(
     return torch.float32 if on_cpu and slow_on_cpu(stored_dtype(directory, trusted)) else "auto"
 
 
+def loading_dtype(
+    dtype: str, directory: Path, device_map: str | dict[str, str], trusted: bool = False
+) -> torch.dtype:
+    """As `resolve_dtype`, with the checkpoint's own where transformers would choose it."""
+    wanted = resolve_dtype(dtype, directory, device_map, trusted)
+    return wanted if isinstance(wanted, torch.dtype) else stored_dtype(directory, trusted)
+
+
 def stored_dtype(directory: Path, trusted: bool = False) -> torch.dtype:
     """The dtype in config.json, else that of the checkpoint's first float tensor."""
     with failures_explained(directory):

@@ -93,7 +93,6 @@ class StreamedRun:
                 self._forward(self._resume_forward())
                 self._loss()
                 above = self.reader.layers
-            self._advance(self._windows * (self.reader.layers + 1), from_start=True)
             self._backward(above)
         return {layer: LayerSums(**self.kept.get(f"sums-{layer}", 0)) for layer in self.moe_layers}
 
@@ -203,7 +202,8 @@ class StreamedRun:
         self.kept.finish(f"gradients-{layers}")
 
     def _backward(self, above: int) -> None:
-        self._advance(self._windows * BACKWARD * (self.reader.layers - above))
+        done = self.reader.layers + 1 + BACKWARD * (self.reader.layers - above)
+        self._advance(self._windows * done, from_start=True)
         for layer in reversed(range(self.moe_layers[0], above)):
             summed = layer in self.moe_layers
             accumulator = LayerAccumulator(self.shape, True, Batch()) if summed else None
