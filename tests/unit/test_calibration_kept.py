@@ -61,7 +61,7 @@ def total_of(gradients):
 
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "forward"])
 def test_killed_anywhere_and_resumed(tiny, gradients, tmp_path):
-    for kill_at in range(1, total_of(gradients), 2):
+    for kill_at in range(1, total_of(gradients), 4):
         scratch = tmp_path / str(kill_at)
         with pytest.raises(KilledError):
             run(tiny, scratch, gradients, kill_at)

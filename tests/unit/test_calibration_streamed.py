@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
 from tests.architectures import COMMON, FIRST_DENSE, LATENT, MIXED, QUICK, ROUTED
-from tests.unit.tiny_models import ARCHITECTURES, CONTEXT, make_model, random_windows
-from vllm_atomic_moe.calibration.collect import collect
+from tests.quantized import FORMATS, quantize_checkpoint, quantize_gpt_oss
+from tests.unit.tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    make_model,
+    random_text,
+    random_windows,
+)
+from vllm_atomic_moe.calibration import free_memory, streaming
+from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate, collect
 from vllm_atomic_moe.calibration.experts import find_experts
 from vllm_atomic_moe.calibration.kept import InMemory
-from vllm_atomic_moe.calibration.layer_reader import LayerReader
+from vllm_atomic_moe.calibration.layer_reader import LayerReader, weight_bytes
 from vllm_atomic_moe.calibration.model import load_model
 from vllm_atomic_moe.calibration.streamed import collect_streamed
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.shards import Shards
+from vllm_atomic_moe.scoring import method_options, score_layers, select_masks
+from vllm_atomic_moe.scoring.router import RouterNeeds
 
 CPU = torch.device("cpu")
 ROOM = 1 << 40
@@ -70,7 +86,69 @@ def test_sums_are_those_of_memory(architecture, gradients, tmp_path):
     info = make_model(architecture, tmp_path)
     text = text_of(3, 2)
     wanted = in_memory(tmp_path, info, text, gradients=gradients)
-    check_equal(streamed(tmp_path, info, text, gradients=gradients), wanted)
+    found = streamed(tmp_path, info, text, gradients=gradients)
+    check_equal(found, wanted)
+    method = "heapr" if gradients else "camera"
+    for one, two in zip(masks(method, found), masks(method, wanted), strict=True):
+        assert torch.equal(one, two)
+
+
+def masks(method, sums):
+    """Which atoms stay if 40 % go."""
+    layers = score_layers(method, sums, method_options(method, {"allow_unseen": True}))
+    return select_masks(method, layers, 0.4, RouterNeeds(1), {}).keep.values()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["fp8-block", "gpt-oss"]
+    + [pytest.param(it, marks=pytest.mark.full) for it in FORMATS if it != "fp8-block"],
+)
+def test_quantized_checkpoints_are_decoded_layer_by_layer(kind, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    if kind == "gpt-oss":
+        make_model("gpt_oss", tmp_path / "plain", intermediate_size=96, num_hidden_layers=2)
+        quantize_gpt_oss(tmp_path / "plain", model)
+    else:
+        settings = {"moe_intermediate_size": 96, "num_hidden_layers": 2}
+        make_model("qwen3_moe", tmp_path / "plain", **settings)
+        quantize_checkpoint(tmp_path / "plain", model, kind, True)
+    info, text = describe_checkpoint(model), text_of(2)
+    wanted = in_memory(model, info, text)
+    read = Shards.tensor
+    names = []
+    monkeypatch.setattr(Shards, "tensor", lambda *it: names.append(it[1]) or read(*it))
+    check_equal(streamed(model, info, text), wanted)
+    layers = [int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))]
+    assert [layer for layer, _ in groupby(layers)] == [0, 1, 0]
+    # Every tensor of the last layer is read twice, upwards and downwards; or once if both meet.
+    assert max(Counter(names).values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", "layer 1: activations of a window are not fin"),
+        ("lm_head.weight", "the loss of a window is nan in float32; are the checkpoint's weights"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(name, words, tmp_path):
+    info = make_model("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name][0] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        streamed(tmp_path, info, text_of(1))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_before_any_is_read(tmp_path, monkeypatch):
+    info = make_model("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.self_attn.o_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(Shards, "tensor", lambda *call: pytest.fail("a tensor is read"))
+    with pytest.raises(ValueError, match=r"lacks 1 weights of Qwen3MoeForCausalLM"):
+        streamed(tmp_path, info, text_of(1))
 
 
 @pytest.mark.parametrize(
@@ -161,3 +239,82 @@ def test_one_layer_is_in_memory_at_a_time(tiny, gradients, monkeypatch):
     # What is around the layers, the layers upwards, and with gradients both again.
     assert len(held) == (2 * (1 + info.layers[-1] + 1) if gradients else 1 + info.layers[-1] + 1)
     assert reader.weight_bytes > 3 * reader.largest_layer_bytes
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "letters.txt"
+    path.write_text(random_text(400))
+    return path
+
+
+OPTIONS = CalibrationOptions(samples=2, seq_len=32, batch_size=2, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "free", "notes"),
+    [
+        ({}, 1 << 40, []),
+        ({}, 1 << 20, ["the weights take 0.0 GiB in float32, 0.0 GiB are free: calibrating layer"]),
+        ({"stream": True}, 1 << 40, ["calibrating layer by layer"]),
+        ({"stream": False}, 1 << 20, []),
+    ],
+)
+def test_streams_by_itself_where_weights_do_not_fit(
+    changes, free, notes, tiny, text_file, monkeypatch
+):
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: free)
+    monkeypatch.setattr(InMemory, "room", lambda self: ROOM)
+    said, data = [], [str(text_file)]
+    found = calibrate(str(tiny[0]), data, replace(OPTIONS, **changes), on_note=said.append)
+    wanted = calibrate(str(tiny[0]), data, replace(OPTIONS, stream=False))
+    assert len(said) == len(notes)
+    assert all(line.startswith(note) for line, note in zip(said, notes, strict=True))
+    assert found[0].calibration == wanted[0].calibration
+    assert found[1] == wanted[1]
+    check_equal(found[0].sums, wanted[0].sums)
+
+
+def test_weights_are_as_large_as_the_file_says(tiny):
+    directory, info = tiny
+    size = sum(it.nbytes for it in load_file(directory / "model.safetensors").values())
+    assert weight_bytes(directory, torch.float32) == size
+    assert weight_bytes(directory, torch.bfloat16) == size // 2
+    assert LayerReader(directory, info, torch.float32, CPU).weight_bytes == size
+
+
+def test_scratch_without_streaming_is_refused(tiny, text_file, tmp_path):
+    options = replace(OPTIONS, stream=False, scratch=tmp_path)
+    with pytest.raises(ValueError, match="--scratch is for calibration layer by layer; leave out"):
+        calibrate(str(tiny[0]), [str(text_file)], options)
+
+
+def test_memory_that_does_not_hold_the_inputs_is_told(tiny, text_file, monkeypatch):
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: 1 << 10)
+    with pytest.raises(ValueError, match=r"layers' inputs take 0\.0 GiB, .* use --scratch"):
+        calibrate(str(tiny[0]), [str(text_file)], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"meminfo": "MemTotal: 900 kB\nMemAvailable:     800 kB\n"}, 800 * 1024),
+        ({"meminfo": "MemAvailable: 800 kB\n", "memory.max": "max\n"}, 800 * 1024),
+        (
+            {
+                "meminfo": "MemAvailable: 800 kB\n",
+                "memory.max": "500000\n",
+                "memory.stat": "anon 100000\nfile 300000\n",
+            },
+            400_000,
+        ),
+        ({}, 0),
+    ],
+    ids=["machine", "no limit", "control group", "unknown"],
+)
+def test_free_memory(files, free, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    assert free_memory.free_bytes(CPU) == free

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -16,7 +17,7 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _numbers(Path("/proc/meminfo")).get("MemAvailable:", 0) * 1024
+    free = _numbers(MEMINFO).get("MemAvailable:", 0) * 1024
     limit = _limit(CGROUP / "memory.max")
     if limit is not None:
         free = min(free, limit - _numbers(CGROUP / "memory.stat").get("anon", 0))
