@@ -160,7 +160,8 @@ def _calibrate(
         own = collect(loaded, experts, checkpoint, share, batch_size, on_progress, gradients)
         sums = ranks.add(own)
     else:
-        on_note(reason)
+        if reason:
+            on_note(reason)
         reader = LayerReader(directory, checkpoint, dtype, one_device(device_map), trusted)
         check_vocabulary(text, reader.outline)
         experts = find_experts(reader.outline, checkpoint)

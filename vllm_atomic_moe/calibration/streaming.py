@@ -29,7 +29,8 @@ def streaming_reason(
     device_map: str | dict[str, str],
     ranks: Ranks,
 ) -> str | None:
-    """Why to run layer by layer, for people; None: the whole model is loaded.
+    """Why to run layer by layer, for people; empty where they asked for it; None: the whole model
+    is loaded.
 
     Args:
         stream, scratch: see `CalibrationOptions`.
@@ -44,7 +45,7 @@ def streaming_reason(
     if scratch is not None and stream is False:
         raise ValueError("--scratch is for calibration layer by layer; leave out --no-stream")
     if stream or scratch is not None:
-        return "calibrating layer by layer"
+        return ""
     if stream is False:
         return None
     if device_map == "auto":
