@@ -92,7 +92,9 @@ class LayerCall:
             raise CannotStreamError(
                 f"{type(block).__name__} returns {type(answer).__name__} where {wanted} is used"
             )
-        made = dict(zip(_names(self.extras), (answer,) if bare else answer, strict=False))
+        # Entries go on to the layers above, whether this one is given their dictionary or not.
+        made = {name: tensor for name, tensor in given.items() if is_entry(name)}
+        made |= zip(_names(self.extras), (answer,) if bare else answer, strict=False)
         for place, dictionary in dictionaries.items():
             made |= _flattened(type(block).__name__, place, dictionary)
         return made

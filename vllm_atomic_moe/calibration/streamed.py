@@ -200,6 +200,7 @@ class StreamedRun:
                 self.kept.put(f"gradients-{layers}", number, {HIDDEN: hidden.grad.cpu()})
                 self._advance(ids.shape[0])
         self.kept.finish(f"gradients-{layers}")
+        self.kept.drop(f"inputs-{layers}")
 
     def _backward(self, above: int) -> None:
         done = self.reader.layers + 1 + BACKWARD * (self.reader.layers - above)
