@@ -27,7 +27,7 @@ from vllm_atomic_moe.cli.options import TrustRemoteCode
 OPTIONS = {
     "layers": ("shape", "tokens", "pruned", "dtype", "rounds", "seconds", "kernel", "plot"),
     "servers": ("profiles", "profile", "serve", "rounds", "trust_remote_code", "plot"),
-    "calibration": ("dtype", "rounds", "trust_remote_code"),
+    "calibration": ("windows", "seq_len", "dtype", "rounds", "trust_remote_code"),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -95,6 +95,14 @@ def bench(
         float | None,
         typer.Option(min=0.0, help="After this time three rounds are enough.", show_default="3"),
     ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of a calibration.", show_default="8"),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window of a calibration.", show_default="512"),
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
@@ -118,8 +126,9 @@ def bench(
     between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot,
     --trust-remote-code.
 
-    Calibration: `atomic-moe calibrate` beside the HEAPr paper's two forward passes; time and
-    memory. Options: --dtype, --rounds, --trust-remote-code.
+    Calibration: `atomic-moe calibrate`, in memory and layer by layer, beside the HEAPr paper's two
+    forward passes; time without reading weights, and memory over the weights that are held all
+    along. Options: --windows, --seq-len, --dtype, --rounds, --trust-remote-code.
     """
     if plot is not None:
         check_plot(plot)
@@ -136,6 +145,8 @@ def bench(
         "rounds": rounds,
         "seconds": seconds,
         "kernel": kernel,
+        "windows": windows,
+        "seq_len": seq_len,
         "trust_remote_code": trust_remote_code or None,
         "plot": plot,
     }
@@ -314,7 +325,10 @@ def _bench_calibration(directory: Path, options: dict[str, Any], seed: int, as_j
         print_json(report.to_json())
         return
     print_table(
-        ["way", "seconds", "lowest", "highest", "of two forwards", "statistics", "peak"],
+        [
+            *("way", "seconds", "lowest", "highest", "of two forwards", "reading"),
+            *("weights", "statistics", "peak"),
+        ],
         [
             [
                 row.way,
@@ -322,6 +336,8 @@ def _bench_calibration(directory: Path, options: dict[str, Any], seed: int, as_j
                 f"{row.seconds.lowest:.2f}",
                 f"{row.seconds.highest:.2f}",
                 f"{row.ratio:.2f}",
+                f"{row.reading_s:.2f}",
+                _mib(row.weight_bytes),
                 _mib(row.state_bytes),
                 _mib(row.peak_bytes),
             ]

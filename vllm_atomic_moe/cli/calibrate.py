@@ -12,6 +12,7 @@ from vllm_atomic_moe.cli.console import (
     check_output,
     debugging,
     print_json,
+    print_note,
     print_table,
     print_warning,
     progress_bar,
@@ -63,18 +64,36 @@ def calibrate(
         str | None,
         typer.Option(metavar="i/N", help="Run this part of the windows only; then `merge`."),
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read and run one decoder layer at a time, for models larger than memory.",
+            show_default="where the weights do not fit what is free",
+        ),
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Stream, and keep layers' inputs there rather than in memory; the same command "
+            "goes on after a kill.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a model over text and sum up what the atoms of its experts do.
 
-    One forward and one backward per window serve all methods.
+    One forward and one backward per window serve all methods. Processes started by `torchrun
+    --nproc-per-node N --no-python atomic-moe calibrate …` share the windows, one device each.
     """
     check_output(output)
     from transformers.utils import logging
 
     from vllm_atomic_moe.calibration.collect import CalibrationOptions
     from vllm_atomic_moe.calibration.collect import calibrate as run
+    from vllm_atomic_moe.calibration.ranks import Ranks
 
     if not debugging():
         logging.set_verbosity_error()
@@ -88,11 +107,17 @@ def calibrate(
         seed=seed,
         gradients=gradients,
         shard=shard,
+        stream=stream,
+        scratch=scratch,
         field=field,
         trust_remote_code=trust_remote_code,
     )
-    with progress_bar("reading text and model", "calibrating, windows") as show:
-        statistics, warnings = run(model, data, options, show)
+    first = Ranks.here().rank == 0
+    with progress_bar("reading text and model", "calibrating", quiet=not first) as show:
+        note = print_note if first else lambda line: None
+        statistics, warnings = run(model, data, options, show, note)
+    if not first:
+        return
     statistics.write(output)
     for warning in warnings:
         print_warning(warning)
