@@ -20,6 +20,8 @@ import pytest
 from tests.e2e.conftest import ADMIN_KEY, DEMO, ROOT, free_port, running, serve_command
 from vllm_atomic_moe import __version__
 
+PIP = [sys.executable, "-m", "pip", "--python"]
+
 
 def build(source: Path, output: Path) -> dict[str, str]:
     """Build both; name -> SHA-256."""
@@ -100,9 +102,8 @@ def install(wheel: Path, directory: Path) -> Path:
     A plain path in a .pth file: the .pth files over there, which name this working tree, are not
     read.
     """
-    venv.create(directory, with_pip=True)
-    pip = [directory / "bin/pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, wheel], check=True)
+    venv.create(directory)
+    subprocess.run([*PIP, directory, "install", "--quiet", "--no-deps", wheel], check=True)
     [packages] = directory.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return directory / "bin"
@@ -129,7 +130,7 @@ def test_wheel_serves_the_demo_from_a_clean_environment(built: Path, tmp_path: P
     assert Path(path).is_relative_to(tmp_path / "venv")
     assert version == __version__
     # vLLM itself wants torch's companions, which serving on CPUs does without.
-    checked = subprocess.run([programs / "pip", "check"], capture_output=True, text=True)
+    checked = subprocess.run([*PIP, programs.parent, "check"], capture_output=True, text=True)
     assert "vllm-atomic-moe" not in checked.stdout
     (tmp_path / "model").symlink_to(DEMO)
     port = free_port()
