@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ from vllm_atomic_moe.files.router import (
     identify_router,
     router_names,
 )
-from vllm_atomic_moe.files.tensors import open_safetensors, safetensors_files
+from vllm_atomic_moe.files.tensors import open_safetensors, safetensors_files, shorten
 
 # Files to fetch from a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
@@ -177,7 +177,8 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors shards of a checkpoint: those of the index, if there is one.
 
     Raises:
-        ValueError: the directory holds no safetensors file, or the index names a missing one.
+        ValueError: the directory holds no safetensors file, or the index names a missing one, or
+            one elsewhere.
     """
     directory = weights_directory(directory)
     index = directory / INDEX
@@ -189,6 +190,13 @@ def checkpoint_files(directory: Path) -> list[Path]:
             raise ValueError(
                 f"{index}: no index with a weight_map ({type(error).__name__}); fetch it again"
             ) from None
+        for name in names:
+            place = PurePath(name) if isinstance(name, str) else None
+            if place is None or place.is_absolute() or ".." in place.parts:
+                raise ValueError(
+                    f"{index}: names {shorten(name)}, wanted files of this directory; fetch it "
+                    "again"
+                )
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{index}: names {missing[0]}, which is not there; fetch it again")
