@@ -19,6 +19,7 @@ from vllm_atomic_moe.cli.eval import evaluate
 from vllm_atomic_moe.cli.export import export
 from vllm_atomic_moe.cli.import_profile import import_profile
 from vllm_atomic_moe.cli.merge import merge
+from vllm_atomic_moe.cli.plugins import ImporterCommand, PruneCommand, ScoreCommand
 from vllm_atomic_moe.cli.prune import prune
 from vllm_atomic_moe.cli.score import score
 from vllm_atomic_moe.cli.show import show
@@ -49,9 +50,9 @@ def main(
 
 app.command()(calibrate)
 app.command()(merge)
-app.command()(score)
-app.command()(prune)
-app.command("import")(import_profile)
+app.command(cls=ScoreCommand)(score)
+app.command(cls=PruneCommand)(prune)
+app.command("import", cls=ImporterCommand)(import_profile)
 app.command()(show)
 app.command()(check)
 app.command()(export)

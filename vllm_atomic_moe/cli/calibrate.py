@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import (
-    check_output,
     debugging,
     print_json,
     print_table,
@@ -70,32 +69,34 @@ def calibrate(
 
     One forward and one backward per window serve all methods.
     """
-    check_output(output)
     from transformers.utils import logging
 
-    from vllm_atomic_moe.calibration.collect import CalibrationOptions
-    from vllm_atomic_moe.calibration.collect import calibrate as run
+    from vllm_atomic_moe import api
 
     if not debugging():
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    options = CalibrationOptions(
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        gradients=gradients,
-        shard=shard,
-        field=field,
-        trust_remote_code=trust_remote_code,
-    )
+    lines: list[str] = []
     with progress_bar("reading text and model", "calibrating, windows") as show:
-        statistics, warnings = run(model, data, options, show)
-    statistics.write(output)
-    for warning in warnings:
-        print_warning(warning)
+        statistics = api.calibrate(
+            model,
+            data,
+            output,
+            field=field,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            gradients=gradients,
+            shard=shard,
+            trust_remote_code=trust_remote_code,
+            on_progress=show,
+            on_warning=lines.append,
+        )
+    for line in lines:
+        print_warning(line)
     report(output, statistics, as_json)
 
 

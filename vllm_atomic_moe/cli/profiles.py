@@ -1,4 +1,4 @@
-"""What the subcommands about profile files share: finding, writing, describing them."""
+"""What the subcommands about profile files share: finding and describing them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_output, print_json, print_table
+from vllm_atomic_moe.cli.console import print_json, print_table
 
 WIDTH_COLUMNS = ["width min", "median", "max", "zero-width experts"]
 
@@ -41,21 +41,16 @@ def profile_files(profiles: list[Path]) -> list[Path]:
     return list({file.resolve(): file for file in files}.values())
 
 
-def write_profile(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
-    """Write a profile that was just made into the directory `output`, and say what it keeps.
+def print_written(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
+    """Say what a profile keeps that was just written into the directory `output`.
 
     Args:
         profile: a `PruningProfile`.
         output: the directory.
         as_json: print JSON instead of a table.
         more: further entries of the JSON.
-
-    Raises:
-        ValueError: the file cannot be written there.
     """
     path = output / f"{profile.name}.safetensors"
-    check_output(path)
-    profile.write(path)
     widths = summarize_widths(width for layer in profile.keep for width in profile.widths(layer))
     excluded = sum(int((~routable).sum()) for routable in profile.routable.values())
     if as_json:

@@ -1,7 +1,7 @@
 """Perplexity as served: vLLM's prompt log-probabilities, dense and through the loader.
 
 One engine after another in this process, each over the same windows of text. It needs
-`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (the command line sees to it).
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (`api.evaluate` sees to it).
 """
 
 from __future__ import annotations
