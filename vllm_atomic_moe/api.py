@@ -204,7 +204,8 @@ def evaluate(
     Args:
         model: local directory or Hugging Face id.
         data: held-out text, `FILE[:DOMAIN]`, at least one.
-        profiles: directory of profiles; None stands for MODEL/atomic_profiles.
+        profiles: directory of profiles, or a Hub repository of them; None stands for
+            MODEL/atomic_profiles.
         profile: names of the profiles to measure; None stands for all.
         seq_len: tokens per window; None stands for the context, 2048 at most.
         field: field or column of the files; None stands for `text`, else `messages`.

@@ -13,6 +13,7 @@ import typer
 from vllm_atomic_moe.cli.admin import activate, list_profiles, load, show_status, unload
 from vllm_atomic_moe.cli.bench import bench
 from vllm_atomic_moe.cli.calibrate import calibrate
+from vllm_atomic_moe.cli.card import card
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
@@ -57,6 +58,7 @@ app.command()(show)
 app.command()(check)
 app.command()(export)
 app.command("eval")(evaluate)
+app.command()(card)
 app.command()(bench)
 app.command("status")(show_status)
 app.command("profiles")(list_profiles)

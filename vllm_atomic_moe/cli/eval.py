@@ -34,7 +34,9 @@ def evaluate(
     profiles: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Directory of profiles.", show_default="MODEL/atomic_profiles"
+            metavar="DIR|REPO",
+            help="Directory of profiles, or a Hub repository, as in org/name@revision/folder.",
+            show_default="MODEL/atomic_profiles",
         ),
     ] = None,
     profile: Annotated[

@@ -11,20 +11,24 @@ import typer
 
 from vllm_atomic_moe.cli.console import print_json, print_table
 
+PROFILES_HELP = (
+    "Profile files, directories of them, or Hub repositories, as in org/name@revision/folder."
+)
 WIDTH_COLUMNS = ["width min", "median", "max", "zero-width experts"]
 
 
-def profile_files(profiles: list[Path]) -> list[Path]:
-    """The files named, directories replaced by the profile files in them; each file once.
+def profile_files(profiles: list[str]) -> list[Path]:
+    """The files named, directories and Hub repositories replaced by their files; each file once.
 
     Raises:
         ValueError: a path does not exist, a directory holds no profile, or two files of one
             directory carry one name.
     """
+    from vllm_atomic_moe.files.hub import resolve_profiles
     from vllm_atomic_moe.files.profiles import ProfileStore
 
     files: list[Path] = []
-    for path in profiles:
+    for path in map(resolve_profiles, profiles):
         if not path.exists():
             raise ValueError(f"profile {path} does not exist; name a file or a directory of them")
         if not path.is_dir():
