@@ -1,4 +1,4 @@
-"""The commands in README.md and deploy/README.md, as a reader would type them.
+"""The commands in the documents, as a reader would type them.
 
 Each block of them opens with ```sh and what it needs: `run`, a MODEL and texts; `demo`, the demo's
 server; or what keeps it from being run here (`NOT_RUN`).
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "deploy/README.md")
+DOCUMENTS = ("README.md", "deploy/README.md", "docs/extending.md", "docs/python.md")
 RUN = frozenset({"run", "demo"})
 NOT_RUN = {
     "docker": "a Docker engine",
@@ -24,6 +24,9 @@ NOT_RUN = {
     "long": "more time; a test of `make test-full` does it",
 }
 FENCE = re.compile(r"^```(.*)$", re.MULTILINE)
+FILE = re.compile(
+    r"^```(?:python|toml)\n# (?P<name>\S+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 YAML = re.compile(r"^```yaml\n# (?P<name>\S+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```sh(?P<needs>[^\n]*)\n(?P<commands>.*?)^```$", re.MULTILINE | re.DOTALL)
 # Every curl of a document must succeed; every server is waited for.
@@ -75,12 +78,22 @@ def example(document: str, name: str) -> str:
     return text
 
 
+def files_of(document: str) -> dict[str, str]:
+    """The Python and TOML files of a document: those that open with their names."""
+    text = (ROOT / document).read_text()
+    return {match["name"]: match["text"] for match in FILE.finditer(text)}
+
+
 def run(
-    chosen: list[Block], directory: Path, port: int, environment: Mapping[str, str] = os.environ
+    chosen: list[Block],
+    directory: Path,
+    port: int,
+    environment: Mapping[str, str] = os.environ,
+    prelude: str = "",
 ) -> str:
     """Run blocks in one shell in `directory`, with `port` for 8000; what they printed.
 
-    A server that they start ends with the shell.
+    `prelude` goes before them. A server that they start ends with the shell.
 
     Raises:
         AssertionError: a command failed; with what all of them printed.
@@ -89,6 +102,7 @@ def run(
     script = "\n".join(
         [
             PRELUDE,
+            prelude,
             "trap 'kill ${server-} 2> /dev/null || true; wait' EXIT",
             re.sub(r"localhost:8000", f"localhost:{port}", commands),
         ]

@@ -1,14 +1,16 @@
-"""The README's way from a text to a served profile, typed as it stands."""
+"""The ways from a text to a served profile in the documents, typed as they stand."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 
-from tests.documents import blocks, run
+from tests.documents import blocks, files_of, run
 from tests.e2e.conftest import BIN, DEMO, ENVIRONMENT, free_port
 
 DATA = DEMO.parent / "data"
@@ -49,3 +51,18 @@ def test_from_a_text_to_a_request_for_a_profile(tmp_path):
     assert "x-atomic-moe-profile: heapr-40" in printed
     assert '"model":"MODEL:heapr-40"' in printed
     assert '"active":"heapr-25","previous":"heapr-40"' in printed
+
+
+@pytest.mark.full
+def test_the_python_functions(tmp_path):
+    make_model(tmp_path)
+    make_texts(tmp_path)
+    (tmp_path / "heldout.txt").write_text((DATA / "english.heldout.txt").read_text()[:30_000])
+    for name, text in files_of("docs/python.md").items():
+        (tmp_path / name).write_text(text)
+    environment = {**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    printed = run(blocks("docs/python.md"), tmp_path, free_port(), environment)
+    assert "heapr-20 80.0% of atoms kept" in printed
+    rows = dict(line.split() for line in printed.splitlines() if re.match(r"\S+ \d+\.\d\d$", line))
+    assert list(rows) == ["dense", "heapr-20", "heapr-40"]
+    assert float(rows["dense"]) < float(rows["heapr-20"]) < float(rows["heapr-40"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.checkpoints import write_profile, zero_pruned
+from tests.hub_cache import lay_out
 from tests.quantized import quantize_checkpoint
 from tests.serving.conftest import DEMO
 from tests.unit.tiny_models import make_model, random_text
@@ -75,13 +77,18 @@ def test_quantized_checkpoints_beside_what_they_stand_for(tmp_path):
     (tmp_path / "t.txt").write_text(random_text(400))
     info = describe_checkpoint(plain)
     masks = write_profile(info, "half", tmp_path / "profiles", seed=1)
+    file = tmp_path / "profiles" / "half.safetensors"
+    lay_out(tmp_path / "hub", "org/profiles", "v1", {"folder/half.safetensors": file})
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     found = []
-    for model in (tmp_path / "model", plain):
+    # The same profiles, from a directory and from the Hub's cache.
+    for model, profiles in (
+        (tmp_path / "model", tmp_path / "profiles"),
+        (plain, "org/profiles@v1/folder"),
+    ):
         command = [*COMMAND, str(model), "--data", str(tmp_path / "t.txt"), "--json"]
-        command += ["--profiles", str(tmp_path / "profiles"), "--seq-len", "100"]
-        done = subprocess.run(
-            [*command, "--dtype", "float32"], capture_output=True, text=True, check=True
-        )
+        command += ["--profiles", str(profiles), "--seq-len", "100", "--dtype", "float32"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found.append(json.loads(done.stdout))
     for ours, wanted in zip(*found, strict=True):
         assert ours["profile"] == wanted["profile"]
@@ -108,6 +115,10 @@ def test_refusals_come_before_the_engine(tmp_path, in_process):
     for flags, words in (
         (["--profiles", str(tmp_path / "profiles")], "profile 'heapr-40': lacks layers [1, 2, 3]"),
         (["--profile", "none"], "profile 'none' is not in"),
+        (
+            ["--profiles", "org/none@v1"],
+            "'org/none' is neither a directory nor on the Hugging Face",
+        ),
         (["--data", f"{tmp_path / 't.txt'}:all"], "domain 'all' stands for all text together"),
         (["--seq-len", "512"], "sequence length 512: the model's context is 512"),
     ):

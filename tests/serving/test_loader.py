@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import COMMON, make_checkpoint, write_profile, zero_pruned
+from tests.hub_cache import lay_out
 from tests.serving.conftest import (
     check_resident,
     core,
@@ -562,9 +563,9 @@ def test_digest_depends_on_what_is_resident(model):
     from vllm_atomic_moe.engine.options import select_profiles
     from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
-    info = describe_checkpoint(model)
+    info, directory = describe_checkpoint(model), model / "atomic_profiles"
     digests = {
-        json.dumps(extra): select_profiles(LoaderOptions.parse(extra), model, info).digest()
+        json.dumps(extra): select_profiles(LoaderOptions.parse(extra), directory, info).digest()
         for extra in (
             {"active": "narrow"},
             {"active": "other"},
@@ -572,6 +573,22 @@ def test_digest_depends_on_what_is_resident(model):
         )
     }
     assert len(set(digests.values())) == 3
+
+
+def test_profiles_of_a_hub_repository(model, tmp_path, caplog):
+    """From `--download-dir`, as the checkpoint; the rank keeps the snapshot's path."""
+    from vllm_atomic_moe.engine.worker import ATTRIBUTE
+
+    file = model / "atomic_profiles/narrow.safetensors"
+    snapshot = lay_out(tmp_path, "org/profiles", "v1", {"folder/narrow.safetensors": file})
+    extra = {"profiles": "org/profiles@v1/folder"}
+    loaded = load(model, extra, download_dir=str(tmp_path))
+    profiles = getattr(loaded, ATTRIBUTE)
+    assert profiles._directory == snapshot / "folder"
+    with pytest.raises(
+        ValueError, match="'org/profiles' is neither a directory nor on the Hugging"
+    ):
+        load(model, {"profiles": "org/profiles@v2/folder"}, download_dir=str(tmp_path))
 
 
 # --- several ranks --------------------------------------------------------------------------------
@@ -592,7 +609,8 @@ def test_the_first_rank_reports_for_all(model, monkeypatch, log, rank):
     from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
     parsed = LoaderOptions.parse({"active": "narrow"})
-    resident = options.select_profiles(parsed, model, describe_checkpoint(model))
+    directory = model / "atomic_profiles"
+    resident = options.select_profiles(parsed, directory, describe_checkpoint(model))
     log.clear()
     monkeypatch.setattr(loader, "get_world_group", lambda: World(rank))
     loader._report(resident, 6144, [3072, 1024])

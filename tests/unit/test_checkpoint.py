@@ -294,7 +294,7 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds list, wanted a JSON object"):
         describe_checkpoint(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="neither a directory nor a model on the Hugging Face Hub"):
+    with pytest.raises(ValueError, match="neither a directory nor on the Hugging Face Hub"):
         resolve_model(str(tmp_path / "none"))
 
 

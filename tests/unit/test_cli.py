@@ -24,7 +24,7 @@ from vllm_atomic_moe.cli.console import (
 )
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.statistics import Statistics
-from vllm_atomic_moe.scoring import METHODS
+from vllm_atomic_moe.scoring import known_methods
 
 SMALL = ("--samples", "64", "--seq-len", "32")
 
@@ -177,7 +177,7 @@ def test_check_knows_routing_masks_and_expert_groups(work, profiles, tmp_path):
 
 def test_every_method_scope_and_option_prunes(work, tmp_path):
     stats = work / "stats.safetensors"
-    for method in METHODS:
+    for method in known_methods().entries:
         result = run("prune", stats, "--method", method, "--ratio", 0.25, "-o", tmp_path)
         assert result.exit_code == 0, result.output
         assert PruningProfile.read(tmp_path / f"{method}-25.safetensors").kept == 0.75

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.checkpoints import make_checkpoint
 from tests.import_examples import whole, write_examples
 from tests.unit.test_cli import refused, run
-from vllm_atomic_moe.convert.importing import FORMATS, import_profile
+from vllm_atomic_moe.convert.importing import import_profile, known_importers
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.router import RouterIdentity
@@ -73,7 +73,7 @@ def mask_file(tmp_path, tensors, metadata=None):
 
 
 def test_examples_are_of_every_format(examples):
-    assert {example.format for example in examples.values()} == set(FORMATS)
+    assert {example.format for example in examples.values()} == set(known_importers().entries)
     assert set(examples) == set(EXAMPLES)
 
 
@@ -133,7 +133,7 @@ def test_the_command_line_refuses_in_one_line_and_writes_nothing(checkpoint, exa
     directory, _ = checkpoint
     shape, heapr = examples["shape"].path, examples["heapr"].path
     end = ("--model", directory, "-o", tmp_path / "out")
-    assert "format 'magic' is not known; wanted one of pruned-experts" in refused(
+    assert "format 'magic' is not known; wanted one of heapr, mask, pruned-experts" in refused(
         "import", "magic", shape, *end
     )
     assert "give --ratio" in refused("import", "heapr", heapr, *end)

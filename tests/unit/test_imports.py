@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_atomic_moe"
 # From the top down: a room may import those after it, and nothing above.
 ROOMS = (
     "cli",
+    "api",
     "measure",
     "control",
     "engine",

@@ -6,11 +6,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vllm_atomic_moe.files.router import ExpertGroups
-from vllm_atomic_moe.scoring import METHODS, select_masks, selection_options
+from vllm_atomic_moe.scoring import known_methods, select_masks, selection_options
 from vllm_atomic_moe.scoring.budget import align_widths, prune_atoms
 from vllm_atomic_moe.scoring.masks import LayerScores
+from vllm_atomic_moe.scoring.methods.tenp import share_out
 from vllm_atomic_moe.scoring.router import RouterNeeds
-from vllm_atomic_moe.scoring.tenp import share_out
 
 SIZE = 8
 
@@ -87,7 +87,7 @@ def test_masks_are_nested_in_the_ratio(scores, one, other, scope, min_width):
     assert all(not (mask & ~wide[layer]).any() for layer, mask in narrow.items())
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"tenp"}))
+@pytest.mark.parametrize("method", sorted(set(known_methods().entries) - {"tenp"}))
 @given(data=st.data())
 def test_every_method_that_only_ranks_gives_nested_masks(method, data):
     scores = data.draw(layer_scores(values=(0.0, 1.0, 2.0), least_experts=2))

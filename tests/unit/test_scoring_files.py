@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums, rewrite
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.statistics import Statistics
-from vllm_atomic_moe.scoring import METHODS, method_options, score_layers, selection_options
+from vllm_atomic_moe.scoring import known_methods, method_options, score_layers, selection_options
+from vllm_atomic_moe.scoring.methods.random import score_random
 from vllm_atomic_moe.scoring.pruning import (
     load_scores,
     make_profile,
     score_statistics,
     unknown_groups,
 )
-from vllm_atomic_moe.scoring.random import score_random
 from vllm_atomic_moe.scoring.score_file import Scores
 
 
@@ -38,10 +38,10 @@ def scores_path(statistics, tmp_path):
     return tmp_path / "scores.safetensors"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", known_methods().entries)
 def test_every_method_scores_every_layer_and_leaves_the_sums_alone(method):
     sums = make_sums()
-    scores = score_layers(method, sums, METHODS[method].options)
+    scores = score_layers(method, sums, method_options(method, {}))
     for layer, sums_before in make_sums().items():
         before = sums_before.tensors()
         assert scores[layer].atoms.dtype == torch.float32
@@ -60,7 +60,7 @@ def test_random_scores_depend_on_seed_and_layer_only():
 
 
 def test_unknown_methods_and_options_are_refused():
-    with pytest.raises(ValueError, match="method 'magic' is not known; wanted one of heapr, tenp"):
+    with pytest.raises(ValueError, match="method 'magic' is not known; wanted one of camera"):
         method_options("magic", {})
     with pytest.raises(ValueError, match="method 'heapr' has no option --seed"):
         method_options("heapr", {"seed": 1})
@@ -116,7 +116,7 @@ def test_wrong_score_files_are_refused(tensors, metadata, message, scores_path):
 
 
 def test_statistics_need_a_method_and_scores_carry_theirs(stats_path, scores_path):
-    with pytest.raises(ValueError, match="give --method, one of heapr, tenp, shape"):
+    with pytest.raises(ValueError, match="give --method, one of camera, heapr, mag"):
         load_scores(stats_path, None, {})
     assert load_scores(scores_path, None, {}).method == "random"
     assert load_scores(scores_path, "random", {}).method == "random"
@@ -143,7 +143,7 @@ def test_a_profile_says_where_it_comes_from(stats_path, scores_path, tmp_path):
     assert float(profile.metadata["ratio"]) == 0.25
     assert float(profile.metadata["kept"]) == profile.kept
     assert profile.metadata["created_by"].startswith("vllm-atomic-moe ")
-    assert json.loads(profile.metadata["method_options"]) == METHODS["heapr"].options
+    assert json.loads(profile.metadata["method_options"]) == method_options("heapr", {})
     assert json.loads(profile.metadata["selection"]) == {
         "scope": "global", "align": 1, "min_width": 0
     }  # fmt: skip

@@ -11,7 +11,7 @@ from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import find_experts
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.measure.calibration_benchmark import two_forwards
-from vllm_atomic_moe.scoring.heapr import score_heapr
+from vllm_atomic_moe.scoring.methods.heapr import score_heapr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

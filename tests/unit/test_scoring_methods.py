@@ -15,7 +15,7 @@ from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import find_experts
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.statistics import LayerSums
-from vllm_atomic_moe.scoring import METHODS, score_layers
+from vllm_atomic_moe.scoring import known_methods, method_options, score_layers
 
 SEQ_LEN = 24
 WHOLE = ("shape", "reap")
@@ -143,13 +143,13 @@ ORACLES = {
 
 
 def test_every_method_but_random_has_an_oracle():
-    assert set(ORACLES) == set(METHODS) - {"random"}
+    assert set(ORACLES) == set(known_methods().entries) - {"random"}
 
 
 @pytest.mark.parametrize("method", ORACLES)
 def test_scores_are_the_formula(method, calibrated):
     info, sums, long_way = calibrated
-    options = {**METHODS[method].options}
+    options = method_options(method, {})
     if "allow_unseen" in options:
         options["allow_unseen"] = True
     scores = score_layers(method, sums, options)
@@ -196,8 +196,8 @@ def test_the_table_of_sets_is_what_the_router_chose(calibrated):
 @pytest.mark.parametrize("method", ["heapr", "tenp", "camera"])
 def test_experts_with_few_tokens_are_never_scored_as_useless(method, calibrated):
     _, sums, _ = calibrated
-    found = score_layers(method, sums, METHODS[method].options)
-    allowed = score_layers(method, sums, {**METHODS[method].options, "allow_unseen": True})
+    found = score_layers(method, sums, method_options(method, {}))
+    allowed = score_layers(method, sums, method_options(method, {"allow_unseen": True}))
     protected = 0
     for layer, of_layer in sums.items():
         few = of_layer.count.sum(dim=0) < 32
@@ -214,7 +214,7 @@ def test_experts_with_few_tokens_are_never_scored_as_useless(method, calibrated)
 @pytest.mark.parametrize("method", ["shape", "reap", "random", "magnitude"])
 def test_other_methods_have_no_such_exception(method, calibrated):
     _, sums, _ = calibrated
-    for scores in score_layers(method, sums, METHODS[method].options).values():
+    for scores in score_layers(method, sums, method_options(method, {})).values():
         assert scores.atoms.isfinite().all()
 
 
@@ -235,7 +235,7 @@ def test_shape_scores_many_experts_without_number_overflow():
     layer = type("Chosen", (), {})()
     layer.chosen = [(0, frozenset(row)) for row in chosen.tolist()]
     layer.down = range(512)
-    found = METHODS["shape"].score_layer(sums, 0).atoms[:, 0].double()
+    found = known_methods().entries["shape"].score_layer(sums, 0).atoms[:, 0].double()
     torch.testing.assert_close(found, shape(layer), rtol=1e-6, atol=1e-9)
 
 
@@ -246,12 +246,12 @@ def test_shape_refuses_a_router_that_picks_one_expert():
         set_counts=torch.ones(3),
     )
     with pytest.raises(ValueError, match="routes every token to 1 expert"):
-        METHODS["shape"].score_layer(sums, 0)
+        known_methods().entries["shape"].score_layer(sums, 0)
 
 
 def test_heapr_refuses_statistics_without_gradients(calibrated):
     _, sums, _ = calibrated
     without = {layer: dataclasses.replace(of_layer, g2=None) for layer, of_layer in sums.items()}
     with pytest.raises(ValueError, match=r"no gradients \(made with --no-gradients\)"):
-        score_layers("heapr", without, METHODS["heapr"].options)
-    score_layers("tenp", without, METHODS["tenp"].options)
+        score_layers("heapr", without, method_options("heapr", {}))
+    score_layers("tenp", without, method_options("tenp", {}))

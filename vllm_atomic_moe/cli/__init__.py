@@ -13,12 +13,14 @@ import typer
 from vllm_atomic_moe.cli.admin import activate, list_profiles, load, show_status, unload
 from vllm_atomic_moe.cli.bench import bench
 from vllm_atomic_moe.cli.calibrate import calibrate
+from vllm_atomic_moe.cli.card import card
 from vllm_atomic_moe.cli.check import check
 from vllm_atomic_moe.cli.console import OneLineErrors, show_version
 from vllm_atomic_moe.cli.eval import evaluate
 from vllm_atomic_moe.cli.export import export
 from vllm_atomic_moe.cli.import_profile import import_profile
 from vllm_atomic_moe.cli.merge import merge
+from vllm_atomic_moe.cli.plugins import ImporterCommand, PruneCommand, ScoreCommand
 from vllm_atomic_moe.cli.prune import prune
 from vllm_atomic_moe.cli.score import score
 from vllm_atomic_moe.cli.show import show
@@ -49,13 +51,14 @@ def main(
 
 app.command()(calibrate)
 app.command()(merge)
-app.command()(score)
-app.command()(prune)
-app.command("import")(import_profile)
+app.command(cls=ScoreCommand)(score)
+app.command(cls=PruneCommand)(prune)
+app.command("import", cls=ImporterCommand)(import_profile)
 app.command()(show)
 app.command()(check)
 app.command()(export)
 app.command("eval")(evaluate)
+app.command()(card)
 app.command()(bench)
 app.command("status")(show_status)
 app.command("profiles")(list_profiles)

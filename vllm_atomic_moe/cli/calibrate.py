@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import (
-    check_output,
     debugging,
     print_json,
     print_note,
@@ -88,39 +87,41 @@ def calibrate(
     One forward and one backward per window serve all methods. Processes started by `torchrun
     --nproc-per-node N --no-python atomic-moe calibrate …` share the windows, one device each.
     """
-    check_output(output)
     from transformers.utils import logging
 
-    from vllm_atomic_moe.calibration.collect import CalibrationOptions
-    from vllm_atomic_moe.calibration.collect import calibrate as run
+    from vllm_atomic_moe import api
     from vllm_atomic_moe.calibration.ranks import Ranks
 
     if not debugging():
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    options = CalibrationOptions(
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        gradients=gradients,
-        shard=shard,
-        stream=stream,
-        scratch=scratch,
-        field=field,
-        trust_remote_code=trust_remote_code,
-    )
     first = Ranks.here().rank == 0
+    lines: list[str] = []
     with progress_bar("reading text and model", "calibrating", quiet=not first) as show:
-        note = print_note if first else lambda line: None
-        statistics, warnings = run(model, data, options, show, note)
+        statistics = api.calibrate(
+            model,
+            data,
+            output,
+            field=field,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            gradients=gradients,
+            shard=shard,
+            stream=stream,
+            scratch=scratch,
+            trust_remote_code=trust_remote_code,
+            on_progress=show,
+            on_note=print_note,
+            on_warning=lines.append,
+        )
     if not first:
         return
-    statistics.write(output)
-    for warning in warnings:
-        print_warning(warning)
+    for line in lines:
+        print_warning(line)
     report(output, statistics, as_json)
 
 

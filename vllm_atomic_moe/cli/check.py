@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import print_error, print_json, print_table, print_warning
-from vllm_atomic_moe.cli.profiles import profile_files
+from vllm_atomic_moe.cli.profiles import PROFILES_HELP, profile_files
 
 
 def check(
@@ -17,8 +17,8 @@ def check(
         str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")
     ],
     profiles: Annotated[
-        list[Path],
-        typer.Argument(metavar="PROFILE...", help="Profile files, or directories of them."),
+        list[str],
+        typer.Argument(metavar="PROFILE...", help=PROFILES_HELP),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

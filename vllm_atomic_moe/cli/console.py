@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from vllm_atomic_moe.files.plain_files import one_line
+from vllm_atomic_moe.files.plain_files import check_output, one_line
 
 MESSAGE_LENGTH = 300
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -184,19 +183,6 @@ def measured(measure: Callable[[], Any]) -> tuple[Any, ValueError | None]:
         if not (there := getattr(error, "measured", None)):
             raise
         return there, error
-
-
-def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before the long work begins.
-
-    Raises:
-        ValueError: `path` is a directory, or its directory cannot be written to.
-    """
-    if path.is_dir():
-        raise ValueError(f"output {path} is a directory; name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"output {path}: {path.parent} is not writable; choose another directory")
 
 
 def check_plot(path: Path) -> None:

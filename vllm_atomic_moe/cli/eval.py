@@ -34,7 +34,9 @@ def evaluate(
     profiles: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Directory of profiles.", show_default="MODEL/atomic_profiles"
+            metavar="DIR|REPO",
+            help="Directory of profiles, or a Hub repository, as in org/name@revision/folder.",
+            show_default="MODEL/atomic_profiles",
         ),
     ] = None,
     profile: Annotated[
@@ -64,17 +66,16 @@ def evaluate(
     """
     if plot is not None:
         check_plot(plot)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_atomic_moe.measure.evaluation import evaluate as run
+    from vllm_atomic_moe import api
 
     rows, failure = measured(
-        lambda: run(
+        lambda: api.evaluate(
             model,
-            profiles,
             data,
-            names=profile or (),
+            profiles=profiles,
+            profile=profile,
             seq_len=seq_len,
             samples=samples,
             dtype=dtype,

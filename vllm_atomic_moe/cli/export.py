@@ -31,12 +31,13 @@ def export(
     It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
     answers, and is smaller on disk by what was pruned.
     """
-    from vllm_atomic_moe.convert.exporting.export import export as run
+    from vllm_atomic_moe import api
 
+    lines: list[str] = []
     with progress_bar("reading headers", "exporting", in_bytes=True) as show:
-        result = run(model, profile, output, on_progress=show)
-    for warning in result.warnings:
-        print_warning(warning)
+        result = api.export(model, profile, output, on_progress=show, on_warning=lines.append)
+    for line in lines:
+        print_warning(line)
     if as_json:
         print_json(
             {

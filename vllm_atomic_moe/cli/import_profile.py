@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from vllm_atomic_moe.cli.console import print_warning
-from vllm_atomic_moe.cli.profiles import write_profile
+from vllm_atomic_moe.cli.profiles import print_written
 
 
 def import_profile(
     format_name: Annotated[
         str,
-        typer.Argument(metavar="FORMAT", help="pruned-experts, shape, ranked, heapr or mask."),
+        typer.Argument(metavar="FORMAT", help="…"),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File of that format.")],
     model: Annotated[
@@ -34,18 +34,13 @@ def import_profile(
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Fraction to remove, 0 <= ratio < 1: of each layer's experts (ranked), "
-            "of all atoms (heapr). The other formats carry their own selection.",
+            help="Fraction to remove, 0 <= ratio < 1: of …. The other formats carry their own "
+            "selection.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make a profile of another tool's pruning file.
-
-    pruned-experts: vLLM's JSON profile (pull requests 37824 and 42613). shape: SHAPE's JSON
-    selection. ranked: vllm-ascend's ordered expert lists, JSON lines. heapr: HEAPr's scores, saved
-    by torch. mask: bool safetensors, True where something stays.
-    """
+    """Make a profile of another tool's pruning file."""
     from vllm_atomic_moe.convert.importing import import_profile as run
     from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 
@@ -53,4 +48,5 @@ def import_profile(
     profile, warnings = run(format_name, file, checkpoint, ratio=ratio, name=name)
     for warning in warnings:
         print_warning(warning)
-    write_profile(profile, output, as_json, format=format_name, ratio=ratio)
+    profile.write_into(output)
+    print_written(profile, output, as_json, format=format_name, ratio=ratio)

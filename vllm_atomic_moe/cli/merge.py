@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_atomic_moe.cli.calibrate import report
-from vllm_atomic_moe.cli.console import check_output
+from vllm_atomic_moe.files.plain_files import check_output
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""What the subcommands about profile files share: finding, writing, describing them."""
+"""What the subcommands about profile files share: finding and describing them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import Any
 
 import typer
 
-from vllm_atomic_moe.cli.console import check_output, print_json, print_table
+from vllm_atomic_moe.cli.console import print_json, print_table
 
+PROFILES_HELP = (
+    "Profile files, directories of them, or Hub repositories, as in org/name@revision/folder."
+)
 WIDTH_COLUMNS = ["width min", "median", "max", "zero-width experts"]
 
 
-def profile_files(profiles: list[Path]) -> list[Path]:
-    """The files named, directories replaced by the profile files in them; each file once.
+def profile_files(profiles: list[str]) -> list[Path]:
+    """The files named, directories and Hub repositories replaced by their files; each file once.
 
     Raises:
         ValueError: a path does not exist, a directory holds no profile, or two files of one
             directory carry one name.
     """
+    from vllm_atomic_moe.files.hub import resolve_profiles
     from vllm_atomic_moe.files.profiles import ProfileStore
 
     files: list[Path] = []
-    for path in profiles:
+    for path in map(resolve_profiles, profiles):
         if not path.exists():
             raise ValueError(f"profile {path} does not exist; name a file or a directory of them")
         if not path.is_dir():
@@ -41,21 +45,16 @@ def profile_files(profiles: list[Path]) -> list[Path]:
     return list({file.resolve(): file for file in files}.values())
 
 
-def write_profile(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
-    """Write a profile that was just made into the directory `output`, and say what it keeps.
+def print_written(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
+    """Say what a profile keeps that was just written into the directory `output`.
 
     Args:
         profile: a `PruningProfile`.
         output: the directory.
         as_json: print JSON instead of a table.
         more: further entries of the JSON.
-
-    Raises:
-        ValueError: the file cannot be written there.
     """
     path = output / f"{profile.name}.safetensors"
-    check_output(path)
-    profile.write(path)
     widths = summarize_widths(width for layer in profile.keep for width in profile.widths(layer))
     excluded = sum(int((~routable).sum()) for routable in profile.routable.values())
     if as_json:

@@ -8,30 +8,25 @@ from typing import Annotated
 import typer
 
 from vllm_atomic_moe.cli.console import print_warning
-from vllm_atomic_moe.cli.profiles import write_profile
-from vllm_atomic_moe.cli.score import (
-    METHODS_HELP,
-    AllowUnseen,
-    Domains,
-    Seed,
-    WeightByFrequency,
-)
+from vllm_atomic_moe.cli.profiles import print_written
+from vllm_atomic_moe.cli.score import Domains
 
 
 def prune(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(metavar="STATS|SCORES", help="File made by `calibrate` or by `score`."),
     ],
     ratio: Annotated[
         float,
-        typer.Option(help="Fraction of atoms (shape, reap: of experts) to remove, 0 <= ratio < 1."),
+        typer.Option(help="Fraction of atoms (…: of experts) to remove, 0 <= ratio < 1."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of profiles.")
     ],
     method: Annotated[
-        str | None, typer.Option(help=f"{METHODS_HELP} A score file carries its own.")
+        str | None, typer.Option(help="…. A score file carries its own.", show_default=False)
     ] = None,
     name: Annotated[
         str | None,
@@ -40,64 +35,26 @@ def prune(
             show_default="METHOD-PERCENT, as in heapr-25",
         ),
     ] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            help="global: all layers compete; layer or expert: each loses the same (atoms; reap: "
-            "global or layer).",
-            show_default="global",
-        ),
-    ] = None,
-    align: Annotated[
-        int | None,
-        typer.Option(help="Make every width a multiple of this (atoms).", show_default="1"),
-    ] = None,
-    min_width: Annotated[
-        int | None,
-        typer.Option(help="Atoms that every expert keeps (atoms).", show_default="0"),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Fraction of experts that stay whole (tenp).", show_default="(1 - ratio) / 2"
-        ),
-    ] = None,
-    trapezoid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIRST:LAST",
-            help="Whole experts of the first and the last layer, in proportion (tenp).",
-            show_default="1:2",
-        ),
-    ] = None,
     domain: Domains = None,
-    allow_unseen: AllowUnseen = None,
-    weight_by_frequency: WeightByFrequency = None,
-    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the profile that removes the least important atoms or experts.
 
     A profile of the same name is replaced, complete or not at all.
     """
-    from vllm_atomic_moe.scoring.pruning import load_scores, make_profile, unknown_groups
+    from vllm_atomic_moe import api
 
-    given = {
-        "allow_unseen": allow_unseen,
-        "weight_by_frequency": weight_by_frequency,
-        "seed": seed,
-    }
-    scores = load_scores(source, method, given, domain)
-    profile = make_profile(
-        scores,
+    lines: list[str] = []
+    profile = api.prune(
+        source,
         ratio,
-        name,
-        scope=scope,
-        align=align,
-        min_width=min_width,
-        alpha=alpha,
-        trapezoid=trapezoid,
+        output,
+        method=method,
+        name=name,
+        domain=domain,
+        on_warning=lines.append,
+        **context.obj,
     )
-    write_profile(profile, output, as_json, ratio=ratio)
-    if warning := unknown_groups(scores, profile):
-        print_warning(warning)
+    print_written(profile, output, as_json, ratio=ratio)
+    for line in lines:
+        print_warning(line)

@@ -14,7 +14,7 @@ from vllm_atomic_moe.cli.console import (
     print_json,
     print_table,
 )
-from vllm_atomic_moe.cli.profiles import profile_files, summarize_widths
+from vllm_atomic_moe.cli.profiles import PROFILES_HELP, profile_files, summarize_widths
 from vllm_atomic_moe.files.layouts import atom_bytes
 
 # A profile does not know the dtype it will be served in; most models are served in 16 bits.
@@ -23,8 +23,8 @@ BYTES_PER_WEIGHT = 2
 
 def show(
     profiles: Annotated[
-        list[Path],
-        typer.Argument(metavar="PROFILE...", help="Profile files, or directories of them."),
+        list[str],
+        typer.Argument(metavar="PROFILE...", help=PROFILES_HELP),
     ],
     plot: Annotated[
         Path | None,

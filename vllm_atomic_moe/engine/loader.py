@@ -51,12 +51,14 @@ class LoadPlan:
 
     Attributes:
         directory: the checkpoint.
+        profiles: the directory of profile files.
         resident: the profiles to hold in memory, and the checkpoint's description.
         backend: the kernel that computes the experts.
         own_layers: the MoE layers that this pipeline rank builds, in order.
     """
 
     directory: Path
+    profiles: Path
     resident: ResidentProfiles
     backend: Backend
     own_layers: list[int]
@@ -82,8 +84,8 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             self.inner = self._make_inner_loader()
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Fetch the checkpoint, its configuration and its `atomic_profiles/`."""
-        self._checkpoint(model_config)
+        """Fetch the checkpoint, its configuration, its `atomic_profiles/` and named profiles."""
+        self._profiles(self._checkpoint(model_config))
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -112,9 +114,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             # Here, not above: every vLLM process imports this module, few load a pruned model.
             from vllm_atomic_moe.engine import worker
 
-            directory = profile_directory(self.options, self.plan.directory)
+            plan = self.plan
             profiles = worker.RankProfiles(
-                resident, layers, self.token_slots, self.plan.directory, directory, dense
+                resident, layers, self.token_slots, plan.directory, plan.profiles, dense
             )
             setattr(model, worker.ATTRIBUTE, profiles)
             held = sum(layer.packed.weight_bytes for layer in layers)
@@ -180,10 +182,12 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             logger.warning("Never tried with packed experts: %s", feature)
         directory = self._checkpoint(model_config)
         checkpoint = describe_checkpoint(directory)
+        profiles = self._profiles(directory)
         backend = self._choose_backend(vllm_config, model_config.dtype)
         return LoadPlan(
             directory,
-            select_profiles(self.options, directory, checkpoint),
+            profiles,
+            select_profiles(self.options, profiles, checkpoint),
             backend,
             _layers_of_rank(vllm_config, model_config, checkpoint.layers),
         )
@@ -217,6 +221,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 f"{error}; keys of atomic-pruned are {', '.join(OPTION_KEYS)}, others go to vLLM's "
                 f"loader for inner_format {self.options.inner_format!r}"
             ) from error
+
+    def _profiles(self, checkpoint: Path) -> Path:
+        return profile_directory(self.options.profiles, checkpoint, self.load_config.download_dir)
 
     def _checkpoint(self, model_config: ModelConfig) -> Path:
         return resolve_model(

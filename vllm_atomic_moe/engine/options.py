@@ -17,6 +17,7 @@ import torch
 from vllm_atomic_moe.experts.backends import BACKENDS
 from vllm_atomic_moe.experts.packing import SLOTS
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.hub import resolve_profiles
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -40,7 +41,8 @@ class LoaderOptions:
     """The options of the load format `atomic-pruned`, checked.
 
     Attributes:
-        profiles: directory of profile files; None stands for MODEL/atomic_profiles.
+        profiles: directory of profile files, or a Hub repository of them (`resolve_profiles`); None
+            stands for MODEL/atomic_profiles.
         active: the profile served first; None stands for the only one.
         resident: names held in memory besides `active`, or "all".
         inner_format: how vLLM reads the checkpoint.
@@ -145,15 +147,15 @@ def missing_atoms(profile: PruningProfile, union: Mapping[int, torch.Tensor]) ->
 
 
 def select_profiles(
-    options: LoaderOptions, model_directory: Path, model: CheckpointInfo
+    options: LoaderOptions, directory: Path, model: CheckpointInfo
 ) -> ResidentProfiles:
-    """Find, read and check the profiles that `options` ask for.
+    """Find, read and check the profiles of `directory` that `options` ask for.
 
     Raises:
         ValueError: a name is unknown, a file that is asked for is invalid, there are more profiles
             than slots, or `active` is needed and missing.
     """
-    store = ProfileStore(profile_directory(options, model_directory))
+    store = ProfileStore(directory)
     active = options.active or _only_profile(store)
     everything = options.resident == ALL
     names = dict.fromkeys([active, *(store.names() if everything else options.resident)])
@@ -180,9 +182,15 @@ def select_profiles(
     return ResidentProfiles(model, active, profiles)
 
 
-def profile_directory(options: LoaderOptions, model_directory: Path) -> Path:
-    """Where the profile files are."""
-    return Path(options.profiles or model_directory / "atomic_profiles")
+def profile_directory(profiles: str | None, model_directory: Path, cache_dir: str | None) -> Path:
+    """Where the profile files are: of a Hub repository the snapshot, else as the option says.
+
+    Raises:
+        ValueError: the repository cannot be had, or has no profiles there.
+    """
+    if profiles is None:
+        return model_directory / "atomic_profiles"
+    return resolve_profiles(profiles, cache_dir)
 
 
 def read_profile(store: ProfileStore, name: str, model: CheckpointInfo) -> PruningProfile:

@@ -42,8 +42,9 @@ from vllm_atomic_moe.files.export_format import (
     stored_schemes,
     weights_directory,
 )
+from vllm_atomic_moe.files.hub import fetch
 from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
-from vllm_atomic_moe.files.plain_files import one_line, read_json_object
+from vllm_atomic_moe.files.plain_files import read_json_object
 from vllm_atomic_moe.files.quantization import (
     IGNORED,
     MATRICES,
@@ -142,35 +143,8 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
     """
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=[*HUB_PATTERNS],
-                ignore_patterns=["original/*", "consolidated*"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"model {model!r} is neither a directory nor a model on the Hugging Face Hub "
-            f"({type(error).__name__}); check the path or the id"
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"model {model!r} cannot be fetched from the Hugging Face Hub ({one_line(error)}); "
-            "make room, or check the path"
-        ) from error
-    except Exception as error:  # httpx: ImportError of a SOCKS library, InvalidURL, ValueError.
-        raise ValueError(
-            f"model {model!r} is not a directory, and the Hugging Face Hub cannot be asked "
-            f"({type(error).__name__}: {one_line(error)}); check the path, or HTTP_PROXY, "
-            "ALL_PROXY and NO_PROXY"
-        ) from error
+    ignore = ("original/*", "consolidated*")
+    return fetch(f"model {model!r}", model, revision, cache_dir, HUB_PATTERNS, ignore)
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

@@ -70,6 +70,19 @@ class NotInPlaceError(ValueError):
     """What was written is complete and could not take its place; the message says where it is."""
 
 
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before the long work begins.
+
+    Raises:
+        ValueError: `path` is a directory, or its directory cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"output {path} is a directory; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"output {path}: {path.parent} is not writable; choose another directory")
+
+
 def allow_reading(file: int | Path, mode: int = 0o644) -> None:
     """Set a file's mode. Where the mount does not let us, it stays as the mount gives it."""
     with suppress(OSError):

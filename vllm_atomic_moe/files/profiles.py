@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
-from vllm_atomic_moe.files.plain_files import NAME
+from vllm_atomic_moe.files.plain_files import NAME, check_output
 from vllm_atomic_moe.files.router import RouterIdentity, differ_by_rounding
 from vllm_atomic_moe.files.tensors import (
     check_format,
@@ -79,12 +80,13 @@ class PruningProfile:
         return cls(DENSE, dict.fromkeys(model.layers, mask))
 
     @classmethod
-    def read(cls, path: Path) -> PruningProfile:
+    def read(cls, path: str | os.PathLike[str]) -> PruningProfile:
         """Read and validate the profile file at `path`; the masks are memory-mapped.
 
         Raises:
             ValueError: any fault that shows without the model.
         """
+        path = Path(path)
         with open_safetensors(path) as (metadata, file):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         name = _check_header(path, metadata)
@@ -121,6 +123,17 @@ class PruningProfile:
             "name": self.name,
         }
         write_safetensors(tensors, metadata, path)
+
+    def write_into(self, directory: Path) -> Path:
+        """Write the profile as NAME.safetensors into `directory`, which is made; the file.
+
+        Raises:
+            ValueError: as `write`, or the file cannot be written there.
+        """
+        path = directory / f"{self.name}.safetensors"
+        check_output(path)
+        self.write(path)
+        return path
 
     def digest(self) -> str:
         """SHA-256 (hex) over name and masks: the same for profiles that compute the same."""

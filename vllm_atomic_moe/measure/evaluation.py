@@ -1,7 +1,7 @@
 """Perplexity as served: vLLM's prompt log-probabilities, dense and through the loader.
 
 One engine after another in this process, each over the same windows of text. It needs
-`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (the command line sees to it).
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (`api.evaluate` sees to it).
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from vllm_atomic_moe.calibration.model import (
 )
 from vllm_atomic_moe.calibration.text import CalibrationText, draw_windows, parse_files
 from vllm_atomic_moe.engine import LOAD_FORMAT
-from vllm_atomic_moe.engine.options import dense_through_loader, profiles_to_measure
+from vllm_atomic_moe.engine.options import (
+    dense_through_loader,
+    profile_directory,
+    profiles_to_measure,
+)
 from vllm_atomic_moe.experts.encoding import dense_bytes
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.config import context_length, read_config
@@ -120,7 +124,8 @@ def evaluate(
 
     Args:
         model: a local directory or a Hugging Face id.
-        profiles: directory of profile files; None stands for MODEL/atomic_profiles.
+        profiles: directory of profile files, or a Hub repository of them; None stands for
+            MODEL/atomic_profiles.
         data: `FILE[:DOMAIN]` arguments.
         names: profiles to measure; all, if there are none.
         seq_len: tokens per window; None stands for the model's context, 2048 at most.
@@ -142,7 +147,7 @@ def evaluate(
         )
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
-    store = ProfileStore(Path(profiles or directory / "atomic_profiles"))
+    store = ProfileStore(profile_directory(profiles, directory, None))
     chosen = profiles_to_measure(store, checkpoint, names)
     length = _window_length(read_config(directory), seq_len)
     check_model_code(directory, trust_remote_code)

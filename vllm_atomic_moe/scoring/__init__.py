@@ -1,98 +1,64 @@
 """Scoring: statistics become scores, scores become masks.
 
-Pure functions, one method per file; this file lists the methods. A method has two halves:
-
-- `score_layer` takes one layer's sums, the layer's index and its own options, and returns that
-  layer's scores; higher = more important, +inf means "stays", NaN is refused.
-- `select` takes the scores of all layers and a ratio, and returns masks.
+Pure functions. `method.py` says what a method is, `methods/` has one a file, and `known_methods()`
+lists them together with those of installed packages.
 
 Legend: E experts, I full intermediate size, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from vllm_atomic_moe.files.registry import Registry, load_registry
 from vllm_atomic_moe.files.statistics import LayerSums
-from vllm_atomic_moe.scoring.budget import check_ratio, prune_atoms
-from vllm_atomic_moe.scoring.camera import score_camera
-from vllm_atomic_moe.scoring.heapr import score_heapr
-from vllm_atomic_moe.scoring.magnitude import score_magnitude
+from vllm_atomic_moe.files.tensors import shorten
+from vllm_atomic_moe.scoring.budget import check_ratio
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
-from vllm_atomic_moe.scoring.random import score_random
-from vllm_atomic_moe.scoring.reap import prune_reap, score_reap
+from vllm_atomic_moe.scoring.method import Method, Option
 from vllm_atomic_moe.scoring.router import RouterNeeds
-from vllm_atomic_moe.scoring.shape import prune_shape, score_shape
-from vllm_atomic_moe.scoring.tenp import prune_tenp, score_tenp
 
-UNSEEN = {"allow_unseen": False}
-ATOM_SELECTION = {"scope": "global", "align": 1, "min_width": 0}
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A way to prune.
-
-    Attributes:
-        score_layer: (sums of the layer, layer index, **options) -> LayerScores.
-        select: (LayerScores by layer, ratio, **selection) -> Masks; with `whole_experts`,
-            (LayerScores by layer, ratio, RouterNeeds, **selection) -> Masks.
-        options: options of `score_layer` with their defaults; a method that has `allow_unseen`
-            protects experts with few tokens unless it is set.
-        selection: options of `select` with their defaults.
-        whole_experts: it removes whole experts, and the router must be left what it needs.
-    """
-
-    score_layer: Callable[..., LayerScores]
-    select: Callable[..., Masks] = prune_atoms
-    options: Mapping[str, Any] = field(default_factory=dict)
-    selection: Mapping[str, Any] = field(default_factory=lambda: ATOM_SELECTION)
-    whole_experts: bool = False
-
-
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "heapr": Method(score_heapr, options={"weight_by_frequency": False, **UNSEEN}),
-        "tenp": Method(
-            score_tenp,
-            prune_tenp,
-            UNSEEN,
-            {"alpha": None, "trapezoid": "1:2", "align": 1},
-        ),
-        "shape": Method(score_shape, prune_shape, selection={}, whole_experts=True),
-        "random": Method(score_random, options={"seed": 0}),
-        "magnitude": Method(score_magnitude),
-        "camera": Method(score_camera, options=UNSEEN),
-        "reap": Method(score_reap, prune_reap, selection={"scope": "global"}, whole_experts=True),
-    }
+ENTRY_POINTS = "atomic_moe.methods"
+# What the command and the function call something else already.
+RESERVED = (
+    *("source", "statistics", "ratio", "output", "method", "name", "domain", "on_warning"),
+    *("as_json", "json", "help"),
 )
 # Scores from other tools rank atoms.
-FOREIGN = Method(score_layer=lambda *_: LayerScores(torch.empty(0)))
+FOREIGN = Method(lambda *_: LayerScores(torch.empty(0)), "atoms, by another tool")
+
+
+@functools.cache
+def known_methods() -> Registry[Method]:
+    """Every method by name: ours, and those that installed packages register."""
+    package = f"{__name__}.methods"
+    return load_registry("method", ENTRY_POINTS, package, "METHOD", Method, _check_options)
 
 
 def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the method's scores: its defaults, overridden by those given (None: not given).
 
+    Its options of masks may be among those given.
+
     Raises:
-        ValueError: no such method, or an option it does not have.
+        ValueError: no such method, an option it does not have, or a value of another type.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; wanted one of {', '.join(METHODS)}")
-    return _override(method, METHODS[method].options, given)
+    kind = known_methods().find(method)
+    return _override(method, kind.options, given, beside=kind.selection)
 
 
 def selection_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the method's masks, likewise; an unknown method's scores rank atoms.
 
     Raises:
-        ValueError: an option it does not have.
+        ValueError: an option it does not have, or a value of another type.
     """
-    return _override(method, METHODS.get(method, FOREIGN).selection, given)
+    kind = known_methods().entries.get(method, FOREIGN)
+    return _override(method, kind.selection, given, beside=kind.options)
 
 
 def score_layers(
@@ -104,7 +70,7 @@ def score_layers(
     (`LayerSums.few_tokens`) are +inf. Methods without that option do not score atoms by tokens.
 
     Args:
-        method: a key of METHODS.
+        method: a key of `known_methods().entries`.
         sums: layer index -> sums; not modified.
         options: what `method_options` returned.
 
@@ -112,9 +78,10 @@ def score_layers(
         ValueError: the method needs sums that are not there.
     """
     own = {name: value for name, value in options.items() if name != "allow_unseen"}
+    kind = known_methods().find(method)
     scores: dict[int, LayerScores] = {}
     for layer, of_layer in sums.items():
-        scores[layer] = METHODS[method].score_layer(of_layer, layer, **own)
+        scores[layer] = kind.score_layer(of_layer, layer, **own)
         if options.get("allow_unseen") is False:
             scores[layer] = scores[layer].protect(of_layer.few_tokens)
     return scores
@@ -146,18 +113,41 @@ def select_masks(
         if of_layer.has_nan():
             raise ValueError(f"layers.{layer}.score holds NaN; calibrate and score again")
     ordered = dict(sorted(scores.items()))
-    kind = METHODS.get(method, FOREIGN)
+    kind = known_methods().entries.get(method, FOREIGN)
     needs = (router,) if kind.whole_experts else ()
     return kind.select(ordered, ratio, *needs, **options)
 
 
-def _override(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    options = dict(defaults)
+def _override(
+    method: str, known: Mapping[str, Option], given: Mapping[str, Any], beside: Mapping[str, Option]
+) -> dict[str, Any]:
+    """The defaults of `known`, overridden; options of `beside` are left alone."""
+    options: dict[str, Any] = {name: option.default for name, option in known.items()}
     for name, value in given.items():
-        if value is None:
+        if value is None or name in beside:
             continue
-        if name not in options:
+        if name not in known:
             flag = name.replace("_", "-")
             raise ValueError(f"method {method!r} has no option --{flag}; leave it out")
+        if not known[name].takes(value):
+            raise ValueError(
+                f"method {method!r}: {name} is {shorten(value)}, "
+                f"wanted {getattr(known[name].kind, '__name__', '')}"
+            )
         options[name] = value
     return options
+
+
+def _check_options(method: Method, others: Mapping[str, Method]) -> None:
+    """Refuse options that cannot stand on one command line with those of the other methods."""
+    for name, option in {**method.options, **method.selection}.items():
+        if not name.isidentifier() or name in RESERVED:
+            raise ValueError(f"its option {name!r} cannot have that name")
+        if name in method.options and name in method.selection:
+            raise ValueError(f"its option {name!r} is one of scores and one of masks; rename one")
+        for other, there in others.items():
+            known = {**there.options, **there.selection}.get(name)
+            if known is not None and known.kind is not option.kind:
+                raise ValueError(
+                    f"its option {name!r} is of another type than that of {other}; rename it"
+                )

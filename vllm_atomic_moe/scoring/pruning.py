@@ -15,7 +15,7 @@ from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.files.tensors import model_shape, open_safetensors, shorten
 from vllm_atomic_moe.scoring import (
     FOREIGN,
-    METHODS,
+    known_methods,
     method_options,
     score_layers,
     select_masks,
@@ -28,7 +28,7 @@ from vllm_atomic_moe.scoring.score_file import Scores
 
 def score_statistics(
     statistics: Statistics,
-    method: str,
+    method: str | None,
     given: Mapping[str, Any],
     domains: Sequence[str] | None = None,
 ) -> Scores:
@@ -36,19 +36,25 @@ def score_statistics(
 
     Args:
         statistics: from calibration; not modified.
-        method: a key of `scoring.METHODS`.
-        given: method options by name; None means "not given".
+        method: a key of `scoring.known_methods().entries`.
+        given: the method's options by name, those of masks are left alone; None means "not given".
         domains: score by these domains only; by all, if None.
 
     Raises:
-        ValueError: the method or domain does not exist, the method lacks an option, or the
-            statistics lack sums that it needs.
+        ValueError: no method is given, the method or domain does not exist, the method lacks an
+            option, or the statistics lack sums that it needs.
     """
+    if method is None:
+        raise ValueError(
+            "statistics can be scored in several ways; "
+            f"give --method, one of {', '.join(known_methods().entries)}"
+        )
     options = method_options(method, given)
     if domains:
         statistics = statistics.select(domains)
     layers = score_layers(method, statistics.sums, options)
-    return Scores(method, options, statistics.model, statistics.calibration, layers)
+    package = known_methods().packages.get(method)
+    return Scores(method, options, statistics.model, statistics.calibration, layers, package)
 
 
 def load_scores(
@@ -62,7 +68,8 @@ def load_scores(
     Args:
         path: either kind of file.
         method: wanted for statistics; for scores None or the method they were made with.
-        given: method options by name, for statistics only; None means "not given".
+        given: the method's options by name, of scores for statistics only, those of masks are left
+            alone; None means "not given".
         domains: score by these domains only, for statistics only.
 
     Raises:
@@ -71,11 +78,6 @@ def load_scores(
     with open_safetensors(path) as (metadata, _):
         kind = metadata.get("format")
     if kind == STATISTICS_FORMAT:
-        if method is None:
-            raise ValueError(
-                f"{path}: statistics can be scored in several ways; "
-                f"give --method, one of {', '.join(METHODS)}"
-            )
         return score_statistics(Statistics.read(path), method, given, domains)
     if kind != SCORES_FORMAT:
         raise ValueError(
@@ -87,7 +89,9 @@ def load_scores(
         raise ValueError(
             f"{path}: holds {scores.method} scores, --method says {method}; leave it out"
         )
-    asked = {**given, "domain": domains or None}
+    own = known_methods().entries.get(scores.method, FOREIGN)
+    of_scores = {name: value for name, value in given.items() if name not in own.selection}
+    asked = {**of_scores, "domain": domains or None}
     chosen = [name for name, value in asked.items() if value is not None]
     if chosen:
         flag = chosen[0].replace("_", "-")
@@ -104,12 +108,18 @@ def make_profile(
         scores: not modified.
         ratio: fraction of atoms (of experts, for whole-expert methods) to remove, 0 <= ratio < 1.
         name: of the profile; METHOD-PERCENT if None, as in heapr-25.
-        given: selection options of the method by name; None means "not given".
+        given: the method's options by name, those of scores are left alone; None means "not
+            given".
 
     Raises:
         ValueError: the ratio is out of range, the method has no such option, the budget cannot be
-            met, or the name is not allowed.
+            met, the name is not allowed, or the method is of a package that is not installed.
     """
+    if scores.package and scores.method not in known_methods().entries:
+        raise ValueError(
+            f"the scores are of method {scores.method!r} of the package {scores.package}, which is "
+            "not installed here; install it"
+        )
     options = selection_options(scores.method, given)
     masks = select_masks(scores.method, scores.layers, ratio, _router_needs(scores), options)
     name = name or f"{scores.method}-{ratio * 100:g}"
@@ -136,7 +146,7 @@ def unknown_groups(scores: Scores, profile: PruningProfile) -> str | None:
 
 def _router_needs(scores: Scores) -> RouterNeeds:
     """What calibration noted of the router; methods that prune atoms do without."""
-    if not METHODS.get(scores.method, FOREIGN).whole_experts:
+    if not known_methods().entries.get(scores.method, FOREIGN).whole_experts:
         return RouterNeeds(1)
     top_k, told = (scores.calibration.get(key) for key in ("experts_per_token", "expert_groups"))
     if type(top_k) is not int or top_k < 1:

@@ -36,11 +36,12 @@ class Scores:
     """Scores of every atom.
 
     Attributes:
-        method: the method that made them, a key of `scoring.METHODS`.
+        method: the method that made them, a key of `scoring.known_methods().entries`.
         options: that method's options (JSON object `method_options` in the file).
         model: identity of the model, as in a profile.
         calibration: the statistics' description of their text.
         layers: MoE layer index -> scores, never NaN; all layers have `experts`, or none.
+        package: "PACKAGE VERSION" of a method that is not ours.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Scores:
     model: Mapping[str, Any]
     calibration: Mapping[str, Any]
     layers: Mapping[int, LayerScores]
+    package: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
@@ -81,7 +83,8 @@ class Scores:
             for layer, tensors in layers.items()
         }
         try:
-            return cls(metadata["method"], options, model, calibration, scores)
+            package = metadata.get("method_package")
+            return cls(metadata["method"], options, model, calibration, scores, package)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -101,8 +104,10 @@ class Scores:
     def metadata(self) -> dict[str, str]:
         """What a profile made from these scores inherits."""
         options = {"method_options": json.dumps(dict(self.options))} if self.options else {}
+        package = {"method_package": self.package} if self.package else {}
         return {
             "method": self.method,
+            **package,
             **options,
             "model": json.dumps(dict(self.model)),
             "calibration": json.dumps(dict(self.calibration)),

@@ -1,63 +1,40 @@
-"""Other tools' pruning files become profiles: one format a file.
+"""Other tools' pruning files become profiles: `formats/` has one format a file.
 
-This file is the list of formats and the frame around them: the name, the metadata, and the check
-that every profile passes before a server sees it. A reader turns a file into masks for one
-checkpoint and refuses what does not fit by its position in the file: a line, a key, an index.
+This file is the frame around them: the name, the metadata, and the check that every profile passes
+before a server sees it. A reader turns a file into masks for one checkpoint and refuses what does
+not fit by its position in the file: a line, a key, an index.
 
 Legend: E experts, I full intermediate size, K experts per token.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import MappingProxyType
 
 from vllm_atomic_moe import __version__
-from vllm_atomic_moe.convert.importing.heapr import read_heapr
-from vllm_atomic_moe.convert.importing.mask import read_mask
-from vllm_atomic_moe.convert.importing.pruned_experts import read_pruned_experts
-from vllm_atomic_moe.convert.importing.ranked import read_ranked
-from vllm_atomic_moe.convert.importing.shape import read_shape
+from vllm_atomic_moe.convert.importing.importer import Importer
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.plain_files import check_not_pointer
 from vllm_atomic_moe.files.profiles import DENSE, PruningProfile
+from vllm_atomic_moe.files.registry import Registry, load_registry
 from vllm_atomic_moe.files.tensors import shorten
 from vllm_atomic_moe.scoring.budget import check_ratio
-from vllm_atomic_moe.scoring.masks import Masks
 
+ENTRY_POINTS = "atomic_moe.importers"
 IMPORTED = "imported"
 NAME_LENGTH = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A format that can be imported.
-
-    Attributes:
-        read: (file, model) -> masks; with `needs_ratio`, (file, model, ratio) -> masks.
-        needs_ratio: the file ranks, and --ratio says how much of it goes; other formats carry
-            their own selection.
-    """
-
-    read: Callable[..., Masks]
-    needs_ratio: bool = False
-
-
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        "pruned-experts": Format(read_pruned_experts),
-        "shape": Format(read_shape),
-        "ranked": Format(read_ranked, needs_ratio=True),
-        "heapr": Format(read_heapr, needs_ratio=True),
-        "mask": Format(read_mask),
-    }
-)
+@functools.cache
+def known_importers() -> Registry[Importer]:
+    """Every format by name: ours, and those that installed packages register."""
+    return load_registry("format", ENTRY_POINTS, f"{__name__}.formats", "IMPORTER", Importer)
 
 
 def import_profile(
@@ -71,7 +48,7 @@ def import_profile(
     """Read another tool's file as a profile for `model`; nothing is written.
 
     Args:
-        format_name: a key of FORMATS.
+        format_name: a key of `known_importers().entries`.
         path: the file.
         model: the checkpoint the profile is for.
         ratio: fraction to remove, 0 <= ratio < 1, for formats that rank; None for the others.
@@ -84,9 +61,7 @@ def import_profile(
         ValueError: the format is not known, the ratio does not go with it, no name can be made, or
             the file is refused.
     """
-    if format_name not in FORMATS:
-        raise ValueError(f"format {format_name!r} is not known; wanted one of {', '.join(FORMATS)}")
-    kind = FORMATS[format_name]
+    kind = known_importers().find(format_name)
     _check_ratio(format_name, kind, ratio)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
@@ -94,12 +69,15 @@ def import_profile(
     name = name or _default_name(path, ratio)
     masks = kind.read(path, model, ratio) if kind.needs_ratio else kind.read(path, model)
     profile = PruningProfile(name, masks.keep, masks.routable)
+    source = {"format": format_name, "file": path.name, "sha256": _sha256(path)}
+    if package := known_importers().packages.get(format_name):
+        source["package"] = package
     metadata = {
         "method": IMPORTED,
         **masks.metadata,
         "kept": str(profile.kept),
         "model": json.dumps(model.identity()),
-        "source": json.dumps({"format": format_name, "file": path.name, "sha256": _sha256(path)}),
+        "source": json.dumps(source),
         "created_by": f"vllm-atomic-moe {__version__}",
     }
     if ratio is not None:
@@ -112,7 +90,7 @@ def import_profile(
     return profile, [*masks.warnings, *warnings]
 
 
-def _check_ratio(format_name: str, kind: Format, ratio: float | None) -> None:
+def _check_ratio(format_name: str, kind: Importer, ratio: float | None) -> None:
     if kind.needs_ratio and ratio is None:
         raise ValueError(
             f"format {format_name!r} ranks and does not say how much goes; "

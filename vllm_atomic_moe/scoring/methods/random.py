@@ -11,6 +11,7 @@ import torch
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
+from vllm_atomic_moe.scoring.method import Method, Option
 
 
 def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
@@ -24,3 +25,6 @@ def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
     return LayerScores(torch.rand(sums.h2.shape[1:], generator=generator))
+
+
+METHOD = Method(score_random, "atoms, at random", options={"seed": Option(0, "Seed.")})

@@ -13,6 +13,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+from vllm_atomic_moe.convert.importing.importer import Importer
 from vllm_atomic_moe.convert.importing.reading import (
     check_every_layer,
     expert_ids,
@@ -57,3 +58,10 @@ def read_ranked(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
             kept[layer] = ranking[:count]
     check_every_layer(kept, model, path)
     return keep_experts(kept, model, {})
+
+
+IMPORTER = Importer(
+    read_ranked,
+    "vllm-ascend's ordered expert lists, JSON lines",
+    needs_ratio="each layer's experts",
+)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_atomic_moe.convert.importing.importer import Importer
 from vllm_atomic_moe.convert.importing.reading import (
     check_expert,
     keep_experts,
@@ -73,3 +74,6 @@ def _routing_mode(data: dict[str, Any], path: Path) -> str:
             f"{path}: `routing_mode` is {seen}, version {version} wants {' or '.join(known)}"
         )
     return mode
+
+
+IMPORTER = Importer(read_pruned_experts, "vLLM's JSON profile (pull requests 37824 and 42613)")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vllm_atomic_moe.convert.importing.importer import Importer
 from vllm_atomic_moe.convert.importing.reading import check_every_layer, layer_keys
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.tensors import shorten
@@ -94,3 +95,6 @@ def _warnings(scores: dict[int, torch.Tensor]) -> tuple[str, ...]:
         for layer, score_EI in sorted(scores.items())
         if (unseen := (score_EI == UNSEEN).all(dim=1).nonzero().flatten().tolist())
     )
+
+
+IMPORTER = Importer(read_heapr, "HEAPr's scores, saved by torch", needs_ratio="all atoms")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_atomic_moe.convert.importing.importer import Importer
 from vllm_atomic_moe.convert.importing.reading import (
     check_every_layer,
     check_expert,
@@ -154,3 +155,6 @@ def _as_bool(tensor: torch.Tensor, where: str) -> torch.Tensor:
 def _describe(slot: Slot) -> str:
     layer, expert = slot
     return f"layer {layer}" if expert is None else f"layer {layer}, expert {expert}"
+
+
+IMPORTER = Importer(read_mask, "bool safetensors, True where something stays")

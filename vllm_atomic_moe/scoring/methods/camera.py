@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
+from vllm_atomic_moe.scoring.method import UNSEEN, Method
 
 
 def score_camera(sums: LayerSums, layer: int) -> LayerScores:
@@ -20,3 +21,6 @@ def score_camera(sums: LayerSums, layer: int) -> LayerScores:
     """
     rows_E1 = sums.count.sum(dim=0).clamp_min(1).unsqueeze(1)
     return LayerScores((sums.h2.sum(dim=0) / rows_E1 * sums.down_norm.square()).float())
+
+
+METHOD = Method(score_camera, "atoms, by the energy they put out", options=UNSEEN)

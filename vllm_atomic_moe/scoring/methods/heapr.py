@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
+from vllm_atomic_moe.scoring.method import UNSEEN, Method, Option
 
 
 def score_heapr(sums: LayerSums, layer: int, weight_by_frequency: bool) -> LayerScores:
@@ -39,3 +40,13 @@ def score_heapr(sums: LayerSums, layer: int, weight_by_frequency: bool) -> Layer
     if weight_by_frequency:
         score_EI = score_EI * (count_E1 / count_E1.sum())
     return LayerScores(score_EI.float())
+
+
+METHOD = Method(
+    score_heapr,
+    "atoms, by the loss increase of removing one",
+    options={
+        "weight_by_frequency": Option(False, "Weight scores by how often the expert is routed to."),
+        **UNSEEN,
+    },
+)

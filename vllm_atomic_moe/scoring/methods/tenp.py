@@ -16,6 +16,7 @@ import torch
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.budget import align_masks, check_align, top_atoms
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
+from vllm_atomic_moe.scoring.method import ALIGN, UNSEEN, Method, Option
 
 
 def score_tenp(sums: LayerSums, layer: int) -> LayerScores:
@@ -154,3 +155,22 @@ def _narrow_widths(
         flat[order] = base
         flat[order[:extra]] += 1
     return list(widths_LE)
+
+
+METHOD = Method(
+    score_tenp,
+    "important experts stay whole, the others are narrowed",
+    prune_tenp,
+    UNSEEN,
+    {
+        "alpha": Option(
+            None, "Fraction of experts that stay whole.", float, shown="(1 - ratio) / 2"
+        ),
+        "trapezoid": Option(
+            "1:2",
+            "Whole experts of the first and the last layer, in proportion.",
+            metavar="FIRST:LAST",
+        ),
+        "align": ALIGN,
+    },
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_atomic_moe.convert.importing.importer import Importer
 from vllm_atomic_moe.convert.importing.reading import (
     expert_ids,
     keep_experts,
@@ -68,3 +69,6 @@ def _method(notes: dict[str, Any]) -> str:
     if not isinstance(method, str) or not method.isidentifier():
         return "shape"
     return "shape" if method == SHAPLEY else method
+
+
+IMPORTER = Importer(read_shape, "SHAPE's JSON selection")

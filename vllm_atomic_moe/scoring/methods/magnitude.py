@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores
+from vllm_atomic_moe.scoring.method import Method
 
 
 def score_magnitude(sums: LayerSums, layer: int) -> LayerScores:
@@ -17,3 +18,6 @@ def score_magnitude(sums: LayerSums, layer: int) -> LayerScores:
         layer: not used; all layers are scored alike.
     """
     return LayerScores((sums.gate_norm * sums.up_norm * sums.down_norm).float())
+
+
+METHOD = Method(score_magnitude, "atoms, by the size of their weights")

@@ -11,6 +11,7 @@ import torch
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
+from vllm_atomic_moe.scoring.method import Method, Option
 from vllm_atomic_moe.scoring.router import RouterNeeds
 
 
@@ -73,3 +74,14 @@ def _remove(
     flat = torch.cat(list(experts.values())).masked_fill(fixed, torch.inf)
     keep[flat.argsort(stable=True)[:count]] = False
     return dict(zip(experts, keep.split(counts), strict=True))
+
+
+METHOD = Method(
+    score_reap,
+    "whole experts, by the weighted norm of what they put out",
+    prune_reap,
+    selection={
+        "scope": Option("global", "global: all layers compete; layer: each loses as many experts.")
+    },
+    whole_experts=True,
+)

@@ -16,6 +16,7 @@ import torch
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
+from vllm_atomic_moe.scoring.method import Method
 from vllm_atomic_moe.scoring.router import RouterNeeds
 
 
@@ -112,3 +113,12 @@ def _rest_frequencies(sets_SK: torch.Tensor, v_S: torch.Tensor, experts: int) ->
     total = torch.zeros(int(position.max()) + 1, dtype=torch.float64)
     total.index_add_(0, position, v_S.repeat_interleave(top_k))
     return total[position].view(num_sets, top_k)
+
+
+METHOD = Method(
+    score_shape,
+    "whole experts, by how they cooperate",
+    prune_shape,
+    selection={},
+    whole_experts=True,
+)

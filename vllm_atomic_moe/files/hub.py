@@ -1,0 +1,100 @@
+"""Repositories of the Hugging Face Hub: from its cache, or fetched; every failure is one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_atomic_moe.files.plain_files import one_line
+
+# As the Hub's own paths are written. A segment of dots alone would leave the snapshot.
+_SEGMENT = r"(?!\.+(?:/|$))[\w.-]+"
+REPOSITORY = re.compile(
+    rf"(?P<name>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>refs/pr/\d+|[^/@\s]+))?"
+    rf"(?:/(?P<folder>{_SEGMENT}(?:/{_SEGMENT})*))?",
+    re.ASCII,
+)
+
+
+def fetch(
+    what: str,
+    repository: str,
+    revision: str | None,
+    cache_dir: str | None,
+    allow: Sequence[str],
+    ignore: Sequence[str],
+) -> Path:
+    """The snapshot of a repository.
+
+    Args:
+        what: what it is for, in messages: "model 'org/name'".
+        repository: its id.
+        revision: branch, tag or commit; None stands for `main`.
+        cache_dir: where snapshots are kept; None stands for the default cache.
+        allow: patterns of files to fetch.
+        ignore: patterns of those among them to leave out.
+
+    Raises:
+        ValueError: neither the hub nor its cache has it, or the hub cannot be asked (a proxy of the
+            environment that httpx does not take, say).
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=[*allow],
+                ignore_patterns=[*ignore],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"{what} is neither a directory nor on the Hugging Face Hub "
+            f"({type(error).__name__}); check the path or the id"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be fetched from the Hugging Face Hub ({one_line(error)}); "
+            "make room, or check the path"
+        ) from error
+    except Exception as error:  # httpx: ImportError of a SOCKS library, InvalidURL, ValueError.
+        raise ValueError(
+            f"{what} is not a directory, and the Hugging Face Hub cannot be asked "
+            f"({type(error).__name__}: {one_line(error)}); check the path, or HTTP_PROXY, "
+            "ALL_PROXY and NO_PROXY"
+        ) from error
+
+
+def resolve_profiles(profiles: str, cache_dir: str | None = None) -> Path:
+    """The directory of profiles: itself if it is one, else a folder of a Hub repository.
+
+    `org/name`, `org/name@revision`, `org/name/folder` and `org/name@revision/folder` are such. Only
+    that folder's profile files and the repository's card are fetched. What is neither a directory
+    nor written like this is returned as it is.
+
+    Args:
+        profiles: path or repository.
+        cache_dir: where snapshots are kept; None stands for the default cache.
+
+    Raises:
+        ValueError: as `fetch`, or the repository has no such folder with profile files.
+    """
+    match = None if Path(profiles).exists() else REPOSITORY.fullmatch(profiles)
+    if match is None:
+        return Path(profiles)
+    prefix = f"{match['folder']}/" if match["folder"] else ""
+    what = f"profiles {profiles!r}: {match['name']!r}"
+    allow, ignore = [f"{prefix}*.safetensors", f"{prefix}README.md"], [f"{prefix}*/*"]
+    snapshot = fetch(what, match["name"], match["revision"], cache_dir, allow, ignore)
+    directory = snapshot / prefix
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{what} holds no *.safetensors profile in {prefix or 'its first level'}; name the "
+            "folder that has them, as in org/name/folder"
+        )
+    return directory
