@@ -25,7 +25,9 @@ def prune(
     ],
     ratio: Annotated[
         float,
-        typer.Option(help="Fraction of atoms (shape, reap: of experts) to remove, 0 <= ratio < 1."),
+        typer.Option(
+            help="Fraction of atoms to remove (of experts, if they go whole), 0 <= ratio < 1."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of profiles.")
@@ -43,14 +45,17 @@ def prune(
     scope: Annotated[
         str | None,
         typer.Option(
-            help="global: all layers compete; layer or expert: each loses the same (atoms; reap: "
-            "global or layer).",
+            help="global: all layers compete; layer or expert: each loses the same. Whole experts: "
+            "global, layer, or group (each group of the router loses the same).",
             show_default="global",
         ),
     ] = None,
     align: Annotated[
         int | None,
-        typer.Option(help="Make every width a multiple of this (atoms).", show_default="1"),
+        typer.Option(
+            help="Make every width a multiple of this (atoms; with --scope expert the nearest).",
+            show_default="1",
+        ),
     ] = None,
     min_width: Annotated[
         int | None,

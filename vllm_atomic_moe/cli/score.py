@@ -9,7 +9,7 @@ import typer
 
 from vllm_atomic_moe.cli.console import check_output
 
-METHODS_HELP = "heapr, tenp, shape, random, magnitude, camera or reap."
+METHODS_HELP = "heapr, tenp, shape, random, magnitude, camera, reap, frequency or random-experts."
 # Options that `score` and `prune` share.
 Domains = Annotated[
     list[str] | None,
@@ -34,7 +34,7 @@ WeightByFrequency = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed (random).", show_default="0")]
+Seed = Annotated[int | None, typer.Option(help="Seed (random, random-experts).", show_default="0")]
 
 
 def score(

@@ -21,17 +21,20 @@ import torch
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.budget import check_ratio, prune_atoms
 from vllm_atomic_moe.scoring.camera import score_camera
+from vllm_atomic_moe.scoring.frequency import score_frequency
 from vllm_atomic_moe.scoring.heapr import score_heapr
 from vllm_atomic_moe.scoring.magnitude import score_magnitude
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
-from vllm_atomic_moe.scoring.random import score_random
-from vllm_atomic_moe.scoring.reap import prune_reap, score_reap
+from vllm_atomic_moe.scoring.random import score_random, score_random_experts
+from vllm_atomic_moe.scoring.reap import score_reap
 from vllm_atomic_moe.scoring.router import RouterNeeds
 from vllm_atomic_moe.scoring.shape import prune_shape, score_shape
 from vllm_atomic_moe.scoring.tenp import prune_tenp, score_tenp
+from vllm_atomic_moe.scoring.whole import prune_experts
 
 UNSEEN = {"allow_unseen": False}
 ATOM_SELECTION = {"scope": "global", "align": 1, "min_width": 0}
+EXPERT_SELECTION = {"scope": "global"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             UNSEEN,
             {"alpha": None, "trapezoid": "1:2", "align": 1},
         ),
-        "shape": Method(score_shape, prune_shape, selection={}, whole_experts=True),
+        "shape": Method(score_shape, prune_shape, selection=EXPERT_SELECTION, whole_experts=True),
         "random": Method(score_random, options={"seed": 0}),
         "magnitude": Method(score_magnitude),
         "camera": Method(score_camera, options=UNSEEN),
-        "reap": Method(score_reap, prune_reap, selection={"scope": "global"}, whole_experts=True),
+        "reap": Method(score_reap, prune_experts, selection=EXPERT_SELECTION, whole_experts=True),
+        "frequency": Method(
+            score_frequency, prune_experts, selection=EXPERT_SELECTION, whole_experts=True
+        ),
+        "random-experts": Method(
+            score_random_experts, prune_experts, {"seed": 0}, EXPERT_SELECTION, whole_experts=True
+        ),
     }
 )
 # Scores from other tools rank atoms.

@@ -1,4 +1,4 @@
-"""Random scores: the baseline every method has to beat.
+"""Random scores of atoms and of experts: the baselines every method has to beat.
 
 Legend: E experts, I full intermediate size.
 """
@@ -21,6 +21,21 @@ def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
         layer: layer index.
         seed: any integer.
     """
+    return LayerScores(torch.rand(sums.h2.shape[1:], generator=_generator(seed, layer)))
+
+
+def score_random_experts(sums: LayerSums, layer: int, seed: int) -> LayerScores:
+    """Uniform scores in [0, 1) of whole experts, likewise.
+
+    Args:
+        sums: only the shape of `h2` [D, E, I] is used.
+        layer: layer index.
+        seed: any integer.
+    """
+    experts, size = sums.h2.shape[1:]
+    return LayerScores.whole(torch.rand(experts, generator=_generator(seed, layer)), size)
+
+
+def _generator(seed: int, layer: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return LayerScores(torch.rand(sums.h2.shape[1:], generator=generator))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
