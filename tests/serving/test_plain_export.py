@@ -5,19 +5,15 @@ Legend: E = 8 experts, I = 64 intermediate size, as in `tests/architectures.py`.
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 
 from tests.architectures import ALONE, ARCHITECTURES, LAYER, TRANSFORMERS
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, uniform_profile
 from tests.prediction_heads import make_glm4_moe_with_head
 from tests.serving.conftest import PROMPTS, engine, logprobs_of, transformers_logprobs
 from tests.serving.test_speculation import HEAD_PROPOSES, accepted, answers, served
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
-from vllm_atomic_moe.files.profiles import PruningProfile
 
 TOLERANCE = 1e-4
 # Architectures of which config.json can say another width of routed experts.
@@ -29,28 +25,6 @@ NARROW = (
 # What `make test` takes: a shared expert and a routed width of its own; groups with a correction
 # bias; biases and interleaved rows.
 QUICK = {("qwen2_moe", "narrow"), ("glm4_moe", "fewer"), ("gpt_oss", "narrow")}
-
-
-def uniform_profile(info, experts, width, seed=1) -> PruningProfile:
-    """Random masks: as many experts of every layer and group, as many atoms of every expert."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = info.groups.number if info.groups else 1
-    keep, routable = {}, {}
-    for layer in info.layers:
-        stays = torch.rand(groups, info.num_experts // groups, generator=generator)
-        mask = torch.zeros_like(stays, dtype=torch.bool)
-        mask.scatter_(1, stays.argsort(dim=1)[:, : experts // groups], True)
-        order = torch.rand(info.num_experts, info.intermediate_size, generator=generator)
-        atoms = torch.zeros_like(order, dtype=torch.bool)
-        atoms.scatter_(1, order.argsort(dim=1)[:, :width], True)
-        routable[layer] = mask.flatten()
-        keep[layer] = atoms & mask.flatten()[:, None]
-    return PruningProfile(
-        "uniform",
-        keep,
-        routable if experts < info.num_experts else {},
-        {"model": json.dumps(info.identity())},
-    )
 
 
 SHAPES = {"fewer": (6, 64), "narrow": (8, 32), "both": (6, 32)}
