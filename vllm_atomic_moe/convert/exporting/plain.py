@@ -205,7 +205,9 @@ def _blocks(
             layer = layers[block]
             routable_E, keep_EI = profile.routable_experts(layer), profile.keep[layer]
         elif block in heads:
-            routable_E = _largest(_row_norms(source, info, of_router), experts, info.groups)
+            routable_E = torch.ones(info.num_experts, dtype=torch.bool)
+            if experts < info.num_experts:
+                routable_E = _largest(_row_norms(source, info, of_router), experts, info.groups)
             keep_EI = _largest_atoms(source, info, of_block, width)
         else:
             raise ValueError(f"{block}: experts outside of the decoder; they are not exported")
@@ -331,6 +333,8 @@ def _narrow(
 def _router(source: Shards, info: CheckpointInfo, name: str, block: Block) -> StreamedTensor:
     """A router's tensor with the rows, or the biases, of the experts that stay."""
     shape = source.shape(name)
+    if len(block.experts) == info.num_experts:
+        return copied(source, name)
     if source.dtype(name) not in PLAIN_DTYPES:
         raise ValueError(f"{name} is {source.dtype(name)}; routers of plain floats are exported")
     if info.num_experts not in shape:
