@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.architectures import ALONE, ARCHITECTURES, LAYER, TRANSFORMERS
+from tests.architectures import ALONE, ARCHITECTURES, LAYER, NARROW, TRANSFORMERS
 from tests.checkpoints import make_checkpoint, uniform_profile
 from tests.prediction_heads import make_glm4_moe_with_head
 from tests.serving.conftest import PROMPTS, engine, logprobs_of, transformers_logprobs
@@ -16,12 +16,6 @@ from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
 TOLERANCE = 1e-4
-# Architectures of which config.json can say another width of routed experts.
-NARROW = (
-    *("qwen3_moe", "qwen2_moe", "qwen3_next", "mixtral", "olmoe", "gpt_oss", "gemma4"),
-    *("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "lfm2_moe"),
-    *("minimax_m2", "ernie4_5_moe", "mimo_v2_flash", "phimoe"),
-)
 # What `make test` takes: a shared expert and a routed width of its own; groups with a correction
 # bias; biases and interleaved rows.
 QUICK = {("qwen2_moe", "narrow"), ("glm4_moe", "fewer"), ("gpt_oss", "narrow")}

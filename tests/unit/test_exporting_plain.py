@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.architectures import PER_EXPERT
-from tests.checkpoints import make_checkpoint, uniform_profile, write_profile
+from tests.architectures import ARCHITECTURES, NARROW, PER_EXPERT
+from tests.checkpoints import make_checkpoint, uniform_profile, write_profile, zero_pruned
 from tests.prediction_heads import make_glm4_moe_with_head
 from tests.quantized import in_bfloat16, quantize_checkpoint, quantize_gpt_oss
+from tests.serving.conftest import transformers_logprobs
 from tests.unit.test_exporting import change, contents
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.cli import app
@@ -103,6 +104,26 @@ def test_experts_and_routers_are_cut_and_all_else_is_copied(tmp_path, architectu
     assert set(changed.values()) == {4, width} - {64}
     found = describe_checkpoint(tmp_path / "out")
     assert (found.num_experts, found.intermediate_size) == (4, width)
+
+
+@pytest.mark.parametrize("architecture", NARROW)
+def test_transformers_computes_what_it_does_with_pruned_atoms_zeroed(tmp_path, architecture):
+    model = tmp_path / "model"
+    profile = uniform_profile(make_checkpoint(architecture, model), 8, 32)
+    zero_pruned(model, tmp_path / "zeroed", profile)
+    plain(model, tmp_path / "out", profile)
+    wanted = transformers_logprobs(tmp_path / "zeroed")
+    assert (transformers_logprobs(tmp_path / "out") - wanted).abs().max() < 1e-4
+    assert (transformers_logprobs(model) - wanted).abs().max() > 0.01, "the test is blind"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_loses_experts(tmp_path, architecture):
+    """And transformers, where it has the class, takes every tensor of what is left."""
+    model, it = tmp_path / "model", ARCHITECTURES[architecture]
+    plain(model, tmp_path / "out", uniform_profile(make_checkpoint(architecture, model), 6, 64))
+    if it.tensors is None:
+        assert transformers_logprobs(tmp_path / "out").isfinite().all()
 
 
 def test_transposed_tensors_stay_transposed(tmp_path):
