@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized clean
+.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized quality clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -101,6 +101,12 @@ demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %
 	for method in $(METHODS); do for ratio in 0.2 0.4; do $(BIN)/atomic-moe prune $(STATISTICS) \
 	  --method $$method --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done; done
 	$(BIN)/atomic-moe prune $(STATISTICS) --method heapr --ratio 0.6 -o $(DEMO)/model/atomic_profiles
+
+HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
+
+quality: $(STATISTICS) ## held-out perplexity of the demo by every method (build/demo/quality)
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe quality $(DEMO)/model $(STATISTICS) \
+	  $(HELDOUT_TEXT) -o build/demo/quality
 
 demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (deploy/demo/quality.md)
 	rm -rf build/demo/report

@@ -464,3 +464,9 @@ PER_EXPERT = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "glm4_moe")
 # Those that `make test` takes: groups, correction bias and a shared expert; biases; an activation
 # and a block of its own; router weights on the input.
 QUICK = ("glm4_moe", "gpt_oss", "gemma4", "llama4")
+# Those of which config.json names the routed width apart from other widths.
+NARROW = (
+    *("qwen3_moe", "qwen2_moe", "qwen3_next", "mixtral", "olmoe", "gpt_oss", "gemma4"),
+    *("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "lfm2_moe"),
+    *("minimax_m2", "mimo_v2_flash", "phimoe", "laguna", "nemotron_h"),
+)

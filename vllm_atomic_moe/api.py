@@ -173,6 +173,7 @@ def export(
     profile: File,
     output: File,
     *,
+    plain: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_warning: Callable[[str], None] = _warn,
 ) -> ExportResult:
@@ -182,6 +183,7 @@ def export(
         model: local directory or Hugging Face id.
         profile: profile file.
         output: directory to make; an export of the same model and profile is replaced.
+        plain: an ordinary checkpoint, for engines that know no profiles.
         on_progress: called with (bytes written, bytes in all).
         on_warning: called with one line.
 
@@ -190,7 +192,7 @@ def export(
         OSError: a file cannot be read or written.
     """
     result = exporting.export(
-        os.fspath(model), Path(profile), Path(output), on_progress=on_progress
+        os.fspath(model), Path(profile), Path(output), plain=plain, on_progress=on_progress
     )
     for line in result.warnings:
         on_warning(line)

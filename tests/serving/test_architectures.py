@@ -10,7 +10,6 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.architectures import (
     ALONE,
@@ -23,11 +22,11 @@ from tests.architectures import (
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
 from tests.mistral_names import make_mistral_checkpoint
 from tests.serving.conftest import (
-    PROMPTS,
     engine,
     logprobs_of,
     mixed_logprobs,
     prompt_logprobs,
+    transformers_logprobs,
 )
 from vllm_atomic_moe.convert.exporting.export import export
 
@@ -121,12 +120,3 @@ def test_what_stock_vllm_does_not_run_on_a_cpu(tmp_path, architecture):
     with pytest.raises(Exception) as failure:  # noqa: PT011
         logprobs_of(tmp_path)
     assert re.search(ARCHITECTURES[architecture].no_cpu, repr(failure.value))
-
-
-@torch.inference_mode()
-def transformers_logprobs(directory) -> torch.Tensor:
-    """Prompt log-probabilities of the checkpoint under transformers, no vLLM involved."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokens = torch.tensor(PROMPTS)
-    logprobs = model(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
-    return logprobs.gather(-1, tokens[:, 1:, None]).flatten()
