@@ -52,7 +52,8 @@ def test_everybody_reads_the_same_model(tmp_path, monkeypatch, architecture, sha
     assert (found.num_experts, found.intermediate_size) == SHAPES[shape]
     if it.tested != TRANSFORMERS:
         assert (logprobs_of(output, **alone) - wanted).abs().max() < TOLERANCE
-    if it.tensors is None:
+    # Of latent attention vLLM and transformers differ by themselves: see the unit tests.
+    if it.tensors is None and it.tested != ALONE:
         assert (transformers_logprobs(output) - wanted).abs().max() < TOLERANCE
         assert (transformers_logprobs(model) - wanted).abs().max() > 0.01, "the test is blind"
 

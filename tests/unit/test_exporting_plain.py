@@ -16,7 +16,7 @@ from tests.architectures import ARCHITECTURES, NARROW, PER_EXPERT
 from tests.checkpoints import make_checkpoint, uniform_profile, write_profile, zero_pruned
 from tests.prediction_heads import make_glm4_moe_with_head
 from tests.quantized import in_bfloat16, quantize_checkpoint, quantize_gpt_oss
-from tests.serving.conftest import transformers_logprobs
+from tests.serving.conftest import masked_transformers_logprobs, transformers_logprobs
 from tests.unit.test_exporting import change, contents
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.cli import app
@@ -113,6 +113,22 @@ def test_transformers_computes_what_it_does_with_pruned_atoms_zeroed(tmp_path, a
     zero_pruned(model, tmp_path / "zeroed", profile)
     plain(model, tmp_path / "out", profile)
     wanted = transformers_logprobs(tmp_path / "zeroed")
+    assert (transformers_logprobs(tmp_path / "out") - wanted).abs().max() < 1e-4
+    assert (transformers_logprobs(model) - wanted).abs().max() > 0.01, "the test is blind"
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("qwen2_moe", "olmoe", "mixtral", "glm4_moe", "exaone_moe"),
+        *("deepseek_v3", "glm4_moe_lite", "axk1"),
+    ],
+)
+def test_transformers_computes_what_it_does_with_masked_routers(tmp_path, architecture):
+    model = tmp_path / "model"
+    profile = uniform_profile(make_checkpoint(architecture, model), 6, 64)
+    plain(model, tmp_path / "out", profile)
+    wanted = masked_transformers_logprobs(model, profile)
     assert (transformers_logprobs(tmp_path / "out") - wanted).abs().max() < 1e-4
     assert (transformers_logprobs(model) - wanted).abs().max() > 0.01, "the test is blind"
 
