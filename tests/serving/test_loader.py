@@ -582,9 +582,11 @@ def test_profiles_of_a_hub_repository(model, tmp_path, caplog):
     file = model / "atomic_profiles/narrow.safetensors"
     snapshot = lay_out(tmp_path, "org/profiles", "v1", {"folder/narrow.safetensors": file})
     extra = {"profiles": "org/profiles@v1/folder"}
-    loaded = load(model, extra, download_dir=str(tmp_path))
-    profiles = getattr(loaded, ATTRIBUTE)
-    assert profiles._directory == snapshot / "folder"
+    options = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
+    with engine(model, **options, download_dir=str(tmp_path)) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        profiles = getattr(worker.model_runner.model, ATTRIBUTE)
+        assert profiles._directory == snapshot / "folder"
     with pytest.raises(
         ValueError, match="'org/profiles' is neither a directory nor on the Hugging"
     ):
