@@ -187,7 +187,7 @@ def test_fused_experts_that_are_half_there(fused, layout, part):
     ],
 )
 def test_fused_experts_of_several_numbers_or_widths(fused, layout, part, shape):
-    with pytest.raises(ValueError, match=r"layer 1: .* down is .*, which are not of the same"):
+    with pytest.raises(ValueError, match=r"layer 1: .* down is .*, the shapes disagree"):
         describe_checkpoint(fused(layout, **{part: shape}))
 
 

@@ -90,6 +90,7 @@ def test_describes_quantized_checkpoints_as_their_originals(original, tmp_path, 
 
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj"
+FIRST_UP = "model.layers.1.mlp.experts.0.up_proj.g_idx"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,22 @@ DOWN = "model.layers.1.mlp.experts.3.down_proj"
             ),
             r"quantized in a way that is not known: .*weight_packed I8",
         ),
+        (
+            "fp8-channel",
+            lambda tensors: [
+                tensors.update({name.removesuffix("_scale"): torch.zeros(H, FULL)})
+                for name in list(tensors)
+                if name.endswith("down_proj.weight_scale") and tensors.pop(name) is not None
+            ],
+            r"layer 0: (gate|up) of its experts has weight_scale, down_proj is plain",
+        ),
+        (
+            "gptq",
+            lambda tensors: tensors.update({FIRST_UP: tensors[FIRST_UP].flip(0).contiguous()}),
+            r"not served by this version: activation order in up_proj \(model.layers.1",
+        ),
     ],
-    ids=["no scale", "no scale of up", "shape", "size", "dtype"],
+    ids=["no scale", "no scale of up", "shape", "size", "dtype", "plain down", "order"],
 )
 def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change, words):
     quantize_checkpoint(original, tmp_path / "model", name)
@@ -142,7 +157,7 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
     ("name", "settings", "words"),
     [
         ("int4", None, "config.json has no quantization_config"),
-        ("int4", {"quant_method": "awq"}, "quantized as int4, config.json says awq"),
+        ("int4", {"quant_method": "awq"}, "quantized as int4 .*, config.json says awq"),
         ("gptq", {"quant_method": "gptq", "sym": False}, "GPTQ with sym False"),
         (
             "awq",
@@ -159,6 +174,15 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
         ),
         ("fp8-block", {**SETTINGS["fp8-block"], "weight_block_size": [64, 64]}, "wanted .* 64x64"),
         ("fp8-block", {**SETTINGS["fp8-block"], "weight_block_size": 128}, "blocks of 128, wanted"),
+        ("fp8-channel", SETTINGS["fp8-block"], "a scale per block, the files hold one per channel"),
+        ("fp8-tensor", SETTINGS["fp8-block"], "a scale per block, the files hold one per tensor"),
+        ("fp8-block", SETTINGS["fp8-channel"], "per channel, the files hold one per block"),
+        (
+            "fp8-channel",
+            {"quant_method": "fbgemm_fp8"},
+            "the quantization method fbgemm_fp8",
+        ),
+        ("awq", {"quant_method": "awq", "q_group_size": 64}, "of 64 inputs, .* scales of 32"),
         ("fp8-block", ["fp8"], "config.json has no quantization_config"),
     ],
 )

@@ -205,12 +205,12 @@ def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, An
     if not quantization_settings(directory, read_config(directory)):
         yield AutoModelForCausalLM, {}
         return
-    settings, config, empty = empty_model(directory, trusted)
+    settings, _, empty = empty_model(directory, trusted)
     failures: list[ValueError] = []
     with Shards(directory) as shards:
         weights = stored_weights(shards, settings, shards.where, failures.append)
         try:
-            yield type(empty), {"config": config, "state_dict": weights}
+            yield type(empty), {"config": empty.config, "state_dict": weights}
         except ValueError as error:
             raise (failures[0] if failures else error) from None
 

@@ -117,9 +117,9 @@ def bench(
     """Measure pruned beside dense, in one run: layers, or with MODEL whole servers.
 
     Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
-    full width), 1 for a kernel as fast as the atoms that are left; then fp8, int4 and mxfp4 rows
-    beside plain ones of the same atoms. Options: --shape, --tokens,
-    --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
+    full width), 1 for a kernel as fast as the atoms that are left; then other rows (fp8, int4,
+    mxfp4) and activations beside plain rows and SiLU of the same atoms. Options: --shape,
+    --tokens, --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
     load generator; throughput and latency, whole load from a warm page cache, memory, and changes
@@ -208,11 +208,12 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
         options["dtype"] = getattr(torch, options["dtype"])
     plan = LayerPlan(seed=seed, **options)
     report = measure_layers(plan, status_lines())
-    variants = measure_variants(plan)
+    if not as_json:
+        _print(report)
+    variants = measure_variants(plan, status_lines())
     if as_json:
         print_json({**dataclasses.asdict(report), "variants": [*map(dataclasses.asdict, variants)]})
     else:
-        _print(report)
         _print_variants(variants)
     if plot is not None:
         from vllm_atomic_moe.measure.plots import LayerPoint, plot_layers

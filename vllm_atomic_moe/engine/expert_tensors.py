@@ -8,7 +8,7 @@ of layouts knows the tensors' names, so that they are taken out of the stream on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ import torch
 
 from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
 from vllm_atomic_moe.experts.formats import Projection
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
-from vllm_atomic_moe.files.quantization import IGNORED, Scheme
+from vllm_atomic_moe.files.quantization import IGNORED
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -25,28 +26,33 @@ if TYPE_CHECKING:
 
 @contextmanager
 def experts_taken_by(
-    layers: Sequence[AtomicRoutedExperts], model: Any, schemes: Mapping[int, Scheme]
+    layers: Sequence[AtomicRoutedExperts], model: Any, checkpoint: CheckpointInfo
 ) -> Iterator[None]:
     """While open, `model.load_weights` gives such experts to `layers`, the rest to the model.
 
-    Experts of layers that another pipeline rank holds are left out.
+    Experts of layers that another pipeline rank holds are left out; those of prediction heads,
+    which lie in other blocks, stay the model's.
 
     Args:
         layers: this rank's packed layers.
         model: the model under construction.
-        schemes: layer index -> how its experts are quantized.
+        checkpoint: whose tensors they are.
     """
     by_index = {layer.index: layer for layer in layers}
     special = any(layer.special for layer in layers)
-    taken = {index for index, scheme in schemes.items() if special or scheme.kind != "plain"}
-    if not taken:
+    blocks = {
+        index: checkpoint.blocks[index]
+        for index, scheme in checkpoint.schemes.items()
+        if special or scheme.kind != "plain"
+    }
+    if not blocks:
         yield
         return
 
     def others(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             found = quantized_tensor(name)
-            if found is None or found.layer not in taken:
+            if found is None or found.block != blocks.get(found.layer):
                 yield name, tensor
             elif found.layer in by_index and found.quantity not in IGNORED:
                 layer = by_index[found.layer]

@@ -159,7 +159,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         mask_routers(model, layers, plan.resident)
         stored = plan.resident.model.stored
         if stored is None:
-            with experts_taken_by(layers, model, plan.resident.model.schemes):
+            with experts_taken_by(layers, model, plan.resident.model):
                 self.inner.load_weights(model, model_config)
         else:
             folder = weights_directory(plan.directory)

@@ -20,6 +20,7 @@ import torch
 from vllm_atomic_moe.files.agreement import (
     LayerFacts,
     by_expert,
+    check_activation_order,
     check_choice,
     check_dense_layers,
     check_depth,
@@ -31,6 +32,7 @@ from vllm_atomic_moe.files.agreement import (
     router_groups,
 )
 from vllm_atomic_moe.files.config import (
+    MISTRAL,
     check_encodings,
     experts_per_token,
     quantization_settings,
@@ -143,8 +145,11 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
     """
     if Path(model).is_dir():
         return Path(model)
-    ignore = ("original/*", "consolidated*")
-    return fetch(f"model {model!r}", model, revision, cache_dir, HUB_PATTERNS, ignore)
+    wanted = f"model {model!r}", model, revision, cache_dir, HUB_PATTERNS
+    directory = fetch(*wanted, ("original/*", "consolidated*"))
+    if (directory / MISTRAL).is_file() and not safetensors_files(directory):
+        directory = fetch(*wanted, ("original/*",))
+    return directory
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -209,6 +214,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     num_experts = count_experts(directory, config, layers)
     for scheme in {layer.scheme for layer in layers.values()}:
         check_told(directory, config, scheme)
+    check_activation_order(where, layers)
     size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)
     blocks = {index: layer.block for index, layer in sorted(layers.items())}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -74,11 +75,21 @@ class VariantCell:
     rounds: int
 
 
-def measure_variants(plan: LayerPlan) -> list[VariantCell]:
-    """Measure every format and activation at every shape, pruned fraction and T."""
+def measure_variants(
+    plan: LayerPlan, on_progress: Callable[[int, int, str], None] | None = None
+) -> list[VariantCell]:
+    """Measure every format and activation at every shape, pruned fraction and T.
+
+    Args:
+        plan: what to measure.
+        on_progress: called with (layers done, layers in all, what comes next).
+    """
     backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
     cells: list[VariantCell] = []
-    for shape, pruned in itertools.product(plan.shapes, plan.pruned):
+    combinations = [*itertools.product(plan.shapes, plan.pruned)]
+    for done, (shape, pruned) in enumerate(combinations):
+        if on_progress:
+            on_progress(done, len(combinations), f"variants of {shape.name}, {pruned:.0%} pruned")
         generator = torch.Generator().manual_seed(plan.seed)
         layout = build_layout({PROFILE: draw_mask(shape, pruned, "spread", generator)})
         layers = {
@@ -90,6 +101,8 @@ def measure_variants(plan: LayerPlan) -> list[VariantCell]:
             layers[name].activation = activation
         for tokens in plan.tokens:
             cells.extend(_measure(plan, shape, pruned, layers, backend, tokens, generator))
+    if on_progress:
+        on_progress(len(combinations), len(combinations), "")
     return cells
 
 
