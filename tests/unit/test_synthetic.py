@@ -75,7 +75,7 @@ def test_calibration_is_measured_in_every_way(directory):
     assert (streamed.weight_bytes, ours.reading_s) == (0, 0)
     assert streamed.reading_s > 0
     assert ours.weight_bytes == weight_bytes(directory, torch.float32)
-    assert all(row.seconds.median > 0 and row.peak_bytes >= 0 for row in report.ways)
+    assert all(row.seconds.median > 0 for row in report.ways)
 
 
 def test_windows_longer_than_the_context_are_refused(directory):

@@ -139,7 +139,8 @@ class LayerReader:
         model.requires_grad_(False)
         there = [it for it in chain(model.parameters(), model.buffers()) if not it.is_meta]
         for tensor in there:
-            tensor.data = tensor.data.to(self.device)
+            # A copy: what is part of a file would keep all of it mapped.
+            tensor.data = tensor.data.to(self.device, copy=True)
         try:
             yield model
         finally:

@@ -20,6 +20,7 @@ from torch import nn
 
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator, Unwatched
 from vllm_atomic_moe.calibration.experts import observe
+from vllm_atomic_moe.calibration.free_memory import give_back_at_once
 from vllm_atomic_moe.calibration.kept import Kept
 from vllm_atomic_moe.calibration.layer_calls import (
     HIDDEN,
@@ -334,6 +335,7 @@ def collect_streamed(
         ValueError: as `collect`; or a layer cannot be called alone, a weight cannot be read, or
             there is no room for what is kept.
     """
+    give_back_at_once()
     shape = (len(text.windows), reader.checkpoint.num_experts, reader.checkpoint.intermediate_size)
     run = StreamedRun(reader, kept, list(batches(text, batch_size)), shape, gradients, on_progress)
     return run.run()

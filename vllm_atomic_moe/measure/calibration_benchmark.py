@@ -79,7 +79,7 @@ class CalibrationRun:
         reading_s: seconds of reading weights; 0 where the model is loaded beforehand.
         weight_bytes: of the weights that it holds from beginning to end.
         state_bytes: of the sums it holds.
-        peak_bytes: peak resident memory, above that of those weights.
+        peak_bytes: peak resident memory, above those weights and the process before it read any.
     """
 
     seconds: float
@@ -192,10 +192,12 @@ def _run(directory: Path, way: str, plan: CalibrationPlan) -> CalibrationRun:
 def _run_in_memory(
     directory: Path, info: CheckpointInfo, windows: torch.Tensor, way: str, plan: CalibrationPlan
 ) -> CalibrationRun:
+    before = _resident_bytes("VmRSS")
     model = load_model(directory, plan.dtype, {"": "cpu"}, plan.trust_remote_code)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     ours = partial(collect, model, find_experts(model, info), info, batch_size=1)
     ours(text=CalibrationText({"a": windows[:1]}, ()))  # warm up
-    before = _start_peak()
+    _start_peak()
     start = time.perf_counter()
     held: list[torch.Tensor]
     if way == PAPER:
@@ -207,9 +209,9 @@ def _run_in_memory(
     return CalibrationRun(
         seconds=time.perf_counter() - start,
         reading_s=0.0,
-        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        weight_bytes=weights,
         state_bytes=sum(tensor.nbytes for tensor in held),
-        peak_bytes=_resident_bytes("VmHWM") - before,
+        peak_bytes=_resident_bytes("VmHWM") - before - weights,
     )
 
 
@@ -230,7 +232,7 @@ def _run_streamed(
 ) -> CalibrationRun:
     dtype = loading_dtype(plan.dtype, directory, {"": "cpu"}, plan.trust_remote_code)
     cpu = torch.device("cpu")
-    before = _resident_bytes("VmRSS")  # of a process that has read nothing yet
+    before = _resident_bytes("VmRSS")
     reader = TimedReader(directory, info, dtype, cpu, plan.trust_remote_code)
     ours = partial(collect_streamed, reader, batch_size=1)
     ours(InMemory(free_bytes(cpu)), CalibrationText({"a": windows[:1]}, ()))  # warm up
@@ -251,11 +253,9 @@ def _tensors(layers: Mapping[int, LayerSums]) -> list[torch.Tensor]:
     return [tensor for sums in layers.values() for tensor in sums.tensors().values()]
 
 
-def _start_peak() -> int:
-    """Let VmHWM start anew from the resident memory now, which is given."""
-    now = _resident_bytes("VmRSS")
+def _start_peak() -> None:
+    """Let VmHWM start anew from the resident memory now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return now
 
 
 def _resident_bytes(key: str) -> int:
