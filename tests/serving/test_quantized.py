@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +12,7 @@ from tests.checkpoints import make_checkpoint, write_profile
 from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
+from vllm_atomic_moe.engine.expert_tensors import experts_taken_by
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.formats import RowFormat, decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
@@ -69,6 +72,20 @@ def check_bits(model, plain) -> None:
     (found, _), (wanted, _) = answers(model, info), answers(plain, info)
     for profile in NAMES:
         assert (found[profile] - wanted[profile]).abs().max() < 2e-2, profile
+
+
+def test_experts_of_a_prediction_head_stay_the_models(original, tmp_path):
+    """Their blocks are not the decoder's, whatever number they have."""
+    quantize_checkpoint(original, tmp_path / "model", "fp8-channel")
+    taken: list[str] = []
+    left: list[str] = []
+    layer = SimpleNamespace(index=0, special="", global_num_experts=8)
+    layer.load_part = lambda name, *_: taken.append(name)
+    model = SimpleNamespace(load_weights=lambda weights: left.extend(name for name, _ in weights))
+    own, head = (f"{it}.mlp.experts.1.up_proj.weight" for it in ("model.layers.0", "mtp.layers.0"))
+    with experts_taken_by([layer], model, describe_checkpoint(tmp_path / "model")):
+        model.load_weights([(head, torch.zeros(1)), (own, torch.zeros(1))])
+    assert (taken, left) == ([own], [head])
 
 
 def test_nvfp4_is_what_vllm_emulates():

@@ -59,7 +59,9 @@ def test_a_configuration_within_another(tmp_path):
     plain = quantize_checkpoint(tmp_path / "original", model, "fp8-channel")
     found, wanted = (load_model(it, "float32", CPU).state_dict() for it in (model, plain))
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    # The plain one's are rounded.
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name].bfloat16(), tensor.bfloat16()), name
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "fp8-channel", "int4", "gpt-oss"])
