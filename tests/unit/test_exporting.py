@@ -437,7 +437,7 @@ E0 = "model.layers.1.mlp.experts.0"
         (lambda t: t | {f"{E0}.up_proj.bias": torch.zeros(64)}, "0.up_proj.bias is no part of an"),
         (
             lambda t: t | {f"{E0}.up_proj.weight_scale": torch.zeros(1)},
-            "up_proj.weight_scale is no part of an expert's projection that is known",
+            "layer 1: up of its experts has weight_scale, down_proj is plain; projections of one",
         ),
         (
             lambda t: {n: x.to(torch.float8_e4m3fn) if "experts" in n else x for n, x in t.items()},
