@@ -79,7 +79,7 @@ def test_they_hold_what_they_need_and_no_more(built: Path) -> None:
     sources = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "vllm_atomic_moe").rglob("*.*")
-        if path.suffix in (".py", ".cpp", ".h", ".html", ".css", ".js", ".svg")
+        if path.suffix in (".py", ".typed", ".cpp", ".h", ".html", ".css", ".js", ".svg")
     }
     in_wheel = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert in_wheel == sources
