@@ -40,10 +40,10 @@ FROM ${PYTHON_IMAGE} AS cpu
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 \
  && rm -rf /var/lib/apt/lists/*
-# The user of vLLM's own image. Any other uid works as well, if its group is 0.
+# The user of vLLM's own image. Any other works as well; those of group 0 share its home.
 RUN useradd --uid 2000 --gid 0 --create-home --home-dir /home/vllm vllm \
  && mkdir -p /home/vllm/.cache/huggingface && chown -R 2000:0 /home/vllm/.cache \
- && chmod -R g=u /home/vllm && mkdir /models /profiles
+ && chmod -R g=u /home/vllm && chmod a+rx /home/vllm && mkdir /models /profiles
 COPY --from=cpu-environment /opt/venv /opt/venv
 COPY --from=cpu-kernels /opt/atomic-moe/kernels /opt/atomic-moe/kernels
 COPY deploy/serve.sh /opt/atomic-moe/serve
@@ -89,7 +89,7 @@ print(*(it for it in requires('vllm-atomic-moe') \
 if 'extra ==' not in it and not it.startswith(('torch', 'vllm'))), sep='\n')" > /tmp/lacking \
  && uv pip install --system --no-cache --requirement /tmp/lacking && rm /tmp/lacking \
  && chmod -R a+rX /opt/atomic-moe && mkdir -p /models /profiles /home/vllm/.cache/huggingface \
- && chown -R 2000:0 /home/vllm/.cache && chmod -R g=u /home/vllm/.cache
+ && chown -R 2000:0 /home/vllm/.cache && chmod -R g=u /home/vllm/.cache && chmod a+rx /home/vllm
 ENV HOME=/home/vllm \
     USER=vllm \
     VLLM_PLUGINS=atomic_moe,atomic_moe_admin

@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist image demo-model demo-profiles demo-report clean
+.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized quality clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -60,7 +60,26 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 
 dist: install ## wheel and sdist in dist/, the same bytes for the same files
+	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+# Tools that only a release needs, apart from everything else.
+TOOLS := build/release/tools
+SBOM := build/release/sbom.cdx.json
+
+$(TOOLS)/.installed: deploy/requirements-release.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
+
+release-check: dist $(TOOLS)/.installed ## build what is released, check it, and serve the demo with it
+	$(TOOLS)/bin/twine check --strict dist/*
+	ATOMIC_MOE_DIST=dist $(BIN)/python -m pytest tests/e2e/test_release.py
+
+audit: $(TOOLS)/.installed ## the locked versions as an SBOM, and their known vulnerabilities (network)
+	cat deploy/requirements-cpu.lock deploy/requirements-dev.lock | sed 's/+cpu$$//' > build/release/lock
+	$(TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o $(SBOM) build/release/lock
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement build/release/lock
 
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init__.py)
 
@@ -83,9 +102,18 @@ demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %
 	  --method $$method --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done; done
 	$(BIN)/atomic-moe prune $(STATISTICS) --method heapr --ratio 0.6 -o $(DEMO)/model/atomic_profiles
 
+HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
+
+quality: $(STATISTICS) ## held-out perplexity of the demo by every method (build/demo/quality)
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe quality $(DEMO)/model $(STATISTICS) \
+	  $(HELDOUT_TEXT) -o build/demo/quality
+
 demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (deploy/demo/quality.md)
 	rm -rf build/demo/report
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py $(STATISTICS) build/demo/report
+
+demo-quantized: install ## the demo in FP8, INT4 and MXFP4, dense and pruned (deploy/demo/quantized.md)
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/quantized.py build/demo/quantized
 
 clean: ## remove .venv/, build/ and dist/
 	rm -rf .venv build dist

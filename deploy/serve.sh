@@ -8,5 +8,11 @@ case "${1--}" in
 -*) ;;
 *) model=$1 && shift ;;
 esac
+# A user who may not write to the image's home gets one in /tmp, and stays out of the other.
+if [ ! -w "${HOME:-/nowhere}" ]; then
+  HOME=$(mktemp -d)
+  export HOME
+  [ -x . ] || cd "$HOME"
+fi
 # shellcheck disable=SC2086
 exec vllm serve ${model:+"$model"} $defaults "$@"

@@ -199,6 +199,17 @@ ARCHITECTURES = {
         },
         tested=ALONE,
     ),
+    # Stock vLLM's own loading of it fails: `KeyError: 'w13_weight'` (0.32).
+    "dbrx": Architecture(
+        "DbrxForCausalLM",
+        {
+            **{"d_model": 128, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        },
+        tested=TRANSFORMERS,
+        not_calibrated="does not build its experts through the experts interface",
+    ),
     "gpt_oss": Architecture(
         "GptOssForCausalLM",
         {**LOCAL, "head_dim": 32},
@@ -453,3 +464,9 @@ PER_EXPERT = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "glm4_moe")
 # Those that `make test` takes: groups, correction bias and a shared expert; biases; an activation
 # and a block of its own; router weights on the input.
 QUICK = ("glm4_moe", "gpt_oss", "gemma4", "llama4")
+# Those of which config.json names the routed width apart from other widths.
+NARROW = (
+    *("qwen3_moe", "qwen2_moe", "qwen3_next", "mixtral", "olmoe", "gpt_oss", "gemma4"),
+    *("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "lfm2_moe"),
+    *("minimax_m2", "mimo_v2_flash", "phimoe", "laguna", "nemotron_h"),
+)

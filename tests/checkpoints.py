@@ -108,6 +108,30 @@ def write_profile(model: CheckpointInfo, name: str, directory: Path, seed: int) 
     return profile
 
 
+def uniform_profile(
+    info: CheckpointInfo, experts: int, width: int, seed: int = 1
+) -> PruningProfile:
+    """Random masks: as many experts of every layer and group, as many atoms of every expert."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = info.groups.number if info.groups else 1
+    keep, routable = {}, {}
+    for layer in info.layers:
+        stays = torch.rand(groups, info.num_experts // groups, generator=generator)
+        mask = torch.zeros_like(stays, dtype=torch.bool)
+        mask.scatter_(1, stays.argsort(dim=1)[:, : experts // groups], True)
+        order = torch.rand(info.num_experts, info.intermediate_size, generator=generator)
+        atoms = torch.zeros_like(order, dtype=torch.bool)
+        atoms.scatter_(1, order.argsort(dim=1)[:, :width], True)
+        routable[layer] = mask.flatten()
+        keep[layer] = atoms & mask.flatten()[:, None]
+    return PruningProfile(
+        "uniform",
+        keep,
+        routable if experts < info.num_experts else {},
+        {"model": json.dumps(info.identity())},
+    )
+
+
 def routing_masks(model: CheckpointInfo) -> dict[int, torch.Tensor]:
     """Masks [E] of routable experts: in the first layer half of them (a group of two) is excluded,
     in the others two of the first half and one of the second.
@@ -149,7 +173,7 @@ def write_routing_profiles(model: CheckpointInfo, directory: Path) -> dict[str, 
 def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
     """Copy a checkpoint, I unlike H, with the down-projection of every pruned atom set to zero."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("atomic_profiles"))
-    path = target / "model.safetensors"
+    [path] = target.glob("*.safetensors")
     tensors = load_file(path)
     for name, tensor in tensors.items():
         found = expert_tensor(name)
@@ -158,6 +182,8 @@ def zero_pruned(source: Path, target: Path, profile: PruningProfile) -> None:
         keep = profile.keep[found.layer]
         if found.expert is not None:
             tensors[name] = tensor * keep[found.expert]
+        elif tensor.dim() == 2:  # DBRX's, one expert below another
+            tensors[name] = tensor * keep.reshape(-1, 1)
         elif tensor.shape[2] == keep.shape[1]:
             tensors[name] = tensor * keep[:, None, :]
         else:  # transposed

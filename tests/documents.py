@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "deploy/README.md", "docs/extending.md", "docs/python.md")
+DOCUMENTS = (
+    *("README.md", "deploy/README.md"),
+    *("docs/pruning.md", "docs/profile-files.md", "docs/extending.md", "docs/python.md"),
+)
 RUN = frozenset({"run", "demo"})
 NOT_RUN = {
     "docker": "a Docker engine",

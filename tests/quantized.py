@@ -191,6 +191,7 @@ FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
     "mxfp4": mxfp4,
     "nvfp4": nvfp4,
     "nvfp4-modelopt": nvfp4_modelopt,
+    "fp8-modelopt": fp8_tensor,
 }
 
 # How they are described, with the blocks that published checkpoints have.
@@ -204,6 +205,7 @@ SCHEMES = {
     "mxfp4": Scheme("mxfp4", rows=1, columns=32, scale="U8"),
     "nvfp4": Scheme("nvfp4", rows=1, columns=16, scale="F8_E4M3"),
     "nvfp4-modelopt": Scheme("nvfp4-2", rows=1, columns=16, scale="F8_E4M3"),
+    "fp8-modelopt": Scheme("fp8"),
 }
 
 
@@ -312,6 +314,10 @@ SETTINGS: dict[str, dict] = {
     "nvfp4-modelopt": {
         **{"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": None},
         **{"group_size": 16, "ignore": PLAIN_LAYERS, "producer": {"name": "modelopt"}},
+    },
+    "fp8-modelopt": {
+        **{"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None},
+        **{"ignore": PLAIN_LAYERS, "producer": {"name": "modelopt"}},
     },
 }
 

@@ -63,11 +63,17 @@ def calibrate(
     seed: int = 0,
     gradients: bool = True,
     shard: str | None = None,
+    stream: bool | None = None,
+    scratch: File | None = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda line: None,
     on_warning: Callable[[str], None] = _warn,
 ) -> Statistics:
     """Run a model over text and sum up what the atoms of its experts do.
+
+    Processes that torchrun started share the windows, and all return the same; the first of them
+    writes, and is the one that calls back with lines.
 
     Args:
         model: local directory or Hugging Face id.
@@ -82,8 +88,11 @@ def calibrate(
         seed: for drawing windows.
         gradients: run the backward pass, which heapr needs.
         shard: `i/N`, to run this part of the windows only.
+        stream: run layer by layer; None: where the weights do not fit what is free.
+        scratch: directory for layers' inputs; it streams, and goes on after a kill.
         trust_remote_code: run Python files that come with the model.
-        on_progress: called with (windows done, windows in all).
+        on_progress: called with (steps done, steps in all).
+        on_note: called with a line about how it is done, before it is.
         on_warning: called with one line.
 
     Raises:
@@ -92,6 +101,7 @@ def calibrate(
     """
     from vllm_atomic_moe.calibration.collect import CalibrationOptions
     from vllm_atomic_moe.calibration.collect import calibrate as run
+    from vllm_atomic_moe.calibration.ranks import Ranks
 
     if output is not None:
         check_output(Path(output))
@@ -104,13 +114,17 @@ def calibrate(
         seed=seed,
         gradients=gradients,
         shard=shard,
+        stream=stream,
+        scratch=None if scratch is None else Path(scratch),
         field=field,
         trust_remote_code=trust_remote_code,
     )
-    statistics, lines = run(os.fspath(model), data, options, on_progress)
-    if output is not None:
+    first = Ranks.here().rank == 0
+    note = on_note if first else lambda line: None
+    statistics, lines = run(os.fspath(model), data, options, on_progress, note)
+    if output is not None and first:
         statistics.write(Path(output))
-    for line in lines:
+    for line in lines if first else ():
         on_warning(line)
     return statistics
 
@@ -159,6 +173,7 @@ def export(
     profile: File,
     output: File,
     *,
+    plain: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_warning: Callable[[str], None] = _warn,
 ) -> ExportResult:
@@ -168,6 +183,7 @@ def export(
         model: local directory or Hugging Face id.
         profile: profile file.
         output: directory to make; an export of the same model and profile is replaced.
+        plain: an ordinary checkpoint, for engines that know no profiles.
         on_progress: called with (bytes written, bytes in all).
         on_warning: called with one line.
 
@@ -176,7 +192,7 @@ def export(
         OSError: a file cannot be read or written.
     """
     result = exporting.export(
-        os.fspath(model), Path(profile), Path(output), on_progress=on_progress
+        os.fspath(model), Path(profile), Path(output), plain=plain, on_progress=on_progress
     )
     for line in result.warnings:
         on_warning(line)

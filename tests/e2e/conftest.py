@@ -148,6 +148,7 @@ def admin_server(
     model: Path = DEMO,
     eager: bool = True,
     max_model_len: int = 512,
+    port: int | None = None,
     **environment: str,
 ) -> Iterator[AdminServer]:
     """The demo with the admin endpoint, keys for both, faults, and vLLM's development routes.
@@ -159,9 +160,10 @@ def admin_server(
         model: checkpoint.
         eager: whether compilation is off.
         max_model_len: tokens of a request.
+        port: where it listens; None for a free one.
         environment: more variables.
     """
-    port = free_port()
+    port = port or free_port()
     command = serve_command(
         model,
         extra,

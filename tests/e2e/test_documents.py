@@ -51,6 +51,8 @@ def test_from_a_text_to_a_request_for_a_profile(tmp_path):
     assert "x-atomic-moe-profile: heapr-40" in printed
     assert '"model":"MODEL:heapr-40"' in printed
     assert '"active":"heapr-25","previous":"heapr-40"' in printed
+    runnable = [block for block in blocks("docs/pruning.md") if "run" in block.needs]
+    run(runnable, tmp_path, free_port(), environment)
 
 
 @pytest.mark.full

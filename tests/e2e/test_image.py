@@ -169,6 +169,42 @@ def test_neither_root_nor_build_tools(container: str, configuration: dict[str, A
     assert inside(container, "touch", "/opt/atomic-moe/kernels/mine").returncode != 0
 
 
+# Mounts of its own, seen by nobody else; the root file system is read-only from here on.
+READ_ONLY = """
+root=$1 user=$2
+shift 2
+mount --bind "$root" "$root"
+mount -o remount,bind,ro "$root"
+for place in dev proc sys; do mount --rbind "/$place" "$root/$place"; done
+mount -t tmpfs tmpfs "$root/tmp"
+exec chroot --userspec="$user" "$root" env --ignore-environment --chdir=/home/vllm "$@"
+"""
+
+
+def test_any_user_serves_from_a_read_only_root(
+    container: str, configuration: dict[str, Any], tmp_path: Path
+) -> None:
+    """Neither the user nor the group of the image, and /tmp alone can be written."""
+    root = buildah("mount", container)
+    port = free_port()
+    command = [
+        *("unshare", "--mount", "sh", "-euc", READ_ONLY, "sh", root, "12345:54321"),
+        *(*configuration["Env"], f"ATOMIC_MOE_ADMIN_KEY={ADMIN_KEY}", "VLLM_CPU_KVCACHE_SPACE=1"),
+        *(*configuration["Entrypoint"], *configuration["Cmd"]),
+        *("--port", str(port), "--max-model-len=256"),
+    ]
+    try:
+        with running(command, port, tmp_path / "log") as server:
+            owner = Path(f"/proc/{server.process.pid}").stat()
+            assert (owner.st_uid, owner.st_gid) == (12345, 54321)
+            body = {"model": "demo:heapr-40", "prompt": "def main(", "max_tokens": 8}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            assert "Expert kernel: cpu" in server.log.read_text()
+    finally:
+        buildah("umount", container)
+
+
 def test_labels(configuration: dict[str, Any]) -> None:
     labels = configuration["Labels"]
     assert labels["org.opencontainers.image.version"] == "1.2.3"

@@ -11,8 +11,9 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
 @pytest.mark.parametrize("device", ["cuda", "auto"])
-def test_cuda_equals_cpu(device, tmp_path):
+def test_cuda_equals_cpu(device, stream, tmp_path):
     pytest.importorskip("transformers")
     from tests.unit.tiny_models import make_model, random_text
     from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate
@@ -23,9 +24,9 @@ def test_cuda_equals_cpu(device, tmp_path):
         calibrate(
             str(tmp_path / "model"),
             [str(tmp_path / "text.txt")],
-            CalibrationOptions(samples=8, seq_len=32, batch_size=2, device=where),
+            CalibrationOptions(samples=8, seq_len=32, batch_size=2, device=where, stream=streamed),
         )[0]
-        for where in (device, "cpu")
+        for where, streamed in ((device, stream), ("cpu", False))
     )
     assert found.calibration == wanted.calibration
     for layer, sums in wanted.sums.items():

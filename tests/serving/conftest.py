@@ -106,6 +106,15 @@ def mixed_logprobs(llm: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
+def transformers_logprobs(directory: Path) -> torch.Tensor:
+    """Prompt log-probabilities of the checkpoint under transformers, no vLLM involved."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.tensor(PROMPTS)
+    logprobs = model(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
+    return logprobs.gather(-1, tokens[:, 1:, None]).flatten()
+
+
+@torch.inference_mode()
 def masked_transformers_logprobs(directory: Path, profile: PruningProfile) -> torch.Tensor:
     """Prompt log-probabilities of transformers' float32 model, atoms zeroed and routers masked."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -10,7 +10,6 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.architectures import (
     ALONE,
@@ -21,7 +20,14 @@ from tests.architectures import (
     TRANSFORMERS,
 )
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
-from tests.serving.conftest import PROMPTS, engine, logprobs_of, mixed_logprobs
+from tests.mistral_names import make_mistral_checkpoint
+from tests.serving.conftest import (
+    engine,
+    logprobs_of,
+    mixed_logprobs,
+    prompt_logprobs,
+    transformers_logprobs,
+)
 from vllm_atomic_moe.convert.exporting.export import export
 
 NAMES = ["ragged", "second"]
@@ -87,6 +93,26 @@ def test_fused_tensors_are_served_as_the_same_model(tmp_path, architecture):
 
 
 @pytest.mark.full
+def test_mistrals_own_names(tmp_path, monkeypatch):
+    """Of what vLLM takes for a DeepSeek-V3; its export too."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    model, alone = tmp_path / "model", {"max_num_seqs": 1}
+    info = make_mistral_checkpoint(model)
+    profile = write_profile(info, NAMES[0], model / "atomic_profiles", seed=1)
+    zero_pruned(model, tmp_path / "zeroed", profile)
+    wanted = logprobs_of(tmp_path / "zeroed", load_format="mistral", **alone)
+    extra = {"active": NAMES[0]}
+    packed = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
+    with engine(model, **packed, **alone) as llm:
+        found = prompt_logprobs(llm)
+    assert (found - wanted).abs().max() < TOLERANCE
+    export(str(model), model / f"atomic_profiles/{NAMES[0]}.safetensors", tmp_path / "exported")
+    # vLLM knows the format by the names of shards, which an export has not.
+    settings = {"load_format": "atomic-pruned", "config_format": "mistral", **alone}
+    assert torch.equal(logprobs_of(tmp_path / "exported", **settings), found)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", [name for name, it in ARCHITECTURES.items() if it.no_cpu])
 def test_what_stock_vllm_does_not_run_on_a_cpu(tmp_path, architecture):
     """If it does one day, the matrix can compare log-probabilities."""
@@ -94,12 +120,3 @@ def test_what_stock_vllm_does_not_run_on_a_cpu(tmp_path, architecture):
     with pytest.raises(Exception) as failure:  # noqa: PT011
         logprobs_of(tmp_path)
     assert re.search(ARCHITECTURES[architecture].no_cpu, repr(failure.value))
-
-
-@torch.inference_mode()
-def transformers_logprobs(directory) -> torch.Tensor:
-    """Prompt log-probabilities of the checkpoint under transformers, no vLLM involved."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokens = torch.tensor(PROMPTS)
-    logprobs = model(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
-    return logprobs.gather(-1, tokens[:, 1:, None]).flatten()

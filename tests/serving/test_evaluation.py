@@ -157,7 +157,7 @@ def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
     if part == "engine":
         monkeypatch.setattr(evaluation, "LLM", fail)
     else:
-        monkeypatch.setattr(evaluation, "_score", lambda *_, **__: ({"t": [-1.0, -2.0]}, 2))
+        monkeypatch.setattr(evaluation, "_score", lambda *_, **__: ({"t": [[-1.0, -2.0]]}, 2))
         monkeypatch.setattr(plots, "plot_perplexity", fail)
     command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]
     done = CliRunner().invoke(app, [*command, "--plot", str(tmp_path / "x.png")])
@@ -176,7 +176,7 @@ def test_rows_measured_before_a_failure_are_kept(tmp_path, in_process, monkeypat
     from vllm_atomic_moe.measure import evaluation
 
     (tmp_path / "t.txt").write_text("word " * 600)
-    scores = iter([({"t": [-1.0, -2.0]}, 2)])
+    scores = iter([({"t": [[-1.0, -2.0]]}, 2)])
 
     def score(*_, **__):
         if found := next(scores, None):

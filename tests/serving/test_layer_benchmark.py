@@ -16,6 +16,7 @@ from vllm_atomic_moe.engine.compat import DenseExperts
 from vllm_atomic_moe.measure import layer_benchmark
 from vllm_atomic_moe.measure.layer_benchmark import LayerPlan, draw_mask, draw_routing
 from vllm_atomic_moe.measure.shapes import SHAPES, LayerShape
+from vllm_atomic_moe.measure.variant_benchmark import ACTIVATIONS
 
 SMALL = LayerShape("small", 8, 64, 128, 2)
 
@@ -157,17 +158,20 @@ def test_command(monkeypatch, tmp_path):
     mixes = [(mix["pruned"], mix["tokens"], mix["rounds"]) for mix in report["mixes"]]
     assert mixes == [(0.25, 9, 3), (0.5, 9, 3)]
     assert all(mix["ratio"] > 0 and mix["union"] > 1 - mix["pruned"] for mix in report["mixes"])
-    rows = [(cell["rows"], cell["tokens"], cell["rounds"]) for cell in report["formats"][:6]]
-    assert rows == [(name, tokens, 3) for tokens in (1, 9) for name in ("fp8", "int4", "mxfp4")]
-    assert len(report["formats"]) == 12
-    for cell in report["formats"]:
+    formats, activations = ("fp8", "int4", "mxfp4"), (*ACTIVATIONS,)
+    found = [(it["variant"], it["tokens"], it["rounds"]) for it in report["variants"]]
+    assert found[:14] == [(name, t, 3) for t in (1, 9) for name in (*formats, *activations)]
+    assert len(found) == 28
+    for cell in report["variants"]:
         assert cell["ratio"] > 0
         assert cell["plain_ms"] > 0
-        assert 0.25 < cell["size"] < 0.6
+        assert (0.25 < cell["size"] < 0.6) == (cell["variant"] in formats)
     assert plot.stat().st_size > 1000
     table = CliRunner().invoke(app, options.split())
     assert "small" in table.stdout
-    assert "quantized rows, beside plain ones of the same atoms:" in table.stdout
+    assert (
+        "other rows and activations, beside plain rows and SiLU of the same atoms:" in table.stdout
+    )
     assert "ceilings: reading 1.0 GB/s, sgemm 1 GFLOP/s" in table.stdout
 
 

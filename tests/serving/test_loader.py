@@ -575,16 +575,21 @@ def test_digest_depends_on_what_is_resident(model):
     assert len(set(digests.values())) == 3
 
 
-def test_profiles_of_a_hub_repository(model, tmp_path):
-    """From `--download-dir`, as the checkpoint; served as those of a directory are."""
+def test_profiles_of_a_hub_repository(model, tmp_path, caplog):
+    """From `--download-dir`, as the checkpoint; the rank keeps the snapshot's path."""
+    from vllm_atomic_moe.engine.worker import ATTRIBUTE
+
     file = model / "atomic_profiles/narrow.safetensors"
-    lay_out(tmp_path, "org/profiles", "v1", {"folder/narrow.safetensors": file})
-    options = {"load_format": "atomic-pruned", "download_dir": str(tmp_path)}
+    snapshot = lay_out(tmp_path, "org/profiles", "v1", {"folder/narrow.safetensors": file})
     extra = {"profiles": "org/profiles@v1/folder"}
-    found = logprobs_of(model, **options, model_loader_extra_config=extra)
-    wanted = logprobs_of(model, **options, model_loader_extra_config={"active": "narrow"})
-    assert torch.equal(found, wanted)
-    with pytest.raises(ValueError, match="'org/profiles' is neither a directory nor on the Hugg"):
+    options = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
+    with engine(model, **options, download_dir=str(tmp_path)) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        profiles = getattr(worker.model_runner.model, ATTRIBUTE)
+        assert profiles._directory == snapshot / "folder"
+    with pytest.raises(
+        ValueError, match="'org/profiles' is neither a directory nor on the Hugging"
+    ):
         load(model, {"profiles": "org/profiles@v2/folder"}, download_dir=str(tmp_path))
 
 

@@ -144,6 +144,20 @@ def test_quantized_experts(tmp_path, name, ranks):
     check_as_one(model, info, ranks)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", ["tensor", "expert"])
+@pytest.mark.parametrize("name", ["fp8-block", "int4", "gptq"])
+def test_exported_quantized_experts(tmp_path, name, ranks):
+    """The union of two profiles as it is exported, both served of it."""
+    info = make_checkpoint("qwen2_moe", tmp_path / "original")
+    quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
+    profiles = [write_profile(info, it, tmp_path, seed) for seed, it in enumerate(NAMES[:2], 1)]
+    keep = {it: profiles[0].keep[it] | profiles[1].keep[it] for it in info.layers}
+    PruningProfile("union", keep).write(tmp_path / "union.safetensors")
+    export(str(tmp_path / "model"), tmp_path / "union.safetensors", tmp_path / "exported")
+    check_as_one(tmp_path / "exported", info, ranks)
+
+
 def check_as_one(model, info, ranks) -> None:
     """Two profiles in one batch, float32."""
     for seed, name in enumerate(NAMES[:2], start=1):

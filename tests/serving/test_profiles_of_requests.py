@@ -31,7 +31,7 @@ from tests.serving.conftest import (
     prompt_logprobs,
 )
 from vllm_atomic_moe.engine.requests import Loaded, Served
-from vllm_atomic_moe.experts.backends.cpu.library import SLACK_BYTES
+from vllm_atomic_moe.experts.backends.cpu.arguments import SLACK_BYTES
 from vllm_atomic_moe.experts.packing import SLOTS
 from vllm_atomic_moe.files.profiles import PruningProfile
 

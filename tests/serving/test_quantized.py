@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,12 +12,15 @@ from tests.checkpoints import make_checkpoint, write_profile
 from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
+from vllm_atomic_moe.engine.expert_tensors import experts_taken_by
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.formats import RowFormat, decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import scheme_of_down
 
 NAMES = ["ragged", "second"]
+# What `make test` takes: a kind each of codes, scales and factors.
+QUICK = ("fp8-block", "int4", "awq", "nvfp4")
 UP = "model.layers.1.mlp.experts.3.up_proj"
 
 
@@ -38,7 +43,10 @@ def answers(model, info, **options) -> tuple[dict[str, torch.Tensor], RowFormat]
         return mixed_logprobs(llm, NAMES), packed_layers_of(llm)[0].packed.row_format
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in FORMATS],
+)
 def test_serves_what_the_checkpoint_stands_for(original, tmp_path, name):
     plain = quantize_checkpoint(original, tmp_path / "model", name)
     check_bits(tmp_path / "model", plain)
@@ -60,6 +68,24 @@ def check_bits(model, plain) -> None:
     assert row_format.plain
     for profile in NAMES:
         assert torch.equal(found[profile], wanted[profile]), profile
+    # Random layers in bfloat16 carry any rounding far, so each kernel with itself.
+    (found, _), (wanted, _) = answers(model, info), answers(plain, info)
+    for profile in NAMES:
+        assert (found[profile] - wanted[profile]).abs().max() < 2e-2, profile
+
+
+def test_experts_of_a_prediction_head_stay_the_models(original, tmp_path):
+    """Their blocks are not the decoder's, whatever number they have."""
+    quantize_checkpoint(original, tmp_path / "model", "fp8-channel")
+    taken: list[str] = []
+    left: list[str] = []
+    layer = SimpleNamespace(index=0, special="", global_num_experts=8)
+    layer.load_part = lambda name, *_: taken.append(name)
+    model = SimpleNamespace(load_weights=lambda weights: left.extend(name for name, _ in weights))
+    own, head = (f"{it}.mlp.experts.1.up_proj.weight" for it in ("model.layers.0", "mtp.layers.0"))
+    with experts_taken_by([layer], model, describe_checkpoint(tmp_path / "model")):
+        model.load_weights([(head, torch.zeros(1)), (own, torch.zeros(1))])
+    assert (taken, left) == ([own], [head])
 
 
 def test_nvfp4_is_what_vllm_emulates():

@@ -114,7 +114,7 @@ def test_a_layer_whose_experts_are_missing(original, checkpoint):
 
 
 def test_a_layout_that_is_not_known_is_named(original, checkpoint):
-    name = "transformer.blocks.{}.ffn.experts.mlp.w1"
+    name = "transformer.blocks.{}.ffn.experts.mlp.w9"
     tensors = {n: t for n, t in original[0].items() if expert_of(n) is None}
     tensors |= {name.format(layer): torch.zeros(512, 128) for layer in range(3)}
     tensors["model.layers.0.linear_attn.conv1d.weight"] = torch.zeros(16, 1, 4)
@@ -187,7 +187,7 @@ def test_fused_experts_that_are_half_there(fused, layout, part):
     ],
 )
 def test_fused_experts_of_several_numbers_or_widths(fused, layout, part, shape):
-    with pytest.raises(ValueError, match=r"layer 1: .* down is .*, which are not of the same"):
+    with pytest.raises(ValueError, match=r"layer 1: .* down is .*, the shapes disagree"):
         describe_checkpoint(fused(layout, **{part: shape}))
 
 

@@ -15,7 +15,7 @@ from vllm_atomic_moe.files.tensors import open_safetensors
 from vllm_atomic_moe.scoring import known_methods
 
 PRINTED = {"as_json", "plot", "help"}
-CALLBACKS = {"on_progress", "on_warning"}
+CALLBACKS = {"on_progress", "on_note", "on_warning"}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.quantized import FORMATS, quantize_checkpoint, quantize_gpt_oss
+from tests.serving.test_gated_delta_net import make_qwen3_5
+from tests.serving.test_gated_delta_net import save as save_random
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate
 from vllm_atomic_moe.calibration.model import load_model
@@ -48,6 +50,18 @@ def test_sums_are_those_of_the_plain_checkpoint(originals, tmp_path, kind):
         for field in dataclasses.fields(sums):
             one, two = getattr(found.sums[layer], field.name), getattr(sums, field.name)
             assert torch.equal(one, two), (layer, field.name)
+
+
+def test_a_configuration_within_another(tmp_path):
+    """As of models that take images, whose text model transformers builds of the inner part."""
+    save_random(make_qwen3_5(), tmp_path / "original", fused=False)
+    model = tmp_path / "model"
+    plain = quantize_checkpoint(tmp_path / "original", model, "fp8-channel")
+    found, wanted = (load_model(it, "float32", CPU).state_dict() for it in (model, plain))
+    assert found.keys() == wanted.keys()
+    # The plain one's are rounded.
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name].bfloat16(), tensor.bfloat16()), name
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "fp8-channel", "int4", "gpt-oss"])

@@ -183,6 +183,15 @@ def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
         files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
     assert list(fetched) == files[:8]
+    # Where Mistral's own files are the only ones.
+    (tmp_path / "params.json").touch()
+    resolve_model("org/model")
+    fetched = filter_repo_objects(
+        ["params.json", *files[-2:]],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(fetched) == ["params.json", "consolidated.safetensors"]
 
 
 def test_expert_count_may_have_either_name(tmp_path):

@@ -16,7 +16,12 @@ from tests.prediction_heads import make_glm4_moe_with_head
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe import __version__
 from vllm_atomic_moe.cli import app
-from vllm_atomic_moe.cli.console import MESSAGE_LENGTH, print_error, print_warning
+from vllm_atomic_moe.cli.console import (
+    MESSAGE_LENGTH,
+    ProgressLines,
+    print_error,
+    print_warning,
+)
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.scoring import known_methods
@@ -305,6 +310,41 @@ def test_prediction_head_is_left_alone(tmp_path):
         assert result.exit_code == 0, result.output
     assert list(PruningProfile.read(out / "heapr-25.safetensors").keep) == [1, 2]
     assert re.findall(r"^(\w+) .* \d+\.\d\d%", result.stdout, re.MULTILINE) == ["1", "2", "all"]
+
+
+def test_calibrate_streams_with_the_same_sums(work, tmp_path):
+    """From the command line; what is printed is the same."""
+    command = (
+        "calibrate", work / "model", "--data", work / "one.txt",
+        "--data", f"{work / 'two.txt'}:second", "-o", tmp_path / "streamed", *SMALL,
+    )  # fmt: skip
+    result = run(*command, "--scratch", tmp_path / "scratch")
+    assert result.exit_code == 0, result.output
+    assert "4096 tokens, domains one, second" in result.stdout
+    found = Statistics.read(tmp_path / "streamed")
+    wanted = Statistics.read(work / "stats.safetensors")
+    assert found.calibration == wanted.calibration
+    for layer, sums in wanted.sums.items():
+        for name, tensor in sums.tensors().items():
+            limit = 1e-6 * float(tensor.abs().max())
+            torch.testing.assert_close(getattr(found.sums[layer], name), tensor, rtol=0, atol=limit)
+    line = refused(*command, "--scratch", tmp_path / "scratch", "--no-stream")
+    assert "--scratch is for calibration layer by layer; leave out --no-stream" in line
+    assert "one.txt/rank-0: cannot be written" in refused(*command, "--scratch", work / "one.txt")
+
+
+def test_progress_off_a_terminal_is_a_line_a_minute():
+    """The time left is that of what was done since, not of what a resumed run began with."""
+    times = iter([0.0, 10.0, 40.0, 70.0, 100.0, 131.0, 200.0])
+    lines = ProgressLines("calibrating", lambda: next(times))
+    found = [lines.line(done, 1000) for done in (400, 430, 460, 490, 521, 1000)]
+    assert found == [
+        *(None, None),
+        "calibrating: 46%, 0:09:00 left",
+        None,
+        "calibrating: 52%, 0:07:59 left",
+        None,
+    ]
 
 
 def test_calibrate_refuses_in_one_line(work, tmp_path):

@@ -1,4 +1,4 @@
-"""Dockerfile and Compose: by their linters, and what they name exists."""
+"""Dockerfile, Compose and the release: by their linters, and what they name exists."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def test_dockerfile_passes_its_linter():
     check(BIN / "hadolint", ROOT / "Dockerfile")
 
 
+def test_release_workflow_is_valid_and_runs_what_runs_here():
+    workflow = ROOT / ".github/workflows/release.yml"
+    check(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", workflow)
+    [job] = yaml.safe_load(workflow.read_text())["jobs"].values()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [it["run"].split() for it in job["steps"] if it.get("run", "").startswith("make ")]
+    assert ["make", "release-check"] in targets
+    for _, target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
 def test_compose_file_is_valid():
     check(BIN / "check-jsonschema", *SCHEMA, DEPLOY / "compose.yaml")
 
@@ -69,12 +80,36 @@ def test_entry_point_leaves_the_last_word_to_flags(arguments, command, tmp_path)
     defaults = "--load-format atomic-pruned --enforce-eager"
     ended = subprocess.run(
         ["/bin/sh", DEPLOY / "serve.sh", defaults, *arguments.split()],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
         check=True,
         capture_output=True,
         text=True,
     )
     assert ended.stdout == f"serve {command}\n"
+
+
+@pytest.mark.parametrize("home", ["", "there", "elsewhere"])
+def test_entry_point_finds_a_home_that_can_be_written(home, tmp_path):
+    (tmp_path / "vllm").write_text('#!/bin/sh\ntouch "$HOME/written" && echo "$HOME"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "temporary").mkdir()
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": str(tmp_path / "temporary")}
+    if home:
+        environment["HOME"] = str(tmp_path / home)
+    ended = subprocess.run(
+        ["/bin/sh", DEPLOY / "serve.sh", "", "MODEL"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = Path(ended.stdout.strip())
+    assert (
+        (found == tmp_path / "there")
+        if home == "there"
+        else (found.parent == tmp_path / "temporary")
+    )
 
 
 def test_volumes_secrets_and_files_are_there(compose):

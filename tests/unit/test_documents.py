@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -13,7 +14,9 @@ from tests.documents import DOCUMENTS, FENCE, NOT_RUN, ROOT, RUN, blocks
 from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.engine.unserved import CONFIGURATION, LAYER, ROUTING
 
-ALL = [*DOCUMENTS, "CONTRIBUTING.md", "patches/README.md"]
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+SECURITY = (ROOT / "SECURITY.md").read_text()
+ALL = [*DOCUMENTS, "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md", "patches/README.md"]
 SOURCES = "\n".join(
     path.read_text() for path in sorted((ROOT / "vllm_atomic_moe").rglob("*.py"))
 ).replace('"\n', "\n")
@@ -123,14 +126,71 @@ def test_error_lines_of_the_table_are_the_codes_own():
     ("opening", "features"),
     [
         ("never silently wrong:", CONFIGURATION),
-        ("before their weights are\nallocated:", LAYER),
+        ("before their weights are allocated:", LAYER),
         ("Refused with a mask:", ROUTING),
     ],
 )
 def test_readme_lists_what_is_refused(opening, features):
-    text = (ROOT / "README.md").read_text().partition(opening)[2]
-    listed = re.sub(r"\s*\([^()]*(?:\([^()]*\)[^()]*)*\)", "", text).partition(". ")[0]
-    assert [re.sub(r"\s+", " ", name).strip() for name in listed.split(",")] == list(features)
+    document = "docs/profile-files.md" if features is ROUTING else "README.md"
+    text = re.sub(r"\s+", " ", (ROOT / document).read_text()).partition(opening)[2]
+    listed = re.sub(r" ?\([^()]*(?:\([^()]*\)[^()]*)*\)", "", text).partition(". ")[0]
+    assert [name.strip() for name in listed.split(",")] == list(features)
+
+
+def table(text, heading):
+    """The cells of a document's table under a heading, without its head."""
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[1:]]
+
+
+def located(path):
+    """A path of docs/architecture.md: it begins in the package, or at the root."""
+    found = [base / path for base in (ROOT / "vllm_atomic_moe", ROOT) if (base / path).exists()]
+    assert found, path
+    return found[0]
+
+
+def paths_in(text):
+    spans = re.findall(r"`([\w./-]+)`", text)
+    return {span for span in spans if "/" in span or span.endswith(".py")}
+
+
+def test_architecture_names_what_is_there():
+    assert len(paths_in(ARCHITECTURE)) > 40
+    for path in paths_in(ARCHITECTURE):
+        located(path)
+    named = re.findall(r"((?:`\w+`(?:, | and | or )?)+)\s+in\s+`([\w./-]+)`", ARCHITECTURE)
+    assert len(named) > 25
+    for names, path in named:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"\b{name}\b", located(path).read_text()), (name, path)
+
+
+def test_architecture_says_where_to_add_what_on_two_pages():
+    rows = table(ARCHITECTURE, "Where to add what")
+    assert {row[0] for row in rows} >= {
+        *("a scoring method", "a disk layout", "an activation", "a quantized format", "a kernel"),
+        *("an architecture", "an admin route", "a metric"),
+    }
+    for what, change, tests in rows:
+        assert paths_in(change), what
+        assert all(path.startswith("tests/") for path in paths_in(tests)), what
+        assert paths_in(tests), what
+    assert ARCHITECTURE.count("```text") == 1
+    assert len(ARCHITECTURE.splitlines()) <= 100
+
+
+def test_every_claim_of_security_names_tests_that_exist():
+    named = re.compile(r"`((?:unit|serving|e2e)/\w+\.py)::(\w+)`")
+    rows = table(SECURITY, "Who may do what") + table(SECURITY, "What hostile input cannot do")
+    assert len(rows) > 10
+    for row in rows:
+        assert named.search(row[-1]) or row[-1] == "the next table", row
+    for path, name in named.findall(SECURITY):
+        defined = ast.walk(ast.parse((ROOT / "tests" / path).read_text()))
+        assert name in {it.name for it in defined if isinstance(it, ast.FunctionDef)}, name
+    assert len(re.findall("::", SECURITY)) == len(named.findall(SECURITY))
 
 
 def test_version_stands_in_one_place():

@@ -20,10 +20,12 @@ from vllm_atomic_moe.experts.packing import SLOTS, PackedExperts, build_layout
 NVFP4 = RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn, factor="over")
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("tier", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_kernels_in_the_interpreter(tier):
     """The tests of triton_interpreted.py, in the process of their own that they need."""
+    file = Path(__file__).with_name("triton_interpreted.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("triton_interpreted.py")],
+        [sys.executable, "-m", "pytest", "-q", "-m", tier, file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -47,7 +49,7 @@ def shapes(argument):
     return tuple(argument.shape) if torch.is_tensor(argument) else str(argument)
 
 
-@pytest.mark.parametrize("rows", [PLAIN, NVFP4], ids=lambda it: it.name)
+@pytest.mark.parametrize("rows", [PLAIN, NVFP4], ids=lambda it: it.code)
 @pytest.mark.parametrize("one_kernel", [False, True])
 @pytest.mark.parametrize("T", [1, 40])
 def test_launches_depend_on_shapes_alone(T, one_kernel, rows, monkeypatch):

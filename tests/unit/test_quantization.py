@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
-from tests.quantized import FORMATS, SETTINGS, quantize_checkpoint
+from tests.quantized import FORMATS, SCHEMES, SETTINGS, quantize_checkpoint
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
 
@@ -89,6 +90,7 @@ def test_describes_quantized_checkpoints_as_their_originals(original, tmp_path, 
 
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj"
+FIRST_UP = "model.layers.1.mlp.experts.0.up_proj.g_idx"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +125,22 @@ DOWN = "model.layers.1.mlp.experts.3.down_proj"
             ),
             r"quantized in a way that is not known: .*weight_packed I8",
         ),
+        (
+            "fp8-channel",
+            lambda tensors: [
+                tensors.update({name.removesuffix("_scale"): torch.zeros(H, FULL)})
+                for name in list(tensors)
+                if name.endswith("down_proj.weight_scale") and tensors.pop(name) is not None
+            ],
+            r"layer 0: (gate|up) of its experts has weight_scale, down_proj is plain",
+        ),
+        (
+            "gptq",
+            lambda tensors: tensors.update({FIRST_UP: tensors[FIRST_UP].flip(0).contiguous()}),
+            r"not served by this version: activation order in up_proj \(model.layers.1",
+        ),
     ],
-    ids=["no scale", "no scale of up", "shape", "size", "dtype"],
+    ids=["no scale", "no scale of up", "shape", "size", "dtype", "plain down", "order"],
 )
 def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change, words):
     quantize_checkpoint(original, tmp_path / "model", name)
@@ -141,7 +157,7 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
     ("name", "settings", "words"),
     [
         ("int4", None, "config.json has no quantization_config"),
-        ("int4", {"quant_method": "awq"}, "quantized as int4, config.json says awq"),
+        ("int4", {"quant_method": "awq"}, "quantized as int4 .*, config.json says awq"),
         ("gptq", {"quant_method": "gptq", "sym": False}, "GPTQ with sym False"),
         (
             "awq",
@@ -158,6 +174,15 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
         ),
         ("fp8-block", {**SETTINGS["fp8-block"], "weight_block_size": [64, 64]}, "wanted .* 64x64"),
         ("fp8-block", {**SETTINGS["fp8-block"], "weight_block_size": 128}, "blocks of 128, wanted"),
+        ("fp8-channel", SETTINGS["fp8-block"], "a scale per block, the files hold one per channel"),
+        ("fp8-tensor", SETTINGS["fp8-block"], "a scale per block, the files hold one per tensor"),
+        ("fp8-block", SETTINGS["fp8-channel"], "per channel, the files hold one per block"),
+        (
+            "fp8-channel",
+            {"quant_method": "fbgemm_fp8"},
+            "the quantization method fbgemm_fp8",
+        ),
+        ("awq", {"quant_method": "awq", "q_group_size": 64}, "of 64 inputs, .* scales of 32"),
         ("fp8-block", ["fp8"], "config.json has no quantization_config"),
     ],
 )
@@ -188,3 +213,15 @@ def test_a_shard_that_was_cut_short(original, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         describe_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_resident_bytes_follow_the_atoms_that_are_kept(name, ratio):
+    """At most two points more, for scales that atoms share, at a real model's sizes."""
+    hidden, size, experts = 2048, 768, 4
+    keep = torch.rand(experts, size, generator=torch.Generator().manual_seed(0)) >= ratio
+    rows = row_format(SCHEMES[name], hidden, size)
+    packed = PackedExperts(build_layout({"a": keep}), hidden, torch.bfloat16, row_format=rows)
+    whole = experts * rows.expert_bytes(hidden, size, itemsize=2)
+    assert -1e-6 < packed.weight_bytes / whole - keep.double().mean() < 0.02

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_atomic_moe.files.router import ExpertGroups
 from vllm_atomic_moe.scoring import known_methods, select_masks, selection_options
-from vllm_atomic_moe.scoring.budget import align_widths, prune_atoms
+from vllm_atomic_moe.scoring.budget import align_masks, align_widths, prune_atoms, top_atoms
 from vllm_atomic_moe.scoring.masks import LayerScores
 from vllm_atomic_moe.scoring.methods.tenp import share_out
 from vllm_atomic_moe.scoring.router import RouterNeeds
@@ -91,7 +91,7 @@ def test_masks_are_nested_in_the_ratio(scores, one, other, scope, min_width):
 @given(data=st.data())
 def test_every_method_that_only_ranks_gives_nested_masks(method, data):
     scores = data.draw(layer_scores(values=(0.0, 1.0, 2.0), least_experts=2))
-    if method in ("shape", "reap"):
+    if known_methods().find(method).whole_experts:
         scores = whole(scores)
     one, other = sorted((data.draw(st.floats(0, 0.5)), data.draw(st.floats(0, 0.5))))
     options = selection_options(method, {})
@@ -103,7 +103,13 @@ def test_every_method_that_only_ranks_gives_nested_masks(method, data):
             assert not (narrow.routable[layer] & ~wide.routable[layer]).any()
 
 
-@given(SCORES, RATIOS, SCOPES, st.sampled_from([1, 2, 4, 8]), st.integers(0, SIZE))
+@given(
+    SCORES,
+    RATIOS,
+    st.sampled_from(["global", "layer"]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(0, SIZE),
+)
 def test_aligned_widths_meet_the_budget(scores, ratio, scope, align, min_width):
     least = -(-min_width // align) * align
     assume(ratio * SIZE <= SIZE - least)
@@ -118,6 +124,19 @@ def test_aligned_widths_meet_the_budget(scores, ratio, scope, align, min_width):
         assert abs(int(widths.sum() - wanted.sum())) <= align, "off by more than a unit"
     assert 2 * abs(removed(masks) - removed(exact)) <= align
     assert align > 1 or all(torch.equal(masks[layer], exact[layer]) for layer in masks)
+
+
+@given(SCORES, RATIOS, st.sampled_from([1, 2, 4, 8]))
+def test_every_expert_gets_one_aligned_width(scores, ratio, align):
+    exact = SIZE - round(ratio * SIZE)
+    masks = prune(scores, ratio, scope="expert", align=align)
+    widths = torch.stack([mask.sum(dim=1) for mask in masks.values()])
+    assert len(widths.unique()) == 1
+    width = int(widths[0, 0])
+    assert width % align == 0
+    assert 2 * abs(width - exact) <= align or width == align > exact > 0
+    for layer, mask in masks.items():
+        assert torch.equal(mask, top_atoms(scores[layer].atoms, widths[0, 0].expand(len(mask))))
 
 
 @given(SCORES, RATIOS, st.sampled_from([2, 4]))
@@ -152,7 +171,7 @@ def test_alignment_moves_the_least_important_atoms():
     atoms = torch.tensor([[4.0, 3, 2, 1, 0, 0, 0, 0], [9, 8, 2, 1, 0, 0, 0, 0]])
     widths = align_widths(torch.tensor([2, 2]), atoms, 4)
     assert widths.tolist() == [0, 4]
-    aligned = prune({0: LayerScores(atoms)}, 12 / 16, align=4, scope="expert")[0]
+    aligned = align_masks({0: atoms}, {0: top_atoms(atoms, torch.tensor([2, 2]))}, 4)[0]
     assert aligned.tolist() == [[False] * 8, [True] * 4 + [False] * 4]
 
 
@@ -395,8 +414,10 @@ def test_whole_expert_methods_never_leave_fewer_than_k_experts():
     }
     for method, scope in (
         ("shape", {}),
+        ("shape", {"scope": "layer"}),
         ("reap", {"scope": "global"}),
         ("reap", {"scope": "layer"}),
+        ("frequency", {"scope": "group"}),
     ):
         masks = select_masks(method, scores, 0.5, RouterNeeds(2), scope)
         assert [int(mask.sum()) for mask in masks.routable.values()] == [2, 2, 2], method
@@ -418,8 +439,23 @@ def test_reap_removes_the_lowest_scores():
     assert [mask.tolist() for mask in routable.values()] == [
         [True, False, False, True], [True, True, False, False]
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="experts go whole; wanted global or layer"):
-        select_masks("reap", scores, 0.5, RouterNeeds(1), {"scope": "expert"})
+    for method in ("reap", "shape"):
+        with pytest.raises(ValueError, match="experts go whole; wanted global, layer, group"):
+            select_masks(method, scores, 0.5, RouterNeeds(1), {"scope": "expert"})
+
+
+@pytest.mark.parametrize("method", ["reap", "shape", "frequency", "random-experts"])
+def test_every_group_of_a_router_loses_as_much(method):
+    router = RouterNeeds(2, ExpertGroups(2, 1, biased=True))
+    scores = {
+        0: LayerScores.whole(torch.tensor([8.0, 7, 6, 5, 1, 2, 3, 4]), SIZE),
+        1: LayerScores.whole(torch.tensor([1.0, 9, 2, 8, 7, 3, 4, 6]), SIZE),
+    }
+    routable = select_masks(method, scores, 0.25, router, {"scope": "group"}).routable
+    assert routable[0].tolist() == [True, True, True, False, False, True, True, True]
+    assert routable[1].tolist() == [False, True, True, True, True, False, True, True]
+    layer = select_masks(method, scores, 0.25, router, {"scope": "layer"}).routable
+    assert layer[0].tolist() == [True, True, True, True, False, False, True, True]
 
 
 @given(

@@ -116,7 +116,7 @@ def test_wrong_score_files_are_refused(tensors, metadata, message, scores_path):
 
 
 def test_statistics_need_a_method_and_scores_carry_theirs(stats_path, scores_path):
-    with pytest.raises(ValueError, match="give --method, one of camera, heapr, mag"):
+    with pytest.raises(ValueError, match="give --method, one of camera, frequency, heapr, mag"):
         load_scores(stats_path, None, {})
     assert load_scores(scores_path, None, {}).method == "random"
     assert load_scores(scores_path, "random", {}).method == "random"

@@ -18,14 +18,14 @@ from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring import known_methods, method_options, score_layers
 
 SEQ_LEN = 24
-WHOLE = ("shape", "reap")
+WHOLE = tuple(name for name, it in known_methods().entries.items() if it.whole_experts)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral", "llama4"])
 def calibrated(request, tmp_path_factory):
     """Sums of the calibration run, and the long way over the same two domains, in float64."""
     directory = tmp_path_factory.mktemp(request.param)
-    info = make_model(request.param, directory)
+    info = make_model(request.param, directory, num_experts_per_tok=2)
     domains = [random_windows(2, SEQ_LEN), random_windows(3, SEQ_LEN, seed=1)]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     text = CalibrationText({"a": domains[0], "b": domains[1]}, ())
@@ -89,6 +89,11 @@ def reap(layer: LongWay) -> torch.Tensor:
     return torch.tensor(scores, dtype=torch.float64)
 
 
+def frequency(layer: LongWay) -> torch.Tensor:
+    chosen = [len(layer.of_expert(expert)) for expert in range(len(layer.down))]
+    return torch.tensor(chosen, dtype=torch.float64) / len(layer.tokens)
+
+
 def tenp_atoms(layer: LongWay) -> torch.Tensor:
     rows = []
     for expert, down in enumerate(layer.down):
@@ -137,13 +142,14 @@ ORACLES = {
     "magnitude": magnitude,
     "camera": camera,
     "reap": reap,
+    "frequency": frequency,
     "tenp": tenp_atoms,
     "shape": shape,
 }
 
 
 def test_every_method_but_random_has_an_oracle():
-    assert set(ORACLES) == set(known_methods().entries) - {"random"}
+    assert set(ORACLES) == set(known_methods().entries) - {"random", "random-experts"}
 
 
 @pytest.mark.parametrize("method", ORACLES)
@@ -211,7 +217,17 @@ def test_experts_with_few_tokens_are_never_scored_as_useless(method, calibrated)
     assert protected, "every expert saw enough tokens: the test is blind"
 
 
-@pytest.mark.parametrize("method", ["shape", "reap", "random", "magnitude"])
+def test_random_experts_are_whole_and_follow_the_seed(calibrated):
+    info, sums, _ = calibrated
+    found = [score_layers("random-experts", sums, {"seed": seed}) for seed in (0, 0, 1)]
+    for layer in info.layers:
+        one, again, other = (scores[layer].atoms for scores in found)
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+        assert torch.equal(one, one[:, :1].expand_as(one))
+
+
+@pytest.mark.parametrize("method", [*WHOLE, "random", "magnitude"])
 def test_other_methods_have_no_such_exception(method, calibrated):
     _, sums, _ = calibrated
     for scores in score_layers(method, sums, method_options(method, {})).values():

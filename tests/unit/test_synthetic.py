@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from vllm_atomic_moe.calibration.layer_reader import weight_bytes
 from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
@@ -63,14 +64,18 @@ def test_calibration_is_measured_in_every_way(directory):
     plan = CalibrationPlan(dtype="float32", windows=2, seq_len=16, rounds=1)
     said = []
     report = measure_calibration(directory, plan, lambda *step: said.append(step))
-    names = ["two forwards", "calibrate", "calibrate --no-gradients"]
+    names = ["two forwards", "calibrate", "calibrate --no-gradients", "calibrate --stream"]
     assert [row.way for row in report.ways] == names
     assert [what for _, _, what in said] == [*names, ""]
-    paper, ours, _ = report.ways
+    paper, ours, _, streamed = report.ways
     assert paper.ratio == 1
     assert paper.state_bytes > 2 * 8 * 128 * 128 * 4  # G
     assert 0 < ours.state_bytes < paper.state_bytes
-    assert all(row.seconds.median > 0 and row.peak_bytes >= 0 for row in report.ways)
+    assert streamed.state_bytes == ours.state_bytes
+    assert (streamed.weight_bytes, ours.reading_s) == (0, 0)
+    assert streamed.reading_s > 0
+    assert ours.weight_bytes == weight_bytes(directory, torch.float32)
+    assert all(row.seconds.median > 0 for row in report.ways)
 
 
 def test_windows_longer_than_the_context_are_refused(directory):
@@ -87,10 +92,10 @@ def test_command_calibrates_a_synthetic_model_and_removes_it(monkeypatch):
         make_checkpoint(directory, SMALL)
 
     monkeypatch.setattr(synthetic, "make_checkpoint", make_small)
-    command = "bench --synthetic --calibration --rounds 1 --dtype float32"
+    command = "bench --synthetic --calibration --rounds 1 --dtype float32 --windows 2 --seq-len 32"
     result = CliRunner().invoke(app, [*command.split(), "--json"])
     assert result.exit_code == 0, result.output
-    assert len(json.loads(result.stdout)["ways"]) == 3
+    assert len(json.loads(result.stdout)["ways"]) == 4
     assert not made[0].parent.exists()
     printed = CliRunner().invoke(app, command.split()).stdout.splitlines()
-    assert [line.split()[0] for line in printed] == ["way", "two", "calibrate", "calibrate"]
+    assert [line.split()[0] for line in printed] == ["way", "two", *["calibrate"] * 3]

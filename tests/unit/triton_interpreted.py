@@ -26,6 +26,7 @@ from tests.kernel_suite import (
     ragged,
     routed,
 )
+from tests.quantized import FORMATS
 from tests.triton_decoding import DECODED, check_decoding
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
@@ -49,6 +50,17 @@ class TestTriton(KernelSuite):
             # One dtype each, for time: the interpreter takes milliseconds for every program.
             patch.setattr(request.cls, "dtypes", (torch.float16 if one else torch.float32,))
             yield
+
+    # Tiles of all formats are decoded below; these have scales of atoms, zero points, and a factor.
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[] if name in ("awq", "nvfp4") else pytest.mark.full)
+            for name in FORMATS
+        ],
+    )
+    def test_rows_that_are_codes(self, name: str) -> None:
+        super().test_rows_that_are_codes(name)
 
     @pytest.mark.parametrize("tiles", [tiles for _, tiles in triton_backend.TILES], ids=str)
     def test_all_tiles(self, tiles, monkeypatch):

@@ -30,6 +30,36 @@ class Batch:
     domain: int = 0
     padding_T: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, domain: int, ids: torch.Tensor) -> Batch:
+        """The batch of these windows, int32 [windows, seq_len]; a negative id is padding."""
+        return cls(domain, (ids < 0).flatten() if bool((ids < 0).any()) else None)
+
+    def unpadded(self, topk_ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """Ids that send padding nowhere."""
+        if self.padding_T is None:
+            return topk_ids_TK
+        padding_T1 = self.padding_T.to(topk_ids_TK.device)[:, None]
+        return topk_ids_TK.masked_fill(padding_T1, num_experts)
+
+
+@dataclass(slots=True)
+class Unwatched:
+    """The `LayerObserver` of a layer that runs as if it were observed, and adds nothing up.
+
+    Attributes:
+        batch: what runs now.
+    """
+
+    batch: Batch
+
+    def see_routing(self, module: ExpertsModule, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Padding goes nowhere, as where it is observed."""
+        return self.batch.unpadded(topk_ids_TK, module.num_experts)
+
+    def see_expert(self, expert: int, rows: ExpertRows) -> None:
+        """Nothing."""
+
 
 @dataclass(slots=True, eq=False)
 class LayerAccumulator:
@@ -38,7 +68,7 @@ class LayerAccumulator:
     Attributes:
         shape: (D, E, I).
         gradients: whether a backward pass follows, so that `g2` can be summed.
-        batch: what runs now; shared by all layers, set before each batch.
+        batch: what runs now; set before each batch.
         sums: the sums so far, without the table of sets; None before the first batch.
         sets: the table of sets.
     """
@@ -54,9 +84,7 @@ class LayerAccumulator:
         if self.sums is None:
             zeros = LayerSums.zeros(self.shape, self.gradients, topk_ids_TK.device)
             self.sums = replace(zeros, **weight_norms(module))
-        if self.batch.padding_T is not None:
-            padding_T1 = self.batch.padding_T.to(topk_ids_TK.device)[:, None]
-            topk_ids_TK = topk_ids_TK.masked_fill(padding_T1, self.shape[1])
+        topk_ids_TK = self.batch.unpadded(topk_ids_TK, self.shape[1])
         whole_T = (topk_ids_TK < self.shape[1]).all(dim=1)
         self.sets.see(topk_ids_TK[whole_T], self.batch.domain)
         return topk_ids_TK

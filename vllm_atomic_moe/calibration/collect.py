@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
 from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe, serving_notes
 from vllm_atomic_moe.calibration.findings import inspect_sums
+from vllm_atomic_moe.calibration.layer_reader import LayerReader
 from vllm_atomic_moe.calibration.model import (
-    ALL_OF_IT,
     check_config,
     check_model_code,
     check_offload,
@@ -29,8 +27,20 @@ from vllm_atomic_moe.calibration.model import (
     check_vocabulary,
     load_model,
     load_tokenizer,
+    loading_dtype,
     resolve_device,
 )
+from vllm_atomic_moe.calibration.passes import (
+    batches,
+    check_loss,
+    failures_explained,
+    not_finite,
+    run_forward,
+    run_forward_backward,
+)
+from vllm_atomic_moe.calibration.ranks import Ranks, joined
+from vllm_atomic_moe.calibration.streamed import collect_streamed
+from vllm_atomic_moe.calibration.streaming import keep, one_device, streaming_reason
 from vllm_atomic_moe.calibration.text import (
     CalibrationText,
     draw_windows,
@@ -39,14 +49,7 @@ from vllm_atomic_moe.calibration.text import (
     take_shard,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint, resolve_model
-from vllm_atomic_moe.files.plain_files import one_line
 from vllm_atomic_moe.files.statistics import LayerSums, Statistics
-
-REMEDIES = {
-    torch.float16: "use --dtype bfloat16 or --dtype float32",
-    torch.bfloat16: "use --dtype float32",
-}
-IGNORED = -100  # the target that cross_entropy leaves out
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
@@ -66,6 +69,9 @@ class CalibrationOptions:
         seed: of the drawing of windows.
         gradients: whether to run the backward pass, which `heapr` needs.
         shard: `i/N`, 1 <= i <= N, or None for the whole text.
+        stream: whether to run layer by layer; None: where the weights do not fit what is free.
+        scratch: directory to keep layers' inputs in, which makes it run layer by layer and lets a
+            run that was killed go on; None for memory.
         field: field or column of the data files; None for `text`, else `messages`.
         trust_remote_code: whether Python files of the model's directory may run.
     """
@@ -78,6 +84,8 @@ class CalibrationOptions:
     seed: int = 0
     gradients: bool = True
     shard: str | None = None
+    stream: bool | None = None
+    scratch: Path | None = None
     field: str | None = None
     trust_remote_code: bool = False
 
@@ -87,14 +95,18 @@ def calibrate(
     data: Sequence[str],
     options: CalibrationOptions,
     on_progress: Progress = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Statistics, list[str]]:
     """Run a model over text and sum up what its experts do.
+
+    Processes that torchrun started share the windows, and all return the same.
 
     Args:
         model: a local directory or a Hugging Face id.
         data: `FILE[:DOMAIN]` arguments, at least one.
         options: how.
         on_progress: called after every batch.
+        on_note: called with a line about how it is done, before it is.
 
     Returns:
         The statistics, and warnings of one line each.
@@ -103,8 +115,20 @@ def calibrate(
         ValueError: the text, the model or an option is refused (one line, see the parts).
         OSError: the model's files cannot be read.
     """
+    with joined() as ranks:
+        return _calibrate(model, data, options, ranks, on_progress, on_note)
+
+
+def _calibrate(
+    model: str,
+    data: Sequence[str],
+    options: CalibrationOptions,
+    ranks: Ranks,
+    on_progress: Progress,
+    on_note: Callable[[str], None],
+) -> tuple[Statistics, list[str]]:
     files = parse_files(data)
-    device_map = resolve_device(options.device)
+    device_map = resolve_device(ranks.device(options.device))
     shard = parse_shard(options.shard) if options.shard else None
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
@@ -123,15 +147,29 @@ def calibrate(
     )
     if shard:
         text = take_shard(text, *shard)
+    share = ranks.share(text)
 
-    loaded = load_model(directory, options.dtype, device_map, trusted)
-    check_offload(loaded, options.gradients)
-    check_vocabulary(text, loaded)
-    experts = find_experts(loaded, checkpoint)
-    sums = collect(
-        loaded, experts, checkpoint, text, options.batch_size, on_progress, options.gradients
-    )
-    calibration = describe_calibration(text, options, loaded.dtype)
+    dtype = loading_dtype(options.dtype, directory, device_map, trusted)
+    reason = streaming_reason(options.stream, options.scratch, directory, dtype, device_map, ranks)
+    batch_size, gradients = options.batch_size, options.gradients
+    if reason is None:
+        loaded = load_model(directory, options.dtype, device_map, trusted)
+        check_offload(loaded, gradients)
+        check_vocabulary(text, loaded)
+        experts = find_experts(loaded, checkpoint)
+        own = collect(loaded, experts, checkpoint, share, batch_size, on_progress, gradients)
+        sums = ranks.add(own)
+    else:
+        if reason:
+            on_note(reason)
+        reader = LayerReader(directory, checkpoint, dtype, one_device(device_map), trusted)
+        check_vocabulary(text, reader.outline)
+        experts = find_experts(reader.outline, checkpoint)
+        with closing(keep(reader, share, batch_size, gradients, options.scratch, ranks)) as kept:
+            own = collect_streamed(reader, kept, share, batch_size, on_progress, gradients)
+            sums = ranks.add(own)
+            kept.clear()
+    calibration = describe_calibration(text, options, dtype)
     calibration["experts_per_token"] = checkpoint.experts_per_token
     groups = checkpoint.groups
     calibration["expert_groups"] = None if groups is None else dataclasses.asdict(groups)
@@ -162,21 +200,22 @@ def collect(
             model's own code fails; at the first such window.
     """
     model.eval().requires_grad_(False)
-    batch = Batch()
     shape = (len(text.windows), checkpoint.num_experts, checkpoint.intermediate_size)
-    layers = {layer: LayerAccumulator(shape, gradients, batch) for layer in experts}
-    run = _run_forward_backward if gradients else _run_forward
+    layers = {layer: LayerAccumulator(shape, gradients, Batch()) for layer in experts}
+    run = run_forward_backward if gradients else run_forward
     names = {id(module): name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda *call: call[-1].requires_grad_(gradients))
     done = 0
     try:
         with observe(model, experts, layers):
-            for batch.domain, ids in _batches(text, batch_size):
-                batch.padding_T = (ids < 0).flatten() if bool((ids < 0).any()) else None
-                with _failures_explained(model, names, ids):
+            for domain, ids in batches(text, batch_size):
+                batch = Batch.of(domain, ids)
+                for accumulator in layers.values():
+                    accumulator.batch = batch
+                with failures_explained(model, names, ids):
                     loss = run(model, ids)
-                _check_finite(layers, batch.domain, loss, model.dtype)
+                _check_finite(layers, domain, loss, model.dtype)
                 done += ids.shape[0]
                 on_progress(done, text.num_windows)
     finally:
@@ -201,50 +240,6 @@ def describe_calibration(
     }
 
 
-def _batches(text: CalibrationText, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(domain index, int32 [windows, seq_len]); no batch mixes domains."""
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}: wanted at least 1")
-    for domain, windows in enumerate(text.windows.values()):
-        for ids in windows.split(batch_size) if windows.numel() else ():
-            yield domain, ids
-
-
-def _model_inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
-    """What the model takes: padding becomes token 0 that no other token attends to."""
-    # The first parameter's device is `meta` if accelerate offloads it; its hooks move the input.
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    inputs: dict[str, Any] = {"input_ids": ids.clamp_min(0).to(device, torch.int64)}
-    if bool((ids < 0).any()):
-        inputs["attention_mask"] = (ids >= 0).to(device, torch.int64)
-    return {**inputs, "use_cache": False}
-
-
-@torch.no_grad()
-def _run_forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """One forward of the layers; the language-model head is not needed."""
-    model.base_model(**_model_inputs(model, ids))
-
-
-def _run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """One forward, one backward. Windows are independent, so the losses of a batch just add up.
-
-    Returns:
-        The loss. If it is not finite, the backward pass is skipped.
-    """
-    logits = model(**_model_inputs(model, ids)).logits[:, :-1].flatten(0, 1)
-    # float32 at least: a bf16 sum over thousands of tokens would be coarse.
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    targets = ids[:, 1:].flatten().to(logits.device, torch.int64)
-    # Padding is neither predicted nor predicts.
-    padding = ((ids[:, 1:] < 0) | (ids[:, :-1] < 0)).flatten().to(logits.device)
-    targets = targets.masked_fill(padding, IGNORED)
-    loss = functional.cross_entropy(precise, targets, ignore_index=IGNORED, reduction="sum")
-    if bool(loss.isfinite()):
-        loss.backward()
-    return loss.detach()
-
-
 def _check_finite(
     layers: Mapping[int, LayerAccumulator],
     domain: int,
@@ -256,39 +251,11 @@ def _check_finite(
     Raises:
         ValueError: names the layer, what is not finite, and the dtype.
     """
-    name = str(dtype).removeprefix("torch.")
-    remedy = REMEDIES.get(dtype, "are the checkpoint's weights damaged?")
     # Where it began: what overflows goes up with activations, and down with gradients.
     found = {layer: accumulator.not_finite(domain) for layer, accumulator in layers.items()}
     for what, order in (("activations", sorted(found)), ("gradients", sorted(found)[::-1])):
         for layer in order:
             if found[layer] == what:
-                raise ValueError(
-                    f"layer {layer}: {what} of a window are not finite in {name}; {remedy}"
-                )
-    if loss is not None and not bool(loss.isfinite()):
-        raise ValueError(f"the loss of a window is {loss.item()} in {name}; {remedy}")
-
-
-@contextmanager
-def _failures_explained(
-    model: PreTrainedModel, names: Mapping[int, str], ids: torch.Tensor
-) -> Iterator[None]:
-    """Whatever the model's own code raises becomes one line that names the module it was in."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"out of memory with {ids.shape[0]} windows of {ids.shape[1]} tokens; "
-            "use a smaller --batch-size or --seq-len"
-        ) from error
-    except Exception as error:
-        owner = type(model).__name__
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            module = frame.f_locals.get("self")
-            if names.get(id(module)):
-                owner = f"{type(module).__name__} {names[id(module)]}"
-        raise ValueError(
-            f"{owner}: transformers {transformers.__version__} fails at a window "
-            f"({type(error).__name__}: {one_line(error)}){ALL_OF_IT}"
-        ) from error
+                raise not_finite(layer, what, dtype)
+    if loss is not None:
+        check_loss(loss, dtype)

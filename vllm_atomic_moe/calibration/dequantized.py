@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,10 +34,12 @@ class Decoded:
     """A tensor that is made when it is read, as transformers reads slices of files.
 
     Attributes:
+        shape: of what is made.
         read: makes it.
         on_failure: called with what `read` raises, of which transformers says nothing.
     """
 
+    shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     on_failure: Callable[[ValueError], None]
 
@@ -49,14 +51,18 @@ class Decoded:
             raise
 
 
-def plain_weights(
-    source: Shards, settings: Mapping[str, Any], on_failure: Callable[[ValueError], None]
+def stored_weights(
+    source: Shards,
+    settings: Mapping[str, Any],
+    names: Iterable[str],
+    on_failure: Callable[[ValueError], None],
 ) -> dict[str, Decoded]:
     """Name -> tensor, of everything but what says how another one is quantized.
 
     Args:
         source: the checkpoint's shards; they stay open until all is read.
-        settings: what its configuration says of quantization.
+        settings: what its configuration says of quantization; empty if nothing is quantized.
+        names: tensors of the checkpoint; all parts of a matrix, or none.
         on_failure: called with what reading raises.
 
     Returns:
@@ -67,29 +73,37 @@ def plain_weights(
         ValueError: a matrix is quantized in a way that is not known. Reading raises it where codes
             or scales are broken.
     """
-    reads: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def plain(name: str) -> Decoded:
+        return Decoded((*source.shape(name),), partial(source.tensor, name), on_failure)
+
+    if not settings:
+        return {name: plain(name) for name in names}
+    weights: dict[str, Decoded] = {}
     matrices: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
-    for name in source.where:
+    for name in names:
         found = _OF_A_MATRIX.fullmatch(name)
         if found is None:
-            reads[name] = partial(source.tensor, name)
+            weights[name] = plain(name)
         elif (part := found["part"] or found["whole"]) not in IGNORED:
             matrices[found["one"] or found["all"], found["one"] is None][part] = name
-    for (stem, fused), names in matrices.items():
+    for (stem, fused), parts in matrices.items():
         # Norms have a weight too; learned scales may be called like those of a matrix.
-        alone = names.keys() == {"weight"} and len(source.shape(names["weight"])) != 2
-        if alone or not names.keys() & {*MATRICES}:
-            reads |= {name: partial(source.tensor, name) for name in names.values()}
+        alone = parts.keys() == {"weight"} and len(source.shape(parts["weight"])) != 2
+        if alone or not parts.keys() & {*MATRICES}:
+            weights |= {name: plain(name) for name in parts.values()}
             continue
-        told = {part: (source.dtype(name), (*source.shape(name),)) for part, name in names.items()}
+        told = {part: (source.dtype(name), (*source.shape(name),)) for part, name in parts.items()}
         outputs = _outputs(told)
         scheme, inputs = scheme_of_down(stem, told, outputs, settings)
         if scheme.kind == "plain":
-            reads[names["weight"]] = partial(source.tensor, names["weight"])
-        else:
-            read = partial(_decoded, source, names, scheme, outputs, inputs)
-            reads[stem if fused else f"{stem}.weight"] = read
-    return {name: Decoded(read, on_failure) for name, read in reads.items()}
+            weights[parts["weight"]] = plain(parts["weight"])
+            continue
+        read = partial(_decoded, source, parts, scheme, outputs, inputs)
+        experts = told["blocks"][1][:1] if fused else ()
+        shape = (*experts, inputs, outputs) if fused else (outputs, inputs)
+        weights[stem if fused else f"{stem}.weight"] = Decoded(shape, read, on_failure)
+    return weights
 
 
 def _outputs(parts: Mapping[str, Part]) -> int:

@@ -6,7 +6,7 @@ and a remedy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vllm_atomic_moe.calibration.dequantized import plain_weights
+from vllm_atomic_moe.calibration.dequantized import stored_weights
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import locate_tensors
 from vllm_atomic_moe.files.config import context_length, quantization_settings, read_config
@@ -123,9 +123,17 @@ def resolve_dtype(
     return torch.float32 if on_cpu and slow_on_cpu(stored_dtype(directory, trusted)) else "auto"
 
 
+def loading_dtype(
+    dtype: str, directory: Path, device_map: str | dict[str, str], trusted: bool = False
+) -> torch.dtype:
+    """As `resolve_dtype`, with the checkpoint's own where transformers would choose it."""
+    wanted = resolve_dtype(dtype, directory, device_map, trusted)
+    return wanted if isinstance(wanted, torch.dtype) else stored_dtype(directory, trusted)
+
+
 def stored_dtype(directory: Path, trusted: bool = False) -> torch.dtype:
     """The dtype in config.json, else that of the checkpoint's first float tensor."""
-    with _failures_explained(directory):
+    with failures_explained(directory):
         told = AutoConfig.from_pretrained(directory, trust_remote_code=trusted).dtype
     tensors = (read_tensor(path, name) for name, path in locate_tensors(directory).items())
     plain = (it.dtype for it in tensors if it.is_floating_point() and it.itemsize > 1)
@@ -152,7 +160,7 @@ def load_model(
             checkpoint lacks (transformers would make them up).
     """
     wanted = resolve_dtype(dtype, directory, device_map, trusted)
-    with _weights(directory, trusted) as (kind, options), _failures_explained(directory):
+    with _weights(directory, trusted) as (kind, options), failures_explained(directory):
         # Told, where transformers would take it from a name of the weights.
         told = stored_dtype(directory, trusted) if options and wanted == "auto" else wanted
         model, loading = kind.from_pretrained(
@@ -163,18 +171,28 @@ def load_model(
             trust_remote_code=trusted,
             **options,
         )
-    if missing := sorted(loading["missing_keys"]):
-        remedy = "fetch the checkpoint again"
-        if all("lm_head" in name for name in missing):
-            remedy += (
-                ", or, if its head is the word embedding, say so in config.json: "
-                '"tie_word_embeddings": true'
-            )
-        raise ValueError(
-            f"{directory}: lacks {len(missing)} weights of {type(model).__name__}, the first is "
-            f"{missing[0]}; {remedy}"
-        )
+    check_missing(directory, model, loading["missing_keys"])
     return model
+
+
+def check_missing(directory: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers makes up.
+
+    Raises:
+        ValueError: names the first.
+    """
+    if not missing:
+        return
+    remedy = "fetch the checkpoint again"
+    if all("lm_head" in name for name in missing):
+        remedy += (
+            ", or, if its head is the word embedding, say so in config.json: "
+            '"tie_word_embeddings": true'
+        )
+    raise ValueError(
+        f"{directory}: lacks {len(missing)} weights of {type(model).__name__}, the first is "
+        f"{min(missing)}; {remedy}"
+    )
 
 
 @contextmanager
@@ -184,28 +202,41 @@ def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, An
     Raises:
         ValueError: they cannot be decoded; also in place of what transformers makes of it.
     """
-    settings = quantization_settings(directory, read_config(directory))
-    if not settings:
+    if not quantization_settings(directory, read_config(directory)):
         yield AutoModelForCausalLM, {}
         return
-    with _failures_explained(directory):
+    settings, _, empty = empty_model(directory, trusted)
+    failures: list[ValueError] = []
+    with Shards(directory) as shards:
+        weights = stored_weights(shards, settings, shards.where, failures.append)
+        try:
+            yield type(empty), {"config": empty.config, "state_dict": weights}
+        except ValueError as error:
+            raise (failures[0] if failures else error) from None
+
+
+def empty_model(
+    directory: Path, trusted: bool = False
+) -> tuple[Mapping[str, Any], Any, PreTrainedModel]:
+    """How a checkpoint is quantized (empty: not at all), its configuration as if it were not, and
+    its model on the meta device.
+
+    Raises:
+        ValueError: transformers cannot build it.
+    """
+    settings = quantization_settings(directory, read_config(directory))
+    with failures_explained(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    failures: list[ValueError] = []
-    with Shards(directory) as shards:
-        weights = plain_weights(shards, settings, failures.append)
-        try:
-            yield type(empty), {"config": config, "state_dict": weights}
-        except ValueError as error:
-            raise (failures[0] if failures else error) from None
+    return settings or {}, config, empty
 
 
 @contextmanager
-def _failures_explained(directory: Path) -> Iterator[None]:
+def failures_explained(directory: Path) -> Iterator[None]:
     """Whatever transformers raises becomes one line."""
     try:
         yield

@@ -22,6 +22,7 @@ from vllm_atomic_moe.cli.import_profile import import_profile
 from vllm_atomic_moe.cli.merge import merge
 from vllm_atomic_moe.cli.plugins import ImporterCommand, PruneCommand, ScoreCommand
 from vllm_atomic_moe.cli.prune import prune
+from vllm_atomic_moe.cli.quality import quality
 from vllm_atomic_moe.cli.score import score
 from vllm_atomic_moe.cli.show import show
 
@@ -59,6 +60,7 @@ app.command()(check)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(card)
+app.command()(quality)
 app.command()(bench)
 app.command("status")(show_status)
 app.command("profiles")(list_profiles)

@@ -27,7 +27,7 @@ from vllm_atomic_moe.cli.options import TrustRemoteCode
 OPTIONS = {
     "layers": ("shape", "tokens", "pruned", "dtype", "rounds", "seconds", "kernel", "plot"),
     "servers": ("profiles", "profile", "serve", "rounds", "trust_remote_code", "plot"),
-    "calibration": ("dtype", "rounds", "trust_remote_code"),
+    "calibration": ("windows", "seq_len", "dtype", "rounds", "trust_remote_code"),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -95,6 +95,14 @@ def bench(
         float | None,
         typer.Option(min=0.0, help="After this time three rounds are enough.", show_default="3"),
     ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of a calibration.", show_default="8"),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window of a calibration.", show_default="512"),
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
@@ -109,17 +117,18 @@ def bench(
     """Measure pruned beside dense, in one run: layers, or with MODEL whole servers.
 
     Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
-    full width), 1 for a kernel as fast as the atoms that are left; then fp8, int4 and mxfp4 rows
-    beside plain ones of the same atoms. Options: --shape, --tokens,
-    --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
+    full width), 1 for a kernel as fast as the atoms that are left; then other rows (fp8, int4,
+    mxfp4) and activations beside plain rows and SiLU of the same atoms. Options: --shape,
+    --tokens, --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
     load generator; throughput and latency, whole load from a warm page cache, memory, and changes
     between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot,
     --trust-remote-code.
 
-    Calibration: `atomic-moe calibrate` beside the HEAPr paper's two forward passes; time and
-    memory. Options: --dtype, --rounds, --trust-remote-code.
+    Calibration: `atomic-moe calibrate`, in memory and layer by layer, beside the HEAPr paper's two
+    forward passes; time without reading weights, and memory over the weights that are held all
+    along. Options: --windows, --seq-len, --dtype, --rounds, --trust-remote-code.
     """
     if plot is not None:
         check_plot(plot)
@@ -136,6 +145,8 @@ def bench(
         "rounds": rounds,
         "seconds": seconds,
         "kernel": kernel,
+        "windows": windows,
+        "seq_len": seq_len,
         "trust_remote_code": trust_remote_code or None,
         "plot": plot,
     }
@@ -187,8 +198,8 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
     from vllm_atomic_moe.measure.instruction_set import hide_wider_instructions
 
     hide_wider_instructions()
-    from vllm_atomic_moe.measure.format_benchmark import measure_formats
     from vllm_atomic_moe.measure.layer_benchmark import SHAPES, LayerPlan, measure_layers
+    from vllm_atomic_moe.measure.variant_benchmark import measure_variants
 
     plot = options.pop("plot", None)
     if "shape" in options:
@@ -197,12 +208,13 @@ def _bench_layers(options: dict[str, Any], seed: int, as_json: bool) -> None:
         options["dtype"] = getattr(torch, options["dtype"])
     plan = LayerPlan(seed=seed, **options)
     report = measure_layers(plan, status_lines())
-    formats = measure_formats(plan)
-    if as_json:
-        print_json({**dataclasses.asdict(report), "formats": [*map(dataclasses.asdict, formats)]})
-    else:
+    if not as_json:
         _print(report)
-        _print_formats(formats)
+    variants = measure_variants(plan, status_lines())
+    if as_json:
+        print_json({**dataclasses.asdict(report), "variants": [*map(dataclasses.asdict, variants)]})
+    else:
+        _print_variants(variants)
     if plot is not None:
         from vllm_atomic_moe.measure.plots import LayerPoint, plot_layers
 
@@ -314,7 +326,10 @@ def _bench_calibration(directory: Path, options: dict[str, Any], seed: int, as_j
         print_json(report.to_json())
         return
     print_table(
-        ["way", "seconds", "lowest", "highest", "of two forwards", "statistics", "peak"],
+        [
+            *("way", "seconds", "lowest", "highest", "of two forwards", "reading"),
+            *("weights", "statistics", "peak"),
+        ],
         [
             [
                 row.way,
@@ -322,6 +337,8 @@ def _bench_calibration(directory: Path, options: dict[str, Any], seed: int, as_j
                 f"{row.seconds.lowest:.2f}",
                 f"{row.seconds.highest:.2f}",
                 f"{row.ratio:.2f}",
+                f"{row.reading_s:.2f}",
+                _mib(row.weight_bytes),
                 _mib(row.state_bytes),
                 _mib(row.peak_bytes),
             ]
@@ -395,18 +412,16 @@ def _print(report: Any) -> None:
     )
 
 
-def _print_formats(cells: Sequence[Any]) -> None:
-    if not cells:
-        return
-    typer.echo("\nquantized rows, beside plain ones of the same atoms:\n")
+def _print_variants(cells: Sequence[Any]) -> None:
+    typer.echo("\nother rows and activations, beside plain rows and SiLU of the same atoms:\n")
     print_table(
-        ["layer", "T", "pruned", "rows", "bytes", "plain", "ours", "ratio", "quartiles"],
+        ["layer", "T", "pruned", "variant", "bytes", "plain", "ours", "ratio", "quartiles"],
         [
             [
                 cell.shape,
                 str(cell.tokens),
                 f"{cell.pruned:.0%}",
-                cell.rows,
+                cell.variant,
                 f"{cell.size:.2f}",
                 f"{cell.plain_ms:.2f} ms",
                 f"{cell.ours_ms:.2f} ms",

@@ -11,6 +11,7 @@ import typer
 from vllm_atomic_moe.cli.console import (
     debugging,
     print_json,
+    print_note,
     print_table,
     print_warning,
     progress_bar,
@@ -62,22 +63,41 @@ def calibrate(
         str | None,
         typer.Option(metavar="i/N", help="Run this part of the windows only; then `merge`."),
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read and run one decoder layer at a time, for models larger than memory.",
+            show_default="where the weights do not fit what is free",
+        ),
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Stream, and keep layers' inputs there rather than in memory; the same command "
+            "goes on after a kill.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a model over text and sum up what the atoms of its experts do.
 
-    One forward and one backward per window serve all methods.
+    One forward and one backward per window serve all methods. Processes started by `torchrun
+    --nproc-per-node N --no-python atomic-moe calibrate …` share the windows, one device each.
     """
     from transformers.utils import logging
 
     from vllm_atomic_moe import api
+    from vllm_atomic_moe.calibration.ranks import Ranks
 
     if not debugging():
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    first = Ranks.here().rank == 0
     lines: list[str] = []
-    with progress_bar("reading text and model", "calibrating, windows") as show:
+    with progress_bar("reading text and model", "calibrating", quiet=not first) as show:
         statistics = api.calibrate(
             model,
             data,
@@ -91,10 +111,15 @@ def calibrate(
             seed=seed,
             gradients=gradients,
             shard=shard,
+            stream=stream,
+            scratch=scratch,
             trust_remote_code=trust_remote_code,
             on_progress=show,
+            on_note=print_note,
             on_warning=lines.append,
         )
+    if not first:
+        return
     for line in lines:
         print_warning(line)
     report(output, statistics, as_json)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,11 @@ def print_warning(line: str) -> None:
     typer.echo(f"warning: {one_line(line, MESSAGE_LENGTH)}", err=True)
 
 
+def print_note(line: str) -> None:
+    """A line about how something is done, on stderr."""
+    typer.echo(one_line(line, MESSAGE_LENGTH), err=True)
+
+
 def print_json(value: Any) -> None:
     """`value` as indented JSON on stdout."""
     typer.echo(json.dumps(value, indent=2))
@@ -76,38 +83,77 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     console.print(table, crop=False)
 
 
+class ProgressLines:
+    """Progress off a terminal: a line a minute with the time left; none of what is done sooner."""
+
+    INTERVAL = 60.0
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`what` is being done; `clock` gives seconds."""
+        self._what, self._clock = what, clock
+        self._first: tuple[float, int] | None = None
+        self._shown = clock()
+
+    def line(self, done: int, total: int) -> str | None:
+        """What to say when `done` steps of `total` are done; None: nothing."""
+        now = self._clock()
+        if self._first is None:
+            # A run that was resumed begins with what had been done before.
+            self._first = now, done
+            return None
+        began, before = self._first
+        if now - self._shown < self.INTERVAL or done in (before, total):
+            return None
+        self._shown = now
+        left = (now - began) * (total - done) / (done - before)
+        return f"{self._what}: {done / total:.0%}, {timedelta(seconds=round(left))} left"
+
+
 @contextmanager
 def progress_bar(
-    first: str, then: str, in_bytes: bool = False
+    first: str, then: str, in_bytes: bool = False, quiet: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; gives (done, total) -> None. Off a terminal nothing is shown.
+    """A bar on stderr, or lines off a terminal; gives (done, total) -> None.
 
     Args:
         first: what is being done until the first step is done.
         then: and afterwards.
         in_bytes: steps are bytes.
+        quiet: show nothing.
     """
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        # Off a terminal a bar is noise among the lines of a log.
+        lines = ProgressLines(then)
+
+        def show(done: int, total: int) -> None:
+            if not quiet and (line := lines.line(done, total)):
+                print_note(line)
+
+        yield show
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
+        DownloadColumn(binary_units=True) if in_bytes else TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    # Off a terminal a bar is noise among the lines of a log.
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    # Steps may take minutes.
+    period = 600.0
+    with Progress(
+        *columns, console=console, transient=True, speed_estimate_period=period
+    ) as progress:
         task = progress.add_task(first, total=None)
         yield lambda done, total: progress.update(
             task, description=then, completed=done, total=total

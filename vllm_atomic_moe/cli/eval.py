@@ -85,7 +85,10 @@ def evaluate(
         )
     )
     if as_json:
-        print_json([{**dataclasses.asdict(row), "delta": _delta(row, rows[0])} for row in rows])
+        told = [{**dataclasses.asdict(row), "delta": _delta(row, rows[0])} for row in rows]
+        for row in told:
+            del row["windows"]
+        print_json(told)
     else:
         _print(rows)
     if plot is not None:

@@ -24,18 +24,28 @@ def export(
             help="Directory to make; an export of the same model and profile is replaced.",
         ),
     ],
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="Write an ordinary checkpoint, for every engine: of a profile that leaves as many "
+            "experts in every layer, all of one width.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a checkpoint that holds the atoms of one profile only.
 
     It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
-    answers, and is smaller on disk by what was pruned.
+    answers, and is smaller on disk by what was pruned. With --plain any engine loads it.
     """
     from vllm_atomic_moe import api
 
     lines: list[str] = []
     with progress_bar("reading headers", "exporting", in_bytes=True) as show:
-        result = api.export(model, profile, output, on_progress=show, on_warning=lines.append)
+        result = api.export(
+            model, profile, output, plain=plain, on_progress=show, on_warning=lines.append
+        )
     for line in lines:
         print_warning(line)
     if as_json:
@@ -47,11 +57,14 @@ def export(
                 "weight_bytes": result.weight_bytes,
                 "source_bytes": result.source_bytes,
                 "shards": result.shards,
+                "experts": result.experts,
+                "width": result.width,
             }
         )
         return
+    shape = f"{result.experts} experts of width {result.width} a layer, " if plain else ""
     typer.echo(
-        f"{result.directory}: {result.profile}, {result.kept:.2%} of atoms, "
+        f"{result.directory}: {result.profile}, {result.kept:.2%} of atoms, {shape}"
         f"{result.weight_bytes / 2**20:.2f} MiB of weights (from "
         f"{result.source_bytes / 2**20:.2f} MiB) in {result.shards} "
         f"shard{'s' if result.shards > 1 else ''}"

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.security import HTTPBearer
 from vllm.logger import init_logger
 
+from vllm_atomic_moe.control import page
 from vllm_atomic_moe.control.access import Access, AdminRoute, audit
 from vllm_atomic_moe.control.errors import Outcome, unavailable
 from vllm_atomic_moe.control.key import fingerprint, read_key
@@ -158,7 +159,7 @@ class AdminPlugin:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes.
+        """Add the routes and the page.
 
         Raises:
             ValueError: the admin key cannot be read, or equals a serving key.
@@ -173,6 +174,7 @@ class AdminPlugin:
         logger.info("Admin endpoint: key=%s", fingerprint(key))
         app.state.atomic_moe_changes = None
         app.include_router(router)
+        app.include_router(page.router)
         _document_no_422(app)
 
     async def init_state(

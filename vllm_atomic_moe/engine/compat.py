@@ -40,7 +40,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_atomic_moe.experts.activation import Activation
 
 # Subclasses that differ from `RoutedExperts` in nothing but how their weights arrive.
-KNOWN_EXPERTS = ("GptOssRoutedExperts",)
+KNOWN_EXPERTS = ("DbrxExperts", "GptOssRoutedExperts")
 # Routers that choose by logits and correction bias alone, so that a mask on both holds. We read
 # the code of these; masked logits are not safe with any other.
 KNOWN_ROUTERS = (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter)

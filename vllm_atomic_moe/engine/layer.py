@@ -46,8 +46,6 @@ from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.quantization import Scheme
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
-# What gpt-oss's weights arrive as: transposed, gate and up interleaved.
-INTERLEAVED = {"gpt_oss_w13": ("w1", "w3"), "gpt_oss_w2": ("w2",)}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
 BIAS_PLACEHOLDERS = ("w13_bias", "w2_bias")
 
@@ -235,20 +233,12 @@ class AtomicRoutedExperts(RoutedExperts):
         """Slice one checkpoint tensor into the packed rows.
 
         Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
-        `[H, I]` of one expert, or all experts' at once with a leading E; or one expert's bias. Of
-        gpt-oss gate and up arrive as one, `[H, 2I]`, and down is `[I, H]`. Experts of other ranks
-        are left alone, and need not arrive.
+        `[H, I]` of one expert, or all experts' at once with a leading E; or one expert's bias.
+        Experts of other ranks are left alone, and need not arrive.
 
         Raises:
             ValueError: the tensor arrives for the second time, or has the wrong shape.
         """
-        if shard_id in INTERLEAVED:
-            parts = INTERLEAVED[shard_id]
-            for index, part in enumerate(parts):
-                tensor = loaded_weight[..., index :: len(parts)]
-                tensor = tensor if tensor.dim() == 1 else tensor.t()
-                self.weight_loader(param, tensor, weight_name, part, expert_id)
-            return expert_id in self.own_experts if return_success else None
         if shard_id not in SHARD_PROJECTIONS or expert_id >= self.global_num_experts:
             raise ValueError(
                 f"{self.layer_name}: {weight_name} arrives as {shard_id!r} of expert {expert_id}; "
@@ -294,7 +284,7 @@ class AtomicRoutedExperts(RoutedExperts):
     def load_part(
         self, name: str, expert: int, projection: Projection, quantity: str, part: torch.Tensor
     ) -> None:
-        """Take one part of a quantized matrix; when all are there, they become packed rows.
+        """Take one part of a matrix; when all are there, they become packed rows.
 
         Args:
             name: of the tensor.
@@ -310,6 +300,10 @@ class AtomicRoutedExperts(RoutedExperts):
             return
         if quantity == "bias":
             self.load_bias(expert, projection, part, name)
+            return
+        if self.scheme.parts == (quantity,):  # plain
+            self._mark_loaded(expert, f"{projection}_proj", name)
+            self.packed.load_expert(expert, projection, part)
             return
         self._mark_loaded(expert, f"{projection}_proj.{quantity}", name)
         if quantity not in self.scheme.parts:

@@ -145,8 +145,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             folder = weights_directory(self._checkpoint(model_config))
             self.inner.load_weights(model, reading_from(folder, model_config))
             return
-        from vllm_atomic_moe.engine.interleaved import interleaved_experts_split
-        from vllm_atomic_moe.engine.quantized import codes_taken_by
+        from vllm_atomic_moe.engine.expert_tensors import experts_taken_by
         from vllm_atomic_moe.engine.routing import mask_routers
 
         plan, layers = self.plan, packed_layers(model)
@@ -160,10 +159,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
         mask_routers(model, layers, plan.resident)
         stored = plan.resident.model.stored
         if stored is None:
-            with (
-                interleaved_experts_split(layers, model),
-                codes_taken_by(layers, model, plan.resident.model.schemes),
-            ):
+            with experts_taken_by(layers, model, plan.resident.model):
                 self.inner.load_weights(model, model_config)
         else:
             folder = weights_directory(plan.directory)

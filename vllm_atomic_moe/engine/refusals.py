@@ -1,4 +1,4 @@
-"""Look for what `unserved.py` lists, and refuse it before any weight is read.
+"""Detect the unsupported features of `unserved.py`, and refuse them before any weight is read.
 
 What the configuration shows is refused before anything is built; what an expert computes, at the
 first layer that computes it, before its weights are allocated.
@@ -83,7 +83,7 @@ def check_config(vllm_config: VllmConfig) -> None:
 
 
 def unverified(parallel: ParallelConfig) -> Iterator[str]:
-    """What is served, since nothing of ours depends on it, and was never tried."""
+    """Allowed but untested."""
     if (executor := parallel.distributed_executor_backend) not in ("uni", "mp"):
         yield f"the executor {executor} (--distributed-executor-backend)"
 
@@ -120,7 +120,8 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
             and type(quant_method).__name__
         ),
         "activations that the kernels do not know": (
-            activation_of(config) is None and f"{kind} with limit {limit}"
+            activation_of(config) is None
+            and (kind if limit is None else f"{kind} with limit {limit}")
         ),
         "router weights on the input of several experts a token": (
             layer.apply_router_weight_on_input and config.experts_per_token > 1

@@ -44,7 +44,7 @@ _CODES: Mapping[str, tuple[Code, Factor]] = {
     "nvfp4": ("e2m1", "over"),
     "nvfp4-2": ("e2m1", "times"),
 }
-# Where in an int32 the eight codes of AWQ stand.
+# AWQ's order of the eight codes within an int32.
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -96,8 +96,8 @@ def encode(
         parts: part -> tensor, those of `scheme.parts`, as the checkpoint has them.
 
     Raises:
-        ValueError: a part has the wrong dtype or shape, or says nothing that is a weight; one line
-            without the expert's name.
+        ValueError: a part has the wrong dtype or shape, or does not encode a finite weight; one
+            line without the expert's name.
     """
     sizes = hidden_size, intermediate_size
     scales = encode_scales(scheme, projection, parts, *sizes)

@@ -469,7 +469,7 @@ class PackedExperts(nn.Module):
             matrix: any float dtype and device; the resident rows alone are copied.
 
         Raises:
-            ValueError: the matrix does not have the model's shape.
+            ValueError: the matrix does not have the model's shape, or is not of plain floats.
         """
         wanted = (self.layout.intermediate_size, self.hidden_size)
         rows_IH = matrix.t() if projection == "down" else matrix
@@ -477,6 +477,11 @@ class PackedExperts(nn.Module):
             raise ValueError(
                 f"expert {expert}: checkpoint {projection}_proj is {list(matrix.shape)}, the model "
                 f"has intermediate size {wanted[0]} and hidden size {wanted[1]}"
+            )
+        if not rows_IH.is_floating_point() or rows_IH.itemsize < 2:
+            raise ValueError(
+                f"expert {expert}: checkpoint {projection}_proj is {rows_IH.dtype}, wanted plain "
+                "floats"
             )
         self.load_encoded(expert, projection, Encoded(rows_IH))
 

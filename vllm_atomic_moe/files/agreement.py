@@ -22,9 +22,9 @@ from vllm_atomic_moe.files.config import (
     prediction_layers,
 )
 from vllm_atomic_moe.files.layouts import FUSED, PER_EXPERT, decoder_layer, quantized_tensor
-from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme
+from vllm_atomic_moe.files.quantization import IGNORED, PLAIN_SCHEME, Scheme
 from vllm_atomic_moe.files.router import CORRECTION_BIAS, ExpertGroups, expert_groups
-from vllm_atomic_moe.files.tensors import open_safetensors
+from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
 # What multi-token prediction adds to a layer that is otherwise a decoder layer.
 PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm)\.")
@@ -69,8 +69,8 @@ def check_depth(
             f"experts of layer {max(beyond)}; is config.json of this checkpoint?"
         )
     index, facts = next(iter(layers.items()))
-    decoder = facts.block[: facts.block.index(f"layers.{index}")]
-    there = {decoder_layer(name) for name in where if name.startswith(f"{decoder}layers.")}
+    decoder = re.sub(rf"(\b(?:layers|blocks)\.){index}\b.*", r"\1", facts.block)
+    there = {decoder_layer(name) for name in where if name.startswith(decoder)}
     if absent := sorted(set(range(number)) - there):
         raise ValueError(
             f"{directory}: config.json says num_hidden_layers {number}, the files hold nothing of "
@@ -109,6 +109,14 @@ def check_layout(
             f"{directory}: no routed experts among {len(where)} tensors; "
             "atomic profiles apply to Mixture-of-Experts checkpoints"
         )
+
+
+def by_expert(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape [E·N, K] of matrices that stand one below another, as [E, N, K]; others as they are."""
+    number = next(iter(declared_experts(config).values()), 0)
+    if len(shape) != 2 or not number or shape[0] % number:
+        return shape
+    return number, shape[0] // number, shape[1]
 
 
 def is_prediction(name: str) -> bool:
@@ -151,6 +159,7 @@ def count_experts(
             "layer; fetch the checkpoint again"
         )
     for index, layer in sorted(layers.items()):
+        _check_quantities(directory, index, layer)
         if layer.whole:
             continue
         if absent := sorted(set(range(number)) - layer.down.keys()):
@@ -175,6 +184,33 @@ def count_experts(
     return number
 
 
+def _check_quantities(directory: Path, index: int, layer: LayerFacts) -> None:
+    """Refuse projections that are quantized otherwise than down_proj, or half of them."""
+    if "keep" in layer.whole:  # an export says so itself
+        return
+    for part, quantity in layer.quantities:
+        if quantity not in (*layer.scheme.parts, *IGNORED, "bias"):
+            raise ValueError(
+                f"{directory}: layer {index}: {part} of its experts has {quantity}, down_proj is "
+                f"{layer.scheme.name}; projections of one layer that are quantized in several ways "
+                "are not served: use the checkpoint that it was made from"
+            )
+
+
+def check_activation_order(where: Mapping[str, Path], layers: Mapping[int, LayerFacts]) -> None:
+    """Refuse GPTQ's activation order in gate and up, by the first expert of every layer."""
+    ordered = {it.block: index for index, it in layers.items() if it.scheme.kind == "gptq"}
+    for name in where if ordered else ():
+        found = quantized_tensor(name)
+        if found is None or (found.quantity, found.expert) != ("g_idx", 0) or found.part == "down":
+            continue
+        if found.block in ordered and (read_tensor(where[name], name).diff() < 0).any():
+            raise ValueError(
+                f"not served by this version: activation order in {found.part}_proj ({name}); use "
+                "the checkpoint that it was made from"
+            )
+
+
 def _count(directory: Path, index: int, layer: LayerFacts) -> int:
     """Experts of one layer, whose tensors of all experts agree."""
     if not layer.whole:
@@ -197,7 +233,7 @@ def _count(directory: Path, index: int, layer: LayerFacts) -> int:
         if shape[0] != down[0] or math.prod(shape) != rows * math.prod(down):
             raise ValueError(
                 f"{directory}: layer {index}: {part} of its experts is {list(shape)}, down is "
-                f"{list(down)}, which are not of the same experts; fetch the checkpoint again"
+                f"{list(down)}, the shapes disagree; fetch the checkpoint again"
             )
     return down[0]
 

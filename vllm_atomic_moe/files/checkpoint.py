@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
 from vllm_atomic_moe.files.agreement import (
     LayerFacts,
+    by_expert,
+    check_activation_order,
     check_choice,
     check_dense_layers,
     check_depth,
@@ -30,6 +32,7 @@ from vllm_atomic_moe.files.agreement import (
     router_groups,
 )
 from vllm_atomic_moe.files.config import (
+    MISTRAL,
     check_encodings,
     experts_per_token,
     quantization_settings,
@@ -60,7 +63,7 @@ from vllm_atomic_moe.files.router import (
     identify_router,
     router_names,
 )
-from vllm_atomic_moe.files.tensors import open_safetensors, safetensors_files
+from vllm_atomic_moe.files.tensors import open_safetensors, safetensors_files, shorten
 
 # Files to fetch from a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
@@ -142,15 +145,19 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
     """
     if Path(model).is_dir():
         return Path(model)
-    ignore = ("original/*", "consolidated*")
-    return fetch(f"model {model!r}", model, revision, cache_dir, HUB_PATTERNS, ignore)
+    wanted = f"model {model!r}", model, revision, cache_dir, HUB_PATTERNS
+    directory = fetch(*wanted, ("original/*", "consolidated*"))
+    if (directory / MISTRAL).is_file() and not safetensors_files(directory):
+        directory = fetch(*wanted, ("original/*",))
+    return directory
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors shards of a checkpoint: those of the index, if there is one.
 
     Raises:
-        ValueError: the directory holds no safetensors file, or the index names a missing one.
+        ValueError: the directory holds no safetensors file, or the index names a missing one, or
+            one elsewhere.
     """
     directory = weights_directory(directory)
     index = directory / INDEX
@@ -162,6 +169,13 @@ def checkpoint_files(directory: Path) -> list[Path]:
             raise ValueError(
                 f"{index}: no index with a weight_map ({type(error).__name__}); fetch it again"
             ) from None
+        for name in names:
+            place = PurePath(name) if isinstance(name, str) else None
+            if place is None or place.is_absolute() or ".." in place.parts:
+                raise ValueError(
+                    f"{index}: names {shorten(name)}, wanted files of this directory; fetch it "
+                    "again"
+                )
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{index}: names {missing[0]}, which is not there; fetch it again")
@@ -188,7 +202,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     config = read_config(directory)
     where = locate_tensors(directory)
     settings = quantization_settings(directory, config)
-    layers = _gather_layers(where, config["hidden_size"], settings)
+    layers = _gather_layers(where, config, settings)
     check_depth(directory, config, where, layers)
     num_layers = config.get("num_hidden_layers", 1 << 30)
     layers = {index: layer for index, layer in layers.items() if index < num_layers}
@@ -200,6 +214,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     num_experts = count_experts(directory, config, layers)
     for scheme in {layer.scheme for layer in layers.values()}:
         check_told(directory, config, scheme)
+    check_activation_order(where, layers)
     size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)
     blocks = {index: layer.block for index, layer in sorted(layers.items())}
@@ -239,13 +254,14 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 
 
 def _gather_layers(
-    where: Mapping[str, Path], hidden_size: int, settings: Mapping[str, Any]
+    where: Mapping[str, Path], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[int, LayerFacts]:
     """MoE layers by index, among them those of multi-token prediction that follow the decoder's.
 
     Args:
-        settings: what config.json says of quantization.
+        settings: what its configuration says of quantization.
     """
+    hidden_size = config["hidden_size"]
     layers: dict[int, LayerFacts] = {}
     by_file: dict[Path, list[tuple[str, ExpertTensor]]] = defaultdict(list)
     for name, path in where.items():
@@ -269,7 +285,10 @@ def _gather_layers(
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
                 entry = shard.get_slice(name)
-                told = (entry.get_dtype(), tuple(entry.get_shape()))
+                shape = tuple(entry.get_shape())
+                if tensor.expert is None and not tensor.packed:
+                    shape = by_expert(config, shape)
+                told = (entry.get_dtype(), shape)
                 matrices[tensor.layer, tensor.part, tensor.expert][tensor.quantity] = told
     for (index, part, expert), parts in matrices.items():
         layer = layers[index]

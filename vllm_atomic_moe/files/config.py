@@ -58,19 +58,35 @@ DENSE_LAYERS: dict[str, Callable[[Any, int], bool]] = {
 }
 # Models, by `model_type`, of which vLLM gives every decoder layer routed experts.
 NEVER_DENSE = (
-    *("aria_text", "flex_olmo", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid"),
+    *("aria_text", "dbrx", "flex_olmo", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid"),
     *("granitemoeshared", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen3_5_moe_text"),
 )
 # What quantizers write beside config.json: NVIDIA's ModelOpt, AutoGPTQ and AutoAWQ.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Mistral's own configuration, in the place of config.json.
+MISTRAL = "params.json"
 # JSON files that vLLM and transformers read.
 READ_BY_OTHERS = (
-    *("config.json", "generation_config.json", INDEX, *QUANTIZATION_FILES),
+    *("config.json", MISTRAL, "generation_config.json", INDEX, *QUANTIZATION_FILES),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
+# Part of a configuration that tells of experts: DBRX's, Mistral's.
+OF_EXPERTS = ("ffn_config", "moe")
+# DBRX's and Mistral's names -> everybody's.
+OTHER_NAMES = {
+    **{"d_model": "hidden_size", "dim": "hidden_size", "n_layers": "num_hidden_layers"},
+    **{"num_expert_groups": "n_group", "num_expert_groups_per_tok": "topk_group"},
+    **{"route_every_n": "moe_layer_freq", "max_seq_len": "max_position_embeddings"},
+}
 # Said of the whole model, and found inside or beside the text model's part.
 OF_THE_WHOLE = ("architectures", "quantization_config", "compression_config", "auto_map")
+
+
+def config_file(directory: Path) -> Path:
+    """config.json, or Mistral's params.json where there is no other."""
+    config, params = directory / "config.json", directory / MISTRAL
+    return params if params.is_file() and not config.exists() else config
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -79,12 +95,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, not a JSON object, or does not say `hidden_size`.
     """
-    path = directory / "config.json"
+    path = config_file(directory)
     config = read_json_object(path)
+    if path.name == MISTRAL:
+        config = _of_mistral(config)
     text = config.get("text_config")
     if isinstance(text, dict):
         outer = {key: config[key] for key in OF_THE_WHOLE if config.get(key)}
         config = {**text, **outer}
+    for part in OF_EXPERTS:
+        if isinstance(config.get(part), dict):
+            config = {**config[part], **config}
+    for other, name in OTHER_NAMES.items():
+        if config.get(other) is not None and config.get(name) is None:
+            config[name] = config[other]
     if not isinstance(config.get("hidden_size"), int):
         raise ValueError(f"{path}: `hidden_size` is {config.get('hidden_size')!r}, wanted a number")
     for key, kind, wanted in (
@@ -95,6 +119,18 @@ def read_config(directory: Path) -> dict[str, Any]:
             config.pop(key, None)
         elif not isinstance(config[key], kind):
             raise ValueError(f"{path}: `{key}` is {config[key]!r:.80}, wanted {wanted}")
+    return config
+
+
+def _of_mistral(params: dict[str, Any]) -> dict[str, Any]:
+    """params.json with the architecture that vLLM takes it for, and how it says quantization."""
+    experts, told = params.get("moe"), params.get("quantization")
+    shared = isinstance(experts, dict) and experts.get("num_shared_experts")
+    name = "MistralLarge3ForCausalLM" if shared else "MixtralForCausalLM"
+    config = {**params, "architectures": [name]}
+    if isinstance(told, dict) and told:
+        fp8 = told.get("qformat_weight") == "fp8_e4m3"
+        config["quantization_config"] = {**told, "quant_method": "fp8"} if fp8 else told
     return config
 
 

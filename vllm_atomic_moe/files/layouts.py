@@ -5,7 +5,9 @@ or the layer itself. Three layouts follow:
 
     per expert   experts.{expert}.{spelling}.weight    gate and up [I, H], down [H, I]
     fused        one of FUSED, or with .weight behind it    gate_up [E, 2I, H], or gate and up
-                 [E, I, H]; down [E, H, I]; or all of them transposed
+                 [E, I, H]; down [E, H, I]; or all of them transposed. gpt-oss's are, gate and up
+                 row by row in turn, with biases beside, [E, 2I] and [E, H]. DBRX's are gate, up and
+                 down transposed, all [E·I, H]
     packed       experts.packed.{part}, which `atomic-moe export` writes: gate, up and down_t
                  [P, H], the stored atoms in checkpoint order; offsets int64 [E+1], the first row of
                  every expert; keep bool [E, I], the atoms that are stored. Where experts are
@@ -31,6 +33,7 @@ FUSED = (
     {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"},
     {"gate_up": "experts.w13", "down": "experts.w2"},
     {"gate_up": "experts.fc1", "down": "experts.fc2"},  # Aria
+    {"gate": "experts.mlp.w1", "up": "experts.mlp.v1", "down": "experts.mlp.w2"},  # DBRX
     # Granite; its shared expert is called alike
     {"gate_up": "block_sparse_moe|input_linear", "down": "block_sparse_moe|output_linear"},
     {"gate": "moe|gate_proj", "up": "moe|up_proj", "down": "moe|down_proj"},  # Step
@@ -38,9 +41,11 @@ FUSED = (
 # What may stand of a quantized matrix: of one expert's, and of gpt-oss's fused ones.
 QUANTITIES = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_shape"),
-    *("weight_global_scale", "weight_zero_point", "weight_g_idx"),
+    *("weight_global_scale", "weight_zero_point", "weight_g_idx", "qscale_weight", "qscale_act"),
     *("input_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx"),
 )
+# Mistral's spelling -> everybody's.
+OTHER_QUANTITIES = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 FUSED_QUANTITIES = ("blocks", "scales", "bias")
 PACKED_ROWS = ("gate", "up", "down_t")
 PACKED = (*PACKED_ROWS, "offsets", "keep")
@@ -94,7 +99,8 @@ def quantized_tensor(name: str) -> ExpertTensor | None:
     if match["fused"]:
         return ExpertTensor(block, layer, _FUSED_PARTS[match["fused"]], quantity=match["whole"])
     part, expert = _PARTS[match["own"]], int(match["expert"])
-    return ExpertTensor(block, layer, part, expert=expert, quantity=match["one"])
+    quantity = OTHER_QUANTITIES.get(match["one"], match["one"])
+    return ExpertTensor(block, layer, part, expert=expert, quantity=quantity)
 
 
 def expert_tensor(name: str) -> ExpertTensor | None:
@@ -130,7 +136,7 @@ _WITHIN = "|".join(
     for block, _, name in (it.partition("|") for it in _FUSED_PARTS)
     if name
 )
-_BLOCK = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)(?:\..*)?)\."
+_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|blocks)\.(?P<layer>\d+)(?:\..*)?)\."
 _MATRIX = rf"experts\.(?P<expert>\d+)\.(?P<own>{_OWN})"
 _NAME = re.compile(
     rf"{_BLOCK}(?:{_MATRIX}\.weight"

@@ -107,10 +107,10 @@ PLAIN_SCHEME = Scheme()
 
 
 def stored_scheme(told: Any) -> Scheme:
-    """Undo `Scheme.told`, but for the parts: packed rows are not read by them.
+    """Parse what `Scheme.told` gives, without the parts: packed rows are not read by them.
 
     Raises:
-        ValueError: it is nothing that `told` gives.
+        ValueError: it is not a valid scheme.
     """
     if told == PLAIN_SCHEME.told():
         return PLAIN_SCHEME
@@ -176,7 +176,9 @@ def _scheme_of_down(
         return PLAIN_SCHEME, columns if rows == hidden_size else rows
     for name in names & {*MATRICES}:
         if len(shapes[name]) != (4 if name == "blocks" else 2) or 0 in shapes[name]:
-            raise ValueError(f"{name} is {[*shapes[name]]}")
+            raise ValueError(
+                f"a layout that is not known: {name} {[*shapes[name]]} of {dtypes[name]}"
+            )
     if names == {*PARTS["mxfp4-blocks"]} and dtypes["blocks"] == "U8":
         experts, outputs, groups, pairs = shapes["blocks"]
         if (outputs, pairs) != (hidden_size, 16):
@@ -310,9 +312,15 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             f"{directory}: its experts are quantized ({scheme.kind}), config.json has no "
             "quantization_config; fetch the checkpoint again"
         )
-    if told.split()[0] not in METHODS[scheme.kind]:
+    method = told.split()[0]
+    if method not in METHODS[scheme.kind]:
+        if not any(method in methods for methods in METHODS.values()):
+            raise ValueError(
+                f"not served by this version: the quantization method {told} ({directory}); use "
+                "the checkpoint that it was made from"
+            )
         raise ValueError(
-            f"{directory}: its experts are quantized as {scheme.kind}, config.json says {told}; is "
+            f"{directory}: its experts are quantized as {scheme.name}, config.json says {told}; is "
             "config.json of this checkpoint?"
         )
     settings = quantization_settings(directory, config)
@@ -324,17 +332,33 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
                 "the checkpoint that it was made from"
             )
     sizes = list(_group_sizes(settings))
-    if scheme.kind != "fp8" and scheme.columns and sizes and scheme.columns not in sizes:
+    if scheme.kind == "fp8":
+        _check_strategy(directory, settings, scheme)
+    elif sizes and scheme.columns not in sizes:
         raise ValueError(
             f"{directory}: config.json says quantization groups of {sizes[0] or 'all'} inputs, the "
             f"files hold scales of {scheme.columns or 'all'}; is config.json of this checkpoint?"
         )
 
 
+def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme) -> None:
+    """Refuse FP8 scales of other blocks, channels or tensors than the settings say."""
+    found = "tensor" if not scheme.rows else "block" if scheme.columns else "channel"
+    groups = [it for it in _weight_groups(settings) if it.get("num_bits") == 8]
+    told = [it["strategy"] for it in groups if isinstance(it.get("strategy"), str)]
+    if settings.get("weight_block_size"):
+        told = ["block"]
+    if told and found not in told:
+        raise ValueError(
+            f"{directory}: config.json says FP8 with a scale per {told[0]}, the files hold one per "
+            f"{found}; is config.json of this checkpoint?"
+        )
+
+
 def _group_sizes(settings: Mapping[str, Any]) -> Iterator[int]:
     """Inputs of a group, 0 for all; of one of several settings any."""
     for entry in (settings, *_weight_groups(settings)):
-        size = entry.get("group_size")
+        size = entry.get("group_size", entry.get("q_group_size"))
         if type(size) is int:
             yield max(size, 0)
         elif entry.get("strategy") == "channel":

@@ -2,7 +2,8 @@
 
 The paper's method is one forward and backward that adds up G = Σ g gᵀ, an H×H matrix per expert,
 and a second forward that adds up h². `tests/unit/test_scoring_heapr.py` shows that its scores are
-ours. All ways run over the same random windows, in turn, each in a fresh process.
+ours. All ways run over the same random windows, in turn, each in a fresh process; `--stream` keeps
+layers' inputs in memory.
 
 Legend: E experts, H hidden size, I full intermediate size, N windows, S tokens per window.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,20 +24,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_atomic_moe.calibration.accumulator import sum_of_squares
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import ExpertRows, find_experts, observe
-from vllm_atomic_moe.calibration.model import check_model_code, load_model
+from vllm_atomic_moe.calibration.free_memory import free_bytes
+from vllm_atomic_moe.calibration.kept import InMemory
+from vllm_atomic_moe.calibration.layer_reader import LayerReader
+from vllm_atomic_moe.calibration.model import check_model_code, load_model, loading_dtype
+from vllm_atomic_moe.calibration.streamed import collect_streamed
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.config import context_length, read_config
+from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.measure.server_report import Spread
 
 PAPER = "two forwards"
-WAYS = (PAPER, "calibrate", "calibrate --no-gradients")
+STREAMED = "calibrate --stream"
+WAYS = (PAPER, "calibrate", "calibrate --no-gradients", STREAMED)
 
 Progress = Callable[[int, int, str], None]
 """Called with (runs done, runs in all, what comes next)."""
@@ -68,12 +75,16 @@ class CalibrationRun:
     """One way, once.
 
     Attributes:
-        seconds: without loading the model.
+        seconds: without reading weights.
+        reading_s: seconds of reading weights; 0 where the model is loaded beforehand.
+        weight_bytes: of the weights that it holds from beginning to end.
         state_bytes: of the sums it holds.
-        peak_bytes: peak resident memory, above that of the loaded model.
+        peak_bytes: peak resident memory, above those weights and the process before it read any.
     """
 
     seconds: float
+    reading_s: float
+    weight_bytes: int
     state_bytes: int
     peak_bytes: int
 
@@ -86,12 +97,15 @@ class CalibrationSummary:
         way: its name.
         seconds: see `CalibrationRun`.
         ratio: median seconds over those of the paper's method.
-        state_bytes, peak_bytes: see `CalibrationRun`; the highest.
+        reading_s: see `CalibrationRun`; the median.
+        weight_bytes, state_bytes, peak_bytes: see `CalibrationRun`; the highest.
     """
 
     way: str
     seconds: Spread
     ratio: float
+    reading_s: float
+    weight_bytes: int
     state_bytes: int
     peak_bytes: int
 
@@ -144,6 +158,8 @@ def measure_calibration(
                 way=way,
                 seconds=seconds,
                 ratio=seconds.median / paper_s,
+                reading_s=statistics.median(run.reading_s for run in found),
+                weight_bytes=max(run.weight_bytes for run in found),
                 state_bytes=max(run.state_bytes for run in found),
                 peak_bytes=max(run.peak_bytes for run in found),
             )
@@ -163,18 +179,25 @@ def _run(directory: Path, way: str, plan: CalibrationPlan) -> CalibrationRun:
     """One way in this process."""
     disable_progress_bar()
     info = describe_checkpoint(directory)
-    model = load_model(directory, plan.dtype, {"": "cpu"}, plan.trust_remote_code)
+    vocabulary = AutoConfig.from_pretrained(
+        directory, trust_remote_code=plan.trust_remote_code
+    ).vocab_size
     generator = torch.Generator().manual_seed(plan.seed)
-    windows = torch.randint(
-        model.config.vocab_size,
-        (plan.windows, plan.seq_len),
-        generator=generator,
-        dtype=torch.int32,
-    )
+    size = (plan.windows, plan.seq_len)
+    windows = torch.randint(vocabulary, size, generator=generator, dtype=torch.int32)
+    run = _run_streamed if way == STREAMED else _run_in_memory
+    return run(directory, info, windows, way, plan)
+
+
+def _run_in_memory(
+    directory: Path, info: CheckpointInfo, windows: torch.Tensor, way: str, plan: CalibrationPlan
+) -> CalibrationRun:
+    before = _resident_bytes("VmRSS")
+    model = load_model(directory, plan.dtype, {"": "cpu"}, plan.trust_remote_code)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     ours = partial(collect, model, find_experts(model, info), info, batch_size=1)
     ours(text=CalibrationText({"a": windows[:1]}, ()))  # warm up
-    before = _resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    _start_peak()
     start = time.perf_counter()
     held: list[torch.Tensor]
     if way == PAPER:
@@ -182,13 +205,57 @@ def _run(directory: Path, way: str, plan: CalibrationPlan) -> CalibrationRun:
         held = [sums for layer in layers.values() for sums in (layer.G, layer.h2, layer.count)]
     else:
         text = CalibrationText({"a": windows}, ())
-        layer_sums = ours(text=text, gradients="--no-gradients" not in way)
-        held = [tensor for sums in layer_sums.values() for tensor in sums.tensors().values()]
+        held = _tensors(ours(text=text, gradients="--no-gradients" not in way))
     return CalibrationRun(
         seconds=time.perf_counter() - start,
+        reading_s=0.0,
+        weight_bytes=weights,
+        state_bytes=sum(tensor.nbytes for tensor in held),
+        peak_bytes=_resident_bytes("VmHWM") - before - weights,
+    )
+
+
+class TimedReader(LayerReader):
+    """A reader that knows how long it has read."""
+
+    reading_s = 0.0
+
+    def _load(self, weights: Mapping[str, Any]) -> PreTrainedModel:
+        start = time.perf_counter()
+        model = super()._load(weights)
+        self.reading_s += time.perf_counter() - start
+        return model
+
+
+def _run_streamed(
+    directory: Path, info: CheckpointInfo, windows: torch.Tensor, way: str, plan: CalibrationPlan
+) -> CalibrationRun:
+    dtype = loading_dtype(plan.dtype, directory, {"": "cpu"}, plan.trust_remote_code)
+    cpu = torch.device("cpu")
+    before = _resident_bytes("VmRSS")
+    reader = TimedReader(directory, info, dtype, cpu, plan.trust_remote_code)
+    ours = partial(collect_streamed, reader, batch_size=1)
+    ours(InMemory(free_bytes(cpu)), CalibrationText({"a": windows[:1]}, ()))  # warm up
+    _start_peak()
+    reader.reading_s = 0.0
+    start = time.perf_counter()
+    held = _tensors(ours(InMemory(free_bytes(cpu)), CalibrationText({"a": windows}, ())))
+    return CalibrationRun(
+        seconds=time.perf_counter() - start - reader.reading_s,
+        reading_s=reader.reading_s,
+        weight_bytes=0,
         state_bytes=sum(tensor.nbytes for tensor in held),
         peak_bytes=_resident_bytes("VmHWM") - before,
     )
+
+
+def _tensors(layers: Mapping[int, LayerSums]) -> list[torch.Tensor]:
+    return [tensor for sums in layers.values() for tensor in sums.tensors().values()]
+
+
+def _start_peak() -> None:
+    """Let VmHWM start anew from the resident memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident_bytes(key: str) -> int:

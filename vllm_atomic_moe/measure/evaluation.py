@@ -62,6 +62,7 @@ class Row:
         kept_bytes: bytes of those atoms as they are served, scales included.
         perplexity: domain -> perplexity; `all` is over the tokens of all domains.
         tokens: domain -> tokens scored (the first of a window is not).
+        windows: domain -> log-likelihood of each of its windows, in nats.
     """
 
     profile: str
@@ -71,6 +72,7 @@ class Row:
     kept_bytes: int
     perplexity: Mapping[str, float]
     tokens: Mapping[str, int]
+    windows: Mapping[str, Sequence[float]]
 
 
 @contextmanager
@@ -182,8 +184,8 @@ def evaluate(
 
 def _score(
     directory: Path, text: CalibrationText, **options: Any
-) -> tuple[dict[str, list[float]], int]:
-    """Log-probabilities per domain under an engine with these options; bytes of its dtype."""
+) -> tuple[dict[str, list[list[float]]], int]:
+    """Log-probabilities per domain and window under such an engine; bytes of its dtype."""
     with engine(
         directory,
         enforce_eager=True,
@@ -192,8 +194,7 @@ def _score(
         **options,
     ) as llm:
         scores = {
-            domain: [x for row in prompt_logprobs(llm, ids.tolist()) for x in row]
-            for domain, ids in text.windows.items()
+            domain: prompt_logprobs(llm, ids.tolist()) for domain, ids in text.windows.items()
         }
         return scores, llm.llm_engine.vllm_config.model_config.dtype.itemsize
 
@@ -231,9 +232,12 @@ def _settings(profile: PruningProfile) -> str:
 
 
 def _summarize(
-    profile: PruningProfile, kept_bytes: int, scores: Mapping[str, Sequence[float]]
+    profile: PruningProfile, kept_bytes: int, scores: Mapping[str, Sequence[Sequence[float]]]
 ) -> Row:
-    sums = {domain: (math.fsum(values), len(values)) for domain, values in scores.items()}
+    windows = {domain: [*map(math.fsum, rows)] for domain, rows in scores.items()}
+    sums = {
+        domain: (math.fsum(windows[domain]), sum(map(len, rows))) for domain, rows in scores.items()
+    }
     sums[ALL_DOMAINS] = tuple(map(sum, zip(*sums.values(), strict=True)))  # type: ignore[assignment]
     return Row(
         profile=profile.name,
@@ -243,4 +247,5 @@ def _summarize(
         kept_bytes=kept_bytes,
         perplexity={domain: math.exp(-total / count) for domain, (total, count) in sums.items()},
         tokens={domain: count for domain, (_, count) in sums.items()},
+        windows=windows,
     )

@@ -302,7 +302,7 @@ def _draw_method(
         [y for _, y in start] + middle,
         color=color,
         linewidth=1.6,
-        linestyle="-" if index < len(LINES) else ":",
+        linestyle=("-", ":", "--")[index // len(LINES) % 3],
         marker=marker,
         markersize=6,
         markevery=range(len(start), len(start) + len(kept)),

@@ -31,7 +31,8 @@ def prune_atoms(
         ratio: fraction of atoms to remove; round(ratio · atoms) go, counted by `scope`.
         scope: "global", all layers compete; "layer", every layer loses the same; "expert", every
             expert does.
-        align: every width becomes a multiple of it (see `align_widths`).
+        align: every width becomes a multiple of it (see `align_widths`); by "expert" the same one,
+            the nearest.
         min_width: atoms that every expert keeps, rounded up to a multiple of `align`.
 
     Raises:
@@ -56,6 +57,9 @@ def prune_atoms(
             layer: _remove_each(layer, score, fixed[layer], ratio, whole=scope == "layer")
             for layer, score in atoms.items()
         }
+    if scope == "expert" and align > 1:
+        width = max(_nearest(size - round(ratio * size), align), least)
+        return Masks({layer: _top(score, width) for layer, score in atoms.items()})
     return Masks(align_masks(atoms, keep, align))
 
 
@@ -139,6 +143,11 @@ def align_widths(
 def top_atoms(score_EI: torch.Tensor, widths_E: torch.Tensor) -> torch.Tensor:
     """Mask of the highest scores of every expert: bool [E, I] with the given widths."""
     return _rank(score_EI) >= score_EI.shape[1] - widths_E[:, None]
+
+
+def _nearest(width: int, align: int) -> int:
+    """The multiple nearest to a width, up of two; not 0, which would prune whole experts."""
+    return max((2 * width + align) // (2 * align), min(width, 1)) * align
 
 
 def _top(score_EI: torch.Tensor, width: int) -> torch.Tensor:

@@ -76,6 +76,16 @@ ATOM_SELECTION: Mapping[str, Option] = MappingProxyType(
         "min_width": Option(0, "Atoms that every expert keeps."),
     }
 )
+# The options of `prune_experts`.
+EXPERT_SELECTION: Mapping[str, Option] = MappingProxyType(
+    {
+        "scope": Option(
+            "global",
+            "global: all layers compete; layer: each loses as many experts; group: each group of "
+            "the router does.",
+        )
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

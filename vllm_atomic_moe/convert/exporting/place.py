@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_atomic_moe.convert.exporting.plan import Plan
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY, INDEX
 from vllm_atomic_moe.files.plain_files import (
@@ -30,7 +31,7 @@ from vllm_atomic_moe.files.profiles import PruningProfile
 
 # Stands in a complete export that could not be renamed, so that the next one does not clear it.
 KEPT = ".complete"
-SHARD = re.compile(rf"{EXPORT_DIRECTORY}/model-\d+-of-\d+\.safetensors")
+SHARD = re.compile(rf"(?:{EXPORT_DIRECTORY}/)?model-\d+-of-\d+\.safetensors")
 
 
 def check_place(model: Path, output: Path) -> None:
@@ -53,7 +54,7 @@ def check_place(model: Path, output: Path) -> None:
 
 
 def check_replaced(
-    output: Path, info: CheckpointInfo, profile: PruningProfile, made: set[str]
+    output: Path, info: CheckpointInfo, profile: PruningProfile, plan: Plan, made: set[str]
 ) -> None:
     """Refuse to replace anything but an export of the same model and profile.
 
@@ -61,6 +62,7 @@ def check_replaced(
         output: the place.
         info: the model to be exported.
         profile: the profile to be exported.
+        plan: the export.
         made: files of the new export, relative to `output`.
 
     Raises:
@@ -71,16 +73,21 @@ def check_replaced(
     remedy = "remove it or name another directory"
     try:
         found = describe_checkpoint(output)
-    except ValueError:
-        found = None
-    if found is None or found.stored is None:
+        told = dict(read_json_object(output / plan.folder / INDEX)["metadata"])
+    except (ValueError, KeyError, TypeError):
+        found, told = None, {}
+    if found is None or told.get("format") != plan.metadata["format"]:
         raise ValueError(f"output {output} holds something that is not a finished export; {remedy}")
-    index = read_json_object(output / EXPORT_DIRECTORY / INDEX)
-    name = index["metadata"].get("profile")
-    if found != info or name != profile.name or not _equal(found.stored, profile.keep):
+    if found.stored is None:
+        del told["total_size"]
+        same = told == plan.metadata
+    else:
+        same = found == info and told.get("profile") == profile.name
+        same = same and _equal(found.stored, profile.keep)
+    if not same:
         raise ValueError(
-            f"output {output} holds an export of another model or profile, {name!r:.80}; wanted "
-            f"{profile.name!r} of this model; {remedy}"
+            f"output {output} holds an export of another model or profile, "
+            f"{told.get('profile')!r:.80}; wanted {profile.name!r} of this model; {remedy}"
         )
     there = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     if more := sorted(file for file in there - made if not SHARD.fullmatch(file)):

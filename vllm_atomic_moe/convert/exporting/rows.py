@@ -273,13 +273,16 @@ def _packed_rows(
     return LayerRows(dtype, rows, stored_EI)
 
 
-def _fused_rows(
-    source: Shards, info: CheckpointInfo, names: Mapping[str, str], dtype: str, interleaved: bool
-) -> LayerRows:
-    """3-D tensors. Their shapes together say which way round, even where I = H or 2I = H.
+def are_transposed(source: Shards, info: CheckpointInfo, names: Mapping[str, str]) -> bool:
+    """Which way round 3-D tensors lie: their shapes together say it, even where I = H or 2I = H.
 
     Args:
-        interleaved: whether gate and up alternate, as in gpt-oss, whose biases tell it.
+        source: the shards.
+        info: the checkpoint.
+        names: part -> name, of one layer.
+
+    Raises:
+        ValueError: neither way.
     """
     experts, size, hidden = info.num_experts, info.intermediate_size, info.hidden_size
     shapes = {part: source.shape(name) for part, name in names.items()}
@@ -293,11 +296,28 @@ def _fused_rows(
             f"wanted {' and '.join(map(str, upright.values()))}, or "
             f"{' and '.join(map(str, transposed.values()))}; other layouts are not exported"
         )
+    return shapes == transposed
+
+
+def _fused_rows(
+    source: Shards, info: CheckpointInfo, names: Mapping[str, str], dtype: str, interleaved: bool
+) -> LayerRows:
+    """3-D tensors, or DBRX's, one expert below another.
+
+    Args:
+        interleaved: whether gate and up alternate, as in gpt-oss, whose biases tell it.
+    """
+    size = info.intermediate_size
+    if {(*source.shape(name),) for name in names.values()} == {
+        (info.num_experts * size, info.hidden_size)
+    }:
+        return LayerRows(dtype, partial(_rows_below, source, names, size))
+    transposed = are_transposed(source, info, names)
 
     def rows(part: str, expert: int) -> torch.Tensor:
         stored = {"down_t": "down"}.get(part, part if part in names else "gate_up")
         matrix = source.tensor(names[stored])[expert]
-        if (shapes == transposed) != (part == "down_t"):
+        if transposed != (part == "down_t"):
             matrix = matrix.t()
         if stored != "gate_up":
             return matrix
@@ -306,6 +326,13 @@ def _fused_rows(
         return matrix[:size] if part == "gate" else matrix[size:]
 
     return LayerRows(dtype, rows)
+
+
+def _rows_below(
+    source: Shards, names: Mapping[str, str], size: int, part: str, expert: int
+) -> torch.Tensor:
+    """DBRX's, one expert below another, down transposed."""
+    return source.tensor(names[part.removesuffix("_t")])[expert * size : (expert + 1) * size]
 
 
 def _per_expert_rows(

@@ -1,4 +1,4 @@
-"""Random scores: the baseline every method has to beat.
+"""Random scores of atoms: the baseline that every method has to beat.
 
 Legend: E experts, I full intermediate size.
 """
@@ -22,9 +22,13 @@ def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
         layer: layer index.
         seed: any integer.
     """
+    return LayerScores(torch.rand(sums.h2.shape[1:], generator=generator_of(seed, layer)))
+
+
+def generator_of(seed: int, layer: int) -> torch.Generator:
+    """The same for the same seed and layer, whatever else is scored."""
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return LayerScores(torch.rand(sums.h2.shape[1:], generator=generator))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
 METHOD = Method(score_random, "atoms, at random", options={"seed": Option(0, "Seed.")})

@@ -16,8 +16,9 @@ import torch
 
 from vllm_atomic_moe.files.statistics import LayerSums
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
-from vllm_atomic_moe.scoring.method import Method
+from vllm_atomic_moe.scoring.method import EXPERT_SELECTION, Method
 from vllm_atomic_moe.scoring.router import RouterNeeds
+from vllm_atomic_moe.scoring.whole import prune_experts
 
 
 def score_shape(sums: LayerSums, layer: int) -> LayerScores:
@@ -47,7 +48,9 @@ def score_shape(sums: LayerSums, layer: int) -> LayerScores:
     return LayerScores.whole(phi_E / phi_E.sum().clamp_min(torch.finfo(phi_E.dtype).tiny), size)
 
 
-def prune_shape(scores: Mapping[int, LayerScores], ratio: float, router: RouterNeeds) -> Masks:
+def prune_shape(
+    scores: Mapping[int, LayerScores], ratio: float, router: RouterNeeds, scope: str = "global"
+) -> Masks:
     """Per layer the shortest prefix, by φ, that reaches α of the layer's total.
 
     What the router needs stays as well.
@@ -61,10 +64,13 @@ def prune_shape(scores: Mapping[int, LayerScores], ratio: float, router: RouterN
         scores: layer index -> scores, layers ascending; not modified.
         ratio: fraction of experts to remove.
         router: what must stay.
+        scope: "global", what is said above; else as of `prune_experts`, with φ as the score.
 
     Raises:
-        ValueError: more experts would have to go than may.
+        ValueError: another scope, or more experts would have to go than may.
     """
+    if scope != "global":
+        return prune_experts(scores, ratio, router, scope)
     size = next(iter(scores.values())).atoms.shape[1]
     joins, orders = [], []
     for of_layer in scores.values():
@@ -119,6 +125,6 @@ METHOD = Method(
     score_shape,
     "whole experts, by how they cooperate",
     prune_shape,
-    selection={},
+    selection=EXPERT_SELECTION,
     whole_experts=True,
 )

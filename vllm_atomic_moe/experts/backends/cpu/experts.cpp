@@ -2,8 +2,9 @@
 //
 // One algorithm for every instruction set (vectors.h), behind a plain C interface that is loaded by
 // ctypes. Results are the same for any number of threads and whoever else is in the batch, since
-// every sum is made by one thread, in one order; with AMX, whoever else but for how many rows an
-// expert has, which says whether they are worth its set-up.
+// every sum is made by one thread, in one order. Two exceptions depend on how many rows an expert has:
+// with AMX, whether they are worth its set-up; of quantized rows with bf16 instructions, up to 4 rows
+// multiply unrounded weights, and more of them weights rounded to bf16.
 //
 // Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, W words,
 // F atoms of an expert, padded to an even number.

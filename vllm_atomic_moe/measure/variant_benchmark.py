@@ -1,6 +1,7 @@
-"""Time of one MoE layer of quantized rows, beside our own plain layer of the same atoms.
+"""Time of one MoE layer of quantized rows or another activation, beside our own plain SiLU layer.
 
-Both answer the same routing in turn; the figure is the ratio of their times within a round.
+All keep the same atoms and answer the same routing in turn; the figure is the ratio of their times
+within a round.
 
 Legend: T tokens, E experts, H hidden size, I full intermediate size, G scale rows and C scale
 columns of one expert's projection.
@@ -8,13 +9,16 @@ columns of one expert's projection.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
+from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
 from vllm_atomic_moe.experts.formats import PLAIN, PROJECTIONS, Block, Encoded, RowFormat
 from vllm_atomic_moe.experts.packing import PackedExperts, PackedLayout, build_layout, with_slots
@@ -34,18 +38,26 @@ FORMATS = {
     "int4": RowFormat("int4", Block(1, 32), Block(32, 1), torch.bfloat16),
     "mxfp4": RowFormat("e2m1", Block(1, 32), Block(32, 1), torch.float8_e8m0fnu),
 }
+# With a gate: without one a layer has two matrices instead of three.
+ACTIVATIONS = {
+    "clamped swiglu": Activation("swish", 7.0, 1.702, 1.0),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "swiglustep": Activation("swiglustep", 7.0),
+    "situ": Activation("situ", alpha=4.0, beta=25.0),
+}
+BASE = "plain"
 
 
 @dataclass(frozen=True, slots=True)
-class FormatCell:
-    """One row format; times are medians in milliseconds.
+class VariantCell:
+    """One row format or activation; times are medians in milliseconds.
 
     Attributes:
         shape, tokens, pruned: as in `LayerCell`.
-        rows: name of the format, as in FORMATS.
+        variant: key of FORMATS or ACTIVATIONS.
         size: bytes of its layer ÷ bytes of the plain layer.
-        plain_ms: ours, of plain rows.
-        ours_ms: ours, of these.
+        plain_ms: ours, of plain rows and SiLU.
+        ours_ms: ours, of this variant.
         ratio, ratio_low, ratio_high: median over rounds of ours ÷ plain, and its quartiles.
         rounds: how many were timed.
     """
@@ -53,7 +65,7 @@ class FormatCell:
     shape: str
     tokens: int
     pruned: float
-    rows: str
+    variant: str
     size: float
     plain_ms: float
     ours_ms: float
@@ -63,20 +75,34 @@ class FormatCell:
     rounds: int
 
 
-def measure_formats(plan: LayerPlan) -> list[FormatCell]:
-    """Measure every format at every shape, pruned fraction and T."""
+def measure_variants(
+    plan: LayerPlan, on_progress: Callable[[int, int, str], None] | None = None
+) -> list[VariantCell]:
+    """Measure every format and activation at every shape, pruned fraction and T.
+
+    Args:
+        plan: what to measure.
+        on_progress: called with (layers done, layers in all, what comes next).
+    """
     backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
-    cells: list[FormatCell] = []
-    for shape, pruned in itertools.product(plan.shapes, plan.pruned):
+    cells: list[VariantCell] = []
+    combinations = [*itertools.product(plan.shapes, plan.pruned)]
+    for done, (shape, pruned) in enumerate(combinations):
+        if on_progress:
+            on_progress(done, len(combinations), f"variants of {shape.name}, {pruned:.0%} pruned")
         generator = torch.Generator().manual_seed(plan.seed)
-        keep_EI = draw_mask(shape, pruned, "spread", generator)
-        layout = build_layout({PROFILE: keep_EI})
+        layout = build_layout({PROFILE: draw_mask(shape, pruned, "spread", generator)})
         layers = {
             name: random_layer(layout, shape, rows, plan.dtype, backend, generator)
-            for name, rows in {"plain": PLAIN, **FORMATS}.items()
+            for name, rows in {BASE: PLAIN, **FORMATS}.items()
         }
+        for name, activation in ACTIVATIONS.items():
+            layers[name] = copy.copy(layers[BASE])  # the same weights
+            layers[name].activation = activation
         for tokens in plan.tokens:
             cells.extend(_measure(plan, shape, pruned, layers, backend, tokens, generator))
+    if on_progress:
+        on_progress(len(combinations), len(combinations), "")
     return cells
 
 
@@ -88,7 +114,7 @@ def _measure(
     backend: Backend,
     tokens: int,
     generator: torch.Generator,
-) -> list[FormatCell]:
+) -> list[VariantCell]:
     """Time all layers in turn until there are enough rounds."""
     x_TH = torch.randn(tokens, shape.hidden, generator=generator).to(plan.dtype)
     rounds: list[dict[str, float]] = []
@@ -109,15 +135,15 @@ def _measure(
     del rounds[0]  # which warms up
     cells = []
     for name in names[1:]:
-        low, middle, high = quartiles([times[name] / times["plain"] for times in rounds])
+        low, middle, high = quartiles([times[name] / times[BASE] for times in rounds])
         cells.append(
-            FormatCell(
+            VariantCell(
                 shape=shape.name,
                 tokens=tokens,
                 pruned=pruned,
-                rows=name,
-                size=layers[name].weight_bytes / layers["plain"].weight_bytes,
-                plain_ms=1e3 * median(times["plain"] for times in rounds),
+                variant=name,
+                size=layers[name].weight_bytes / layers[BASE].weight_bytes,
+                plain_ms=1e3 * median(times[BASE] for times in rounds),
                 ours_ms=1e3 * median(times[name] for times in rounds),
                 ratio=middle,
                 ratio_low=low,

@@ -1,0 +1,198 @@
+"""Reads a checkpoint one decoder layer at a time, through transformers' own loading.
+
+Every read builds the whole model and gives it tensors without data for all that is not wanted: what
+is there is what `from_pretrained` makes of it (names, fused experts, dtypes, buffers, tied heads),
+and the rest stays on the meta device and takes no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from vllm_atomic_moe.calibration.dequantized import stored_weights
+from vllm_atomic_moe.calibration.experts import (
+    LAYER,
+    ExpertsModule,
+    find_experts,
+)
+from vllm_atomic_moe.calibration.model import (
+    check_missing,
+    empty_model,
+    failures_explained,
+)
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.config import quantization_settings, read_config
+from vllm_atomic_moe.files.shards import Shards
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Stands for a tensor that is not read; becomes one on the meta device."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> Absent:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Where transformers would put the tensor, it gets one without data."""
+        return torch.empty(self.shape, dtype=dtype, device="meta")
+
+
+OneLayer = tuple[PreTrainedModel, nn.Module, ExpertsModule | None]
+"""A model that holds one decoder layer, that layer, and its routed experts if it has any."""
+
+
+class LayerReader:
+    """A checkpoint's decoder layers, and what is around them, one at a time.
+
+    Attributes:
+        directory: of the checkpoint.
+        checkpoint: its routed experts.
+        dtype: that weights are given in; quantized ones are decoded.
+        device: where they are put.
+        layers: number of decoder layers.
+        weight_bytes: of all the model's weights in `dtype`.
+        largest_layer_bytes: of its largest decoder layer.
+        outline: the model on the meta device.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: CheckpointInfo,
+        dtype: torch.dtype,
+        device: torch.device,
+        trusted: bool = False,
+    ) -> None:
+        """Describe the checkpoint; no weights are read.
+
+        Raises:
+            ValueError: transformers refuses the model, or the checkpoint lacks weights.
+        """
+        self.directory, self.checkpoint, self.device = directory, checkpoint, device
+        self.dtype = dtype
+        self._settings, self._config, empty = empty_model(directory, trusted)
+        self._kind = type(empty)
+        self._of_model = {name: (*it.shape,) for name, it in empty.state_dict().items()}
+        self._prefix = _prefix_of_layers(empty, checkpoint)
+        self.layers = len(self.blocks(empty))
+        with Shards(directory) as shards:
+            stored = stored_weights(shards, self._settings, shards.where, _ignore)
+            # Everything without data: what would not fit the model is refused before it is read.
+            self.outline = self._load({name: Absent(it.shape) for name, it in stored.items()})
+        self.weight_bytes = _nbytes(self.outline)
+        self.largest_layer_bytes = max(_nbytes(block) for block in self.blocks(self.outline))
+
+    @contextmanager
+    def around(self) -> Iterator[PreTrainedModel]:
+        """The model whose decoder layers alone hold nothing.
+
+        Raises:
+            ValueError: a weight cannot be read.
+        """
+        with self._read(None) as model:
+            yield model
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[OneLayer]:
+        """The model with one decoder layer's weights.
+
+        Raises:
+            ValueError: a weight cannot be read.
+        """
+        with self._read(index) as model:
+            experts = find_experts(model, self.checkpoint)
+            yield model, self.blocks(model)[index], experts.get(index)
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers of a model that this reader gave."""
+        blocks = model.get_submodule(self._prefix.rstrip("."))
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @contextmanager
+    def _read(self, wanted: int | None) -> Iterator[PreTrainedModel]:
+        failures: list[ValueError] = []
+        with Shards(self.directory) as shards:
+            names = [name for name in shards.where if _layer(name) == wanted]
+            weights: dict[str, Any] = {
+                name: Absent(shape)
+                for name, shape in self._of_model.items()
+                if self._layer_of_model(name) != wanted
+            }
+            weights |= stored_weights(shards, self._settings, names, failures.append)
+            try:
+                model = self._load(weights)
+            except ValueError as error:
+                raise (failures[0] if failures else error) from None
+        model.requires_grad_(False)
+        there = [it for it in chain(model.parameters(), model.buffers()) if not it.is_meta]
+        for tensor in there:
+            # A copy: what is part of a file would keep all of it mapped.
+            tensor.data = tensor.data.to(self.device, copy=True)
+        try:
+            yield model
+        finally:
+            # Whatever still refers to the model: its weights go before the next are read.
+            for tensor in there:
+                tensor.data = tensor.data.new_empty(0)
+
+    def _load(self, weights: Mapping[str, Any]) -> PreTrainedModel:
+        with failures_explained(self.directory):
+            model, loading = self._kind.from_pretrained(
+                None,
+                config=self._config,
+                state_dict=dict(weights),
+                dtype=self.dtype,
+                device_map={"": "cpu"},
+                output_loading_info=True,
+            )
+        check_missing(self.directory, model, loading["missing_keys"])
+        return model.eval()
+
+    def _layer_of_model(self, name: str) -> int | None:
+        """Index of the decoder layer that a tensor of the model belongs to; None: to none."""
+        if not name.startswith(self._prefix):
+            return None
+        return int(name.removeprefix(self._prefix).partition(".")[0])
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Of all tensors of a checkpoint in `dtype`, the quantized ones decoded; from the headers."""
+    settings = quantization_settings(directory, read_config(directory)) or {}
+    with Shards(directory) as shards:
+        stored = stored_weights(shards, settings, shards.where, _ignore)
+        return sum(math.prod(it.shape) for it in stored.values()) * dtype.itemsize
+
+
+def _layer(name: str) -> int | None:
+    """Index of the decoder layer that a tensor of a checkpoint belongs to; None: to none."""
+    found = LAYER.findall(name)
+    return int(found[-1]) if found else None
+
+
+def _prefix_of_layers(model: PreTrainedModel, checkpoint: CheckpointInfo) -> str:
+    """What the names of everything in the decoder layers begin with, dot included."""
+    module = next(iter(find_experts(model, checkpoint).values()))
+    name = next(name for name, it in model.named_modules() if it is module)
+    *_, last = LAYER.finditer(name)
+    return f"{name[: last.start()]}layers."
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _ignore(error: ValueError) -> None:
+    """Nothing is read."""

@@ -1,0 +1,130 @@
+"""An exported checkpoint of our own: packed rows, for the loader of this project.
+
+`files/export_format.py` describes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_atomic_moe.convert.exporting.codes import find_codes
+from vllm_atomic_moe.convert.exporting.plan import Plan, copied
+from vllm_atomic_moe.convert.exporting.rows import (
+    PLAIN_DTYPES,
+    find_biases,
+    find_rows,
+    natural,
+    split_names,
+)
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.config import config_file
+from vllm_atomic_moe.files.export_format import (
+    EXPORT_DIRECTORY,
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    PLAIN_VERSION,
+    ROW_FORMATS,
+    packed_offsets,
+)
+from vllm_atomic_moe.files.layouts import PACKED_ROWS, expert_tensor, packed_name
+from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.shards import Shards
+from vllm_atomic_moe.files.tensors import StreamedTensor
+
+
+def plan_packed(
+    directory: Path, source: Shards, info: CheckpointInfo, profile: PruningProfile
+) -> Plan:
+    """The checkpoint that holds the packed rows of a profile.
+
+    Raises:
+        ValueError: the experts are not stored in a way that is understood.
+    """
+    tensors = plan_tensors(source, info, profile)
+    formats = row_formats(info, tensors)
+    metadata = {
+        "format": EXPORT_FORMAT,
+        "format_version": EXPORT_VERSION if formats else PLAIN_VERSION,
+        "profile": profile.name,
+        **({ROW_FORMATS: formats} if formats else {}),
+    }
+    config = complete_config(config_file(directory).read_bytes(), source)
+    return Plan(tensors, config, metadata, EXPORT_DIRECTORY, info.num_experts)
+
+
+def plan_tensors(
+    source: Shards, info: CheckpointInfo, profile: PruningProfile
+) -> list[StreamedTensor]:
+    """All tensors of the export, in the order of their names.
+
+    Raises:
+        ValueError: the experts are not stored in a way that is understood.
+    """
+    experts, others = split_names(source, info)
+    planned = [copied(source, name) for name in others]
+    for layer, names in experts.items():
+        find = find_rows if info.scheme(layer).kind == "plain" else find_codes
+        for found in (find(source, info, layer, names), find_biases(source, info, layer, names)):
+            if found is not None:
+                naming = partial(packed_name, info.blocks[layer])
+                planned += found.packed(naming, profile.keep[layer], info.hidden_size)
+        planned += _index(info.blocks[layer], profile.keep[layer])
+    return sorted(planned, key=lambda tensor: natural(tensor.name))
+
+
+def _index(block: str, keep_EI: torch.Tensor) -> Iterator[StreamedTensor]:
+    """Which atoms the packed rows of one layer are, and where."""
+    for part, dtype, tensor in (
+        ("offsets", "I64", packed_offsets(keep_EI)),
+        ("keep", "BOOL", keep_EI),
+    ):
+        name, shape = packed_name(block, part), tuple(tensor.shape)
+        yield StreamedTensor(name, dtype, shape, tensor.nbytes, partial(iter, [tensor]))
+
+
+def row_formats(
+    info: CheckpointInfo, tensors: Sequence[StreamedTensor]
+) -> dict[str, dict[str, Any]] | None:
+    """What the index says of rows, by layer and part; None where version 1 can hold them."""
+    biased = any(
+        found.packed and found.quantity == "bias"
+        for tensor in tensors
+        if (found := expert_tensor(tensor.name))
+    )
+    schemes = {layer: info.scheme(layer) for layer in info.layers}
+    if not biased and all(scheme.kind == "plain" for scheme in schemes.values()):
+        return None
+    return {
+        str(layer): {part: scheme.told() for part in PACKED_ROWS}
+        for layer, scheme in schemes.items()
+    }
+
+
+def complete_config(config_json: bytes, source: Shards) -> bytes:
+    """config.json that says what vLLM otherwise reads off the headers of the shards.
+
+    These are not where vLLM looks for them. Where the configuration gives no dtype, vLLM serves
+    that of the tensors; where it calls the word embeddings tied, vLLM unties them if the checkpoint
+    holds an lm_head of its own.
+    """
+    config = json.loads(config_json)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    changes: dict[str, str | bool] = {}
+    if not any(part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
+        stored = {source.dtype(name) for name in source.where} & PLAIN_DTYPES.keys()
+        common = reduce(torch.promote_types, [PLAIN_DTYPES[dtype] for dtype in sorted(stored)])
+        changes["dtype"] = str(common).removeprefix("torch.")
+    own_head = any(name.endswith("lm_head.weight") for name in source.where)
+    if own_head and config.get("tie_word_embeddings") is not False:
+        changes["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"]["tie_word_embeddings"] = False
+    if not changes:
+        return config_json
+    return json.dumps({**config, **changes}, indent=2).encode() + b"\n"

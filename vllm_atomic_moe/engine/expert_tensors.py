@@ -1,0 +1,87 @@
+"""Loading experts that vLLM's models cannot hand to packed layers: they go there directly.
+
+Quantized ones: vLLM's quantization methods for experts are not built, since their constructors
+choose a kernel, and raise where there is none. And those of a model's own class (gpt-oss, DBRX),
+which copies a whole tensor into its parameter, and packed layers have none to copy into. The table
+of layouts knows the tensors' names, so that they are taken out of the stream on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
+from vllm_atomic_moe.experts.formats import Projection
+from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
+from vllm_atomic_moe.files.quantization import IGNORED
+
+if TYPE_CHECKING:
+    from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
+
+
+@contextmanager
+def experts_taken_by(
+    layers: Sequence[AtomicRoutedExperts], model: Any, checkpoint: CheckpointInfo
+) -> Iterator[None]:
+    """While open, `model.load_weights` gives such experts to `layers`, the rest to the model.
+
+    Experts of layers that another pipeline rank holds are left out; those of prediction heads,
+    which lie in other blocks, stay the model's.
+
+    Args:
+        layers: this rank's packed layers.
+        model: the model under construction.
+        checkpoint: whose tensors they are.
+    """
+    by_index = {layer.index: layer for layer in layers}
+    special = any(layer.special for layer in layers)
+    blocks = {
+        index: checkpoint.blocks[index]
+        for index, scheme in checkpoint.schemes.items()
+        if special or scheme.kind != "plain"
+    }
+    if not blocks:
+        yield
+        return
+
+    def others(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            found = quantized_tensor(name)
+            if found is None or found.block != blocks.get(found.layer):
+                yield name, tensor
+            elif found.layer in by_index and found.quantity not in IGNORED:
+                layer = by_index[found.layer]
+                experts = layer.global_num_experts
+                for expert, projection, part in _of_each_expert(found, tensor, experts):
+                    layer.load_part(name, expert, projection, found.quantity, part)
+
+    with weights_through(model, others):
+        yield
+
+
+def _of_each_expert(
+    found: ExpertTensor, tensor: torch.Tensor, num_experts: int
+) -> Iterator[tuple[int, Projection, torch.Tensor]]:
+    """A tensor of one expert, or one of all experts taken apart: gpt-oss's, of which weights are
+    transposed, gate and up interleaved; or DBRX's one below another, of which down is transposed.
+    """
+    if found.expert is not None:
+        assert found.part in ("gate", "up", "down")
+        yield found.expert, found.part, tensor  # type: ignore[misc]
+        return
+    weight = found.quantity == "weight"
+    below = weight and tensor.dim() == 2
+    if below and tensor.shape[0] % num_experts == 0:
+        tensor = tensor.view(num_experts, -1, tensor.shape[1])
+    for expert, part in enumerate(tensor.unbind()):
+        matrix = part.t() if weight and (not below or found.part == "down") else part
+        if found.part == "gate_up":
+            yield expert, "gate", matrix[0::2]
+            yield expert, "up", matrix[1::2]
+        else:
+            yield expert, found.part, matrix  # type: ignore[misc]
