@@ -138,6 +138,8 @@ def test_a_picture_that_fails_leaves_the_table(directory, tmp_path, monkeypatch)
     assert result.exit_code == 1
     assert "62.50%" in result.stdout
     assert "x.png was not drawn (RuntimeError: no font)" in result.stderr
+    result = run("--debug", "show", directory, "--plot", tmp_path / "x.png")
+    assert isinstance(result.exception, RuntimeError)
 
 
 @pytest.mark.parametrize("command", [("show", "nothing"), ("eval", "model", "--data", "t.txt")])

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +21,8 @@ from vllm_atomic_moe.files.plain_files import check_output, one_line
 
 MESSAGE_LENGTH = 300
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+# Typer's contexts are not click's: newer versions bring a click of their own.
+_debugging = False
 
 
 class OneLineErrors(TyperGroup):
@@ -32,7 +33,9 @@ class OneLineErrors(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        if ctx.params["debug"]:
+        global _debugging
+        _debugging = ctx.params["debug"]
+        if _debugging:
             return super().invoke(ctx)
         try:
             return super().invoke(ctx)
@@ -45,8 +48,7 @@ class OneLineErrors(TyperGroup):
 
 def debugging() -> bool:
     """Whether `atomic-moe --debug` asks for traces and for what libraries log."""
-    context = click.get_current_context(silent=True)
-    return context is not None and bool(context.find_root().params.get("debug"))
+    return _debugging
 
 
 def print_error(error: Exception | str) -> None:
