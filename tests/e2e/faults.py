@@ -35,6 +35,14 @@ def installed(directory: Path) -> dict[str, str]:
     return {VARIABLE: str(directory), "PYTHONPATH": ":".join(places)}
 
 
+def read(path: Path) -> str:
+    """A file's text; empty if it is not there, or gone in this moment."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def register() -> None:
     """In every vLLM process, behind the project's own `register()`."""
     from vllm.v1.engine.core import EngineCore
@@ -51,9 +59,8 @@ def register() -> None:
         return
 
     def faulty_rank(self, verb, arguments):
-        fault = directory / verb
-        if fault.exists():
-            what, _, rank = fault.read_text().partition("@")
+        if told := read(directory / verb):
+            what, _, rank = told.partition("@")
             parallel = self.vllm_config.parallel_config
             own = parallel.data_parallel_rank * parallel.world_size + self.rank
             if not rank or int(rank) == own:
@@ -63,8 +70,8 @@ def register() -> None:
     step = EngineCore.step
 
     def slow_step(self):
-        if (directory / "step").exists():
-            time.sleep(float((directory / "step").read_text()))
+        if pause := read(directory / "step"):
+            time.sleep(float(pause))
         return step(self)
 
     EngineCore.step = slow_step
