@@ -9,63 +9,19 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.checkpoints import COMMON, write_profile, zero_pruned
+from tests.checkpoints import write_profile, zero_pruned
+from tests.gated_delta_net import SPECIAL, make_qwen3_5, make_qwen3_next, save_random
 from tests.serving.conftest import PROMPTS, engine, mixed_logprobs
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import find_experts
 from vllm_atomic_moe.calibration.model import load_model
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.convert.exporting.export import export
-from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 
 NAMES = ["ragged", "second"]
-TEXT = {
-    **COMMON,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 96,
-    "head_dim": 32,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
-SPECIAL = {"image_pad": 250, "video_pad": 251, "vision_start": 252, "vision_end": 253}
-VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_heads": 4,
-    "patch_size": 4,
-    "out_hidden_size": 128,
-    "num_position_embeddings": 64,
-}
 IMAGE_PROMPT = "5 <|vision_start|> <|image_pad|> <|vision_end|> 7 9"
-
-
-def make_qwen3_next():
-    """Per-expert tensors, as transformers saves them."""
-    config = transformers.Qwen3NextConfig(**TEXT, intermediate_size=96)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def make_qwen3_5():
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    rope |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    config = transformers.Qwen3_5MoeConfig(
-        text_config={**TEXT, "rope_parameters": rope},
-        vision_config=VISION,
-        image_token_id=SPECIAL["image_pad"],
-        video_token_id=SPECIAL["video_pad"],
-        vision_start_token_id=SPECIAL["vision_start"],
-        vision_end_token_id=SPECIAL["vision_end"],
-    )
-    return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 
 
 def processor():
@@ -83,19 +39,6 @@ def processor():
         tokenizer=tokenizer,
         video_processor=transformers.Qwen3VLVideoProcessor(patch_size=4),
     )
-
-
-def save(model, directory, *, fused):
-    """Random weights of a size that tells, in real checkpoints' layout."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(directory)
-    if fused:
-        save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
-    return describe_checkpoint(directory)
 
 
 def image_logprobs(llm, name=None):
@@ -124,7 +67,7 @@ def close(found, wanted):
 @pytest.mark.full
 def test_qwen3_next(tmp_path):
     model = tmp_path / "model"
-    info = save(make_qwen3_next(), model, fused=False)
+    info = save_random(make_qwen3_next(), model, fused=False)
     assert info.architecture == "Qwen3NextForCausalLM"
     check_served_calibrated_and_exported(model, info, tmp_path, dtype="bfloat16")
 
@@ -132,7 +75,7 @@ def test_qwen3_next(tmp_path):
 def test_qwen3_5_with_its_vision_tower(tmp_path):
     model = tmp_path / "model"
     processor().save_pretrained(model)
-    info = save(make_qwen3_5(), model, fused=True)
+    info = save_random(make_qwen3_5(), model, fused=True)
     assert info.architecture == "Qwen3_5MoeForConditionalGeneration"
     options = {
         "dtype": "bfloat16",

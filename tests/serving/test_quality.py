@@ -70,7 +70,7 @@ def test_report_of_a_tiny_model(tmp_path):
     make_model("qwen3_moe", model)
     text.write_text(random_text(1500))
     run = CliRunner().invoke
-    command = ["calibrate", model, "--data", text, "--samples", 16, "--seq-len", 64]
+    command = ["calibrate", model, "--data", text, "--samples", 1, "--seq-len", 64]
     assert run(app, [*map(str, command), "-o", str(statistics)]).exit_code == 0
     command = ["quality", model, statistics, "--data", text, "--ratio", 0.9, "--seq-len", 100]
     out = tmp_path / "out"

@@ -9,10 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.checkpoints import write_profile, write_routing_profiles
+from tests.gated_delta_net import make_qwen3_5, save_random
 from tests.prediction_heads import add_qwen_head, make_glm4_moe_with_head
 from tests.serving.conftest import PROMPTS, core, engine, packed_layers_of
-from tests.serving.test_gated_delta_net import make_qwen3_5
-from tests.serving.test_gated_delta_net import save as save_random
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.layouts import atom_bytes
 

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.gated_delta_net import make_qwen3_5, save_random
 from tests.quantized import FORMATS, quantize_checkpoint, quantize_gpt_oss
-from tests.serving.test_gated_delta_net import make_qwen3_5
-from tests.serving.test_gated_delta_net import save as save_random
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate
 from vllm_atomic_moe.calibration.model import load_model

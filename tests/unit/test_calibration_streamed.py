@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
 from tests.architectures import COMMON, FIRST_DENSE, LATENT, MIXED, QUICK, ROUTED
+from tests.gated_delta_net import make_qwen3_5, save_random
 from tests.quantized import FORMATS, quantize_checkpoint, quantize_gpt_oss
 from tests.unit.tiny_models import (
     ARCHITECTURES,
@@ -185,6 +186,13 @@ def test_further_outputs_of_layers_are_carried(tmp_path):
     model.save_pretrained(tmp_path)
     info = describe_checkpoint(tmp_path)
     text = text_of(3)
+    check_equal(streamed(tmp_path, info, text), in_memory(tmp_path, info, text))
+
+
+def test_a_configuration_within_another(tmp_path):
+    """As of models that take images: the text model is built of the inner part."""
+    info = save_random(make_qwen3_5(), tmp_path, fused=True)
+    text = text_of(2)
     check_equal(streamed(tmp_path, info, text), in_memory(tmp_path, info, text))
 
 

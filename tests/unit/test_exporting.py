@@ -434,7 +434,10 @@ E0 = "model.layers.1.mlp.experts.0"
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (lambda t: t | {f"{E0}.up_proj.bias": torch.zeros(64)}, "0.up_proj.bias is no part of an"),
+        (
+            lambda t: t | {f"{E0}.up_proj.bias": torch.zeros(64)},
+            "0.up_proj.bias is not a known part of an",
+        ),
         (
             lambda t: t | {f"{E0}.up_proj.weight_scale": torch.zeros(1)},
             "layer 1: up of its experts has weight_scale, down_proj is plain; projections of one",

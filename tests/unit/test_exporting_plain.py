@@ -385,7 +385,11 @@ def test_models_that_are_not_known_well_enough(tmp_path):
     refused(model, narrow, "nothing known says that routed experts are 64 wide")
     tell()
     for name, tensor, words in (
-        ("experts.1.gate_proj.bias", torch.ones(64), "is no part of an expert's projection"),
+        (
+            "experts.1.gate_proj.bias",
+            torch.ones(64),
+            "is not a known part of an expert's projection",
+        ),
         ("gate.tid2eid", torch.ones(8, dtype=torch.int64), "I64; routers of plain floats"),
         ("gate.rank", torch.ones(3, 5), r"is \[3, 5\], wanted a row or a value for each of 8"),
     ):

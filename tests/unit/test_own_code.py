@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from tests import checkpoints
+from tests.mistral_names import make_mistral_checkpoint
 from tests.unit.test_cli import refused, run
 from tests.unit.tiny_models import make_model, random_text, random_windows
 from vllm_atomic_moe.calibration.collect import collect
 from vllm_atomic_moe.calibration.experts import find_experts
-from vllm_atomic_moe.calibration.model import check_tokenizer_code, load_model
+from vllm_atomic_moe.calibration.model import check_model_code, check_tokenizer_code, load_model
 from vllm_atomic_moe.calibration.text import CalibrationText
 
 SHORT = ("--samples", "2", "--seq-len", "16")
@@ -176,3 +177,9 @@ def test_an_activation_beyond_float16_ends_the_run_at_its_window(original):
     for gradients in (True, False):
         with pytest.raises(ValueError, match=words):
             collect(model, experts, info, text, 1, gradients=gradients)
+
+
+def test_a_model_in_mistrals_own_format_has_no_code(tmp_path):
+    """Its `params.json` is asked in the place of config.json."""
+    make_mistral_checkpoint(tmp_path)
+    check_model_code(tmp_path, trusted=False)

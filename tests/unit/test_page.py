@@ -67,7 +67,7 @@ def test_what_the_page_shows_needs_the_key(client):
     for path in ("status", "profiles", "profiles/dense"):
         assert client.get(f"/atomic/v1/{path}").status_code == 401
     answer = client.get("/atomic/v1/status", headers={"Authorization": f"Bearer {KEY}"})
-    assert answer.status_code == 503  # there is no engine here
+    assert answer.status_code == 503  # no engine runs here
 
 
 def test_the_page_is_the_same_whoever_asks(client):

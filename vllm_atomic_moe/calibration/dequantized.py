@@ -18,14 +18,14 @@ import torch
 
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.formats import decode
-from vllm_atomic_moe.files.layouts import FUSED_QUANTITIES, QUANTITIES
+from vllm_atomic_moe.files.layouts import FUSED_CODES, QUANTITIES
 from vllm_atomic_moe.files.quantization import IGNORED, MATRICES, Part, Scheme, scheme_of_down
 from vllm_atomic_moe.files.shards import Shards
 
 _PARTS = "|".join({*QUANTITIES, *IGNORED, "weight"})
 # A part of one matrix, or of gpt-oss's matrices of all experts.
 _OF_A_MATRIX = re.compile(
-    rf"(?P<one>.*)\.(?P<part>{_PARTS})|(?P<all>.*)_(?P<whole>{'|'.join(FUSED_QUANTITIES[:2])})"
+    rf"(?P<one>.*)\.(?P<part>{_PARTS})|(?P<all>.*)_(?P<whole>{'|'.join(FUSED_CODES)})"
 )
 
 

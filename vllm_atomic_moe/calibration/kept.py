@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from vllm_atomic_moe.files.plain_files import lock, read_json_object
-from vllm_atomic_moe.files.tensors import open_safetensors, shorten
+from vllm_atomic_moe.files.tensors import open_safetensors, replaced_file, shorten
 
 RUN = "run.json"
 FINISHED = "finished.json"
@@ -159,10 +159,7 @@ class Scratch:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def finish(self, stage: str) -> None:
-        try:
-            _write(self.directory / stage / FINISHED, json.dumps(self._digests[stage]).encode())
-        except OSError as error:
-            raise self._cannot_write(error) from None
+        _write(self.directory / stage / FINISHED, json.dumps(self._digests[stage]).encode())
         self._sound.add(stage)
 
     def finished(self, stage: str) -> bool:
@@ -196,9 +193,8 @@ class Scratch:
 
 def _write(path: Path, data: bytes) -> None:
     """A file that is there whole, or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _sound(stage: Path) -> bool:

@@ -82,8 +82,8 @@ class LayerReader:
         """
         self.directory, self.checkpoint, self.device = directory, checkpoint, device
         self.dtype = dtype
-        self._settings, self._config, empty = empty_model(directory, trusted)
-        self._kind = type(empty)
+        self._settings, empty = empty_model(directory, trusted)
+        self._kind, self._config = type(empty), empty.config
         self._of_model = {name: (*it.shape,) for name, it in empty.state_dict().items()}
         self._prefix = _prefix_of_layers(empty, checkpoint)
         self.layers = len(self.blocks(empty))

@@ -24,7 +24,12 @@ from transformers import (
 from vllm_atomic_moe.calibration.dequantized import stored_weights
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import locate_tensors
-from vllm_atomic_moe.files.config import context_length, quantization_settings, read_config
+from vllm_atomic_moe.files.config import (
+    config_file,
+    context_length,
+    quantization_settings,
+    read_config,
+)
 from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line, read_json_object
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import read_tensor, shorten
@@ -75,7 +80,7 @@ def check_model_code(directory: Path, trusted: bool) -> None:
     """
     if trusted:
         return
-    config = read_json_object(directory / "config.json")
+    config = read_json_object(config_file(directory))
     told = config.get("auto_map")
     classes = told if isinstance(told, dict) else {}
     kind = str(config.get("model_type"))
@@ -205,7 +210,7 @@ def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, An
     if not quantization_settings(directory, read_config(directory)):
         yield AutoModelForCausalLM, {}
         return
-    settings, _, empty = empty_model(directory, trusted)
+    settings, empty = empty_model(directory, trusted)
     failures: list[ValueError] = []
     with Shards(directory) as shards:
         weights = stored_weights(shards, settings, shards.where, failures.append)
@@ -217,9 +222,11 @@ def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, An
 
 def empty_model(
     directory: Path, trusted: bool = False
-) -> tuple[Mapping[str, Any], Any, PreTrainedModel]:
-    """How a checkpoint is quantized (empty: not at all), its configuration as if it were not, and
-    its model on the meta device.
+) -> tuple[Mapping[str, Any], PreTrainedModel]:
+    """How a checkpoint is quantized (empty: not at all), and its model on the meta device.
+
+    The model's `config` is what its class is built of, as if it were not quantized: where a
+    checkpoint takes images, the text model's part of config.json.
 
     Raises:
         ValueError: transformers cannot build it.
@@ -232,7 +239,7 @@ def empty_model(
                 del part.quantization_config
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    return settings or {}, config, empty
+    return settings or {}, empty
 
 
 @contextmanager

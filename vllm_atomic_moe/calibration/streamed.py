@@ -333,7 +333,7 @@ def collect_streamed(
 
     Raises:
         ValueError: as `collect`; or a layer cannot be called alone, a weight cannot be read, or
-            there is no room for what is kept.
+            what is kept does not fit.
     """
     give_back_at_once()
     shape = (len(text.windows), reader.checkpoint.num_experts, reader.checkpoint.intermediate_size)

@@ -17,6 +17,7 @@ from vllm_atomic_moe.calibration.layer_reader import LayerReader, weight_bytes
 from vllm_atomic_moe.calibration.ranks import Ranks
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.checkpoint import locate_tensors
+from vllm_atomic_moe.files.config import config_file
 
 CPU = torch.device("cpu")
 
@@ -101,7 +102,7 @@ def _files(directory: Path) -> str:
     """Digest of names, sizes and times of a checkpoint's shards, and of its configuration."""
     shards = sorted(set(locate_tensors(directory).values()))
     told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    config = (directory / "config.json").read_bytes()
+    config = config_file(directory).read_bytes()
     return hashlib.sha256(json.dumps(told).encode() + config).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,12 @@ class OneLineErrors(TyperGroup):
 def debugging() -> bool:
     """Whether `atomic-moe --debug` asks for traces and for what libraries log."""
     return _debugging
+
+
+def quiet_vllm() -> None:
+    """Before vLLM is imported: warnings of its log alone, beside what the command prints."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def print_error(error: Exception | str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,21 +15,23 @@ from vllm_atomic_moe.cli.console import (
     measured,
     print_json,
     print_table,
+    quiet_vllm,
     status_lines,
 )
-from vllm_atomic_moe.cli.options import Field, TrustRemoteCode
+from vllm_atomic_moe.cli.options import (
+    Field,
+    HeldOut,
+    Model,
+    ServedDtype,
+    TrustRemoteCode,
+    Windows,
+    WindowTokens,
+)
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")
-    ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data", metavar="FILE[:DOMAIN]", help="Held-out text; repeat for more files."
-        ),
-    ],
+    model: Model,
+    data: HeldOut,
     profiles: Annotated[
         str | None,
         typer.Option(
@@ -43,13 +44,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--profile", help="Measure this profile; repeat.", show_default="all"),
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per window.", show_default="the context, 2048 at most"),
-    ] = None,
+    seq_len: WindowTokens = None,
     field: Field = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows per domain at most.")] = 128,
-    dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    samples: Windows = 128,
+    dtype: ServedDtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     plot: Annotated[
         Path | None,
@@ -66,8 +64,7 @@ def evaluate(
     """
     if plot is not None:
         check_plot(plot)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    quiet_vllm()
     from vllm_atomic_moe import api
 
     rows, failure = measured(

@@ -6,6 +6,17 @@ from typing import Annotated
 
 import typer
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")]
+HeldOut = Annotated[
+    list[str],
+    typer.Option("--data", metavar="FILE[:DOMAIN]", help="Held-out text; repeat for more files."),
+]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per window.", show_default="the context, 2048 at most"),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Windows per domain at most.")]
+ServedDtype = Annotated[str, typer.Option(help="As vLLM's --dtype.")]
 Field = Annotated[
     str | None,
     typer.Option(

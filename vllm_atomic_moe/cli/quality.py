@@ -8,23 +8,24 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.console import status_lines
-from vllm_atomic_moe.cli.options import Field, TrustRemoteCode
+from vllm_atomic_moe.cli.console import quiet_vllm, status_lines
+from vllm_atomic_moe.cli.options import (
+    Field,
+    HeldOut,
+    Model,
+    ServedDtype,
+    TrustRemoteCode,
+    Windows,
+    WindowTokens,
+)
 
 
 def quality(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")
-    ],
+    model: Model,
     statistics: Annotated[
         Path, typer.Argument(metavar="STATS", help="File made by `atomic-moe calibrate`.")
     ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data", metavar="FILE[:DOMAIN]", help="Held-out text; repeat for more files."
-        ),
-    ],
+    data: HeldOut,
     output: Annotated[
         Path,
         typer.Option(
@@ -35,19 +36,15 @@ def quality(
         list[float] | None,
         typer.Option(help="Fraction to remove; repeat.", show_default="0.2, 0.4, 0.6"),
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per window.", show_default="the context, 2048 at most"),
-    ] = None,
+    seq_len: WindowTokens = None,
     field: Field = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows per domain at most.")] = 128,
-    dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    samples: Windows = 128,
+    dtype: ServedDtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare all methods: perplexity over dense with intervals, a table and a plot."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    quiet_vllm()
     from vllm_atomic_moe.measure.quality import RATIOS, measure_quality
 
     measure_quality(

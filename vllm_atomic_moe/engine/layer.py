@@ -47,7 +47,6 @@ from vllm_atomic_moe.files.quantization import Scheme
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
-BIAS_PLACEHOLDERS = ("w13_bias", "w2_bias")
 
 _loading: ContextVar[tuple[ResidentProfiles, Backend, torch.Tensor]] = ContextVar(
     "atomic_moe_loading"
@@ -233,8 +232,8 @@ class AtomicRoutedExperts(RoutedExperts):
         """Slice one checkpoint tensor into the packed rows.
 
         Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
-        `[H, I]` of one expert, or all experts' at once with a leading E; or one expert's bias.
-        Experts of other ranks are left alone, and need not arrive.
+        `[H, I]` of one expert, or all experts' at once with a leading E. Experts of other ranks are
+        left alone, and need not arrive.
 
         Raises:
             ValueError: the tensor arrives for the second time, or has the wrong shape.
@@ -245,8 +244,6 @@ class AtomicRoutedExperts(RoutedExperts):
                 f"wanted w1, w2 or w3 of expert 0 to {self.global_num_experts - 1}"
             )
         projection = SHARD_PROJECTIONS[shard_id]
-        if loaded_weight.dim() == 1:
-            return self.load_bias(expert_id, projection, loaded_weight, weight_name)
         first = 0 if loaded_weight.dim() == 3 else expert_id
         matrices = loaded_weight.unbind() if loaded_weight.dim() == 3 else (loaded_weight,)
         taken = False
@@ -257,19 +254,18 @@ class AtomicRoutedExperts(RoutedExperts):
                 taken = True
         return taken if return_success else None
 
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
     def load_bias(
         self, expert: int, projection: Projection, bias: torch.Tensor, weight_name: str
-    ) -> bool:
+    ) -> None:
         """Take one expert's bias; that of down is the first tensor parallel rank's alone.
-
-        Returns:
-            Whether the expert is this rank's.
 
         Raises:
             ValueError: it arrives for the second time, has the wrong shape, or none is wanted.
         """
         if expert not in self.own_experts:
-            return False
+            return
         if not self.packed.biases:
             raise ValueError(
                 f"{self.layer_name}: {weight_name} arrives, vLLM builds no biases here"
@@ -277,9 +273,6 @@ class AtomicRoutedExperts(RoutedExperts):
         self._mark_loaded(expert, f"{projection}_proj.bias", weight_name)
         if projection != "down" or self.moe_config.moe_parallel_config.tp_rank == 0:
             self.packed.load_bias(expert, projection, bias)
-        return True
-
-    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
     def load_part(
         self, name: str, expert: int, projection: Projection, quantity: str, part: torch.Tensor
@@ -373,16 +366,13 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         layer.pack(hidden_size, params_dtype)
         # vLLM finds experts to load by these names; they hold nothing and go after loading.
-        for name in self._placeholders():
+        for name in PLACEHOLDERS:
             placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
             placeholder.weight_loader = layer.weight_loader  # type: ignore[attr-defined]
             layer.register_parameter(name, placeholder)
 
-    def _placeholders(self) -> tuple[str, ...]:
-        return PLACEHOLDERS + (BIAS_PLACEHOLDERS if self.moe.has_bias else ())
-
     def process_weights_after_loading(self, layer: AtomicRoutedExperts) -> None:
-        for name in self._placeholders():
+        for name in PLACEHOLDERS:
             delattr(layer, name)
         layer.routing.prepare(layer.e_score_correction_bias)
         layer.bind()

@@ -1,6 +1,7 @@
 """From `--model-loader-extra-config` to the profiles that are held in memory.
 
-Everything here runs before any weight is read, and without vLLM.
+Everything here runs before any weight is read, and without vLLM (`dense_through_loader` excepted,
+which asks it for the platform).
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def check_layout(
         )
 
 
-def by_expert(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_by_expert(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape [E·N, K] of matrices that stand one below another, as [E, N, K]; others as they are."""
     number = next(iter(declared_experts(config).values()), 0)
     if len(shape) != 2 or not number or shape[0] % number:

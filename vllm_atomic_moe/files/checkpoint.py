@@ -19,7 +19,6 @@ import torch
 
 from vllm_atomic_moe.files.agreement import (
     LayerFacts,
-    by_expert,
     check_activation_order,
     check_choice,
     check_dense_layers,
@@ -30,6 +29,7 @@ from vllm_atomic_moe.files.agreement import (
     intermediate_size,
     is_prediction,
     router_groups,
+    shape_by_expert,
 )
 from vllm_atomic_moe.files.config import (
     MISTRAL,
@@ -287,7 +287,7 @@ def _gather_layers(
                 entry = shard.get_slice(name)
                 shape = tuple(entry.get_shape())
                 if tensor.expert is None and not tensor.packed:
-                    shape = by_expert(config, shape)
+                    shape = shape_by_expert(config, shape)
                 told = (entry.get_dtype(), shape)
                 matrices[tensor.layer, tensor.part, tensor.expert][tensor.quantity] = told
     for (index, part, expert), parts in matrices.items():

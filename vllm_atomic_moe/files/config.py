@@ -84,7 +84,7 @@ OF_THE_WHOLE = ("architectures", "quantization_config", "compression_config", "a
 
 
 def config_file(directory: Path) -> Path:
-    """config.json, or Mistral's params.json where there is no other."""
+    """config.json, or Mistral's params.json if that is the only one."""
     config, params = directory / "config.json", directory / MISTRAL
     return params if params.is_file() and not config.exists() else config
 

@@ -46,7 +46,8 @@ QUANTITIES = (
 )
 # Mistral's spelling -> everybody's.
 OTHER_QUANTITIES = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
-FUSED_QUANTITIES = ("blocks", "scales", "bias")
+FUSED_CODES = ("blocks", "scales")
+FUSED_QUANTITIES = (*FUSED_CODES, "bias")
 PACKED_ROWS = ("gate", "up", "down_t")
 PACKED = (*PACKED_ROWS, "offsets", "keep")
 # What may stand beside packed rows: scales [G, C]; of every row its scale row within the expert;

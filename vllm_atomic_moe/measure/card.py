@@ -30,8 +30,8 @@ def write_card(model: str, directory: Path, measured: Path | None) -> Path:
         The card.
 
     Raises:
-        ValueError: the id is not one, there is no profile or one that cannot be read, they are of
-            different models, the measurements are of others, or another README.md is there.
+        ValueError: the id is malformed, profiles are missing, unreadable or of different models,
+            the measurements are of other profiles, or someone else's README.md is there.
     """
     _check_id(model)
     store = ProfileStore(directory)

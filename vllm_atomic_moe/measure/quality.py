@@ -7,6 +7,7 @@ windows are drawn anew with replacement, domain by domain, the same for a profil
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.statistics import Statistics
+from vllm_atomic_moe.files.tensors import replaced_file
 from vllm_atomic_moe.measure.evaluation import ALL_DOMAINS, Progress, Row, evaluate
 from vllm_atomic_moe.measure.incomplete import IncompleteError
 from vllm_atomic_moe.measure.plots import PerplexityPoint, plot_perplexity
 from vllm_atomic_moe.scoring import known_methods
 from vllm_atomic_moe.scoring.pruning import make_profile, score_statistics
+from vllm_atomic_moe.scoring.score_file import Scores
 
 RATIOS = (0.2, 0.4, 0.6)
 SEEDS = (0, 1, 2)
@@ -35,7 +38,6 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "uniform width, aligned to 32": ("heapr", {"scope": "expert", "align": 32}),
     "reap per layer": ("reap", {"scope": "layer"}),
 }
-SCORE_OPTIONS = ("weight_by_frequency", "seed", "allow_unseen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Figure:
 def candidates(ratios: Sequence[float], size: int) -> list[Candidate]:
     """Every method with its defaults, random ones with three seeds, and the variants.
 
+    Those of the same scores follow each other.
+
     Args:
         ratios: fractions to remove.
         size: full width of an expert.
@@ -100,7 +104,7 @@ def candidates(ratios: Sequence[float], size: int) -> list[Candidate]:
         if size % options.get("align", 1) == 0:
             lines.append((label, name, options))
     return [
-        Candidate(label, ratio, name, options) for ratio in ratios for label, name, options in lines
+        Candidate(label, ratio, name, options) for label, name, options in lines for ratio in ratios
     ]
 
 
@@ -113,17 +117,19 @@ def make_profiles(
         Those that could be made; and one line for each of the others.
     """
     made, refused = [], []
-    for candidate in wanted:
-        scoring = {key: it for key, it in candidate.options.items() if key in SCORE_OPTIONS}
-        selection = {key: it for key, it in candidate.options.items() if key not in scoring}
-        try:
-            scores = score_statistics(source, candidate.method, scoring)
-            profile = make_profile(scores, candidate.ratio, candidate.name, **selection)
-        except ValueError as error:
-            refused.append(f"{candidate.label} at {candidate.ratio:.0%}: {error}")
-            continue
-        profile.write(directory / f"{candidate.name}.safetensors")
-        made.append(candidate)
+    for (method, options), of_scores in itertools.groupby(
+        wanted, lambda candidate: (candidate.method, candidate.options)
+    ):
+        scores: Scores | None = None
+        for candidate in of_scores:
+            try:
+                scores = scores or score_statistics(source, method, options)
+                profile = make_profile(scores, candidate.ratio, candidate.name, **options)
+            except ValueError as error:
+                refused.append(f"{candidate.label} at {candidate.ratio:.0%}: {error}")
+                continue
+            profile.write_into(directory)
+            made.append(candidate)
     return made, refused
 
 
@@ -246,9 +252,13 @@ def _write(
 ) -> None:
     dense, by_name = rows[0], {row.profile: row for row in rows}
     found = figures(made, by_name, dense)
-    (output / "quality.md").write_text(report(found, dense, refused))
     told = {"figures": [asdict(figure) for figure in found], "rows": [asdict(row) for row in rows]}
-    (output / "quality.json").write_text(json.dumps(told, indent=1) + "\n")
+    for name, text in (
+        ("quality.md", report(found, dense, refused)),
+        ("quality.json", json.dumps(told, indent=1) + "\n"),
+    ):
+        with replaced_file(output / name) as path:
+            path.write_text(text)
     points = [PerplexityPoint(dense.method, 1.0, dense.perplexity[ALL_DOMAINS])] + [
         PerplexityPoint(it.label, by_name[it.name].kept, by_name[it.name].perplexity[ALL_DOMAINS])
         for it in made

@@ -171,7 +171,7 @@ def random_layer(
             encoded = Encoded(drawn.to(dtype))
         else:
             atoms, columns = rows.block(projection)
-            # Of e4m3 the highest codes are no numbers.
+            # The highest codes of e4m3 are NaN.
             codes_IH = torch.randint(0, 120 if rows.bits == 8 else 16, size, generator=generator)
             scales = torch.rand(-(-size[0] // atoms), -(-size[1] // columns), generator=generator)
             scales_GC = ((scales + 0.1) * shape.hidden**-0.5 / 100).to(rows.scale)

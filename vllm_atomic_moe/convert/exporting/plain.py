@@ -130,8 +130,7 @@ def one_shape(info: CheckpointInfo, profile: PruningProfile) -> tuple[int, int]:
     Raises:
         ValueError: layers, groups of a router or experts differ.
     """
-    scope = "group" if info.groups else "layer"
-    whole = f"whole experts: --method reap --scope {scope}"
+    whole = _whole_experts(info)
     routable = {layer: profile.routable_experts(layer) for layer in info.layers}
     counts = {layer: int(mask.sum()) for layer, mask in routable.items()}
     if len(set(counts.values())) > 1:
@@ -164,12 +163,16 @@ def one_shape(info: CheckpointInfo, profile: PruningProfile) -> tuple[int, int]:
 
 def _check_plain_weights(info: CheckpointInfo, profile: PruningProfile) -> None:
     if any(info.scheme(layer).kind != "plain" for layer in info.layers):
-        scope = "group" if info.groups else "layer"
         raise ValueError(
             f"profile {profile.name!r} narrows experts, which are quantized as "
-            f"{', '.join(info.row_formats)}; narrow the 16-bit original, or prune whole experts: "
-            f"--method reap --scope {scope}"
+            f"{', '.join(info.row_formats)}; narrow the 16-bit original, or prune "
+            f"{_whole_experts(info)}"
         )
+
+
+def _whole_experts(info: CheckpointInfo) -> str:
+    """Options of `prune` that leave as many experts everywhere."""
+    return f"whole experts: --method reap --scope {'group' if info.groups else 'layer'}"
 
 
 def _blocks(
@@ -199,7 +202,7 @@ def _blocks(
         strange = quantized_tensor(name) is None and not name.endswith(CORRECTION_BIAS)
         if block in names and strange:
             raise ValueError(
-                f"{name} is no part of an expert's projection that is known; other layouts are not "
+                f"{name} is not a known part of an expert's projection; other layouts are not "
                 "exported"
             )
     layers = {block: layer for layer, block in info.blocks.items()}

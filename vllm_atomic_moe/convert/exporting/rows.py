@@ -186,7 +186,7 @@ def check_names(names: LayerNames, quantities: Collection[str]) -> None:
     ]
     if unknown:
         raise ValueError(
-            f"{min(unknown, key=natural)} is no part of an expert's projection that is known; "
+            f"{min(unknown, key=natural)} is not a known part of an expert's projection; "
             "other layouts, and biases of single experts, are not exported"
         )
 

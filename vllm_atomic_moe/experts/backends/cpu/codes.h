@@ -13,7 +13,7 @@ namespace {
 // By the number that Python gives them: formats.CODES without plain ones.
 enum Code { kE4M3, kInt4, kUInt4, kE2M1 };
 
-// Of a code of 4 bits. Half of e2m1's are no integers: theirs are doubled.
+// Of a 4-bit code. Half of e2m1's values are not integers, so they are doubled.
 alignas(16) constexpr int8_t kMeanings[4][16] = {
     {},
     {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},

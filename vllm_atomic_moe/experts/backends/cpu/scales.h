@@ -60,7 +60,7 @@ inline Vec load_scales(int dtype, const void* scales, int64_t at, int64_t count)
   uint8_t copy[kWidth];
   const uint8_t* bytes = padded(static_cast<const uint8_t*>(scales) + at, count, copy);
   if (dtype == Quantized::kE4M3Scale) return meanings_of_8(bytes) * Vec(kMeaningUnit[kE4M3]);
-  // A power of two; the smallest is no normal float.
+  // A power of two; the smallest is a denormal float.
   return as_floats(at::vec::maximum(load_bytes(bytes) << Ints(23), Ints(1 << 22)));
 }
 
