@@ -62,7 +62,6 @@ class LayerReader:
         dtype: that weights are given in; quantized ones are decoded.
         device: where they are put.
         layers: number of decoder layers.
-        weight_bytes: of all the model's weights in `dtype`.
         largest_layer_bytes: of its largest decoder layer.
         outline: the model on the meta device.
     """
@@ -91,7 +90,6 @@ class LayerReader:
             stored = stored_weights(shards, self._settings, shards.where, _ignore)
             # Everything without data: what would not fit the model is refused before it is read.
             self.outline = self._load({name: Absent(it.shape) for name, it in stored.items()})
-        self.weight_bytes = _nbytes(self.outline)
         self.largest_layer_bytes = max(_nbytes(block) for block in self.blocks(self.outline))
 
     @contextmanager

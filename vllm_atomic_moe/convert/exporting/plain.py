@@ -17,7 +17,11 @@ from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.convert.exporting.plain_config import changed_config, check_width_is_named
+from vllm_atomic_moe.convert.exporting.plain_config import (
+    changed_config,
+    check_width_is_named,
+    whole_experts,
+)
 from vllm_atomic_moe.convert.exporting.plan import Plan, copied
 from vllm_atomic_moe.convert.exporting.rows import (
     PLAIN_DTYPES,
@@ -130,7 +134,7 @@ def one_shape(info: CheckpointInfo, profile: PruningProfile) -> tuple[int, int]:
     Raises:
         ValueError: layers, groups of a router or experts differ.
     """
-    whole = _whole_experts(info)
+    whole = whole_experts(info)
     routable = {layer: profile.routable_experts(layer) for layer in info.layers}
     counts = {layer: int(mask.sum()) for layer, mask in routable.items()}
     if len(set(counts.values())) > 1:
@@ -166,13 +170,8 @@ def _check_plain_weights(info: CheckpointInfo, profile: PruningProfile) -> None:
         raise ValueError(
             f"profile {profile.name!r} narrows experts, which are quantized as "
             f"{', '.join(info.row_formats)}; narrow the 16-bit original, or prune "
-            f"{_whole_experts(info)}"
+            f"{whole_experts(info)}"
         )
-
-
-def _whole_experts(info: CheckpointInfo) -> str:
-    """Options of `prune` that leave as many experts everywhere."""
-    return f"whole experts: --method reap --scope {'group' if info.groups else 'layer'}"
 
 
 def _blocks(

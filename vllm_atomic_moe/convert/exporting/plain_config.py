@@ -32,6 +32,11 @@ SHARED_EXPERTS = re.compile(r"\.shared?_(?:experts?|mlp)\.")
 EXPERT_BY_NUMBER = re.compile(r"\bexperts\\*\.\d+")
 
 
+def whole_experts(info: CheckpointInfo) -> str:
+    """Options of `prune` that leave as many experts everywhere."""
+    return f"whole experts: --method reap --scope {'group' if info.groups else 'layer'}"
+
+
 def check_width_is_named(
     directory: Path, config: Mapping[str, Any], info: CheckpointInfo, names: Sequence[str]
 ) -> None:
@@ -46,8 +51,7 @@ def check_width_is_named(
     Raises:
         ValueError: one line with what else has the routed width, and the remedy.
     """
-    scope = "group" if info.groups else "layer"
-    whole = f"prune whole experts: --method reap --scope {scope}"
+    whole = f"prune {whole_experts(info)}"
     keys = _routed_width_keys(config, info)
     if not keys:
         raise ValueError(
