@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests import listed_tensors
+
 COMMON = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -38,6 +40,24 @@ ROUTED = {
 }
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64}
 GROUPS = {"n_group": 2, "topk_group": 1}
+# Ling's and its relatives'.
+BAILING = {
+    **MOE,
+    "head_dim": 32,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "embedding_dropout": 0.0,
+    "partial_rotary_factor": 0.5,
+}
+BIASED = {
+    **GROUPS,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "routed_scaling_factor": 1.5,
+}
 # Multi-head latent attention.
 LATENT = {
     "num_key_value_heads": 4,
@@ -47,6 +67,8 @@ LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
 }
+# Sparse attention, of as many tokens as there are at most.
+INDEXED = {"index_topk": 128, "index_n_heads": 2, "index_head_dim": 32}
 FIRST_DENSE = ["dense", "sparse", "sparse"]
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
 
@@ -82,34 +104,11 @@ class Architecture:
     not_exported: str = ""
     tensors: Mapping[str, tuple[int, ...]] | None = None
 
-
-def bailing(first_dense: int) -> dict[str, tuple[int, ...]]:
-    """What vLLM's `bailing_moe.py` loads."""
-    shapes = {
-        "model.word_embeddings.weight": (256, 128),
-        "model.norm.weight": (128,),
-        "lm_head.weight": (256, 128),
-    }
-
-    def mlp(name: str, size: int) -> None:
-        shapes[f"{name}.gate_proj.weight"] = shapes[f"{name}.up_proj.weight"] = (size, 128)
-        shapes[f"{name}.down_proj.weight"] = (128, size)
-
-    for layer in range(3):
-        block = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{block}.{norm}.weight"] = (128,)
-        shapes[f"{block}.attention.query_key_value.weight"] = ((4 + 2 * 2) * 32, 128)
-        shapes[f"{block}.attention.dense.weight"] = (128, 128)
-        if layer < first_dense:
-            mlp(f"{block}.mlp", 128)
-            continue
-        shapes[f"{block}.mlp.gate.weight"] = (8, 128)
-        shapes[f"{block}.mlp.gate.expert_bias"] = (8,)
-        mlp(f"{block}.mlp.shared_experts", 64)
-        for expert in range(8):
-            mlp(f"{block}.mlp.experts.{expert}", 64)
-    return shapes
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of vLLM's engines that are compared; of a model that takes images, with text alone."""
+        alone = {"max_num_seqs": 1} if self.tested == ALONE else {}
+        return alone | ({"language_model_only": True} if "text_config" in self.settings else {})
 
 
 ARCHITECTURES = {
@@ -184,6 +183,32 @@ ARCHITECTURES = {
             "first_k_dense_replace": 1,
             "topk_method": "noaux_tc",
             "mlp_layer_types": FIRST_DENSE,
+        },
+        tested=ALONE,
+    ),
+    # In float32 on CPUs vLLM leaves its index out, and attends to all tokens.
+    "deepseek_v32": Architecture(
+        "DeepseekV32ForCausalLM",
+        {
+            **ROUTED,
+            **GROUPS,
+            **LATENT,
+            **INDEXED,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
+        },
+        tested=ALONE,
+    ),
+    "glm_moe_dsa": Architecture(
+        "GlmMoeDsaForCausalLM",
+        {
+            **ROUTED,
+            **LATENT,
+            **INDEXED,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
         },
         tested=ALONE,
     ),
@@ -262,12 +287,35 @@ ARCHITECTURES = {
         {
             **LOCAL,
             "shared_intermediate_size": 96,
-            "layer_types": ["full_attention"] * 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
             "mamba_n_heads": 8,
             "mamba_d_head": 32,
             "mamba_d_state": 16,
             "mamba_chunk_size": 16,
             "position_embedding_type": "rope",
+        },
+    ),
+    "aria": Architecture(
+        "AriaForConditionalGeneration",
+        {
+            "text_config": {
+                "model_type": "aria_text",
+                **COMMON,
+                "intermediate_size": 64,
+                "moe_num_experts": 8,
+                "moe_topk": 2,
+                "moe_num_shared_experts": 1,
+                "head_dim": 32,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "projector_patch_to_query_dict": {16: 4},
         },
     ),
     "ernie4_5_moe": Architecture(
@@ -439,24 +487,85 @@ ARCHITECTURES = {
         "PhiMoEForCausalLM", {**LOCAL, "attention_bias": True, "lm_head_bias": True}
     ),
     "bailing": Architecture(
+        "BailingMoeForCausalLM",
+        {**BAILING, "norm_head": True},
+        kind="qwen3_moe",
+        tensors=listed_tensors.bailing(),
+    ),
+    "bailing_v2": Architecture(
         "BailingMoeV2ForCausalLM",
+        {**BAILING, **BIASED},
+        kind="qwen3_moe",
+        tensors=listed_tensors.bailing("gate.expert_bias"),
+    ),
+    "sarvam": Architecture(
+        "SarvamMoEForCausalLM",
+        {**BAILING, **BIASED},
+        kind="qwen3_moe",
+        tensors=listed_tensors.bailing("gate.expert_bias"),
+    ),
+    "param2moe": Architecture(
+        "Param2MoEForCausalLM",
+        {**BAILING, **BIASED, "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        kind="step3p5",  # keeps `rope_theta`, which vLLM's class reads
+        tensors=listed_tensors.bailing("gate.expert_bias"),
+    ),
+    "pangu_ultra_moe": Architecture(
+        "PanguUltraMoEForCausalLM",
         {
-            **MOE,
-            **GROUPS,
+            **ROUTED,
             "head_dim": 32,
-            "num_shared_experts": 1,
+            "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "norm_topk_prob": True,
-            "score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
             "routed_scaling_factor": 1.5,
-            "use_bias": False,
-            "use_qkv_bias": False,
-            "embedding_dropout": 0.0,
-            "partial_rotary_factor": 0.5,
+            "router_enable_expert_bias": True,
+            "sandwich_norm": True,
+        },
+        kind="glm4_moe",
+        tensors=listed_tensors.pangu(),
+    ),
+    "k2_horizon": Architecture(
+        "K2HorizonForCausalLM",
+        {
+            **MOE,
+            "head_dim": 32,
+            "num_shared_experts": 1,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+            "attention_gate_func": "silu",
+            "layernorm_num_groups": 1,
+            "mova_num_experts": 0,
+            "moe_gate_bias": True,
+            "query_key_norm": True,
+            "rope_head_dim": 16,
+            # By sigmoid its router asserts on a CPU.
+            "router_score_func": "softmax",
+            "router_scaling_factor": 1.0,
         },
         kind="qwen3_moe",
-        tensors=bailing(first_dense=1),
+        tensors=listed_tensors.horizon(),
+    ),
+    "step3p5": Architecture(
+        "Step3p5ForCausalLM",
+        {
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "share_expert_dim": 96,
+            "moe_layers_enum": "1,2",
+            "head_dim": 32,
+            "use_head_wise_attn_gate": True,
+            "layer_types": MIXED,
+            "sliding_window": 64,
+            "swiglu_limits": [0, 0, 7],
+            "swiglu_limits_shared": [0, 16, 0],
+            "num_attention_groups": 2,
+            # By sigmoid its router asserts on a CPU.
+            "moe_router_activation": "softmax",
+        },
+        tensors=listed_tensors.step(),
     ),
 }
 # Those whose 3-D tensors transformers saves one by one: both layouts are served.

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.architectures import ARCHITECTURES, COMMON
+from vllm_atomic_moe.calibration.model import auto_class
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.layouts import expert_tensor
 from vllm_atomic_moe.files.profiles import PruningProfile
@@ -39,10 +40,12 @@ def make_checkpoint(
 
     it = ARCHITECTURES[architecture]
     settings = {**COMMON, **it.settings, **more_settings}
-    config = transformers.CONFIG_MAPPING[it.kind or architecture](**settings)
+    kind = it.kind or architecture
     generator = torch.Generator().manual_seed(seed)
+    path = directory / "config.json"
     if it.tensors is None:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config = transformers.CONFIG_MAPPING[kind](**settings)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 _randomize(name, tensor, generator)
@@ -52,9 +55,9 @@ def make_checkpoint(
         tensors = {name: torch.ones(shape) for name, shape in it.tensors.items()}
         for name, tensor in tensors.items():
             _randomize(name, tensor, generator)
-        config.save_pretrained(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"model_type": kind, **settings}))
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [it.model]}))
     if layout == "fused":
         state = {

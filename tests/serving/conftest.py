@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_atomic_moe.calibration.model import auto_class
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 # Before vLLM is imported: the engine in this process, a small cache, no downloads.
@@ -108,7 +109,8 @@ def mixed_logprobs(llm: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
 @torch.inference_mode()
 def transformers_logprobs(directory: Path) -> torch.Tensor:
     """Prompt log-probabilities of the checkpoint under transformers, no vLLM involved."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    kind = auto_class(AutoConfig.from_pretrained(directory))
+    model = kind.from_pretrained(directory, dtype=torch.float32)
     tokens = torch.tensor(PROMPTS)
     logprobs = model(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
     return logprobs.gather(-1, tokens[:, 1:, None]).flatten()

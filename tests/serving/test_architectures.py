@@ -11,14 +11,7 @@ import re
 import pytest
 import torch
 
-from tests.architectures import (
-    ALONE,
-    ARCHITECTURES,
-    LAYER,
-    PER_EXPERT,
-    QUICK,
-    TRANSFORMERS,
-)
+from tests.architectures import ARCHITECTURES, LAYER, PER_EXPERT, QUICK, TRANSFORMERS
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
 from tests.mistral_names import make_mistral_checkpoint
 from tests.serving.conftest import (
@@ -50,7 +43,6 @@ def test_served_and_exported(tmp_path, monkeypatch, architecture):
     it, model = ARCHITECTURES[architecture], tmp_path / "model"
     # In float32 on CPUs vLLM has no latent attention of its own; others have none at all.
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    alone = {"max_num_seqs": 1} if it.tested == ALONE else {}
     info = make_checkpoint(architecture, model)
     assert (info.architecture, info.num_experts, info.intermediate_size) == (it.model, 8, 64)
     wanted = {}
@@ -60,9 +52,9 @@ def test_served_and_exported(tmp_path, monkeypatch, architecture):
         if it.tested == TRANSFORMERS:
             wanted[name] = transformers_logprobs(tmp_path / name)
         else:
-            wanted[name] = logprobs_of(tmp_path / name, **alone)
+            wanted[name] = logprobs_of(tmp_path / name, **it.options)
     assert (wanted[NAMES[0]] - wanted[NAMES[1]]).abs().max() > 0.01, "the test is blind"
-    with engine(model, **PACKED, **alone) as llm:
+    with engine(model, **PACKED, **it.options) as llm:
         found = mixed_logprobs(llm, NAMES)
     for name in NAMES:
         assert (found[name] - wanted[name]).abs().max() < TOLERANCE, name
@@ -73,7 +65,7 @@ def test_served_and_exported(tmp_path, monkeypatch, architecture):
             export(str(model), profile, output)
         return
     export(str(model), profile, output)
-    exported = logprobs_of(output, load_format="atomic-pruned", **alone)
+    exported = logprobs_of(output, load_format="atomic-pruned", **it.options)
     # In another batch; bit for bit in test_export.py.
     assert (exported - found[NAMES[0]]).abs().max() < TOLERANCE
 

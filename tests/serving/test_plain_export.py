@@ -37,13 +37,12 @@ CASES = [
 def test_everybody_reads_the_same_model(tmp_path, monkeypatch, architecture, shape):
     it, model = ARCHITECTURES[architecture], tmp_path / "model"
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    alone = {"max_num_seqs": 1} if it.tested == ALONE else {}
     info = make_checkpoint(architecture, model)
     profile = uniform_profile(info, *SHAPES[shape])
     path = model / "atomic_profiles" / "uniform.safetensors"
     profile.write(path)
     extra = {"model_loader_extra_config": {"active": "uniform"}}
-    wanted = logprobs_of(model, load_format="atomic-pruned", **extra, **alone)
+    wanted = logprobs_of(model, load_format="atomic-pruned", **extra, **it.options)
 
     output = tmp_path / "plain"
     result = export(str(model), path, output, plain=True)
@@ -51,7 +50,7 @@ def test_everybody_reads_the_same_model(tmp_path, monkeypatch, architecture, sha
     found = describe_checkpoint(output)
     assert (found.num_experts, found.intermediate_size) == SHAPES[shape]
     if it.tested != TRANSFORMERS:
-        assert (logprobs_of(output, **alone) - wanted).abs().max() < TOLERANCE
+        assert (logprobs_of(output, **it.options) - wanted).abs().max() < TOLERANCE
     # Of latent attention vLLM and transformers differ by themselves: see the unit tests.
     if it.tensors is None and it.tested != ALONE:
         assert (transformers_logprobs(output) - wanted).abs().max() < TOLERANCE

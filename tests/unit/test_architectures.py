@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -125,7 +126,7 @@ def table() -> str:
             "no" if it.not_exported else "yes",
             it.tested,
         )
-        rows.setdefault(verdict, []).append(it.model.removesuffix("ForCausalLM"))
+        rows.setdefault(verdict, []).append(re.sub("For(CausalLM|Cond.*)", "", it.model))
     lines = ["| architectures | served | calibrated | exported | tested |", "|---|---|---|---|---|"]
     lines += [
         f"| {', '.join(sorted(names))} | {' | '.join(verdict)} |" for verdict, names in rows.items()
