@@ -125,18 +125,20 @@ def test_prediction_layers_are_left_out(tmp_path):
     assert describe_checkpoint(tmp_path) == info
 
 
-def test_digest_covers_a_correction_bias_beside_the_gate(tmp_path):
-    make_checkpoint("mixtral", tmp_path)
+@pytest.mark.parametrize(
+    ("architecture", "layers", "name"),
+    [
+        ("mixtral", range(3), "block_sparse_moe.e_score_correction_bias"),
+        ("step3p5", range(1, 3), "moe.router_bias"),
+    ],
+)
+def test_digest_covers_a_correction_bias_beside_the_gate(tmp_path, architecture, layers, name):
+    make_checkpoint(architecture, tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     digests = set()
     for value in (0.0, 1.0):
-        bias = {
-            f"model.layers.{layer}.block_sparse_moe.e_score_correction_bias": torch.full(
-                (8,), value
-            )
-            for layer in range(3)
-        }
+        bias = {f"model.layers.{layer}.{name}": torch.full((8,), value) for layer in layers}
         save_file({**tensors, **bias}, path)
         digests.add(describe_checkpoint(tmp_path).router.sha256)
     assert len(digests) == 2

@@ -24,9 +24,10 @@ ROUTER_MODULES = (
     "e_score_correction_bias",
     "experts.e_score_correction_bias",
     "expert_bias",
+    "router_bias",
 )
 # The correction bias among them: it takes part in the choice of experts, not in their weights.
-CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias", "router_bias")
 # Values of all routers together that are sampled, and of one tensor at least.
 SAMPLE, OF_A_TENSOR = 64, 8
 # Twice the rounding of bfloat16, the coarsest of plain dtypes; and the least of float16.
