@@ -431,7 +431,7 @@ def test_the_client_changes_a_fleet(server):
         assert (code, json.loads(out)[0]["result"]) == (0, result)
     code, _, err = atomic_moe("activate", ACTIVE, "--url", one, "--mode", "wait")
     assert code == 0
-    assert "of version 0.1" in err
+    assert "belong to version 0.1" in err
 
 
 def test_the_client_talks_to_the_address_it_is_given(server):

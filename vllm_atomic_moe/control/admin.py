@@ -103,8 +103,8 @@ async def put_active(request: Request, wanted: ActiveRequest) -> ActiveAnswer:
     running = wanted.running
     if wanted.mode is not None or wanted.timeout_s is not None:
         logger.warning(
-            "Admin endpoint: `mode` and `timeout_s` belong to version 0.1 and the next version will "
-            "refuse them; `mode` is now `running`, `wait` is `finish`, nothing has to drain"
+            "Admin endpoint: `mode` and `timeout_s` belong to version 0.1 and the next version "
+            "refuses them; `mode` is now `running`, `wait` is `finish`, nothing has to drain"
         )
         running = "abort" if wanted.mode == "abort" else running
     answer = await _changes(request).activate(wanted.profile, running)

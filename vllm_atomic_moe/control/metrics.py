@@ -45,7 +45,7 @@ class ProfileMetrics:
             "Attempts to activate, load or unload a profile, by outcome.",
             ["outcome"],
         )
-        for outcome in get_args(Outcome):  # start at zero, so that the first of a kind is an increase
+        for outcome in get_args(Outcome):  # from zero, so that the first one is an increase
             self._changes.labels(outcome)
         self._shown: set[str] = set()
 

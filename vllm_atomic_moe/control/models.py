@@ -22,8 +22,8 @@ class ActiveRequest(BaseModel):
     profile: ProfileName = Field(description="Name of a loaded profile, or `dense`.")
     running: Running = Field(
         "finish",
-        description="What happens to running requests: `finish` lets them end with the profile that "
-        "they have; `abort` ends those of all other profiles.",
+        description="What happens to running requests: `finish` lets them end with the profile "
+        "that they have; `abort` ends those of all other profiles.",
     )
     mode: Literal["wait", "abort"] | None = Field(
         None, deprecated=True, description="Name of `running` in version 0.1; `wait` is `finish`."
