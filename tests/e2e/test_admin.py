@@ -224,7 +224,7 @@ def test_the_answer_of_a_change(server):
 def test_words_of_version_0_1_are_taken_with_a_warning(server):
     assert server.changed("heapr-40", mode="wait", timeout_s=5)["active"] == "heapr-40"
     assert server.changed(ACTIVE, mode="abort")["active"] == ACTIVE
-    assert "`mode` and `timeout_s` are of version 0.1" in server.log()
+    assert "`mode` and `timeout_s` belong to version 0.1" in server.log()
 
 
 def test_operators_at_once_leave_one_outcome(server, scores):
@@ -431,7 +431,7 @@ def test_the_client_changes_a_fleet(server):
         assert (code, json.loads(out)[0]["result"]) == (0, result)
     code, _, err = atomic_moe("activate", ACTIVE, "--url", one, "--mode", "wait")
     assert code == 0
-    assert "of version 0.1" in err
+    assert "belong to version 0.1" in err
 
 
 def test_the_client_talks_to_the_address_it_is_given(server):

@@ -27,13 +27,13 @@ Result = Literal["changed", "unchanged", "failed", "not tried"]
 
 
 class AdminClient:
-    """Asks one server; a context manager. It never goes through a proxy of the environment.
+    """Asks one server; a context manager. It ignores proxies that the environment names.
 
     Args:
         url: http://host:port, with a path if the server has one.
         key: the admin key, or None.
         proxy: http:// or https:// URL of a proxy to go through, which then reads the key on the way
-            to an http:// server; None for the server itself.
+            to an http:// server; None for a direct connection.
 
     Raises:
         ValueError: a URL is not an HTTP URL.
@@ -117,7 +117,7 @@ class AdminClient:
 
 
 def _refusal(answer: httpx.Response, content: Any) -> str:
-    """What an answer says that is not the one asked for."""
+    """What an unexpected answer says."""
     error = content.get("error") if isinstance(content, dict) else None
     known = error if isinstance(error, dict) and {"type", "message"} <= error.keys() else None
     # vLLM's own answer to a path that it does not know, or FastAPI's.
@@ -137,7 +137,7 @@ def _refusal(answer: httpx.Response, content: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ServerResult:
-    """What became of one server of a fleet.
+    """The outcome for one server of a fleet.
 
     Attributes:
         url: of the server.
