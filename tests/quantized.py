@@ -1,6 +1,6 @@
-"""Matrices quantized as published checkpoints hold them, and what they then are.
+"""Matrices quantized as in published checkpoints, and their exact values.
 
-Written from the formats' descriptions, apart from the package's own decoding.
+Written from the formats' descriptions, independent of the package's own decoding.
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ def in_bfloat16(directory: Path) -> None:
 
 
 def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = False) -> Path:
-    """Write a checkpoint whose experts are quantized, and beside it what it stands for.
+    """Write a checkpoint with quantized experts, and beside it a plain one with the same values.
 
     Args:
         source: a checkpoint of one shard with per-expert matrices; its dtype is that of the rest.

@@ -1,4 +1,4 @@
-"""The pictures: what can be told of them without looking. Then look at them."""
+"""Properties of the pictures that a test can check. Look at them as well."""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,4 @@
-"""Proxies of the environment: the admin key passes none, and this machine is asked directly."""
+"""Proxies of the environment never see the admin key, and are not used for this machine."""
 
 import json
 import re
@@ -31,7 +31,7 @@ DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
 
 
 class Answering:
-    """A server that answers everything alike, and remembers what it was asked."""
+    """A server that gives one answer to everything, and records the requests."""
 
     def __init__(self, content, status=200, kind="application/json"):
         self.asked = asked = []

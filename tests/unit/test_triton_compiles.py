@@ -1,4 +1,4 @@
-"""Every kernel the GPU backend launches compiles for the GPUs it says it runs on, without one.
+"""Every kernel of the GPU backend compiles for its supported GPUs, without a GPU.
 
 A stand-in for the CUDA driver names the target, and launching stops after compiling; the arguments
 are meta tensors of real shapes, so that what is compiled is what a GPU would run.
