@@ -36,7 +36,7 @@ def make_glm4_moe_with_head(directory: Path) -> CheckpointInfo:
 
 
 def add_qwen_head(directory: Path) -> CheckpointInfo:
-    """Give a Qwen3.5 a head beside its decoder layers, the block of which is that of layer 1."""
+    """Give a Qwen3.5 a head beside its decoder layers, with the block of layer 1."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     permute(tensors, "model.language_model.embed_tokens.weight", scale=0.65)

@@ -44,7 +44,7 @@ def read(path: Path) -> str:
 
 
 def register() -> None:
-    """In every vLLM process, behind the project's own `register()`."""
+    """In every vLLM process, after the project's own `register()`."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerBase
 

@@ -57,7 +57,7 @@ def check(server, report, requests, changes):
     assert status["agreed"]
     assert list(status["profiles"]) == list(PROFILES)
     assert server.ask("GET", "/health").status_code == 200
-    # Those whose clients went away are gone too.
+    # Requests of disconnected clients are gone too.
     assert all(not it["running"] + it["waiting"] for it in status["profiles"].values())
 
 

@@ -66,7 +66,7 @@ def test_export_serves_what_the_mask_on_the_original_serves(model, exported):
 @pytest.mark.parametrize(
     "options",
     [
-        # Alone it leaves stored rows out; beside `wide` it changes their order.
+        # Alone it omits stored rows; with `wide` it changes their order.
         {"active": "narrow"},
         pytest.param({"active": "narrow", "resident": ["wide"]}, marks=pytest.mark.full),
         pytest.param({"active": "whole"}, marks=pytest.mark.full),

@@ -42,7 +42,7 @@ def processor():
 
 
 def image_logprobs(llm, name=None):
-    """Prompt log-probabilities of a request with an image, and the greedy tokens behind it."""
+    """Prompt log-probabilities of a request with an image, and the greedy tokens after it."""
     from PIL import Image
     from vllm import SamplingParams
 

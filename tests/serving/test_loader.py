@@ -400,7 +400,7 @@ def test_expert_tensor_that_arrives_twice_is_named(model, tmp_path):
 def log(caplog, monkeypatch):
     import vllm.logger
 
-    # An engine whose logging differs from the last one's would replace the handlers.
+    # An engine with another logging configuration would replace the handlers.
     monkeypatch.setattr(vllm.logger, "dictConfig", lambda config: None)
     logger = logging.getLogger("vllm")
     monkeypatch.setattr(logger, "propagate", False)
@@ -597,7 +597,7 @@ def test_profiles_of_a_hub_repository(model, tmp_path, caplog):
 
 
 class World:
-    """Two ranks, of which this is one."""
+    """One of two ranks."""
 
     world_size, cpu_group = 2, None
 

@@ -308,7 +308,7 @@ def test_quantized_experts_are_called_so(original, checkpoint, unquantized, nest
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_how_a_checkpoint_is_quantized(original, tmp_path, config, file, found, nested):
-    """Whatever of it is said beside `text_config`, inside it, or in the quantizer's own file."""
+    """Settings beside `text_config`, inside it, or in the quantizer's own file."""
     for told in (
         {**original[1], **config},
         {"text_config": original[1], **config},

@@ -59,7 +59,7 @@ def test_names_of_expert_tensors(rest, found):
     "name", ["block_sparse_moe.down_proj", "moe.input_linear", "moe.shared.down_proj"]
 )
 def test_names_that_end_like_another_layouts(name):
-    """Step's `moe.down_proj` is of all experts; a block whose name ends so is not Step's."""
+    """Step's `moe.down_proj` has all experts; another block's name may end in the same way."""
     assert expert_tensor(f"model.layers.12.{name}.weight") is None
 
 

@@ -130,7 +130,7 @@ def _refusal(answer: httpx.Response, content: Any) -> str:
         return f"{known['type']}: {known['message']}"
     kind = answer.headers.get("content-type", "no content type")
     return (
-        f"the answer is not of a vLLM server ({kind}, {answer.text[:60]!r}); "
+        f"the answer is not from a vLLM server ({kind}, {answer.text[:60]!r}); "
         "is a proxy or another service at this address?"
     )
 

@@ -94,7 +94,7 @@ function parsed(text, status) {
   try {
     return JSON.parse(text);
   } catch {
-    throw new ApiError(status, "", "the answer is not of a vLLM server");
+    throw new ApiError(status, "", "the answer is not from a vLLM server");
   }
 }
 
