@@ -20,7 +20,7 @@ from vllm_atomic_moe.control.models import (
     UnloadAnswer,
 )
 
-# More than all of a change's own time-outs.
+# More than the sum of a change's own timeouts.
 ANSWER_TIMEOUT_S = 180.0
 
 Result = Literal["changed", "unchanged", "failed", "not tried"]
