@@ -212,7 +212,7 @@ def check_activation_order(where: Mapping[str, Path], layers: Mapping[int, Layer
 
 
 def _count(directory: Path, index: int, layer: LayerFacts) -> int:
-    """The number of experts of a layer with fused tensors, which must agree."""
+    """The number of experts of a layer; tensors of all experts must agree."""
     if not layer.whole:
         return len(layer.down)
     if layer.down:
