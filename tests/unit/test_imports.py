@@ -1,4 +1,4 @@
-"""The rooms of CONTRIBUTING: imports point down only."""
+"""The rooms of docs/architecture.md: imports point down only."""
 
 from __future__ import annotations
 
