@@ -54,7 +54,7 @@ def profiles(tmp_path_factory):
 
 
 def write_hollow(directory, seed, name="hollow"):
-    """A profile whose atoms are all in heapr-20's, so that it can be loaded at any time."""
+    """A profile with all its atoms in heapr-20, so that it can be loaded at any time."""
     model = describe_checkpoint(DEMO)
     union = PruningProfile.read(DEMO / "atomic_profiles/heapr-20.safetensors").keep
     masks = {layer: mask & union[layer] for layer, mask in ragged_masks(model, seed=seed).items()}
@@ -73,7 +73,7 @@ def server(tmp_path_factory, profiles):
 
 @pytest.fixture(scope="module")
 def scores(server):
-    """What every loaded profile makes of a prompt."""
+    """Every loaded profile's scores of a prompt."""
     return {name: server.scores(PROMPT, name) for name in LOADED}
 
 
@@ -228,7 +228,7 @@ def test_words_of_version_0_1_are_taken_with_a_warning(server):
 
 
 def test_operators_at_once_leave_one_outcome(server, scores):
-    """Whatever the race: every change is done, and both API servers agree on the last one."""
+    """In any race, every change is made, and both API servers agree on the last one."""
     before = server.status()["generation"]
     names = ["heapr-40", "shape-20", "hollow", ACTIVE] * 3
     with ThreadPoolExecutor(len(names)) as pool:
@@ -566,7 +566,7 @@ def test_the_documentation_names_every_code(server):
 
 @pytest.mark.parametrize("key", [ADMIN_KEY, None])
 def test_requests_of_any_kind_are_answered_as_documented(server, key):
-    """schemathesis makes requests out of the server's own description, good and bad ones."""
+    """schemathesis makes valid and invalid requests from the server's own description."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = list(schema.include(path_regex="^/atomic/v1/").get_all_operations())
     assert len(operations) == len(ROUTES)

@@ -1,8 +1,7 @@
-"""Several engines: all of them agree, or the answer says which do not.
+"""Several engines: all of them agree, or the answer names those that do not.
 
-vLLM's CPU ranks lack two collectives that data parallel MoE needs; a plug-in of these tests lends
-them. The tests share one server with two engines and two API servers, in this order; the last one
-ends it.
+vLLM's CPU ranks lack two collectives for data parallel MoE; a plug-in of these tests adds them. The
+tests share one server with two engines and two API servers, in this order; the last one ends it.
 """
 
 from __future__ import annotations

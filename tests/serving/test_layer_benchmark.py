@@ -1,4 +1,4 @@
-"""The layer benchmark: what it draws, that all three contestants compute a layer, the command."""
+"""The layer benchmark: its random draws, its three contestants, the command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = LayerShape("small", 8, 64, 128, 2)
 
 @pytest.fixture(autouse=True)
 def _log_level(monkeypatch):
-    """The command quietens vLLM's log; the tests after these want theirs."""
+    """The command reduces vLLM's log, which later tests need."""
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
 
 

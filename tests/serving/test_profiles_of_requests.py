@@ -1,4 +1,4 @@
-"""The profile of a request: each of a batch gets its own, whatever is loaded and changed meanwhile.
+"""Each request of a batch gets its own profile, whatever is loaded and changed meanwhile.
 
 All tests of this file share one engine.
 """

@@ -1,4 +1,4 @@
-"""Documents keep to the code: every command is marked, every path, flag and error line exists."""
+"""Documents agree with the code: every command is marked; paths, flags and messages exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_atomic_moe.engine.unserved import CONFIGURATION, LAYER, ROUTING
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 SECURITY = (ROOT / "SECURITY.md").read_text()
 ALL = [*DOCUMENTS, "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md", "patches/README.md"]
-# Where messages that are not ours stand, by package.
+# Files with messages of other packages.
 THEIRS = {
     "vllm": (
         "model_executor/model_loader/__init__.py",
@@ -77,7 +77,7 @@ def test_every_link_to_a_heading_has_one(document):
         assert anchor in slugs, (target, anchor)
 
 
-# The commands of docs/extending.md have an option of its example, and are run by its test.
+# The commands of docs/extending.md use an option of its example; its own test runs them.
 @pytest.mark.parametrize("document", [name for name in ALL if name != "docs/extending.md"])
 def test_every_command_and_flag_of_ours_exists(document):
     commands = get_command(app).commands
@@ -106,7 +106,7 @@ def test_every_make_target_and_variable_exists(document):
 
 
 def templates(source):
-    """Its strings in one line each, docstrings excepted, with … for whatever is filled in."""
+    """Its strings, except docstrings, in one line each, with … for placeholders."""
     tree = ast.parse(source)
     docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -120,7 +120,7 @@ def templates(source):
 
 
 def says(found, message):
-    """Whether one of the templates has the parts of the message, in their order."""
+    """Whether one of the templates has the parts of the message in order."""
     parts = [re.escape(" ".join(part.split())) for part in message.split("…")]
     return any(re.search(".*".join(parts), template) for template in found)
 
@@ -175,14 +175,14 @@ def test_readme_lists_what_is_refused(opening, features):
 
 
 def table(text, heading, level="##"):
-    """The cells of a document's table under a heading, without its head."""
+    """The cells of the table under a heading, without its header."""
     section = text.partition(f"{level} {heading}\n")[2].partition(f"\n{level} ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[1:]]
 
 
 def located(path):
-    """A path of docs/architecture.md: it begins in the package, or at the root."""
+    """A path of docs/architecture.md, which starts in the package or at the root."""
     found = [base / path for base in (ROOT / "vllm_atomic_moe", ROOT) if (base / path).exists()]
     assert found, path
     return found[0]

@@ -48,7 +48,7 @@ def test_heapr_is_the_papers_formula(architecture, dtype, tmp_path):
 
 
 def _check(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    """Relative, except of atoms whose scores are nothing beside the others'."""
+    """Relative error, except for atoms with negligible scores."""
     torch.testing.assert_close(
         found, wanted, rtol=tolerance, atol=float(wanted.max()) * tolerance / 100
     )

@@ -1,4 +1,4 @@
-"""Commands whose options come from what is registered: methods of pruning, formats to import.
+"""Commands with options from registered plug-ins: pruning methods, formats to import.
 
 The list is known only after their code is imported, which needs torch. So these commands read it
 when they run or print their help, not when the command line starts.

@@ -20,7 +20,7 @@ from vllm_atomic_moe.control.models import (
     UnloadAnswer,
 )
 
-# More than all of a change's own time-outs.
+# More than the sum of a change's own timeouts.
 ANSWER_TIMEOUT_S = 180.0
 
 Result = Literal["changed", "unchanged", "failed", "not tried"]
@@ -130,7 +130,7 @@ def _refusal(answer: httpx.Response, content: Any) -> str:
         return f"{known['type']}: {known['message']}"
     kind = answer.headers.get("content-type", "no content type")
     return (
-        f"the answer is not of a vLLM server ({kind}, {answer.text[:60]!r}); "
+        f"the answer is not from a vLLM server ({kind}, {answer.text[:60]!r}); "
         "is a proxy or another service at this address?"
     )
 

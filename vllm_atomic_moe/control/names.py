@@ -175,7 +175,7 @@ class ServerProfiles(Admission):
         return http.marks.get(str(_named_by(request))) if http is not None else None
 
     def resolve(self, request: Any) -> LoRARequest:
-        """The mark of one request of the API, whose model name vLLM has checked.
+        """The mark of one API request, after vLLM has checked its model name.
 
         Raises:
             VLLMValidationError: it names two profiles, or its name is not a string.

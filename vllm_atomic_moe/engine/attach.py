@@ -47,7 +47,7 @@ def attach_to_engines() -> None:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         profiles = getattr(self, "atomic_moe_profiles", None)
         if profiles is not None:
-            profiles.admit(request)  # ahead of the block hashes
+            profiles.admit(request)  # before the block hashes
         return preprocess(self, request)
 
     add = EngineCore.add_request

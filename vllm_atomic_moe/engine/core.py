@@ -256,7 +256,7 @@ class CoreProfiles:
                     "ProfileChangedError",
                     f"profile {name!r} is loaded from another file; unload it first",
                 )
-            return self._offer(name)  # also one that was about to be unloaded
+            return self._offer(name)  # also one left by an interrupted unload
         taken = {profile.slot for profile in self.served.loaded.values()}
         free = [slot for slot in range(SLOTS) if slot not in taken]
         if not free:

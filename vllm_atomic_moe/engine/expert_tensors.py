@@ -36,7 +36,7 @@ def experts_taken_by(
     Args:
         layers: this rank's packed layers.
         model: the model under construction.
-        checkpoint: whose tensors they are.
+        checkpoint: the checkpoint of these tensors.
     """
     by_index = {layer.index: layer for layer in layers}
     special = any(layer.special for layer in layers)

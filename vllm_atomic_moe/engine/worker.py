@@ -179,9 +179,7 @@ class RankProfiles:
             counts_R: number of tokens of each.
         """
         slots_T = torch.from_numpy(np.repeat(self.slots_of(requests), counts_R))
-        if (
-            self._token_slots.is_cuda
-        ):  # a new source for every batch: the copy of the last one may still run
+        if self._token_slots.is_cuda:  # a new source per batch: the last copy may still run
             slots_T = slots_T.pin_memory()
         self._token_slots[: len(slots_T)].copy_(slots_T, non_blocking=True)
 

@@ -71,7 +71,7 @@ class RowFormat:
     Attributes:
         code: e4m3 one byte; int4 (code − 8), uint4 and e2m1 half a byte; plain the weights' dtype.
         rows: block of a scale of gate and up.
-        columns: block of a scale of down, whose rows are down_proj's columns.
+        columns: block of a scale of down; its rows are down_proj's columns.
         scale: dtype of the scales.
         zeros: whether there are zero points.
         factor: whether, and how, one float32 per expert and projection acts on the scales.
@@ -236,7 +236,7 @@ def decode_rows(
     scales_FC: torch.Tensor,
     zeros_FC: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Values of rows whose scales are gathered: float32 [F, H].
+    """Values of rows with gathered scales: float32 [F, H].
 
     Args:
         codes_FH: uint8, one code a byte.

@@ -66,7 +66,7 @@ def check_depth(
     if beyond := [layer for layer in layers if layer >= last and layer not in of_prediction]:
         raise ValueError(
             f"{directory}: config.json says num_hidden_layers {number}, the files hold routed "
-            f"experts of layer {max(beyond)}; is config.json of this checkpoint?"
+            f"experts of layer {max(beyond)}; is this the right config.json?"
         )
     index, facts = next(iter(layers.items()))
     decoder = re.sub(rf"(\b(?:layers|blocks)\.){index}\b.*", r"\1", facts.block)
@@ -74,7 +74,7 @@ def check_depth(
     if absent := sorted(set(range(number)) - there):
         raise ValueError(
             f"{directory}: config.json says num_hidden_layers {number}, the files hold nothing of "
-            f"layer {absent[0]}; fetch the checkpoint again, or is config.json of another one?"
+            f"layer {absent[0]}; fetch the checkpoint again, or its config.json"
         )
 
 
@@ -212,7 +212,7 @@ def check_activation_order(where: Mapping[str, Path], layers: Mapping[int, Layer
 
 
 def _count(directory: Path, index: int, layer: LayerFacts) -> int:
-    """The number of experts of a layer with fused tensors, which must agree."""
+    """The number of experts of a layer; tensors of all experts must agree."""
     if not layer.whole:
         return len(layer.down)
     if layer.down:
@@ -250,8 +250,8 @@ def intermediate_size(
             if hidden_size not in (rows, columns):
                 raise ValueError(
                     f"{directory}: config.json says hidden_size {hidden_size}, the down "
-                    f"projections of layer {index} are {rows} by {columns}; is config.json of "
-                    "this checkpoint?"
+                    f"projections of layer {index} are {rows} by {columns}; is this the right "
+                    "config.json?"
                 )
             sizes.add(columns if rows == hidden_size else rows)
     if len(sizes) != 1:
@@ -274,13 +274,13 @@ def check_dense_layers(
         if key and layer in layers:
             raise ValueError(
                 f"{directory}: config.json makes layer {layer} dense ({key} "
-                f"{config[key]!r:.60}), the files hold routed experts there; is config.json of "
-                "this checkpoint?"
+                f"{config[key]!r:.60}), the files hold routed experts there; is this the right "
+                "config.json?"
             )
         if not key and layer not in layers:
             raise ValueError(
                 f"{directory}: config.json gives layer {layer} routed experts, the files hold none "
-                "there; fetch the checkpoint again, or is config.json of another one?"
+                "there; fetch the checkpoint again, or its config.json"
             )
 
 
@@ -333,5 +333,5 @@ def check_choice(
         of = f" of the {groups.chosen} groups that its router chooses" if groups else ""
         raise ValueError(
             f"{directory}: config.json lets a token use {top_k} experts, wanted 1 to {most}{of}; "
-            "is config.json of this checkpoint?"
+            "is this the right config.json?"
         )

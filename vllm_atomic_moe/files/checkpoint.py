@@ -276,7 +276,7 @@ def _gather_layers(
             )
         layer.parts[tensor.part] += tensor.quantity in MATRICES
         layer.quantities[tensor.part, tensor.quantity] += 1
-        # In the layout with the most tensors, every third tensor suffices.
+        # The per-expert layout has the most tensors; its down projections suffice.
         known = tensor.quantity not in (*IGNORED, "bias")
         if known and (tensor.expert is None or tensor.part == "down"):
             by_file[path].append((name, tensor))

@@ -323,7 +323,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             )
         raise ValueError(
             f"{directory}: its experts are quantized as {scheme.name}, config.json says {told}; is "
-            "config.json of this checkpoint?"
+            "this the right config.json?"
         )
     settings = quantization_settings(directory, config)
     wanted = {"sym": (True, None), "bits": (4, None)} if scheme.kind == "gptq" else {}
@@ -339,7 +339,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
     elif sizes and scheme.columns not in sizes:
         raise ValueError(
             f"{directory}: config.json says quantization groups of {sizes[0] or 'all'} inputs, the "
-            f"files hold scales of {scheme.columns or 'all'}; is config.json of this checkpoint?"
+            f"files hold scales of {scheme.columns or 'all'}; is this the right config.json?"
         )
 
 
@@ -353,7 +353,7 @@ def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme
     if told and found not in told:
         raise ValueError(
             f"{directory}: config.json says FP8 with a scale per {told[0]}, the files hold one per "
-            f"{found}; is config.json of this checkpoint?"
+            f"{found}; is this the right config.json?"
         )
 
 

@@ -233,7 +233,7 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
         here = shard.calibration["shards"]["here"]
         if twice := sorted(set(here) & set(done)):
             of = shard.calibration["shards"]["of"]
-            raise ValueError(f"shard {twice[0]}/{of} is there twice; give every shard once")
+            raise ValueError(f"shard {twice[0]}/{of} occurs twice; give every shard once")
         done += here
     calibration = dict(first.calibration)
     calibration["tokens"] = sum(shard.calibration["tokens"] for shard in shards)

@@ -54,7 +54,7 @@ class LayerPlan:
         dtype: of weights and activations.
         rounds: timed rounds per cell at most; at least 3 are made.
         seconds: time after which a cell has enough rounds.
-        kernel: our backend; None stands for the fastest that runs.
+        kernel: our backend; None means the fastest that runs.
         seed: of weights, widths and routings.
     """
 
@@ -76,7 +76,7 @@ class LayerCell:
         shape: name of the layer.
         tokens: T.
         pruned: fraction of atoms removed.
-        routing: experts drawn alike, or by Zipf's law.
+        routing: experts drawn uniformly, or by Zipf's law.
         spread: how the kept atoms are spread over experts: around their mean (standard deviation
             about 0.15 I), or one half of the experts empty and the other whole.
         kept: mean kept width over the routed rows ÷ I.

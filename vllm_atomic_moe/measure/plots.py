@@ -41,7 +41,7 @@ LINES = (
     ("#56B4E9", "P"),
     ("#000000", "X"),
 )
-# Profiles of one method whose kept fractions are closer than this were made for the same ratio.
+# Profiles of one method with kept fractions closer than this were made for the same ratio.
 SAME_KEPT = 0.005
 # Above this ratio of the largest to the smallest perplexity a linear axis hides the good methods.
 LOG_FROM = 3.0

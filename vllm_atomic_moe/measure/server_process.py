@@ -163,7 +163,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, sign)
         deadline = time.monotonic() + END_TIMEOUT_S
         while time.monotonic() < deadline:
-            # Reaps the leader; orphans that nobody reaps are no members any more.
+            # Reaps the leader; unreaped orphans no longer belong to the group.
             if process.poll() is not None and not processes_of_group(process.pid):
                 return
             time.sleep(POLL_S)

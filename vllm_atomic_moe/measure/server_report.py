@@ -99,7 +99,7 @@ class ServerRun:
         load_s: the whole load: building the model, reading the weights from the page cache, and
             repacking them.
         start_s: from the start of the process to a healthy server.
-        dense_bytes: of all routed experts; None for `dense`, whose loader does not say.
+        dense_bytes: of all routed experts; None for `dense`: its loader does not say.
         resident_bytes: of the routed experts in memory; None as above.
         peak_bytes: peak anonymous memory of the largest process during the load.
         rest_bytes: the same memory after the load, before the KV cache; on a GPU the model's

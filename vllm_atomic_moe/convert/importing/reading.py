@@ -105,7 +105,7 @@ def expert_ids(value: Any, model: CheckpointInfo, where: str) -> list[int]:
         check_expert(expert, model, f"{where}[{position}]")
         if expert in first:
             raise ValueError(
-                f"{where}[{position}]: expert {expert} is there already, at [{first[expert]}]; "
+                f"{where}[{position}]: expert {expert} occurs twice, first at [{first[expert]}]; "
                 "wanted every expert once"
             )
         first[expert] = position
@@ -162,7 +162,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
         value: dict[str, Any] = {}
         for key, item in pairs:
             if key in value:
-                raise ValueError(f"key {shorten(key)} stands there twice")
+                raise ValueError(f"key {shorten(key)} occurs twice")
             value[key] = item
         return value
 

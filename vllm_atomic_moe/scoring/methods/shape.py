@@ -77,7 +77,7 @@ def prune_shape(
         phi_E = of_layer.atoms[:, 0].double()
         order_E = phi_E.argsort(descending=True, stable=True)
         before_E = phi_E[order_E].cumsum(0) - phi_E[order_E]
-        # A layer whose scores are all zero is reached by the empty prefix.
+        # The empty prefix reaches a layer with only zero scores.
         joins_E = before_E / phi_E.sum() if phi_E.sum() > 0 else torch.ones_like(before_E)
         joins_E[router.must_stay(order_E)[order_E]] = -1
         joins.append(joins_E)

@@ -124,7 +124,7 @@ def _rank_from_top(layer: int, of_layer: LayerScores) -> torch.Tensor:
     """Rank of every expert in its layer, most important first: int64 [E]."""
     if of_layer.experts is None:
         raise ValueError(
-            f"layers.{layer}.expert_score is missing; tenp scores experts beside atoms, score again"
+            f"layers.{layer}.expert_score is missing; tenp scores experts too, score again"
         )
     return of_layer.experts.argsort(stable=True).flip(0).argsort()
 

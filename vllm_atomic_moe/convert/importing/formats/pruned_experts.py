@@ -52,7 +52,7 @@ def read_pruned_experts(path: Path, model: CheckpointInfo) -> Masks:
         check_expert(expert, model, where)
         if (layer, expert) in first:
             raise ValueError(
-                f"{where}: {pair} is there already, at [{first[layer, expert]}]; "
+                f"{where}: {pair} occurs twice, first at [{first[layer, expert]}]; "
                 "wanted every pair once"
             )
         first[layer, expert] = position
