@@ -227,7 +227,7 @@ def test_expert_groups_of_the_router(tmp_path):
             {"num_experts_per_tok": 5},
             "use 5 experts, wanted 1 to 4 of the 1 groups that its router",
         ),
-        ({"num_experts_per_tok": 9, "n_group": 1}, "a token use 9 experts, wanted 1 to 8; is conf"),
+        ({"num_experts_per_tok": 9, "n_group": 1}, "a token use 9 experts, wanted 1 to 8; is this"),
         ({"num_experts_per_tok": 0}, "a token use 0 experts, wanted 1 to 4"),
     ):
         with pytest.raises(ValueError, match=words):
