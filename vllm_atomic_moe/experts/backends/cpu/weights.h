@@ -108,7 +108,7 @@ Weights<D> tile_weights(const Plan<D>& plan, const Call& call, const Tile& tile,
     fill_side(*call.quantized, call.quantized->tables[2 - sides + side], expert.id,
               call.offsets_E1[expert.id] + first_atom, half, call.offsets_E1[expert.id + 1],
               scratch.table + side * half);
-  weights.scales = {scratch.table, plan.table_rows_H.data(), kMeanings[call.quantized->code]};
+  weights.scales = {scratch.table, plan.table_rows_H.data(), &kMeanings[call.quantized->code]};
   weights.scratch = scratch.units;
   weights.prepare(0, call.H);
   return weights;
@@ -125,7 +125,7 @@ Weights<D> down_weights(const Plan<D>& plan, const Call& call, const Expert& exp
   fill_down(*call.quantized, expert.id, expert.first_scale_row, expert.scale_rows, column, call.H,
             scratch.table);
   weights.scales = {scratch.table, plan.table_rows_F.data() + expert.table_rows,
-                    kMeanings[call.quantized->code]};
+                    &kMeanings[call.quantized->code]};
   weights.scratch = scratch.units;
   return weights;
 }
