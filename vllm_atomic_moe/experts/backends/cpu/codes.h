@@ -230,7 +230,8 @@ struct Codes {
   // Calls use(i, j, weights) for J vectors of columns of element `at` + i, all that `units` hold.
   template <int J, class Use>
   [[gnu::always_inline]] static void each_weight(int64_t at, const Unit* units,
-                                                 const Scales& scales, const Use& use) {
+                                                 const Scales& scales, const Meanings& meanings,
+                                                 const Use& use) {
     const float* tables[kPerUnit];
 #pragma GCC unroll 2
     for (int i = 0; i < kPerUnit; ++i)
@@ -245,14 +246,15 @@ struct Codes {
     if constexpr (kBits == 8)
       each_of_8<J>(units, scaled);
     else
-      each_of_4<J>(load_meanings(*scales.meanings), units, scaled);
+      each_of_4<J>(meanings, units, scaled);
   }
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows,
                                               int64_t at, const Unit* units,
                                               const Scales& scales) {
-    each_weight<J>(at, units, scales, [&](int i, int j, const Vec& weights) {
+    const Meanings meanings = load_meanings(*scales.meanings);
+    each_weight<J>(at, units, scales, meanings, [&](int i, int j, const Vec& weights) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
         sum[r][j] = fmadd(Vec(as_float(rows[r][at + i])), weights, Vec(sum[r][j]));
@@ -266,18 +268,20 @@ template <class D, int J, class C>
 void decode_vectors(const Panel<C> panel, typename D::Unit* to, const int64_t stride) {
   constexpr int kElements = std::max(C::kPerUnit, D::kPerUnit);
   const auto* units = panel.units;
+  const Meanings meanings = load_meanings(*panel.scales.meanings);
   for (int64_t at = 0; at < panel.steps * C::kPerUnit; at += kElements) {
     Native weights[D::kPerUnit][J];
     for (int i = 0; i < kElements; i += C::kPerUnit, units += panel.columns) {
 #pragma GCC unroll 4
       for (int line = 0; line < J * kWidth; line += 64)
         __builtin_prefetch(units + line + kAheadBytes);
-      C::template each_weight<J>(at + i, units, panel.scales, [&](int k, int j, const Vec& weight) {
-        if constexpr (D::kPerUnit == 1)
-          D::store_unit(to + k * stride + j * kWidth, weight);
-        else
-          weights[i + k][j] = weight;
-      });
+      C::template each_weight<J>(
+          at + i, units, panel.scales, meanings, [&](int k, int j, const Vec& weight) {
+            if constexpr (D::kPerUnit == 1)
+              D::store_unit(to + k * stride + j * kWidth, weight);
+            else
+              weights[i + k][j] = weight;
+          });
     }
     if constexpr (D::kPerUnit == 2)
 #pragma GCC unroll 16

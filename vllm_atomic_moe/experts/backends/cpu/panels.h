@@ -138,6 +138,7 @@ struct Panel {
   int64_t steps;
   int64_t columns;
   typename D::Scales scales{};
+  bool cached = false;  // all of it: decoded just now
 };
 
 // Adds steps at..at+steps of R rows times J vectors of columns to the sums, [R][64] floats. Brings in
@@ -197,12 +198,13 @@ void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, fl
                    bool fresh) {
   constexpr int J = vectors_at_once(R);
   const int vectors = ceil_div(panel.columns, kWidth);
+  const bool whole = vectors <= J || panel.cached;
   int64_t chunk = panel.steps;
-  if (vectors > J)
+  if (!whole)
     chunk = std::max<int64_t>(1, kChunkBytes / int64_t(panel.columns * sizeof *panel.units));
   for (int64_t at = 0; at < panel.steps; at += chunk) {
     const auto* next = reinterpret_cast<const char*>(panel.units + (at + chunk) * panel.columns);
-    if (vectors <= J)
+    if (whole)
       next = D::kAhead ? reinterpret_cast<const char*>(panel.units) + D::kAhead : nullptr;
     multiply_all_vectors<D, R, J>(rows, at, std::min(chunk, panel.steps - at), panel, product,
                                   fresh && at == 0, 0, vectors, next);
