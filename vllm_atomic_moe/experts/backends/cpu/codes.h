@@ -225,6 +225,7 @@ struct Codes {
   using Scales = TableScales;
   static constexpr int kPerUnit = 8 / kBits;
   static constexpr int kAhead = kAheadBytes;
+  static constexpr int kConstants = 0;
   static constexpr int kTableColumns = (kZeros ? 2 : 1) * kPanelColumns;
 
   // Calls use(i, j, weights) for J vectors of columns of element `at` + i, all that `units` hold.
