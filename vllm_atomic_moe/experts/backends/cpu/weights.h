@@ -34,8 +34,8 @@ constexpr int64_t kDecodedAtOnce =
     kUsesAmx<D> ? std::numeric_limits<int64_t>::max()
                 : (32 << 10) / (kPanelColumns * sizeof(typename Decoded<D>::Unit)) *
                       Decoded<D>::kPerUnit;
-// Rows of blocks that share what is decoded.
-constexpr int kBatchRows = 96;
+// Rows that share what is decoded; their products lie on a thread's stack.
+constexpr int kBatchRows = kTokenRange;
 
 // Calls `body` with the type of a layer's codes.
 template <class Row, class Body>
@@ -60,7 +60,7 @@ struct Weights {
   // The first blocks, as many as `multiply` takes together.
   std::span<const Block> batch(std::span<const Block> blocks) const {
     size_t count = 0;
-    for (int batch_rows = 0; count < blocks.size(); ++count) {
+    for (int64_t batch_rows = 0; count < blocks.size(); ++count) {
       batch_rows += blocks[count].count;
       if (count && (batch_rows > kBatchRows || !decodes_ahead())) break;
     }
