@@ -102,6 +102,7 @@ class Method:
             experts with few tokens whole unless it is set, and `score_layer` is not given it.
         selection: options of `select` by name.
         whole_experts: it removes whole experts, and the router must be left what it needs.
+        needs: those of the sums that `score_layer` reads and a calibration may leave out.
     """
 
     score_layer: Callable[..., LayerScores]
@@ -110,3 +111,4 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     selection: Mapping[str, Option] = field(default_factory=lambda: ATOM_SELECTION)
     whole_experts: bool = False
+    needs: tuple[str, ...] = ()
