@@ -83,6 +83,12 @@ audit: $(TOOLS)/.installed ## the locked versions as an SBOM, and their known vu
 	$(TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o $(SBOM) build/release/lock
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement build/release/lock
 
+# What the test of lm-eval needs, apart from everything else.
+build/lm-eval/.installed: deploy/requirements-lm-eval.lock
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@
+
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init__.py)
 
 image: ## the image vllm-atomic-moe:TARGET (cpu or gpu), by BUILDER (docker, podman, buildah)

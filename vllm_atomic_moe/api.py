@@ -77,7 +77,7 @@ def calibrate(
 
     Args:
         model: local directory or Hugging Face id.
-        data: `FILE[:DOMAIN]`, at least one.
+        data: `PATH[:DOMAIN]`, at least one.
         output: statistics file to write or replace; None writes none.
         field: field or column of the files; None means `text`, else `messages`.
         samples: windows per domain.
@@ -219,7 +219,7 @@ def evaluate(
 
     Args:
         model: local directory or Hugging Face id.
-        data: held-out text, `FILE[:DOMAIN]`, at least one.
+        data: held-out text, `PATH[:DOMAIN]`, at least one.
         profiles: directory of profiles, or a Hub repository of them; None means
             MODEL/atomic_profiles.
         profile: names of the profiles to measure; None means all.

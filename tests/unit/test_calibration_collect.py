@@ -27,7 +27,7 @@ from vllm_atomic_moe.calibration.model import (
     resolve_device,
     resolve_dtype,
 )
-from vllm_atomic_moe.calibration.text import CalibrationText
+from vllm_atomic_moe.calibration.text import CalibrationText, DataFile, draw_windows
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.router import RouterIdentity
@@ -292,6 +292,7 @@ def test_calibrate_records_what_it_did(tiny, text_file):
     assert [(entry["name"], entry["domain"], entry["tokens"]) for entry in corpora] == [
         ("letters.txt", "english", 2000)
     ]
+    text = draw_windows([DataFile(text_file, "english")], character_tokenizer(), 32, 4, 5)
     assert {
         key: statistics.calibration[key] for key in statistics.calibration if key != "corpora"
     } == {
@@ -305,6 +306,7 @@ def test_calibrate_records_what_it_did(tiny, text_file):
         "expert_groups": None,
         "gradients": True,
         "field": None,
+        "windows_sha256": text.digests,
     }
 
 

@@ -103,7 +103,7 @@ def calibrate(
 
     Args:
         model: a local directory or a Hugging Face id.
-        data: `FILE[:DOMAIN]` arguments, at least one.
+        data: `PATH[:DOMAIN]` arguments, at least one.
         options: how.
         on_progress: called after every batch.
         on_note: called with a line about how it is done, before it is.
@@ -145,6 +145,8 @@ def _calibrate(
     text = draw_windows(
         files, tokenizer, options.seq_len, options.samples, options.seed, options.field
     )
+    # Of the whole run: shards of it have the same.
+    digests = text.digests
     if shard:
         text = take_shard(text, *shard)
     share = ranks.share(text)
@@ -170,6 +172,7 @@ def _calibrate(
             sums = ranks.add(own)
             kept.clear()
     calibration = describe_calibration(text, options, dtype)
+    calibration["windows_sha256"] = digests
     calibration["experts_per_token"] = checkpoint.experts_per_token
     groups = checkpoint.groups
     calibration["expert_groups"] = None if groups is None else dataclasses.asdict(groups)

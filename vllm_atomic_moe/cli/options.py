@@ -7,9 +7,16 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")]
+DATA_METAVAR = "PATH[:DOMAIN]"
+DATA_HELP = (
+    "a .txt (one document), .jsonl or .json (a list or lines), each also .gz, .parquet or .arrow "
+    "file, a directory of such or saved by datasets, or a quoted glob."
+)
 HeldOut = Annotated[
     list[str],
-    typer.Option("--data", metavar="FILE[:DOMAIN]", help="Held-out text; repeat for more files."),
+    typer.Option(
+        "--data", metavar=DATA_METAVAR, help=f"Held-out text: {DATA_HELP} Repeat for more."
+    ),
 ]
 WindowTokens = Annotated[
     int | None,

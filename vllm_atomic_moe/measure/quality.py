@@ -215,7 +215,7 @@ def measure_quality(
     Args:
         model: a local directory or a Hugging Face id.
         source: statistics file of that model.
-        data: `FILE[:DOMAIN]` arguments, held-out text.
+        data: `PATH[:DOMAIN]` arguments, held-out text.
         output: directory; the profiles go to `profiles/` in it.
         ratios: fractions to remove.
         on_progress: as in `evaluate`.

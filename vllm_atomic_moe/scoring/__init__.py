@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.registry import Registry, load_registry
-from vllm_atomic_moe.files.statistics import LayerSums
+from vllm_atomic_moe.files.statistics import OPTIONAL, LayerSums
 from vllm_atomic_moe.files.tensors import shorten
 from vllm_atomic_moe.scoring.budget import check_ratio
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
@@ -36,7 +36,7 @@ FOREIGN = Method(lambda *_: LayerScores(torch.empty(0)), "atoms, by another tool
 def known_methods() -> Registry[Method]:
     """Every method by name: ours, and those that installed packages register."""
     package = f"{__name__}.methods"
-    return load_registry("method", ENTRY_POINTS, package, "METHOD", Method, _check_options)
+    return load_registry("method", ENTRY_POINTS, package, "METHOD", Method, _check_method)
 
 
 def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,6 +81,12 @@ def score_layers(
     kind = known_methods().find(method)
     scores: dict[int, LayerScores] = {}
     for layer, of_layer in sums.items():
+        for name in kind.needs:
+            if getattr(of_layer, name) is None:
+                raise ValueError(
+                    f"the statistics lack {name}, which {method} needs (made with "
+                    f"{OPTIONAL[name]}); calibrate without that flag"
+                )
         scores[layer] = kind.score_layer(of_layer, layer, **own)
         if options.get("allow_unseen") is False:
             scores[layer] = scores[layer].protect(of_layer.few_tokens)
@@ -138,8 +144,13 @@ def _override(
     return options
 
 
-def _check_options(method: Method, others: Mapping[str, Method]) -> None:
-    """Refuse options that conflict with those of other methods on one command line."""
+def _check_method(method: Method, others: Mapping[str, Method]) -> None:
+    """Refuse options that conflict with those of other methods on one command line, and unknown
+    needs.
+    """
+    for name in method.needs:
+        if name not in OPTIONAL:
+            raise ValueError(f"it needs {name!r}; wanted names among {', '.join(OPTIONAL)}")
     for name, option in {**method.options, **method.selection}.items():
         if not name.isidentifier() or name in RESERVED:
             raise ValueError(f"its option {name!r} cannot have that name")

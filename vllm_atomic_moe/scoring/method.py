@@ -102,6 +102,7 @@ class Method:
             tokens whole unless it is set, and `score_layer` does not get it.
         selection: options of `select` by name.
         whole_experts: whether it removes whole experts; then the router keeps what it needs.
+        needs: sums that `score_layer` reads and that a calibration may leave out.
     """
 
     score_layer: Callable[..., LayerScores]
@@ -110,3 +111,4 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     selection: Mapping[str, Option] = field(default_factory=lambda: ATOM_SELECTION)
     whole_experts: bool = False
+    needs: tuple[str, ...] = ()

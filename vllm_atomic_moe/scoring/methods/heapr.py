@@ -24,15 +24,8 @@ def score_heapr(sums: LayerSums, layer: int, weight_by_frequency: bool) -> Layer
         layer: not used; all layers are scored in the same way.
         weight_by_frequency: multiply by the fraction of routed rows that the expert gets, so that
             the score is the loss increase over all tokens, not over those routed to it.
-
-    Raises:
-        ValueError: the statistics were made without gradients.
     """
-    if sums.g2 is None:
-        raise ValueError(
-            "the statistics hold no gradients (made with --no-gradients), which heapr needs; "
-            "calibrate without that flag"
-        )
+    assert sums.g2 is not None, "METHOD.needs says so"
     count_E1 = sums.count.sum(dim=0).unsqueeze(1)
     h2_EI, g2_EI = sums.h2.sum(dim=0), sums.g2.sum(dim=0)
     rows_E1 = count_E1.clamp_min(1)
@@ -49,4 +42,5 @@ METHOD = Method(
         "weight_by_frequency": Option(False, "Weight scores by how often the expert is routed to."),
         **UNSEEN,
     },
+    needs=("g2",),
 )
