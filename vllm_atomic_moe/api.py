@@ -189,7 +189,7 @@ def prune(
         report = {"compensation": json.dumps(fitted.report())}
         profile = replace(
             profile,
-            compensation={layer: it.compensation for layer, it in fitted.layers.items()},
+            compensation=fitted.compensation(),
             metadata={**profile.metadata, **report},
         )
     if output is not None:
@@ -243,8 +243,7 @@ def export(
 
     def fit_columns(chosen: Profile) -> Refitted:
         fitted = _fit(model, chosen, "columns", data, options, on_note, on_warning)
-        columns = {layer: it.down_t_PH for layer, it in fitted.layers.items()}
-        return Refitted(columns, fitted.report())
+        return Refitted(fitted.columns(), fitted.report())
 
     result = exporting.export(
         os.fspath(model),

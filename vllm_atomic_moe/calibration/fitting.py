@@ -59,7 +59,7 @@ def fit(
             [T, H]; not modified.
         held_out: by batch, whether it is held out.
     """
-    return _Solver(correction, rows, [it.clone() for it in errors], held_out).run()
+    return _Solver(correction, rows, errors, held_out).run()
 
 
 class _Solver:
@@ -67,12 +67,14 @@ class _Solver:
         self,
         correction: Correction,
         rows: Rows,
-        errors: list[torch.Tensor],
+        errors: Sequence[torch.Tensor],
         held_out: Sequence[bool],
     ) -> None:
         self.correction, self.rows, self.errors = correction, rows, errors
-        self.held_out = held_out
-        # Experts that have tokens to be fitted to.
+        # What is left of the errors that are held out, by batch.
+        of_batches = enumerate(zip(errors, held_out, strict=True))
+        self.left = {number: error.clone() for number, (error, held) in of_batches if held}
+        # Of experts that have tokens to be fitted to.
         self.curvature: Parameters = {}
 
     def run(self) -> Fit:
@@ -93,7 +95,8 @@ class _Solver:
             }
             images, normal = self._multiply(direction, ridge)
             length = product / _dot(direction, normal)
-            self._move(images, -length)
+            for number, image in images.items():
+                self.left[number].sub_(image, alpha=length)
             now = self._held_out_error()
             if now > error * (1 - ENOUGH):
                 return Fit(found, before, error, ridge, step)
@@ -107,7 +110,7 @@ class _Solver:
         gradient: Parameters = {}
         for number, of_batch in enumerate(self.rows()):
             for expert, rows in self._fitted(number, of_batch):
-                errors = self.errors[number][rows.tokens]
+                errors = self.errors[number].to(rows.h.device)[rows.tokens]
                 added = self.correction.gather(expert, rows, errors)
                 gradient[expert] = added + gradient.get(expert, 0)
                 grown = self.correction.curvature(expert, rows)
@@ -116,45 +119,69 @@ class _Solver:
 
     def _choose_ridge(self, gradient: Parameters) -> float | None:
         """The ridge whose first step leaves the smallest held-out error; None: none lessens it."""
-        best, ridge = self._held_out_error(), None
-        for candidate in RIDGES if gradient else ():
-            direction = self._precondition(gradient, candidate)
-            images, normal = self._multiply(direction, candidate)
-            if (product := _dot(direction, normal)) <= 0:  # the errors are zero
-                continue
-            length = _dot(gradient, direction) / product
-            self._move(images, -length)
-            if (error := self._held_out_error()) < best:
-                best, ridge = error, candidate
-            self._move(images, length)
-        return ridge
+        directions = [self._precondition(gradient, ridge) for ridge in RIDGES]
+        # Squares of what they do to the tokens that are fitted, and to the others; and how that
+        # goes along with the others' errors.
+        fitted, held_out, along = ([0.0] * len(RIDGES) for _ in range(3))
+        for number, of_batch in enumerate(self.rows()):
+            for index, direction in enumerate(directions):
+                image = self._image(direction, number, of_batch)
+                square = _square(image)
+                if number in self.left:
+                    held_out[index] += square
+                    along[index] += float((image * self.left[number].to(image.device)).sum())
+                else:
+                    fitted[index] += square
+        best, chosen = 0.0, None
+        for index, ridge in enumerate(RIDGES):
+            direction = directions[index]
+            curved = fitted[index] + _dot(direction, self._penalized(direction, ridge))
+            length = _dot(gradient, direction) / curved if curved > 0 else 0.0
+            change = length * (length * held_out[index] - 2 * along[index])
+            if change < best:
+                best, chosen = change, ridge
+        return chosen
 
     def _multiply(
         self, direction: Parameters, ridge: float
-    ) -> tuple[list[torch.Tensor], Parameters]:
-        """What a direction adds to the layer's output, and the normal equations times it."""
-        images = []
-        normal = {
+    ) -> tuple[dict[int, torch.Tensor], Parameters]:
+        """What a direction does to the batches that are held out, and the normal equations times
+        it.
+        """
+        images = {}
+        normal = self._penalized(direction, ridge)
+        for number, of_batch in enumerate(self.rows()):
+            image = self._image(direction, number, of_batch)
+            if number in self.left:
+                images[number] = image.to(self.left[number].device)
+            for expert, rows in self._fitted(number, of_batch):
+                normal[expert] += self.correction.gather(expert, rows, image[rows.tokens])
+        return images, normal
+
+    def _image(
+        self, direction: Parameters, number: int, of_batch: dict[int, ExpertRows]
+    ) -> torch.Tensor:
+        """What a direction adds to the layer's output in one batch: [T, H]."""
+        device = next((rows.h.device for rows in of_batch.values()), self.errors[number].device)
+        image = torch.zeros_like(self.errors[number], device=device)
+        for expert, rows in of_batch.items():
+            if expert in direction:
+                added = self.correction.apply(expert, direction[expert], rows)
+                image.index_add_(0, rows.tokens, added * rows.p[:, None].float())
+        return image
+
+    def _penalized(self, direction: Parameters, ridge: float) -> Parameters:
+        return {
             expert: it * self.correction.penalty(self.curvature[expert], ridge).float()
             for expert, it in direction.items()
         }
-        for number, of_batch in enumerate(self.rows()):
-            image = torch.zeros_like(self.errors[number])
-            for expert, rows in of_batch.items():
-                if expert in direction:
-                    added = self.correction.apply(expert, direction[expert], rows)
-                    image.index_add_(0, rows.tokens, added * rows.p[:, None].float())
-            for expert, rows in self._fitted(number, of_batch):
-                normal[expert] += self.correction.gather(expert, rows, image[rows.tokens])
-            images.append(image)
-        return images, normal
 
     def _fitted(
         self, number: int, of_batch: dict[int, ExpertRows]
     ) -> Iterator[tuple[int, ExpertRows]]:
         """The rows of experts that can be corrected; none of a batch that is held out."""
         for expert, rows in of_batch.items():
-            if self.correction.corrects(expert) and not self.held_out[number]:
+            if self.correction.corrects(expert) and number not in self.left:
                 yield expert, rows
 
     def _precondition(self, gradient: Parameters, ridge: float) -> Parameters:
@@ -163,13 +190,12 @@ class _Solver:
             for expert, it in gradient.items()
         }
 
-    def _move(self, images: Sequence[torch.Tensor], length: float) -> None:
-        for error, image in zip(self.errors, images, strict=True):
-            error.add_(image, alpha=length)
-
     def _held_out_error(self) -> float:
-        of_batches = zip(self.errors, self.held_out, strict=True)
-        return sum(float(error_TH.double().square().sum()) for error_TH, held in of_batches if held)
+        return sum(map(_square, self.left.values()))
+
+
+def _square(numbers: torch.Tensor) -> float:
+    return float(numbers.double().square().sum())
 
 
 def _dot(one: Parameters, two: Parameters) -> float:

@@ -127,6 +127,16 @@ class ModelFit:
     calibration: Mapping[str, Any]
     warnings: list[str]
 
+    def columns(self) -> dict[int, torch.Tensor]:
+        """Of a fit of columns, by layer index."""
+        named = {layer: it.down_t_PH for layer, it in self.layers.items()}
+        return {layer: it for layer, it in named.items() if it is not None}
+
+    def compensation(self) -> dict[int, Compensation]:
+        """Of a fit of scales and biases, by layer index."""
+        named = {layer: it.compensation for layer, it in self.layers.items()}
+        return {layer: it for layer, it in named.items() if it is not None}
+
     def report(self) -> dict[str, Any]:
         """Held-out error of every layer before and after, and the calibration; JSON."""
         errors = {str(layer): [it.before, it.after] for layer, it in self.layers.items()}
