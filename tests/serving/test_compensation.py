@@ -10,8 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_checkpoint, write_profile
-from tests.serving.conftest import PROMPTS, core, engine, logprobs_of, mixed_logprobs
+from tests.serving.conftest import (
+    PROMPTS,
+    activate,
+    core,
+    engine,
+    logprobs_of,
+    mixed_logprobs,
+)
 from tests.serving.test_parallel import RANKS
+from tests.serving.test_profiles_of_requests import load, unload
 from vllm_atomic_moe.control.catalogue import Catalogue
 from vllm_atomic_moe.control.errors import AdminError
 from vllm_atomic_moe.convert.exporting.export import export
@@ -92,11 +100,6 @@ def check_same(found, model):
         assert (logprobs - model.wanted[name]).abs().max() < TOLERANCE, name
 
 
-def load(llm, profile):
-    told = {"digest": profile.digest(), "kept_atoms": profile.kept_atoms}
-    return core(llm, "change", verb="load", profile=profile.name, **told)
-
-
 def test_one_batch_with_and_without_and_profiles_that_come_and_go(model):
     with served(model, NAMES) as llm:
         check_same(mixed_logprobs(llm, NAMES), model)
@@ -105,10 +108,8 @@ def test_one_batch_with_and_without_and_profiles_that_come_and_go(model):
         refused = load(llm, model.profiles["later"])
         assert "room for the biases of 1 compensated profiles" in refused["error"]
         # Its place is free when the other one is gone.
-        for verb in ("withdraw", "free"):
-            activate = core(llm, "change", verb="activate", profile="plain")
-            assert activate["ok"], activate
-            assert core(llm, "change", verb=verb, profile="better")["ok"]
+        activate(llm, "plain")
+        assert unload(llm, "better")["ok"]
         assert load(llm, model.profiles["later"])["ok"]
         check_same(mixed_logprobs(llm, ["plain", "later", "other"]), model)
     with served(model, ["plain", "other"]) as llm:
