@@ -113,7 +113,7 @@ class _Solver:
                 errors = self.errors[number].to(rows.h.device)[rows.tokens]
                 added = self.correction.gather(expert, rows, errors)
                 gradient[expert] = added + gradient.get(expert, 0)
-                grown = self.correction.curvature(expert, rows)
+                grown = self.correction.curvature(expert, rows).double()
                 self.curvature[expert] = grown + self.curvature.get(expert, 0)
         return gradient
 
