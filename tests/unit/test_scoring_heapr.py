@@ -15,7 +15,6 @@ from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.measure.calibration_benchmark import two_forwards
 from vllm_atomic_moe.scoring.methods.heapr import score_heapr
 
-
 # What `make test` takes: a gated expert, one with biases, one without a gate.
 QUICK = {("qwen3_moe", torch.float32), ("gpt_oss", torch.float64), ("nemotron_h", torch.float32)}
 KINDS = ("qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3", "nemotron_h", "llama4")
