@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized quality clean
+.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized demo-refit quality clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -122,6 +122,9 @@ demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (d
 
 demo-quantized: install ## the demo in FP8, INT4 and MXFP4, dense and pruned (deploy/demo/quantized.md)
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/quantized.py build/demo/quantized
+
+demo-refit: install ## the demo's profiles refitted and compensated, perplexity in float32
+	$(BIN)/python $(DEMO)/recipe/refit.py
 
 clean: ## remove .venv/, build/ and dist/
 	rm -rf .venv build dist

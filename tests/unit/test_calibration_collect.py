@@ -80,8 +80,8 @@ class RowCounter:
     def __init__(self, info):
         self.info, self.rows = info, 0
 
-    def see_routing(self, module, topk_ids):
-        return topk_ids
+    def see_routing(self, module, routed):
+        return routed.topk_ids_TK
 
     def see_expert(self, expert, rows):
         assert rows.h.shape[1] == self.info.intermediate_size
@@ -89,7 +89,9 @@ class RowCounter:
         # Less their bias, if they have one.
         y = rows.y - (rows.y - rows.h @ rows.down_HI.T).mean(dim=0)
         torch.testing.assert_close(rows.h @ rows.down_HI.T, y, rtol=1e-5, atol=1e-5)
+        assert len(rows.tokens) == rows.h.shape[0]
         self.rows += rows.h.shape[0]
+        return rows.y
 
 
 @pytest.mark.parametrize(

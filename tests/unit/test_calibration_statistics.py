@@ -219,8 +219,9 @@ def test_the_accumulator_adds_in_float64_and_leaves_its_input_alone():
     h = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16, requires_grad=True)
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.bfloat16)
     down = torch.eye(2, dtype=torch.bfloat16)
-    rows = ExpertRows(x, h * 1, (h @ down.T) * 1, torch.tensor([0.5, 2.0]).bfloat16(), down)
-    layer.see_expert(2, rows)
+    p, tokens = torch.tensor([0.5, 2.0]).bfloat16(), torch.arange(2)
+    rows = ExpertRows(x, h * 1, (h @ down.T) * 1, p, down, tokens)
+    assert layer.see_expert(2, rows) is rows.y
     rows.h.backward(h.detach())
     sums = layer.sums
     assert sums.count.tolist() == [[0, 0, 0], [0, 0, 2]]

@@ -43,6 +43,7 @@ from vllm_atomic_moe.calibration.streamed import collect_streamed
 from vllm_atomic_moe.calibration.streaming import keep, one_device, streaming_reason
 from vllm_atomic_moe.calibration.text import (
     CalibrationText,
+    DataFile,
     draw_windows,
     parse_files,
     parse_shard,
@@ -137,14 +138,8 @@ def _calibrate(
             f"{directory}: an exported checkpoint, whose pruned atoms are gone; calibrate the "
             "original model"
         )
-    check_config(directory, options.seq_len)
+    text = read_text(directory, files, options)
     trusted = options.trust_remote_code
-    check_model_code(directory, trusted)
-    check_tokenizer_code(directory, trusted)
-    tokenizer = load_tokenizer(directory, trusted)
-    text = draw_windows(
-        files, tokenizer, options.seq_len, options.samples, options.seed, options.field
-    )
     # Of the whole run: shards of it have the same.
     digests = text.digests
     if shard:
@@ -180,6 +175,23 @@ def _calibrate(
         calibration["shards"] = {"of": shard[1], "here": [shard[0]]}
     statistics = Statistics(checkpoint.identity(), calibration, sums)
     return statistics, text.warnings + serving_notes(experts) + inspect_sums(sums)
+
+
+def read_text(
+    directory: Path, files: Sequence[DataFile], options: CalibrationOptions
+) -> CalibrationText:
+    """The windows of text that a model is run over.
+
+    Raises:
+        ValueError: the text, the model's configuration or its tokenizer is refused.
+    """
+    check_config(directory, options.seq_len)
+    check_model_code(directory, options.trust_remote_code)
+    check_tokenizer_code(directory, options.trust_remote_code)
+    tokenizer = load_tokenizer(directory, options.trust_remote_code)
+    return draw_windows(
+        files, tokenizer, options.seq_len, options.samples, options.seed, options.field
+    )
 
 
 def collect(

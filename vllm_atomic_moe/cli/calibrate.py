@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import (
-    debugging,
     print_json,
     print_note,
     print_table,
     print_warning,
     progress_bar,
+    quiet_transformers,
 )
 from vllm_atomic_moe.cli.options import DATA_HELP, DATA_METAVAR, Field, TrustRemoteCode
 from vllm_atomic_moe.cli.profiles import calibrated
@@ -87,14 +87,10 @@ def calibrate(
     One forward and one backward per window serve all methods. Processes started by `torchrun
     --nproc-per-node N --no-python atomic-moe calibrate …` share the windows, one device each.
     """
-    from transformers.utils import logging
-
     from vllm_atomic_moe import api
     from vllm_atomic_moe.calibration.ranks import Ranks
 
-    if not debugging():
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet_transformers()
     first = Ranks.here().rank == 0
     lines: list[str] = []
     with progress_bar("reading text and model", "calibrating", quiet=not first) as show:

@@ -52,6 +52,16 @@ def debugging() -> bool:
     return _debugging
 
 
+def quiet_transformers() -> None:
+    """Errors of transformers only, and no bars of its own, unless people debug."""
+    if debugging():
+        return
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def quiet_vllm() -> None:
     """Limit vLLM's log to warnings; call it before vLLM is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -37,3 +37,19 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python files that come with MODEL."),
 ]
+
+# What a fit is made on; as of `calibrate`.
+FitData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE[:DOMAIN]",
+        help="Calibration text to fit on; repeat.",
+        show_default=False,
+    ),
+]
+FitWindows = Annotated[int, typer.Option(min=1, help="Windows per domain, of the fit.")]
+FitTokens = Annotated[int, typer.Option(min=2, help="Tokens per window, of the fit.")]
+FitBatch = Annotated[int, typer.Option(min=1, help="Windows per forward, of the fit.")]
+FitDtype = Annotated[str, typer.Option(help="As of `calibrate`, of the fit.")]
+FitDevice = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, of the fit.")]

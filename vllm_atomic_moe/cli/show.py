@@ -118,6 +118,9 @@ def _describe(file: Path, profile: Any) -> dict[str, Any]:
         "ratio": profile.metadata.get("ratio"),
         "calibration": calibration,
         "data": data_digest(calibration or {}),
+        "compensated_layers": len(profile.compensation),
+        "bias_bytes_16bit": BYTES_PER_WEIGHT
+        * sum(it.bias_EH.numel() for it in profile.compensation.values()),
         "layers": [{"layer": layer, **row} for layer, row in zip(profile.keep, rows, strict=True)],
         "all": _describe_layers(profile, list(profile.keep), hidden_size),
     }
@@ -160,6 +163,8 @@ def _print(description: dict[str, Any]) -> None:
     saved = description["all"]["bytes_saved_16bit"]
     if saved is not None:
         notes.append(f"{saved / 2**20:.2f} MiB saved at 16 bits a weight")
+    if description["compensated_layers"]:
+        notes.append(f"compensated by {description['bias_bytes_16bit'] / 2**20:.2f} MiB of biases")
     typer.echo(f"{description['name']}: {', '.join(notes)}")
     if description["calibration"]:
         typer.echo(f"calibrated on {calibrated(description['calibration'])}")

@@ -78,19 +78,25 @@ class Catalogue:
         """A profile that can be loaded.
 
         Raises:
-            AdminError: as `profile`; 409, not all of its atoms are in memory, or the routers were
-                not prepared for the experts that it excludes.
+            AdminError: as `profile`; 409, not all of its atoms are in memory, the routers were not
+                prepared for the experts that it excludes, or nothing for its compensation.
         """
         profile = self.read(name)
-        if missing := missing_atoms(profile, self._union):
-            reason = "AtomsNotResidentError", f"keeps {missing} atoms that are not in memory"
-        elif not self._can_route(profile):
-            reason = "RoutingMaskError", "excludes experts that the routers were not prepared for"
-        else:
+        if (reason := self._obstacle(profile)) is None:
             return profile
         kind, words = reason
         remedy = "list it in `resident` and restart the server"
         raise AdminError(409, kind, f"profile {name!r} {words}; {remedy}")
+
+    def _obstacle(self, profile: PruningProfile) -> tuple[str, str] | None:
+        """Why a profile cannot be loaded: the error's kind, and words; None if it can."""
+        if missing := missing_atoms(profile, self._union):
+            return "AtomsNotResidentError", f"keeps {missing} atoms that are not in memory"
+        if not self._can_route(profile):
+            return "RoutingMaskError", "excludes experts that the routers were not prepared for"
+        if profile.compensation and not self._description["compensated"]:
+            return "CompensationError", "is compensated, and no profile listed at start is"
+        return None
 
     def _can_route(self, profile: PruningProfile) -> bool:
         """Whether the routers can apply its masks; those with a correction bias know only some."""
@@ -124,7 +130,7 @@ class Catalogue:
             "kept": profile.kept,
             "bytes": bytes_of(profile.kept_atoms, self._description),
             "loaded": loaded is not None and loaded.offered,
-            "servable": not missing_atoms(profile, self._union) and self._can_route(profile),
+            "servable": self._obstacle(profile) is None,
             "active": profile.name == served.active,
         }
 

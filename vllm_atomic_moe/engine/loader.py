@@ -119,7 +119,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 resident, layers, self.token_slots, plan.directory, plan.profiles, dense
             )
             setattr(model, worker.ATTRIBUTE, profiles)
-            held = sum(layer.packed.weight_bytes for layer in layers)
+            held = sum(layer.weight_bytes for layer in layers)
             _report(resident, dense, _bytes_of_ranks(digest, held))
             return model
 

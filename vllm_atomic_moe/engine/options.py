@@ -127,6 +127,11 @@ class ResidentProfiles:
         """Names of the profiles that exclude experts from routing."""
         return [name for name, profile in self.profiles.items() if profile.masks_routing]
 
+    @property
+    def compensated(self) -> list[str]:
+        """Names of the profiles that have a compensation."""
+        return [name for name, profile in self.profiles.items() if profile.compensation]
+
     def union(self) -> dict[int, torch.Tensor]:
         """Layer index -> bool [E, I], the atoms of any profile."""
         return {
@@ -136,7 +141,7 @@ class ResidentProfiles:
 
     def digest(self) -> str:
         """SHA-256 (hex) over all profiles: the key that vLLM's compile caches lack."""
-        digest = hashlib.sha256(b"packed rows 3")
+        digest = hashlib.sha256(b"packed rows 4")
         for name in sorted(self.profiles):
             digest.update(self.profiles[name].digest().encode())
         return digest.hexdigest()

@@ -77,7 +77,8 @@ class RankProfiles:
 
     def describe(self) -> Reply:
         """The profiles loaded at start: the active one, digests and sizes by name, the union of the
-        masks and the routing masks as bits by layer, and where the files are.
+        masks and the routing masks as bits by layer, whether any is compensated, and where the
+        files are.
         """
         resident = self._resident
         return {
@@ -100,6 +101,7 @@ class RankProfiles:
                     if resident.masking
                 },
             },
+            "compensated": bool(resident.compensated),
             "dense_bytes": self._dense_bytes,
             "union": {
                 str(layer): np.packbits(mask.numpy()).tobytes()
@@ -114,7 +116,7 @@ class RankProfiles:
         for layer in layers:
             live_S += (layer.packed.bits_SW != 0).sum(dim=1).cpu()
         return {
-            "resident_bytes": sum(layer.packed.weight_bytes for layer in layers),
+            "resident_bytes": sum(layer.weight_bytes for layer in layers),
             "index_bytes": sum(layer.index_bytes for layer in layers),
             "tiles": sum(layer.packed.bits_SW.shape[1] for layer in layers),
             "live_tiles": live_S.tolist(),

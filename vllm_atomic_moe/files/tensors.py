@@ -248,17 +248,17 @@ def read_layers(
     return metadata, dict(sorted(layers.items()))
 
 
-def check_format(path: Path, metadata: Mapping[str, str], kind: str, version: str) -> None:
+def check_format(path: Path, metadata: Mapping[str, str], kind: str, *versions: str) -> None:
     """Refuse a file of another format or version.
 
     Raises:
-        ValueError: `format` is not `kind` or `format_version` is not `version`.
+        ValueError: `format` is not `kind` or `format_version` is not one of `versions`.
     """
-    for key, wanted in (("format", kind), ("format_version", version)):
-        if metadata.get(key) != wanted:
+    for key, wanted in (("format", (kind,)), ("format_version", versions)):
+        if metadata.get(key) not in wanted:
             seen = shorten(metadata[key]) if key in metadata else "missing"
             raise ValueError(
-                f"{path}: metadata `{key}` is {seen}, wanted {wanted!r}; "
+                f"{path}: metadata `{key}` is {seen}, wanted {' or '.join(map(repr, wanted))}; "
                 "was it made by this version of atomic-moe?"
             )
 

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vllm_atomic_moe.calibration.accumulator import sum_of_squares
 from vllm_atomic_moe.calibration.collect import collect
-from vllm_atomic_moe.calibration.experts import ExpertRows, find_experts, observe
+from vllm_atomic_moe.calibration.experts import ExpertRows, Routed, find_experts, observe
 from vllm_atomic_moe.calibration.free_memory import free_bytes
 from vllm_atomic_moe.calibration.kept import InMemory
 from vllm_atomic_moe.calibration.layer_reader import LayerReader
@@ -277,16 +277,17 @@ class PaperLayer:
         self.down: dict[int, torch.Tensor] = {}
         self.with_gradients = True
 
-    def see_routing(self, module: nn.Module, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        return topk_ids_TK
+    def see_routing(self, module: nn.Module, routed: Routed) -> torch.Tensor:
+        return routed.topk_ids_TK
 
-    def see_expert(self, expert: int, rows: ExpertRows) -> None:
+    def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
         if self.with_gradients:
             rows.y.register_hook(partial(self.see_gradient, expert))
-            return
+            return rows.y
         self.count[expert] += rows.h.shape[0]
         self.h2[expert] += sum_of_squares(rows.h)
         self.down[expert] = rows.down_HI
+        return rows.y
 
     def see_gradient(self, expert: int, g: torch.Tensor) -> None:
         # Tiny gradients would vanish in a bf16 product.
