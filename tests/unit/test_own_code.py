@@ -91,15 +91,25 @@ def test_a_tokenizer_with_code_of_its_own(model):
     check_tokenizer_code(model, True)
 
 
-def test_an_architecture_without_a_causal_language_model(model):
-    """What transformers says of it takes 3,034 characters."""
+def test_an_architecture_without_a_language_model(model):
+    """What transformers says of it takes thousands of characters."""
     text = json.loads((model / "config.json").read_text())
-    outer = {"model_type": "qwen3_vl_moe", "architectures": ["X"], "text_config": text}
+    outer = {"model_type": "qwen3_vl_moe_vision", "architectures": ["X"], "text_config": text}
     (model / "config.json").write_text(json.dumps(outer))
     line = refused(*calibrate(model))
     assert "transformers cannot load it (ValueError: Unrecognized configuration class" in line
     assert "atomic-moe --debug" in line
     assert len(line) <= 320
+
+
+def test_code_beside_a_model_that_takes_images_is_not_needed(model):
+    """As of one that transformers has a text model of."""
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    edit(model / "config.json", model_type="aria", auto_map=auto_map)
+    check_model_code(model, trusted=False)
+    edit(model / "config.json", model_type="aria_of_its_own")
+    with pytest.raises(ValueError, match="runs code of its own"):
+        check_model_code(model, trusted=False)
 
 
 @pytest.mark.parametrize("error", [KeyError("past"), AttributeError("no x"), RuntimeError("mat")])

@@ -85,6 +85,7 @@ class LayerReader:
         self._kind, self._config = type(empty), empty.config
         self._of_model = {name: (*it.shape,) for name, it in empty.state_dict().items()}
         self._prefix = _prefix_of_layers(empty, checkpoint)
+        self._stored_prefix = _before_index(f"{next(iter(checkpoint.blocks.values()))}.")
         self.layers = len(self.blocks(empty))
         with Shards(directory) as shards:
             stored = stored_weights(shards, self._settings, shards.where, _ignore)
@@ -123,11 +124,11 @@ class LayerReader:
     def _read(self, wanted: int | None) -> Iterator[PreTrainedModel]:
         failures: list[ValueError] = []
         with Shards(self.directory) as shards:
-            names = [name for name in shards.where if _layer(name) == wanted]
+            names = [it for it in shards.where if _layer(it, self._stored_prefix) == wanted]
             weights: dict[str, Any] = {
                 name: Absent(shape)
                 for name, shape in self._of_model.items()
-                if self._layer_of_model(name) != wanted
+                if _layer(name, self._prefix) != wanted
             }
             weights |= stored_weights(shards, self._settings, names, failures.append)
             try:
@@ -159,12 +160,6 @@ class LayerReader:
         check_missing(self.directory, model, loading["missing_keys"])
         return model.eval()
 
-    def _layer_of_model(self, name: str) -> int | None:
-        """Index of the decoder layer that a tensor of the model belongs to; None: to none."""
-        if not name.startswith(self._prefix):
-            return None
-        return int(name.removeprefix(self._prefix).partition(".")[0])
-
 
 def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     """Of all tensors of a checkpoint in `dtype`, the quantized ones decoded; from the headers."""
@@ -174,16 +169,21 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
         return sum(math.prod(it.shape) for it in stored.values()) * dtype.itemsize
 
 
-def _layer(name: str) -> int | None:
-    """Index of the decoder layer that a tensor of a checkpoint belongs to; None: to none."""
-    found = LAYER.findall(name)
-    return int(found[-1]) if found else None
+def _layer(name: str, prefix: str) -> int | None:
+    """Index of the decoder layer that a tensor belongs to, of layers named so; None: to none."""
+    if not name.startswith(prefix):
+        return None
+    return int(name.removeprefix(prefix).partition(".")[0])
 
 
 def _prefix_of_layers(model: PreTrainedModel, checkpoint: CheckpointInfo) -> str:
     """What the names of everything in the decoder layers begin with, dot included."""
     module = next(iter(find_experts(model, checkpoint).values()))
-    name = next(name for name, it in model.named_modules() if it is module)
+    return _before_index(next(name for name, it in model.named_modules() if it is module))
+
+
+def _before_index(name: str) -> str:
+    """A name in a decoder layer, up to the layer's index."""
     *_, last = LAYER.finditer(name)
     return f"{name[: last.start()]}layers."
 

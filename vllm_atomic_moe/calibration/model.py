@@ -15,8 +15,10 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -84,7 +86,10 @@ def check_model_code(directory: Path, trusted: bool) -> None:
     told = config.get("auto_map")
     classes = told if isinstance(told, dict) else {}
     kind = str(config.get("model_type"))
-    has_model = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    has_model = kind in CONFIG_MAPPING and any(
+        CONFIG_MAPPING[kind] in known
+        for known in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    )
     code = classes.get("AutoModelForCausalLM") or classes.get("AutoConfig")
     if code and not has_model:
         raise ValueError(
@@ -200,6 +205,16 @@ def check_missing(directory: Path, model: PreTrainedModel, missing: Collection[s
     )
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' class for models of a configuration.
+
+    That of the text model; where there is none apart (Aria), the one that takes images.
+    """
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    reads, sees = (type(config) in mapping for mapping in mappings)
+    return AutoModelForImageTextToText if sees and not reads else AutoModelForCausalLM
+
+
 @contextmanager
 def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A class to load a checkpoint with, and of a quantized one its configuration and weights.
@@ -208,7 +223,9 @@ def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, An
         ValueError: they cannot be decoded; also in place of what transformers makes of it.
     """
     if not quantization_settings(directory, read_config(directory)):
-        yield AutoModelForCausalLM, {}
+        with failures_explained(directory):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
+        yield auto_class(config), {}
         return
     settings, empty = empty_model(directory, trusted)
     failures: list[ValueError] = []
@@ -238,7 +255,7 @@ def empty_model(
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            empty = auto_class(config).from_config(config, trust_remote_code=trusted)
     return settings or {}, empty
 
 
