@@ -48,8 +48,10 @@ $(ADMIN_KEY):
 	@mkdir -p $(@D) && umask 077 && $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > $@
 	@echo "The admin key, kept in $@:" && cat $@
 
+# Two test processes, one OpenMP thread each: threads that spin on the same cores starve each other.
 test: install ## what CI runs
-	$(BIN)/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  $(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile
 
 test-full: install ## every test: also the long ones
 	$(BIN)/python -m pytest

@@ -72,14 +72,14 @@ def calibrate(
 ) -> Statistics:
     """Run a model over text and sum up what the atoms of its experts do.
 
-    Processes that torchrun started share the windows, and all return the same; the first of them
-    writes, and is the one that calls back with lines.
+    Processes that torchrun started share the windows, and all return the same; only the first one
+    writes the file and calls `on_note` and `on_warning`.
 
     Args:
         model: local directory or Hugging Face id.
         data: `FILE[:DOMAIN]`, at least one.
         output: statistics file to write or replace; None writes none.
-        field: field or column of the files; None stands for `text`, else `messages`.
+        field: field or column of the files; None means `text`, else `messages`.
         samples: windows per domain.
         seq_len: tokens per window.
         batch_size: windows per forward; the sums do not depend on it.
@@ -88,11 +88,11 @@ def calibrate(
         seed: for drawing windows.
         gradients: run the backward pass, which heapr needs.
         shard: `i/N`, to run this part of the windows only.
-        stream: run layer by layer; None: where the weights do not fit what is free.
-        scratch: directory for layers' inputs; it streams, and goes on after a kill.
+        stream: run layer by layer; None: if the weights do not fit the free memory.
+        scratch: directory for layers' inputs; implies `stream`, and continues after a kill.
         trust_remote_code: run Python files that come with the model.
         on_progress: called with (steps done, steps in all).
-        on_note: called with a line about how it is done, before it is.
+        on_note: called with a line that says how the run is done, before it starts.
         on_warning: called with one line.
 
     Raises:
@@ -147,10 +147,10 @@ def prune(
         ratio: fraction of atoms (shape, reap: of experts) to remove, 0 <= ratio < 1.
         output: directory to write NAME.safetensors to, which is replaced; None writes none.
         method: name of the method; None for a score file, which carries its own.
-        name: of the profile; None stands for METHOD-PERCENT, as in heapr-25.
-        domain: score by the tokens of these domains only; None stands for all.
+        name: of the profile; None means METHOD-PERCENT, as in heapr-25.
+        domain: score by the tokens of these domains only; None means all.
         on_warning: called with one line.
-        options: of the method, such as `scope` and `align`; None stands for its default.
+        options: of the method, such as `scope` and `align`; None means its default.
 
     Raises:
         ValueError: the source, the method, an option or the ratio is refused, or the output cannot
@@ -183,7 +183,7 @@ def export(
         model: local directory or Hugging Face id.
         profile: profile file.
         output: directory to make; an export of the same model and profile is replaced.
-        plain: an ordinary checkpoint, for engines that know no profiles.
+        plain: write an ordinary checkpoint, for engines that do not know profiles.
         on_progress: called with (bytes written, bytes in all).
         on_warning: called with one line.
 
@@ -220,15 +220,15 @@ def evaluate(
     Args:
         model: local directory or Hugging Face id.
         data: held-out text, `FILE[:DOMAIN]`, at least one.
-        profiles: directory of profiles, or a Hub repository of them; None stands for
+        profiles: directory of profiles, or a Hub repository of them; None means
             MODEL/atomic_profiles.
-        profile: names of the profiles to measure; None stands for all.
-        seq_len: tokens per window; None stands for the context, 2048 at most.
-        field: field or column of the files; None stands for `text`, else `messages`.
+        profile: names of the profiles to measure; None means all.
+        seq_len: tokens per window; None means the context, 2048 at most.
+        field: field or column of the files; None means `text`, else `messages`.
         samples: windows per domain at most.
         dtype: as vLLM's --dtype.
         trust_remote_code: run Python files that come with the model.
-        on_progress: called with (profiles done, profiles in all, profile that comes next).
+        on_progress: called with (profiles done, profiles in all, the next profile).
 
     Raises:
         ValueError: text, model, profile or an option is refused, before any engine starts.

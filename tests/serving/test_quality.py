@@ -1,4 +1,4 @@
-"""`atomic-moe quality`: what is measured, its intervals, and one run on a tiny model."""
+"""`atomic-moe quality`: its candidates, its intervals, and one run on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized checkpoints are served as they are: the same bits as what they stand for."""
+"""Quantized checkpoints are served unchanged: the same bits as plain ones with their values."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check_bits(model, plain) -> None:
 
 
 def test_experts_of_a_prediction_head_stay_the_models(original, tmp_path):
-    """Their blocks are not the decoder's, whatever number they have."""
+    """Their blocks are not the decoder's, whatever their number."""
     quantize_checkpoint(original, tmp_path / "model", "fp8-channel")
     taken: list[str] = []
     left: list[str] = []

@@ -261,7 +261,7 @@ def test_an_incomplete_merge_says_so_and_may_go_on():
         ({}, {"seed": 3}, "calibration `seed` is 3 in one file and 0 in another"),
         ({}, {"shards": {"of": 3, "here": [2]}}, "calibration `shards` is 3 in one file and 2"),
         ({}, {"dtype": "bfloat16"}, "calibration `dtype` is 'bfloat16' in one file and None"),
-        ({}, {"shards": {"of": 2, "here": [1]}}, "shard 1/2 is there twice"),
+        ({}, {"shards": {"of": 2, "here": [1]}}, "shard 1/2 occurs twice"),
     ],
 )
 def test_shards_of_another_run_are_refused(model, calibration, message):

@@ -196,7 +196,7 @@ def test_every_method_scope_and_option_prunes(work, tmp_path):
 
 
 def test_what_prune_writes_for_a_router_with_groups_passes_check(tmp_path):
-    """Two groups of four experts, of which a token uses one."""
+    """Two groups of four experts; a token uses one group."""
     make_model("deepseek_v3", tmp_path / "model")
     (tmp_path / "t.txt").write_text(random_text(3000))
     command = ("calibrate", tmp_path / "model", "--data", tmp_path / "t.txt", "-o", tmp_path / "s")
@@ -253,7 +253,7 @@ def test_shards_are_merged(work, tmp_path):
     assert run(*prune, "camera", "--allow-unseen").exit_code == 0
     assert "made with --no-gradients" in refused(*prune, "heapr")
     merge = ("merge", tmp_path / "1", tmp_path / "1", "-o", tmp_path / "twice")
-    assert "shard 1/2 is there twice" in refused(*merge)
+    assert "shard 1/2 occurs twice" in refused(*merge)
     assert not (tmp_path / "twice").exists()
 
 

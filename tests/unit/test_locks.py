@@ -1,4 +1,4 @@
-"""The lock files pin every package to one version, and hold everything that is declared."""
+"""The lock files pin every package to one version, and have all declared dependencies."""
 
 from __future__ import annotations
 

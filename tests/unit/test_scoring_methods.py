@@ -21,7 +21,13 @@ SEQ_LEN = 24
 WHOLE = tuple(name for name, it in known_methods().entries.items() if it.whole_experts)
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral", "llama4"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "glm4_moe",
+        *(pytest.param(it, marks=pytest.mark.full) for it in ("qwen3_moe", "mixtral", "llama4")),
+    ],
+)
 def calibrated(request, tmp_path_factory):
     """Sums of the calibration run, and the long way over the same two domains, in float64."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -115,7 +115,7 @@ def test_refusals(directory, tmp_path):
 
 
 def test_an_unreadable_file_is_left_out_and_named(directory):
-    """Hidden files are not ours: macOS puts `._x` beside every x on foreign disks."""
+    """Hidden files are ignored: macOS puts `._x` beside every x on foreign disks."""
     (directory / "._atoms.safetensors").write_bytes(b"AppleDouble")
     assert run("show", directory).exit_code == 0
     (directory / "zzz.safetensors").write_bytes(b"not a profile")

@@ -46,7 +46,7 @@ def calibrate(
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto, float32, bfloat16 or float16. auto is the checkpoint's, but float32 on a "
+            help="auto, float32, bfloat16 or float16. auto is the checkpoint's, or float32 on a "
             "CPU without instructions for it."
         ),
     ] = "auto",
@@ -68,15 +68,15 @@ def calibrate(
         typer.Option(
             "--stream/--no-stream",
             help="Read and run one decoder layer at a time, for models larger than memory.",
-            show_default="where the weights do not fit what is free",
+            show_default="if the weights do not fit the free memory",
         ),
     ] = None,
     scratch: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Stream, and keep layers' inputs there rather than in memory; the same command "
-            "goes on after a kill.",
+            help="Stream, and keep layers' inputs there rather than in memory; after a kill the "
+            "same command continues.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -126,7 +126,7 @@ def calibrate(
 
 
 def report(output: Path, statistics: Any, as_json: bool) -> None:
-    """Say what was calibrated, and which experts saw few tokens."""
+    """Print what was calibrated, and which experts saw few tokens."""
     from vllm_atomic_moe.calibration.findings import experts_with_few_tokens
     from vllm_atomic_moe.files.statistics import MIN_TOKENS
 

@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Check profiles against a model, before a server does.
 
-    What vLLM builds for the architecture and what its flags ask for, only the server can tell.
+    Only the server can tell what vLLM builds for the architecture and what its flags ask for.
 
     Exit code 1 if any profile is refused; each refusal is one line on stderr.
     """

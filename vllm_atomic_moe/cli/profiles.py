@@ -1,4 +1,4 @@
-"""What the subcommands about profile files share: finding and describing them."""
+"""Shared by the subcommands about profile files: finding and describing them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def profile_files(profiles: list[str]) -> list[Path]:
 
 
 def print_written(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
-    """Say what a profile keeps that was just written into the directory `output`.
+    """Describe a profile that was just written into the directory `output`.
 
     Args:
         profile: a `PruningProfile`.

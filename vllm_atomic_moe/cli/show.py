@@ -17,7 +17,7 @@ from vllm_atomic_moe.cli.console import (
 from vllm_atomic_moe.cli.profiles import PROFILES_HELP, profile_files, summarize_widths
 from vllm_atomic_moe.files.layouts import atom_bytes
 
-# A profile does not know the dtype it will be served in; most models are served in 16 bits.
+# A profile does not tell the dtype in which it is served; for most models that has 16 bits.
 BYTES_PER_WEIGHT = 2
 
 
@@ -124,7 +124,7 @@ def _print(description: dict[str, Any]) -> None:
     if saved is not None:
         notes.append(f"{saved / 2**20:.2f} MiB saved at 16 bits a weight")
     typer.echo(f"{description['name']}: {', '.join(notes)}")
-    # Of a profile that leaves the router alone the column would say nothing.
+    # The column says nothing if the profile does not mask routing.
     routing = description["all"]["routable_experts"] < description["all"]["experts"]
     # Short words: with all columns the table fits a terminal of 80.
     columns = ["layer", "width min", "median", "max", "zero width"]

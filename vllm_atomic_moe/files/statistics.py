@@ -1,8 +1,8 @@
 """The statistics file: sums over calibration tokens, nothing larger than [D, E, I].
 
-A few numbers per atom and per expert carry every method (see `scoring/`). Because they are sums,
-statistics of shards of one run add up to those of the whole run. Sums are per domain, so that one
-run can make masks for some of its domains.
+A few numbers per atom and per expert suffice for every method (see `scoring/`). Because they are
+sums, statistics of shards of one run add up to those of the whole run. Sums are per domain, so that
+one run can make masks for some of its domains.
 
 Legend: D domains, E experts, H hidden size, I full intermediate size, K experts per token, S rows.
 """
@@ -46,7 +46,7 @@ AXES = {
 SUMS = tuple(name for name, axes in AXES.items() if "D" in axes)
 NORMS = tuple(name for name in AXES if name not in SUMS)
 SIGNED = ("contribution",)
-# Methods that score atoms by tokens do not trust an expert that saw fewer.
+# Methods that score atoms by tokens do not trust an expert with fewer tokens.
 MIN_TOKENS = 32
 
 
@@ -66,7 +66,7 @@ class LayerSums:
         gate_norm, up_norm, down_norm: [E, I], L2 norms of every atom's vectors (not sums).
         sets: int16 [S, 1+K], the top-k sets that tokens chose: the domain's index, then the expert
             ids, ascending; rows are unique and sorted.
-        set_counts: int64 [S], how many tokens chose each set.
+        set_counts: int64 [S], number of tokens that chose each set.
         g2: [D, E, I], Σ (∂ℓ/∂h)²; None after `--no-gradients`.
     """
 
@@ -86,7 +86,7 @@ class LayerSums:
     def zeros(
         cls, shape: tuple[int, int, int], gradients: bool, device: torch.device | str = "cpu"
     ) -> LayerSums:
-        """No tokens yet: all zero, the table of sets empty.
+        """Sums of no tokens: all zero, the table of sets empty.
 
         Args:
             shape: (D, E, I).
@@ -118,7 +118,7 @@ class Statistics:
 
     Attributes:
         model: `CheckpointInfo.identity()` of the calibrated model.
-        calibration: how the sums came about: `domains` (names, in the order of D), `corpora`
+        calibration: how the sums were made: `domains` (names, in the order of D), `corpora`
             (name, sha256, domain, documents and tokens of every file), `tokens` (run through the
             model), `experts_per_token` (K), `expert_groups` (the router's, null if it has none;
             version 0.1 does not tell), `seq_len`, `samples`, `seed`, `dtype`, `gradients`; and for
@@ -161,8 +161,8 @@ class Statistics:
         """Read and check the statistics file at `path`.
 
         Raises:
-            ValueError: the file is broken, of another format or version, its tensors do not have
-                the shapes its own metadata promises, or a sum is not what a sum can be.
+            ValueError: the file is broken or of another format or version, its tensors do not have
+                the shapes of its own metadata, or a sum is negative or not finite.
         """
         required = tuple(field.name for field in fields(LayerSums) if field.name != "g2")
         metadata, layers = read_layers(path, FORMAT, FORMAT_VERSION, required, ("g2",))
@@ -194,7 +194,7 @@ class Statistics:
         """The statistics of some of the domains, as if only those had been calibrated.
 
         Raises:
-            ValueError: a domain is not there, or is named twice.
+            ValueError: a domain is unknown, or named twice.
         """
         for domain in domains:
             if domain not in self.domains or list(domains).count(domain) > 1:
@@ -233,7 +233,7 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
         here = shard.calibration["shards"]["here"]
         if twice := sorted(set(here) & set(done)):
             of = shard.calibration["shards"]["of"]
-            raise ValueError(f"shard {twice[0]}/{of} is there twice; give every shard once")
+            raise ValueError(f"shard {twice[0]}/{of} occurs twice; give every shard once")
         done += here
     calibration = dict(first.calibration)
     calibration["tokens"] = sum(shard.calibration["tokens"] for shard in shards)
@@ -245,7 +245,7 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
 
 
 def _check_description(calibration: Mapping[str, Any]) -> None:
-    """Refuse metadata that `merge` and `select` could not add up."""
+    """Refuse metadata that `merge` and `select` cannot use."""
     shards, corpora = calibration.get("shards"), calibration.get("corpora", [])
     sound = {
         "tokens": isinstance(calibration.get("tokens"), int),

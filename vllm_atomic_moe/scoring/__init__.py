@@ -1,6 +1,6 @@
 """Scoring: statistics become scores, scores become masks.
 
-Pure functions. `method.py` says what a method is, `methods/` has one a file, and `known_methods()`
+Pure functions. `method.py` defines a method, each file of `methods/` has one, and `known_methods()`
 lists them together with those of installed packages.
 
 Legend: E experts, I full intermediate size, K experts per token.
@@ -23,7 +23,7 @@ from vllm_atomic_moe.scoring.method import Method, Option
 from vllm_atomic_moe.scoring.router import RouterNeeds
 
 ENTRY_POINTS = "atomic_moe.methods"
-# What the command and the function call something else already.
+# Names that the command and the function use for something else.
 RESERVED = (
     *("source", "statistics", "ratio", "output", "method", "name", "domain", "on_warning"),
     *("as_json", "json", "help"),
@@ -45,14 +45,14 @@ def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Its options of masks may be among those given.
 
     Raises:
-        ValueError: no such method, an option it does not have, or a value of another type.
+        ValueError: an unknown method, an option it does not have, or a value of another type.
     """
     kind = known_methods().find(method)
     return _override(method, kind.options, given, beside=kind.selection)
 
 
 def selection_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the method's masks, likewise; an unknown method's scores rank atoms.
+    """Options of the method's masks, likewise; scores of an unknown method rank atoms.
 
     Raises:
         ValueError: an option it does not have, or a value of another type.
@@ -72,10 +72,10 @@ def score_layers(
     Args:
         method: a key of `known_methods().entries`.
         sums: layer index -> sums; not modified.
-        options: what `method_options` returned.
+        options: from `method_options`.
 
     Raises:
-        ValueError: the method needs sums that are not there.
+        ValueError: the method needs sums that are missing.
     """
     own = {name: value for name, value in options.items() if name != "allow_unseen"}
     kind = known_methods().find(method)
@@ -100,8 +100,8 @@ def select_masks(
         method: the method that made the scores.
         scores: not modified.
         ratio: 0 <= ratio < 1.
-        router: what must stay where experts go whole.
-        options: what `selection_options` returned.
+        router: what must stay if whole experts are removed.
+        options: from `selection_options`.
 
     Raises:
         ValueError: the ratio is out of range, the scores hold NaN, or the budget cannot be met.
@@ -121,7 +121,7 @@ def select_masks(
 def _override(
     method: str, known: Mapping[str, Option], given: Mapping[str, Any], beside: Mapping[str, Option]
 ) -> dict[str, Any]:
-    """The defaults of `known`, overridden; options of `beside` are left alone."""
+    """The defaults of `known`, overridden; options of `beside` are ignored."""
     options: dict[str, Any] = {name: option.default for name, option in known.items()}
     for name, value in given.items():
         if value is None or name in beside:
@@ -139,7 +139,7 @@ def _override(
 
 
 def _check_options(method: Method, others: Mapping[str, Method]) -> None:
-    """Refuse options that cannot stand on one command line with those of the other methods."""
+    """Refuse options that conflict with those of other methods on one command line."""
     for name, option in {**method.options, **method.selection}.items():
         if not name.isidentifier() or name in RESERVED:
             raise ValueError(f"its option {name!r} cannot have that name")
