@@ -51,7 +51,7 @@ $(ADMIN_KEY):
 # Two test processes, one OpenMP thread each: threads that spin on the same cores starve each other.
 test: install ## what CI runs
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind \
-	  $(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile
+	  $(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-full: install ## every test: also the long ones
 	$(BIN)/python -m pytest

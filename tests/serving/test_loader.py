@@ -112,7 +112,10 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
             {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
             r"all-to-all kernels between experts \(--all2all-backend deepep_low_latency\)",
         ),
-        ({"enable_lora": True}, r"LoRA \(--enable-lora; profiles travel .*\); merge the adapter"),
+        (
+            {"enable_lora": True},
+            r"LoRA \(--enable-lora; profiles use its place .*\); merge the adapter",
+        ),
         (
             {
                 "enforce_eager": False,
