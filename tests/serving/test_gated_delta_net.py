@@ -59,11 +59,13 @@ def image_logprobs(llm, name=None):
 
 
 def close(found, wanted):
-    """Equal up to rounding in bfloat16, which depends on the instruction set; another
-    profile is 0.3 away in the mean.
+    """Equal up to rounding in bfloat16, which depends on the instruction set.
+
+    A few tokens may be farther, those that rounding sends to another expert. Another profile is
+    0.25 away or more in the median.
     """
     difference = (found - wanted).abs()
-    return difference.mean() < 3e-2 and difference.max() < 0.2
+    return difference.median() < 3e-2 and difference.mean() < 0.1
 
 
 @pytest.mark.full

@@ -114,7 +114,7 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
         ),
         (
             {"enable_lora": True},
-            r"LoRA \(--enable-lora; profiles use its place .*\); merge the adapter",
+            r"LoRA \(--enable-lora; profiles use its .*\); merge the adapter",
         ),
         (
             {
