@@ -1,5 +1,10 @@
 # The inference server as an image: `docker build .` for NVIDIA GPUs, `docker build --target cpu .`
 # for CPUs. How to use them: deploy/README.md.
+#
+# The bases are named by tag. To pin their bytes, look up the digest and pass it on:
+#
+#   docker buildx imagetools inspect python:3.11-slim-bookworm
+#   make image IMAGE_ARGUMENTS="--build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:DIGEST"
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
@@ -12,7 +17,7 @@ RUN python3 -m venv /build && /build/bin/pip wheel --no-cache-dir --no-deps --wh
 
 
 FROM ${PYTHON_IMAGE} AS cpu-environment
-# The lock file has torch's CPU build, which is in PyTorch's own index of CPU wheels.
+# The lock file pins torch's CPU build, which is in PyTorch's own index of CPU wheels.
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /requirements
 COPY deploy/requirements-cpu.lock .
@@ -40,7 +45,7 @@ FROM ${PYTHON_IMAGE} AS cpu
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 \
  && rm -rf /var/lib/apt/lists/*
-# The user of vLLM's own image. Any other works as well; those of group 0 share its home.
+# The user of vLLM's own image. Any other user works too; those of group 0 share its home.
 RUN useradd --uid 2000 --gid 0 --create-home --home-dir /home/vllm vllm \
  && mkdir -p /home/vllm/.cache/huggingface && chown -R 2000:0 /home/vllm/.cache \
  && chmod -R g=u /home/vllm && chmod a+rx /home/vllm && mkdir /models /profiles
@@ -82,7 +87,7 @@ RUN uv pip install --system --no-cache ray==2.60.0
 COPY deploy/serve.sh /opt/atomic-moe/serve
 COPY deploy/demo/model /opt/atomic-moe/demo
 COPY --from=wheel /dist /opt/atomic-moe/dist
-# Adds what the image lacks. Its vLLM and torch are left out of the resolution, hence as they are.
+# Adds missing packages. vLLM and torch are excluded from the resolution, so they do not change.
 RUN uv pip install --system --no-cache --no-deps /opt/atomic-moe/dist/*.whl \
  && python3 -c "from importlib.metadata import requires; \
 print(*(it for it in requires('vllm-atomic-moe') \

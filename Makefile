@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized quality clean
+.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized demo-refit quality clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -48,8 +48,10 @@ $(ADMIN_KEY):
 	@mkdir -p $(@D) && umask 077 && $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > $@
 	@echo "The admin key, kept in $@:" && cat $@
 
+# Two test processes, one OpenMP thread each: threads that spin on the same cores starve each other.
 test: install ## what CI runs
-	$(BIN)/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  $(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-full: install ## every test: also the long ones
 	$(BIN)/python -m pytest
@@ -80,6 +82,12 @@ audit: $(TOOLS)/.installed ## the locked versions as an SBOM, and their known vu
 	cat deploy/requirements-cpu.lock deploy/requirements-dev.lock | sed 's/+cpu$$//' > build/release/lock
 	$(TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o $(SBOM) build/release/lock
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement build/release/lock
+
+# What the test of lm-eval needs, apart from everything else.
+build/lm-eval/.installed: deploy/requirements-lm-eval.lock
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@
 
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vllm_atomic_moe/__init__.py)
 
@@ -114,6 +122,9 @@ demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (d
 
 demo-quantized: install ## the demo in FP8, INT4 and MXFP4, dense and pruned (deploy/demo/quantized.md)
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/quantized.py build/demo/quantized
+
+demo-refit: install ## the demo's profiles refitted and compensated, perplexity in float32
+	$(BIN)/python $(DEMO)/recipe/refit.py
 
 clean: ## remove .venv/, build/ and dist/
 	rm -rf .venv build dist

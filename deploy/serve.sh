@@ -1,6 +1,6 @@
 #!/bin/sh
 # An image's entry point: `vllm serve` with default flags, the first argument here, which the
-# command line overrides. vLLM wants the model first, and of a flag given twice takes the last.
+# command line overrides. vLLM wants the model first, and uses the last of a repeated flag.
 set -eu
 defaults=$1
 shift
@@ -8,7 +8,7 @@ case "${1--}" in
 -*) ;;
 *) model=$1 && shift ;;
 esac
-# A user who may not write to the image's home gets one in /tmp, and stays out of the other.
+# A user who cannot write to the image's home gets one in /tmp instead.
 if [ ! -w "${HOME:-/nowhere}" ]; then
   HOME=$(mktemp -d)
   export HOME

@@ -1,5 +1,5 @@
-"""Servers of the tests are asked directly, whatever proxy the environment names; examples may take
-as long as they do, on machines that do other work beside.
+"""Tests reach their servers without proxies of the environment. hypothesis has no deadline, since
+machines may be busy.
 """
 
 import os

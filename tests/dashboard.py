@@ -1,4 +1,4 @@
-"""The Grafana dashboard's queries, as Prometheus would read them."""
+"""The Grafana dashboard's queries, as Prometheus reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import promql_parser
 from tests.documents import ROOT
 
 DASHBOARD = ROOT / "deploy/grafana/dashboard.json"
-# What Grafana puts in place of its variables.
+# Values for Grafana's variables.
 VARIABLES = {"$__rate_interval": "1m", "$instance": ".*"}
 
 

@@ -1,7 +1,7 @@
-"""The commands in the documents, as a reader would type them.
+"""The commands of the documents, as a reader types them.
 
-Each block of them opens with ```sh and what it needs: `run`, a MODEL and texts; `demo`, the demo's
-server; or what keeps it from being run here (`NOT_RUN`).
+Each block starts with ```sh and what it needs: `run`, a MODEL and texts; `demo`, the demo's server;
+or the reason why it is not run here (`NOT_RUN`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Block:
     Attributes:
         document: its path from the root.
         needs: the words after ```sh.
-        commands: what stands between the fences.
+        commands: the text between the fences.
     """
 
     document: str
@@ -94,12 +94,12 @@ def run(
     environment: Mapping[str, str] = os.environ,
     prelude: str = "",
 ) -> str:
-    """Run blocks in one shell in `directory`, with `port` for 8000; what they printed.
+    """Run blocks in one shell in `directory`, with `port` for 8000; return what they print.
 
-    `prelude` goes before them. A server that they start ends with the shell.
+    `prelude` runs before them. A server that they start ends with the shell.
 
     Raises:
-        AssertionError: a command failed; with what all of them printed.
+        AssertionError: a command failed; the message has the output.
     """
     commands = "\n".join(block.commands for block in chosen)
     script = "\n".join(

@@ -1,6 +1,6 @@
 """Tiny random Qwen3-Next and Qwen3.5: linear attention, in the latter also a vision tower.
 
-In bfloat16, since vLLM's linear attention on CPUs knows no other dtype.
+In bfloat16, the only dtype of vLLM's linear attention on CPUs.
 """
 
 from __future__ import annotations

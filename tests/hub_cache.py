@@ -10,7 +10,7 @@ import pytest
 
 
 def lay_out(cache: Path, repository: str, revision: str, files: Mapping[str, Path]) -> Path:
-    """What a download leaves: a blob per file, a snapshot of links to them, and the revision's ref.
+    """Write what a download leaves: a blob per file, a snapshot of links, and the revision's ref.
 
     Args:
         cache: the cache's directory.
@@ -36,6 +36,6 @@ def lay_out(cache: Path, repository: str, revision: str, files: Mapping[str, Pat
 
 
 def use(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process look into that cache only, and ask no network."""
+    """Make this process use only that cache, without a network."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,6 +1,6 @@
-"""One example file per format of `atomic-moe import`, with the masks it stands for.
+"""One example file per format of `atomic-moe import`, with its masks.
 
-For the import tests, and for serving tests that want an imported profile of every format.
+For the import tests, and for serving tests that need an imported profile of every format.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Example:
     Attributes:
         format: FORMAT on the command line.
         path: the file.
-        ratio: the --ratio it needs, if it needs one.
-        keep: the masks it stands for: layer -> bool [E, I].
-        routable: the experts the router may choose: layer -> bool [E], where some may not.
+        ratio: the --ratio it needs, if any.
+        keep: its masks: layer -> bool [E, I].
+        routable: the experts that the router may choose: layer -> bool [E], if some are excluded.
     """
 
     format: str

@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 written as Mistral publishes its models of that kind: own names, `params.json`."""
+"""A DeepSeek-V3 in the form of Mistral's published models: own names, `params.json`."""
 
 from __future__ import annotations
 

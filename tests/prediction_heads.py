@@ -1,7 +1,7 @@
 """Tiny checkpoints with a multi-token-prediction head that is often right, by construction.
 
-The next token is a permutation of the last one wherever the random layers do not outweigh the
-embedding, which they do often, so that profiles differ. The head knows the permutation.
+The next token is a permutation of the last one unless the random layers outweigh the embedding,
+which they do often, so that profiles differ. The head knows the permutation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_glm4_moe_with_head(directory: Path) -> CheckpointInfo:
-    """Write a GLM-4-MoE whose head lies behind its decoder layers, in the same file."""
+    """Write a GLM-4-MoE with a head after its decoder layers, in the same file."""
     last = make_checkpoint("glm4_moe", directory).layers[-1]
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -36,7 +36,7 @@ def make_glm4_moe_with_head(directory: Path) -> CheckpointInfo:
 
 
 def add_qwen_head(directory: Path) -> CheckpointInfo:
-    """Give a Qwen3.5 a head beside its decoder layers, the block of which is that of layer 1."""
+    """Give a Qwen3.5 a head beside its decoder layers, with the block of layer 1."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     permute(tensors, "model.language_model.embed_tokens.weight", scale=0.65)

@@ -1,6 +1,6 @@
-"""Matrices quantized as published checkpoints hold them, and what they then are.
+"""Matrices quantized as in published checkpoints, and their exact values.
 
-Written from the formats' descriptions, apart from the package's own decoding.
+Written from the formats' descriptions, independent of the package's own decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
 HALVES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of e2m1, without sign
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
-# Parts of a matrix [N, K] as the checkpoint has them, and the matrix that they stand for, float32.
+# Parts of a matrix [N, K] as the checkpoint has them, and the matrix that they encode, float32.
 Quantized = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -330,7 +330,7 @@ def in_bfloat16(directory: Path) -> None:
 
 
 def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = False) -> Path:
-    """Write a checkpoint whose experts are quantized, and beside it what it stands for.
+    """Write a checkpoint with quantized experts, and beside it a plain one with the same values.
 
     Args:
         source: a checkpoint of one shard with per-expert matrices; its dtype is that of the rest.
@@ -358,7 +358,7 @@ def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = F
 
 
 def quantize_gpt_oss(source: Path, target: Path) -> Path:
-    """The same of a gpt-oss checkpoint, whose tensors hold all experts of a layer, transposed."""
+    """The same for a gpt-oss checkpoint; its tensors hold all experts of a layer, transposed."""
     quantized, dense = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         quantized[name] = dense[name] = tensor

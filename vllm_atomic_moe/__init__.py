@@ -8,10 +8,9 @@ _registered = False
 def register() -> None:
     """Entry point of `vllm.general_plugins`: make the load format `atomic-pruned` known.
 
-    vLLM calls it in the API server, the engine and every worker, also for people who do not use
-    the load format: it runs once, imports vLLM's loader registry and nothing of the layer, and
-    never raises.
-    What is wrong with a request to serve a pruned model raises in the loader.
+    vLLM calls it in the API server, the engine and every worker, also for users of other load
+    formats: it runs once, imports vLLM's loader registry and nothing of the layer, and never
+    raises. Invalid requests raise in the loader.
     """
     global _registered
     if _registered:
@@ -30,7 +29,7 @@ def register() -> None:
 
 
 def _offer_profiles() -> None:
-    """Where requests are admitted to a pruned model: API servers import much, others do not."""
+    """Called where requests to a pruned model are admitted: only API servers import much."""
     from vllm_atomic_moe.control import attach_to_api_servers
 
     attach_to_api_servers()

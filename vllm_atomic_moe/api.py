@@ -10,14 +10,16 @@ progress and warnings go to callbacks. What is refused raises ValueError with on
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_atomic_moe.convert.exporting import export as exporting
-from vllm_atomic_moe.convert.exporting.export import ExportResult
+from vllm_atomic_moe.convert.exporting.export import ExportResult, Refitted
 from vllm_atomic_moe.files.plain_files import check_output
 from vllm_atomic_moe.files.profiles import PruningProfile as Profile
 from vllm_atomic_moe.files.statistics import Statistics
@@ -30,6 +32,7 @@ from vllm_atomic_moe.scoring.pruning import (
 )
 
 if TYPE_CHECKING:
+    from vllm_atomic_moe.calibration.refit import Kind, ModelFit
     from vllm_atomic_moe.measure.evaluation import Row
 
 __all__ = [
@@ -72,14 +75,14 @@ def calibrate(
 ) -> Statistics:
     """Run a model over text and sum up what the atoms of its experts do.
 
-    Processes that torchrun started share the windows, and all return the same; the first of them
-    writes, and is the one that calls back with lines.
+    Processes that torchrun started share the windows, and all return the same; only the first one
+    writes the file and calls `on_note` and `on_warning`.
 
     Args:
         model: local directory or Hugging Face id.
-        data: `FILE[:DOMAIN]`, at least one.
+        data: `PATH[:DOMAIN]`, at least one.
         output: statistics file to write or replace; None writes none.
-        field: field or column of the files; None stands for `text`, else `messages`.
+        field: field or column of the files; None means `text`, else `messages`.
         samples: windows per domain.
         seq_len: tokens per window.
         batch_size: windows per forward; the sums do not depend on it.
@@ -88,11 +91,11 @@ def calibrate(
         seed: for drawing windows.
         gradients: run the backward pass, which heapr needs.
         shard: `i/N`, to run this part of the windows only.
-        stream: run layer by layer; None: where the weights do not fit what is free.
-        scratch: directory for layers' inputs; it streams, and goes on after a kill.
+        stream: run layer by layer; None: if the weights do not fit the free memory.
+        scratch: directory for layers' inputs; implies `stream`, and continues after a kill.
         trust_remote_code: run Python files that come with the model.
         on_progress: called with (steps done, steps in all).
-        on_note: called with a line about how it is done, before it is.
+        on_note: called with a line that says how the run is done, before it starts.
         on_warning: called with one line.
 
     Raises:
@@ -137,6 +140,16 @@ def prune(
     method: str | None = None,
     name: str | None = None,
     domain: Sequence[str] | None = None,
+    compensate: File | None = None,
+    data: Sequence[str] | None = None,
+    field: str | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_note: Callable[[str], None] = lambda line: None,
     on_warning: Callable[[str], None] = _warn,
     **options: Value | None,
 ) -> Profile:
@@ -147,10 +160,16 @@ def prune(
         ratio: fraction of atoms (shape, reap: of experts) to remove, 0 <= ratio < 1.
         output: directory to write NAME.safetensors to, which is replaced; None writes none.
         method: name of the method; None for a score file, which carries its own.
-        name: of the profile; None stands for METHOD-PERCENT, as in heapr-25.
-        domain: score by the tokens of these domains only; None stands for all.
+        name: of the profile; None means METHOD-PERCENT, as in heapr-25.
+        domain: score by the tokens of these domains only; None means all.
+        compensate: the model, local directory or Hugging Face id, to fit a scale and a bias of
+            every expert's output to, which make up for what is pruned; None fits none.
+        data: `FILE[:DOMAIN]`, the text to fit on.
+        field, samples, seq_len, batch_size, dtype, device, trust_remote_code: as of `calibrate`,
+            of the fit.
+        on_note: called with a line about every layer that was fitted.
         on_warning: called with one line.
-        options: of the method, such as `scope` and `align`; None stands for its default.
+        options: of the method, such as `scope` and `align`; None means its default.
 
     Raises:
         ValueError: the source, the method, an option or the ratio is refused, or the output cannot
@@ -161,6 +180,18 @@ def prune(
     else:
         scores = load_scores(Path(source), method, options, domain)
     profile = make_profile(scores, ratio, name, **options)
+    if data and compensate is None:
+        raise ValueError("--data is for --compensate MODEL; add it, or leave --data out")
+    if compensate is not None:
+        fit_options = (field, samples, seq_len, batch_size, dtype, device, trust_remote_code)
+        kind: Kind = "scale and bias"
+        fitted = _fit(compensate, profile, kind, data, fit_options, on_note, on_warning)
+        report = {"compensation": json.dumps(fitted.report())}
+        profile = replace(
+            profile,
+            compensation=fitted.compensation(),
+            metadata={**profile.metadata, **report},
+        )
     if output is not None:
         profile.write_into(Path(output))
     if line := unknown_groups(scores, profile):
@@ -174,7 +205,17 @@ def export(
     output: File,
     *,
     plain: bool = False,
+    refit: bool = False,
+    data: Sequence[str] | None = None,
+    field: str | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda line: None,
     on_warning: Callable[[str], None] = _warn,
 ) -> ExportResult:
     """Write a checkpoint that holds the atoms of one profile only.
@@ -183,20 +224,69 @@ def export(
         model: local directory or Hugging Face id.
         profile: profile file.
         output: directory to make; an export of the same model and profile is replaced.
-        plain: an ordinary checkpoint, for engines that know no profiles.
+        plain: write an ordinary checkpoint, for engines that do not know profiles.
+        refit: fit down_proj anew, so that the atoms that stay make up for those that go.
+        data: `FILE[:DOMAIN]`, the text to fit on.
+        field, samples, seq_len, batch_size, dtype, device, trust_remote_code: as of `calibrate`,
+            of the fit.
         on_progress: called with (bytes written, bytes in all).
+        on_note: called with a line about every layer that was fitted.
         on_warning: called with one line.
 
     Raises:
-        ValueError: model, profile or output is refused, or the disk is too small.
+        ValueError: model, profile, text or output is refused, or the disk is too small.
         OSError: a file cannot be read or written.
     """
+    if data and not refit:
+        raise ValueError("--data is for --refit; add it, or leave --data out")
+    options = (field, samples, seq_len, batch_size, dtype, device, trust_remote_code)
+
+    def fit_columns(chosen: Profile) -> Refitted:
+        fitted = _fit(model, chosen, "columns", data, options, on_note, on_warning)
+        return Refitted(fitted.columns(), fitted.report())
+
     result = exporting.export(
-        os.fspath(model), Path(profile), Path(output), plain=plain, on_progress=on_progress
+        os.fspath(model),
+        Path(profile),
+        Path(output),
+        plain=plain,
+        refit=fit_columns if refit else None,
+        on_progress=on_progress,
     )
     for line in result.warnings:
         on_warning(line)
     return result
+
+
+def _fit(
+    model: File,
+    profile: Profile,
+    kind: Kind,
+    data: Sequence[str] | None,
+    options: tuple[str | None, int, int, int, str, str, bool],
+    on_note: Callable[[str], None],
+    on_warning: Callable[[str], None],
+) -> ModelFit:
+    """Make up for what a profile prunes.
+
+    Args:
+        options: field, samples, seq_len, batch_size, dtype, device, trust_remote_code.
+
+    Raises:
+        ValueError: as `fit_model`; or there is no text.
+    """
+    from vllm_atomic_moe.calibration.collect import CalibrationOptions
+    from vllm_atomic_moe.calibration.refit import fit_model
+
+    if not data:
+        raise ValueError("a fit needs text; name it with --data FILE[:DOMAIN]")
+    names = ("field", "samples", "seq_len", "batch_size", "dtype", "device", "trust_remote_code")
+    given = dict(zip(names, options, strict=True))
+    chosen = CalibrationOptions(**given, gradients=False)  # type: ignore[arg-type]
+    fitted = fit_model(os.fspath(model), profile, kind, data, chosen, on_note)
+    for line in fitted.warnings:
+        on_warning(line)
+    return fitted
 
 
 def evaluate(
@@ -219,16 +309,16 @@ def evaluate(
 
     Args:
         model: local directory or Hugging Face id.
-        data: held-out text, `FILE[:DOMAIN]`, at least one.
-        profiles: directory of profiles, or a Hub repository of them; None stands for
+        data: held-out text, `PATH[:DOMAIN]`, at least one.
+        profiles: directory of profiles, or a Hub repository of them; None means
             MODEL/atomic_profiles.
-        profile: names of the profiles to measure; None stands for all.
-        seq_len: tokens per window; None stands for the context, 2048 at most.
-        field: field or column of the files; None stands for `text`, else `messages`.
+        profile: names of the profiles to measure; None means all.
+        seq_len: tokens per window; None means the context, 2048 at most.
+        field: field or column of the files; None means `text`, else `messages`.
         samples: windows per domain at most.
         dtype: as vLLM's --dtype.
         trust_remote_code: run Python files that come with the model.
-        on_progress: called with (profiles done, profiles in all, profile that comes next).
+        on_progress: called with (profiles done, profiles in all, the next profile).
 
     Raises:
         ValueError: text, model, profile or an option is refused, before any engine starts.

@@ -1,4 +1,4 @@
-"""Real servers: started as a user would, asked over HTTP, ended by their process group."""
+"""Real servers: started like a user's, asked over HTTP, ended by their process group."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class AdminServer:
         return self.server.url
 
     def log(self) -> str:
-        """What it has printed so far."""
+        """Its output so far."""
         return self.server.log.read_text(errors="replace")
 
     def ask(self, method: str, path: str, key: str | None = ADMIN_KEY, **options: Any) -> Any:
@@ -97,7 +97,7 @@ class AdminServer:
         return self.ask("PUT", "/atomic/v1/active", json=body, timeout=timeout)
 
     def changed(self, profile: str, **body: Any) -> dict[str, Any]:
-        """What a change of the active profile that must succeed says."""
+        """The answer to a change of the active profile that must succeed."""
         answer = self.activate(profile, **body)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -111,7 +111,7 @@ class AdminServer:
         return self.ask("DELETE", f"/atomic/v1/profiles/{profile}")
 
     def complete(self, prompt: str, profile: str | None = None, **settings: Any) -> dict[str, Any]:
-        """One greedy completion by a profile, or by the active one: what the API says."""
+        """The API's answer: one greedy completion by a profile, or by the active one."""
         model = f"demo:{profile}" if profile else "demo"
         body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 8, **settings}
         answer = self.ask("POST", "/v1/completions", key=SERVING_KEY, json=body)
@@ -156,7 +156,7 @@ def admin_server(
     Args:
         directory: empty; for the log and the faults.
         extra: options of the loader.
-        flags: more of `vllm serve`; the dtype is float32, so that answers can be compared.
+        flags: more flags of `vllm serve`; the dtype is float32, so that answers can be compared.
         model: checkpoint.
         eager: whether compilation is off.
         max_model_len: tokens of a request.

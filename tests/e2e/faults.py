@@ -1,12 +1,12 @@
-"""Faults injected into real servers: a vLLM plug-in of these tests.
+"""A vLLM plug-in of these tests that injects faults into real servers.
 
-`installed(directory)` makes an entry point of it. In a server whose environment names the plug-in,
-the file `directory/VERB` makes that call of `atomic_moe_rank` go wrong, as its text says: `fail`,
-`raise` (in the last layer, half way), `exit` (the process ends), `sleep SECONDS`; with `@RANK`
-behind it, on that one of all engines' ranks only. `directory/step` slows every step of the engine
-by so many seconds.
+`installed(directory)` registers it as an entry point. If the environment of a server names the
+plug-in, the text of the file `directory/VERB` says how that call of `atomic_moe_rank` fails:
+`fail`, `raise` (in the last layer, half way), `exit` (ends the process), `sleep SECONDS`; `@RANK`
+appended limits it to one of all engines' ranks. `directory/step` slows every step of the engine by
+that many seconds.
 
-The variable GATHERS lends vLLM's CPU ranks what data parallel MoE needs and they lack.
+The variable GATHERS adds the collectives that vLLM's CPU ranks lack for data parallel MoE.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GATHERS = "ATOMIC_MOE_TEST_CPU_GATHERS"
 
 
 def installed(directory: Path) -> dict[str, str]:
-    """Put the entry point into `directory`; gives the environment that a server needs."""
+    """Put the entry point into `directory`; return the environment that a server needs."""
     metadata = directory / "atomic_moe_faults-0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: atomic-moe-faults\nVersion: 0\n")
@@ -36,7 +36,7 @@ def installed(directory: Path) -> dict[str, str]:
 
 
 def read(path: Path) -> str:
-    """A file's text; empty if it is not there, or gone in this moment."""
+    """A file's text; empty if the file is missing, or just removed."""
     try:
         return path.read_text()
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def read(path: Path) -> str:
 
 
 def register() -> None:
-    """In every vLLM process, behind the project's own `register()`."""
+    """In every vLLM process, after the project's own `register()`."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -79,7 +79,7 @@ def register() -> None:
 
 
 def _go_wrong(worker, what, verb, arguments, answer):
-    """The reply of a call that goes wrong."""
+    """The reply of a failing call."""
     if what[0] == "exit":
         os._exit(1)
     if what[0] == "sleep":
@@ -103,7 +103,7 @@ def _go_wrong(worker, what, verb, arguments, answer):
 
 
 def let_cpu_ranks_gather() -> None:
-    """vLLM's CPU ranks lack two collectives that data parallel MoE needs: over gloo, for tests."""
+    """Add two collectives over gloo that vLLM's CPU ranks lack for data parallel MoE."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: Any = None) -> Any:

@@ -1,15 +1,14 @@
-"""Many clients, many profiles, one server: is every answer the answer of the right profile?
+"""Many clients, many profiles, one server: does the right profile give every answer?
 
-Clients ask without a pause, streaming and not, prompts that share prefixes; each request names one
-of the profiles, by model name or by `vllm_xargs`, or none. Some clients hang up. Meanwhile the
-active profile is changed, and one more profile is loaded and unloaded, which clients name as well:
-they get its answer, or vLLM's 404. References come from servers
-with one profile each, one request at a time, and only prompts are used whose greedy choices are
-clear: the best token leads the second by more than `MARGIN` in log-probability at every step, so
-that how requests are batched cannot change it. An answer is right if the text is the profile's and
-every token's log-probability is within `TOLERANCE`: prefixes of another profile in the cache show
-there long before they change a token. A request that names none may have any profile that was
-active between its beginning and its answer's; the answer's header says which.
+Clients ask without a pause, streaming and not, with prompts that share prefixes; each request names
+one of the profiles, by model name or by `vllm_xargs`, or none. Some clients hang up. Meanwhile the
+active profile changes, and one more profile is loaded and unloaded, which clients also name: they
+get its answer, or vLLM's 404. References come from servers with one profile each, one request at a
+time. Only prompts with clear greedy choices are used: the best token leads the second by more than
+`MARGIN` in log-probability at every step, so that batching cannot change it. An answer is right if
+the text is the profile's and every token's log-probability is within `TOLERANCE`, which shows
+cached prefixes of another profile long before they change a token. A request that names none may
+have any profile that was active between its start and its answer; the answer's header names it.
 
     python -m tests.e2e.soak [--requests 5000] [--changes 200] [--compiled] [--blocks N]
 """
@@ -58,7 +57,7 @@ class Answer:
     logprobs: tuple[float, ...]
 
     def equals(self, other: Answer) -> bool:
-        """Whether one profile gave both."""
+        """Whether both come from one profile."""
         return (
             self.text == other.text
             and len(self.logprobs) == len(other.logprobs)
@@ -74,17 +73,17 @@ References = dict[str, dict[str, Answer]]
 
 @dataclass
 class SoakReport:
-    """What a soak saw.
+    """The result of a soak.
 
     Attributes:
         answers: profile -> completed answers that are its own and no other's.
-        unnamed: how many of them were to requests that named none.
-        wrong: completed answers of no profile, of several, or of another than the right one.
-        hung_up: requests whose clients went away.
-        errors: what went wrong otherwise, in words.
+        unnamed: the number of these whose requests named none.
+        wrong: completed answers of no profile, of several, or of a wrong one.
+        hung_up: requests whose clients disconnected.
+        errors: other failures, in words.
         changes: of the active profile.
-        loads: how often the extra profile was loaded, asked and unloaded.
-        in_use: how often unloading it was refused, since clients were using it.
+        loads: number of times the extra profile was loaded, asked and unloaded.
+        in_use: number of times its unloading was refused, since clients used it.
         unknown: requests for it that were refused, since it was not loaded.
         change_ms: milliseconds of each change.
         prefix_hits: tokens that vLLM took from its prefix cache.
@@ -117,7 +116,7 @@ class SoakReport:
 def clear_answers(
     server: AdminServer, profile: str | None, tokens: int, prompts: int = 48
 ) -> dict[str, Answer]:
-    """What a profile answers, to those of so many prompts that it answers clearly."""
+    """A profile's answers, for the prompts that it answers clearly."""
     found = {}
     for prompt in candidate_prompts(prompts):
         answer = server.complete(prompt, profile, max_tokens=tokens, logprobs=2, ignore_eos=True)[
@@ -164,7 +163,7 @@ class Soak:
 
     Args:
         server: has loaded PROFILES, and could load EXTRA.
-        references: what is right.
+        references: the right answers.
         tokens: generated for each request.
     """
 
@@ -178,7 +177,7 @@ class Soak:
         self.changes: list[tuple[float, float, str]] = [(0.0, 0.0, active)]
 
     def run(self, requests: int, changes: int) -> SoakReport:
-        """At least so many requests and changes of the active profile."""
+        """At least this many requests and changes of the active profile."""
         report = SoakReport()
         before = self._vllm_metrics()
         done = threading.Event()
@@ -295,7 +294,7 @@ class Soak:
     def _ask(
         self, prompt: str, named: str | None, stream: bool, by_argument: bool
     ) -> tuple[Answer, str | None, str]:
-        """The answer, why it ended, and the profile that the header names."""
+        """The answer, its finish reason, and the profile that the header names."""
         raw = self.client.completions.with_raw_response.create(
             **self._body(prompt, named, by_argument), stream=stream
         )
@@ -307,7 +306,7 @@ class Soak:
         return found, parts[-1].finish_reason, raw.headers[HEADER]
 
     def _hang_up(self, prompt: str, named: str | None) -> None:
-        """Go away after the first token."""
+        """Disconnect after the first token."""
         with self.client.completions.create(
             **self._body(prompt, named, False), stream=True
         ) as answer:
@@ -358,7 +357,7 @@ def summary(report: SoakReport) -> dict[str, object]:
 
 
 def main() -> int:
-    """Run a soak and print what it saw, as JSON."""
+    """Run a soak and print its result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--changes", type=int, default=200)

@@ -54,7 +54,7 @@ def profiles(tmp_path_factory):
 
 
 def write_hollow(directory, seed, name="hollow"):
-    """A profile whose atoms are all in heapr-20's, so that it can be loaded at any time."""
+    """A profile with all its atoms in heapr-20, so that it can be loaded at any time."""
     model = describe_checkpoint(DEMO)
     union = PruningProfile.read(DEMO / "atomic_profiles/heapr-20.safetensors").keep
     masks = {layer: mask & union[layer] for layer, mask in ragged_masks(model, seed=seed).items()}
@@ -73,7 +73,7 @@ def server(tmp_path_factory, profiles):
 
 @pytest.fixture(scope="module")
 def scores(server):
-    """What every loaded profile makes of a prompt."""
+    """Every loaded profile's scores of a prompt."""
     return {name: server.scores(PROMPT, name) for name in LOADED}
 
 
@@ -224,11 +224,11 @@ def test_the_answer_of_a_change(server):
 def test_words_of_version_0_1_are_taken_with_a_warning(server):
     assert server.changed("heapr-40", mode="wait", timeout_s=5)["active"] == "heapr-40"
     assert server.changed(ACTIVE, mode="abort")["active"] == ACTIVE
-    assert "`mode` and `timeout_s` are of version 0.1" in server.log()
+    assert "`mode` and `timeout_s` belong to version 0.1" in server.log()
 
 
 def test_operators_at_once_leave_one_outcome(server, scores):
-    """Whatever the race: every change is done, and both API servers agree on the last one."""
+    """In any race, every change is made, and both API servers agree on the last one."""
     before = server.status()["generation"]
     names = ["heapr-40", "shape-20", "hollow", ACTIVE] * 3
     with ThreadPoolExecutor(len(names)) as pool:
@@ -431,7 +431,7 @@ def test_the_client_changes_a_fleet(server):
         assert (code, json.loads(out)[0]["result"]) == (0, result)
     code, _, err = atomic_moe("activate", ACTIVE, "--url", one, "--mode", "wait")
     assert code == 0
-    assert "of version 0.1" in err
+    assert "belong to version 0.1" in err
 
 
 def test_the_client_talks_to_the_address_it_is_given(server):
@@ -566,7 +566,7 @@ def test_the_documentation_names_every_code(server):
 
 @pytest.mark.parametrize("key", [ADMIN_KEY, None])
 def test_requests_of_any_kind_are_answered_as_documented(server, key):
-    """schemathesis makes requests out of the server's own description, good and bad ones."""
+    """schemathesis makes valid and invalid requests from the server's own description."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = list(schema.include(path_regex="^/atomic/v1/").get_all_operations())
     assert len(operations) == len(ROUTES)

@@ -1,4 +1,4 @@
-"""The admin endpoint where there is no engine: a render server starts in seconds."""
+"""The admin endpoint without an engine: a render server starts in seconds."""
 
 from __future__ import annotations
 

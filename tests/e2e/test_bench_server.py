@@ -1,4 +1,4 @@
-"""The server benchmark on the demo, with a plan too small to mean anything: what it reports."""
+"""The report of the server benchmark on the demo, with a plan too small for real figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DENSE_BYTES = 4 * 16 * 3 * 128 * 128 * 2
 
 @pytest.fixture(scope="module")
 def measured():
-    """The report, what the progress said, and the process groups that were started."""
+    """The report, the progress, and the process groups that were started."""
     groups, said = [], []
     with pytest.MonkeyPatch.context() as patch:
         for key, value in ENVIRONMENT.items():

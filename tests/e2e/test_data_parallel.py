@@ -1,15 +1,16 @@
-"""Several engines: all of them agree, or the answer says which do not.
+"""Several engines: all of them agree, or the answer names those that do not.
 
-vLLM's CPU ranks lack two collectives that data parallel MoE needs; a plug-in of these tests lends
-them. The tests share one server with two engines and two API servers, in this order; the last one
-ends it.
+vLLM's CPU ranks lack two collectives for data parallel MoE; a plug-in of these tests adds them. The
+tests share one server with two engines and two API servers, in this order; the last one ends it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,25 @@ def scores_of(server, names):
     for job, values in zip(jobs, found, strict=True):
         assert values == pytest.approx(first[job], abs=1e-4), job
     return first
+
+
+@pytest.mark.parametrize("encoding", ["fp8", "int4", "mxfp4"])
+def test_engines_share_quantized_experts(tmp_path, encoding):
+    """Every engine holds the codes and scales of its share, and both answer as one does."""
+    model = tmp_path / "model"
+    recipe = ROOT / "deploy/demo/recipe/quantize.py"
+    subprocess.run([sys.executable, recipe, DEMO, model, encoding], check=True)
+    (tmp_path / "one").mkdir()
+    with admin_server(tmp_path / "one", PROFILES, model=model) as server:
+        alone = server.status()["memory"]["resident_bytes"]
+        wanted = scores_of(server, NAMES)
+    (tmp_path / "two").mkdir()
+    with admin_server(tmp_path / "two", PROFILES, *FLAGS, model=model, **RANKS) as server:
+        check(server, wanted, NAMES)
+        memory = server.status()["memory"]
+    assert len(memory["rank_resident_bytes"]) == 2
+    assert memory["resident_bytes"] < 1.02 * alone
+    shutil.rmtree(model)
 
 
 @pytest.fixture(scope="module")

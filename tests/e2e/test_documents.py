@@ -1,4 +1,4 @@
-"""The ways from a text to a served profile in the documents, typed as they stand."""
+"""The documents' commands from a text to a served profile, run literally."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DATA = DEMO.parent / "data"
 
 
 def make_model(directory):
-    """A MODEL whose profiles are those that the README speaks of: heapr-25 is yet to be made."""
+    """A MODEL with the profiles of the README; its commands make heapr-25."""
     model = directory / "MODEL"
     profiles = model / "atomic_profiles"
     profiles.mkdir(parents=True)
     for file in DEMO.iterdir():
         if file.is_file():
             (model / file.name).symlink_to(file)
-    # Windows are 2048 tokens long, unless one says otherwise.
+    # Windows have 2048 tokens by default.
     config = json.loads((DEMO / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (model / "config.json").unlink()
     (model / "config.json").write_text(json.dumps(config))
@@ -44,7 +44,7 @@ def test_from_a_text_to_a_request_for_a_profile(tmp_path):
     make_texts(tmp_path)
     environment = {**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
     chosen = [block for block in blocks("README.md") if "run" in block.needs]
-    # Each server takes the place of the one before.
+    # Each server replaces the one before.
     first, second = chosen[:1], chosen[1:]
     assert "heapr-25" in run(first, tmp_path, free_port(), environment)
     printed = run(second, tmp_path, free_port(), environment)

@@ -1,4 +1,4 @@
-"""A newcomer: clone, `make install`, and the tools are there, with nothing installed by hand."""
+"""After a clone and `make install` the tools work, with nothing installed by hand."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The CPU image, built and run without a Docker engine: by buildah, over Debian's own Python.
+"""The CPU image, built and run by buildah without a Docker engine, on Debian's own Python.
 
-Needs root and Debian's packages buildah and mmdebstrap. Prints the image's size and what a start
-takes (`pytest -s`).
+Needs root and Debian's packages buildah and mmdebstrap. Prints the image's size and the time of a
+start (`pytest -s`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def buildah(*arguments: str | Path) -> str:
 
 
 def base_image(directory: Path) -> None:
-    """What python:3.11-slim-bookworm stands for: Debian's smallest system with Python 3.11."""
+    """In place of python:3.11-slim-bookworm: Debian's smallest system with Python 3.11."""
     packages = "python3,python3-venv,ca-certificates"
     archive = directory / "base.tar"
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Loading 576 MiB of experts: the pruned memory is never there, at peak or at rest."""
+"""Loading 576 MiB of experts never allocates the pruned memory, neither at peak nor at rest."""
 
 from __future__ import annotations
 

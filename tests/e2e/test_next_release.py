@@ -1,7 +1,7 @@
-"""The same tests under vLLM 0.33: its Python files over the CPU libraries of the release beside it.
+"""The same tests under vLLM 0.33: its Python files with the CPU libraries of the installed release.
 
-No CPU build of 0.33 is among the requirements; its wheel for CUDA has the same Python files. They
-are unpacked into a cache outside the repository, beside copies of the installed release's `*.so`.
+The requirements have no CPU build of 0.33; its wheel for CUDA has the same Python files. They are
+unpacked into a cache outside the repository, beside copies of the installed release's `*.so`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The operator's page in a real Chromium, before a real server.
+"""The operator's page in a real Chromium, with a real server.
 
-The tests share one server, in this order; the last one ends it and starts another in its place.
+The tests share one server, in this order; the last one ends it and starts another.
 The screenshots for the README go to build/page/.
 """
 
@@ -85,7 +85,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, server):
-    """Opens the page in a browser of its own; fails where the page broke a rule of its policy."""
+    """Opens the page in its own browser; fails if the page breaks a rule of its policy."""
     with ExitStack() as stack:
         wrong = []
 
@@ -436,7 +436,7 @@ def test_answers_are_stopped_and_errors_are_told(page, server):
 
 
 def test_nothing_is_asked_while_nobody_looks(page):
-    """A browser without a screen never hides a page, so the test says it for the browser."""
+    """A headless browser never hides a page, so the test simulates it."""
     asked = []
     page.on("request", lambda request: asked.append(request.url))
 
@@ -499,7 +499,7 @@ def test_screenshots_for_the_readme(open_page, server, color_scheme):
 
 
 def small(path):
-    """Write a picture with 128 colors: a third of its bytes, and nobody sees it."""
+    """Write a picture with 128 colors: a third of the bytes, without a visible difference."""
     from PIL import Image
 
     Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(

@@ -41,7 +41,7 @@ def server(tmp_path_factory):
 
 
 def check(server, report, requests, changes):
-    """What every soak must show."""
+    """Checks for every soak."""
     print(json.dumps(summary(report), indent=1))
     assert not report.wrong
     assert not report.errors
@@ -57,7 +57,7 @@ def check(server, report, requests, changes):
     assert status["agreed"]
     assert list(status["profiles"]) == list(PROFILES)
     assert server.ask("GET", "/health").status_code == 200
-    # Those whose clients went away are gone too.
+    # Requests of disconnected clients are gone too.
     assert all(not it["running"] + it["waiting"] for it in status["profiles"].values())
 
 
@@ -139,7 +139,7 @@ def test_an_engine_that_dies_is_said_and_the_server_ends(server):
 
 @contextmanager
 def running(server, profile):
-    """A streaming request that has begun: a future of its text and reason. The engine is slow."""
+    """A started streaming request: a future of its text and reason. The engine is slow."""
     begun = threading.Event()
 
     def ask():

@@ -1,4 +1,4 @@
-"""What is released: the wheel and the sdist, the same bytes from the same files, and they serve."""
+"""Released files: wheel and sdist have the same bytes for the same files, and they serve."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_changelog_knows_the_version() -> None:
 
 
 def install(wheel: Path, directory: Path) -> Path:
-    """The wheel in a clean environment, which borrows what the lock files pin; its programs.
+    """The programs of the wheel in a clean environment, which borrows the pinned packages.
 
     A plain path in a .pth file: the .pth files over there, which name this working tree, are not
     read.

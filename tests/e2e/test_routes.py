@@ -1,4 +1,4 @@
-"""Every route that vLLM has answers with the profile that a request names, or with the active one.
+"""All of vLLM's routes answer with the profile that a request names, or with the active one.
 
 One server of the demo under two names, without the admin endpoint: profiles need none.
 """

@@ -1,4 +1,4 @@
-"""vLLM's own way over several machines: two of them on this one's loopback, one core each.
+"""vLLM's own support of several machines: two of them on this machine's loopback, one core each.
 
 Compiled: on CPU vLLM's eager pipelines fail, and a rank of tensor parallelism over machines talks
 over gloo. Node 1 has no API server; changes reach its ranks through the engine.

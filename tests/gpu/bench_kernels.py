@@ -1,8 +1,8 @@
 """Time the Triton kernels at the shapes of real models: `python -m tests.gpu.bench_kernels`.
 
 Needs a CUDA device, torch and Triton. Every call is captured in a CUDA graph and replayed with a
-cold L2 cache; medians. Pruned experts have ragged widths that are no multiple of a tile. `vs dense`
-is the time over this kernel's own dense time × the mean kept width of the routed rows: 1.00 says
+cold L2 cache; medians. Pruned experts have ragged widths, not multiples of a tile. `vs dense` is
+the time over this kernel's own dense time × the mean kept width of the routed rows: 1.00 means
 that pruning pays in full. `mix` is the time of four profiles in one batch over that of the union of
 their atoms under one profile. `--format` quantizes the weights. `--tune` searches tiles for
 `experts/backends/triton.py` instead.

@@ -1,4 +1,4 @@
-"""What an expert computes: our formulas are vLLM's, and so are the names."""
+"""Our formulas of activations equal vLLM's, and the names match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request's profile is, and what the engine core and its workers decide: without a model."""
+"""The profile of a request, and the decisions of engine core and workers, without a model."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_what_a_rank_cannot_load_changes_nothing():
 
 
 def test_changes_take_turns():
-    """The next one begins where the last one has ended, published or undone."""
+    """The next change starts after the last one has ended, published or undone."""
     profiles = CoreProfiles(FakeCore())
     first = profiles.change("1", "activate", "b")
     second = profiles.change("2", "withdraw", "b")
@@ -181,7 +181,7 @@ def test_changes_take_turns():
 
 
 def test_a_change_that_cannot_be_taken_back_ends_all_the_same():
-    """Freed, then to be undone, and its file is gone: what is left is published."""
+    """Undo after a free, with the file gone: the remaining state is published."""
     fake = FakeCore()
     profiles = CoreProfiles(fake)
     profiles.change("1", "withdraw", "b", publish=True)
@@ -195,7 +195,7 @@ def test_a_change_that_cannot_be_taken_back_ends_all_the_same():
 
 
 def test_loading_offers_what_was_only_withdrawn():
-    """As an unloading leaves it that was cut short."""
+    """The state after an interrupted unload."""
     profiles = CoreProfiles(FakeCore())
     known = {"digest": SERVED.loaded["b"].digest, "kept_atoms": SERVED.loaded["b"].kept_atoms}
     profiles.change("1", "withdraw", "b", publish=True)

@@ -1,6 +1,6 @@
-"""Requests of several profiles in one batch, however vLLM runs it: each as it is by itself.
+"""Requests of several profiles in one batch equal single requests, however vLLM runs the batch.
 
-Every test has an engine of its own.
+Every test has its own engine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def alone(model):
 
 
 def served_by_a_child(run, model, prologue="", **environment):
-    """What one of the functions below gives in a process of its own."""
+    """The result of one of the functions below, in its own process."""
     script = f"""
 import json, sys
 from pathlib import Path
@@ -73,14 +73,14 @@ print("ANSWERS", json.dumps(getattr(tests, sys.argv[1])(model)))
 
 
 def test_drafts_chunks_and_preemption(model, alone):
-    """In a process of its own: with what numba leaves behind, no other engine starts there."""
+    """In its own process: after numba no other engine starts there."""
     found, seen = served_by_a_child(serve_under_pressure, model)
     check_same(found, alone.values())
     assert min(seen.values()) > 0, seen
 
 
 def serve_under_pressure(model):
-    """The answers of one batch, and how often each of the things that might mix it up happened."""
+    """The answers of one batch, and counts of the events that might mix them up."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempt, schedule = Scheduler._preempt_request, Scheduler.schedule
@@ -116,7 +116,7 @@ def serve_under_pressure(model):
 
 
 def test_asynchronous_scheduling(model, alone, monkeypatch):
-    """vLLM turns it off on CPUs; it is what GPUs run."""
+    """GPUs run it; vLLM turns it off on CPUs."""
     force_asynchronous_scheduling(monkeypatch.setattr)
     with served(model, MIXED, async_scheduling=True, max_num_batched_tokens=64) as llm:
         assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
@@ -144,7 +144,7 @@ triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_model_runner_v2(model, alone, asynchronous):
-    """The default on GPUs, here through Triton's interpreter; that needs a process of its own."""
+    """The default on GPUs, here in Triton's interpreter, which needs its own process."""
     run = serve_with_runner_v2_asynchronously if asynchronous else serve_with_runner_v2
     environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     found = served_by_a_child(run, model, TRITON_HAS_A_CPU, **environment)

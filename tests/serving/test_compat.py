@@ -1,7 +1,7 @@
-"""The vLLM internals we lean on: a probe that fails names the one that moved.
+"""Probes of the vLLM internals that we use: a failing probe names the one that moved.
 
-Names are written `module:attribute` and looked up by the probe itself, so that one that is gone
-fails alone. Nothing starts an engine. How to run this against another vLLM: patches/README.md.
+Names are `module:attribute`, looked up by the probe itself, so that a missing one fails alone.
+Nothing starts an engine. To run this against another vLLM, see patches/README.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ APPLICATION = "vllm.entrypoints.launchers.app"
 MARK = "vllm.lora.request:LoRARequest"
 PLUGIN = "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"
 
-# What vLLM calls and finds ours instead: name -> its parameters, all of them.
+# Methods that ours replace: name -> all of its parameters.
 OVERRIDDEN = {
     f"{EXPERTS}._get_quant_method": "self prefix quant_config moe_config",
     f"{EXPERTS}.load_weights": "self weights",
@@ -81,7 +81,7 @@ OVERRIDDEN = {
     f"{PLUGIN}.init_state": "self engine_client state args",
 }
 
-# The same, but what follows goes through ours as it comes: name -> its first parameters.
+# The same for methods with further parameters that ours pass through: name -> first parameters.
 WRAPPED = {
     f"{INPUT}.__init__": "self vllm_config",
     f"{INPUT}.process_inputs": "self request_id prompt params",
@@ -128,7 +128,7 @@ CALLED = {
     f"{MOE}.experts.cpu_moe:X86CPUUnquantizedExperts._supports_current_device": call(),
 }
 
-# What we read or write: class -> attributes.
+# Attributes that we read or write: class -> attributes.
 HELD = {
     EXPERTS: "apply_router_weight_on_input e_score_correction_bias expert_map_manager "
     "global_num_experts layer_name moe_config quant_method",
@@ -196,7 +196,7 @@ HELD = {
     "vllm.logprobs:Logprob": "logprob",
 }
 
-# What no signature shows: name, what its source says, and what we build on it.
+# Facts that only the source shows: name, text of its source, and what we build on it.
 SAID = [
     (f"{LOADERS}.utils:process_weights_after_loading", "quant_method.process_weights_after_loading",
      "routing masks and the kernel's arguments are bound there, when all weights have arrived"),
@@ -270,7 +270,7 @@ SAID = [
      "a consequence, not the cause"),
 ]  # fmt: skip
 
-# What a routing mask is refused for, by the attribute it is seen in: router -> attributes.
+# Reasons to refuse a routing mask, by the attribute that shows them: router -> attributes.
 ROUTER_ATTRIBUTES = {
     "CPURouter": "scoring_func e_score_correction_bias use_grouped_topk num_expert_group "
     "topk_group custom_routing_function _hash_indices_table",
@@ -280,7 +280,7 @@ ROUTER_ATTRIBUTES = {
 }
 
 
-# What vLLM cannot do yet, so that we refuse it or did not try: the day it can, its probe fails.
+# Features that vLLM lacks, so that we refuse or did not try them: a probe fails once vLLM has one.
 NOT_YET = {
     "data parallelism on CPU: drop its refusal in `unserved.py`": (
         lambda: not compat.cpu_ranks_can_gather()
@@ -292,7 +292,7 @@ NOT_YET = {
 
 
 def source(name: str) -> str:
-    """Of a module, which is not imported (it may need a GPU), or of something in it."""
+    """Source of a module, without an import (it may need a GPU), or of a part of it."""
     if ":" in name:
         return inspect.getsource(resolve_name(name))
     return Path(find_spec(name).origin).read_text()
@@ -348,7 +348,7 @@ def test_said(name, text, reason):
 
 
 def test_runner_asks_its_router_in_one_place():
-    """A routing mask stands inside that call: a second way would pass it by."""
+    """A routing mask applies inside that call: a second path would bypass it."""
     assert source(RUNNER).count("self.router.select_experts(") == 1
     for step in (f"{MOE}.router.fused_moe_router:FusedMoERouter.select_experts", ROUTER):
         assert len(re.findall(r"= self\._(select_experts|compute_routing)\(", source(step))) == 1
@@ -365,7 +365,7 @@ def test_known_router_holds(router, name):
 
 
 def test_known_routers_choose_by_logits_and_bias_only():
-    """A new argument of a router may be another way to choose: read it before widening this."""
+    """A new argument of a router may change its choice: read the code before widening this."""
     arguments = {
         name
         for router in compat.KNOWN_ROUTERS
@@ -403,7 +403,7 @@ def test_checkpoint_tensors_arrive_under_our_names():
 
 
 def test_loading_keeps_its_order():
-    """Built, then filled, then finished: each step counts on the one before."""
+    """Built, then filled, then finished: each step relies on the one before."""
     steps = ("self.create_model(", "self.load_weights(", "process_weights_after_loading(")
     places = [source(f"{LOADER}.load_model").find(step) for step in steps]
     assert -1 not in places, places
@@ -435,7 +435,7 @@ def test_plugin_groups_and_attached_methods():
 
 
 def test_input_processor_takes_the_mark_by_keyword():
-    """Ours is keyword-only, and passes on what else it is given by place."""
+    """Ours is keyword-only, and passes further positional arguments on."""
     inside = inspect.signature(inspect.unwrap(resolve_name(f"{INPUT}.process_inputs")))
     assert "lora_request" in inside.parameters
     inside.bind("self", "id", "prompt", "params", ("generate",), lora_request=None)
@@ -451,7 +451,7 @@ def test_refusals_are_client_errors_and_the_front_ends_without_names_are_known()
 
 
 def test_a_deferred_utility_answers_when_its_future_does():
-    """What an API server's open call at the engine stands on."""
+    """The basis of an API server's open call at the engine."""
     from concurrent.futures import Future
 
     from vllm.v1.engine import UtilityOutput
@@ -486,7 +486,7 @@ def test_errors_have_the_shape_of_vllm():
 
 
 def test_load_generator_takes_our_flags():
-    """`vllm bench serve`, and the figures that are read from what it saves."""
+    """`vllm bench serve`, and the figures that we read from its result."""
     parser = ArgumentParser()
     resolve_name("vllm.benchmarks.serve:add_cli_args")(parser)
     ours = inspect.getsource(server_benchmark._Bench._load)
@@ -507,7 +507,7 @@ def test_supported_range_is_the_one_probed():
 
 
 def test_experts_classes_of_models_own_differ_in_loading_only():
-    """What `check_layer` lets pass: they define nothing else than how weights arrive."""
+    """Classes that `check_layer` accepts: they define only how weights arrive."""
     from vllm.model_executor.models import dbrx, gpt_oss
 
     from vllm_atomic_moe.engine import compat

@@ -29,15 +29,45 @@ COMMAND = [str(Path(sys.executable).parent / "atomic-moe"), "eval"]
 LENGTH = 100
 
 
-@torch.inference_mode()
-def perplexity(model: Path, text: str) -> float:
-    """Over windows of LENGTH tokens, first tokens not scored, float32."""
+def load(model: Path):
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def windows_of(text: str) -> torch.Tensor:
     ids = torch.tensor(AutoTokenizer.from_pretrained(DEMO)(text)["input_ids"])
-    windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(windows).logits
-    return math.exp(
-        functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+@torch.inference_mode()
+def log_probabilities(model: Path, text: str) -> torch.Tensor:
+    """Of the whole vocabulary, at every token of windows of LENGTH but the last, float32."""
+    return load(model)(windows_of(text)).logits[:, :-1].log_softmax(dim=-1).flatten(0, 1)
+
+
+def perplexity(logprobs: torch.Tensor, text: str) -> float:
+    """First tokens are not scored."""
+    return math.exp(functional.nll_loss(logprobs, windows_of(text)[:, 1:].flatten()))
+
+
+def divergence(dense: torch.Tensor, other: torch.Tensor, text: str) -> float:
+    """Mean over tokens, the long way: the text's token and the likeliest 256 of both, by name."""
+    total = 0.0
+    for *pair, token in zip(dense, other, windows_of(text)[:, 1:].flatten().tolist(), strict=True):
+        told = [{token, *it.topk(256).indices.tolist()} for it in pair]
+        p, q = (it.double().exp().tolist() for it in pair)
+        pairs = [(p[it], q[it]) for it in told[0] & told[1]]
+        pairs.append((1 - sum(it for it, _ in pairs), 1 - sum(it for _, it in pairs)))
+        total += sum(one * math.log(one / two) for one, two in pairs)
+    return total / len(dense)
+
+
+@torch.inference_mode()
+def answers(model: Path, text: str) -> list[list[int]]:
+    prompts = windows_of(text)[:, : LENGTH // 2]
+    told = load(model).generate(
+        prompts, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(prompts)
     )
+    return told[:, LENGTH // 2 :].tolist()
 
 
 def test_rows_and_numbers(tmp_path):
@@ -64,9 +94,23 @@ def test_rows_and_numbers(tmp_path):
         assert dense["delta"][domain] == 0
     assert (tmp_path / "plots" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert pruned["kept_bytes"] == masks.kept_atoms * 3 * 128 * 4
+    equal, count = 0, 0
     for domain, text in texts.items():
-        for row, model in ((dense, DEMO), (pruned, tmp_path / "zeroed")):
-            assert row["perplexity"][domain] == pytest.approx(perplexity(model, text), rel=1e-3)
+        models = (DEMO, tmp_path / "zeroed")
+        of_dense, of_pruned = found = [log_probabilities(model, text) for model in models]
+        for row, logprobs in zip((dense, pruned), found, strict=True):
+            wanted = perplexity(logprobs, text)
+            assert row["perplexity"][domain] == pytest.approx(wanted, rel=1e-3)
+        whole = (of_dense.exp() * (of_dense - of_pruned)).sum(dim=1).mean().item()
+        assert pruned["kl"][domain] == pytest.approx(divergence(*found, text), rel=1e-3)
+        assert 0.85 * whole < pruned["kl"][domain] <= whole
+        told = [answers(model, text) for model in models]
+        equal += sum(one == two for one, two in zip(*told, strict=True))
+        count += len(told[0])
+    assert dense["kl"] == {domain: pytest.approx(0, abs=1e-9) for domain in dense["kl"]}
+    assert dense["answers"] == {"prompts": count, "tokens": 32, "equal": 1.0, "common": 1.0}
+    assert pruned["answers"]["equal"] == pytest.approx(equal / count, abs=1.5 / count)
+    assert pruned["answers"]["equal"] < pruned["answers"]["common"] < 1
     assert dense["tokens"]["all"] == sum(dense["tokens"][domain] for domain in texts)
 
 
@@ -144,6 +188,16 @@ def test_code_runs_only_when_trusted(tmp_path, in_process):
     assert "no tokenizer can be read" in trusted.stderr, trusted.output
 
 
+def served():
+    """What an engine gives of one window of three tokens, and of one prompt."""
+    from vllm_atomic_moe.measure.evaluation import Served
+    from vllm_atomic_moe.measure.likeness import Predictions
+
+    ids = torch.tensor([[5, 4], [6, 6]], dtype=torch.int32)
+    told = Predictions(ids, torch.tensor([[-1.0, -0.5], [-2.0, -2.0]]))
+    return Served({"t": [told]}, [[7, 8]], 2)
+
+
 @pytest.mark.parametrize("part", ["engine", "picture"])
 def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
     """An engine ends the command; a picture does not, for the table took an hour."""
@@ -157,7 +211,7 @@ def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
     if part == "engine":
         monkeypatch.setattr(evaluation, "LLM", fail)
     else:
-        monkeypatch.setattr(evaluation, "_score", lambda *_, **__: ({"t": [[-1.0, -2.0]]}, 2))
+        monkeypatch.setattr(evaluation, "_serve", lambda *_, **__: served())
         monkeypatch.setattr(plots, "plot_perplexity", fail)
     command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]
     done = CliRunner().invoke(app, [*command, "--plot", str(tmp_path / "x.png")])
@@ -176,14 +230,14 @@ def test_rows_measured_before_a_failure_are_kept(tmp_path, in_process, monkeypat
     from vllm_atomic_moe.measure import evaluation
 
     (tmp_path / "t.txt").write_text("word " * 600)
-    scores = iter([({"t": [[-1.0, -2.0]]}, 2)])
+    found = iter([served()])
 
-    def score(*_, **__):
-        if found := next(scores, None):
-            return found
+    def serve(*_, **__):
+        if first := next(found, None):
+            return first
         raise MemoryError("too large")
 
-    monkeypatch.setattr(evaluation, "_score", score)
+    monkeypatch.setattr(evaluation, "_serve", serve)
     command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]
     command += ["--plot", str(tmp_path / "x.png"), *(["--json"] if as_json else [])]
     done = CliRunner().invoke(app, command)

@@ -1,4 +1,4 @@
-"""An exported checkpoint answers as the original does, bit for bit, or is refused by name."""
+"""An exported checkpoint answers like the original, bit for bit, or is refused by name."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_export_serves_what_the_mask_on_the_original_serves(model, exported):
 @pytest.mark.parametrize(
     "options",
     [
-        # Alone it leaves stored rows out; beside `wide` it changes their order.
+        # Alone it omits stored rows; with `wide` it changes their order.
         {"active": "narrow"},
         pytest.param({"active": "narrow", "resident": ["wide"]}, marks=pytest.mark.full),
         pytest.param({"active": "whole"}, marks=pytest.mark.full),
@@ -99,7 +99,7 @@ def test_profiles_beyond_the_export_are_refused_before_weights_are_read(
 
 @pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 def test_stock_loaders_find_no_weights(exported, load_format):
-    """They would not miss the experts: nothing in them checks that expert weights arrived."""
+    """They do not check that expert weights arrived, so they would not notice missing experts."""
     with pytest.raises(RuntimeError, match="Cannot find any model weights"):
         logprobs_of(exported, load_format=load_format)
 

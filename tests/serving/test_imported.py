@@ -1,4 +1,4 @@
-"""A profile of every import format serves, as the masks its file stands for say."""
+"""A profile of every import format is served with the masks of its file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer benchmark: what it draws, that all three contestants compute a layer, the command."""
+"""The layer benchmark: its random draws, its three contestants, the command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = LayerShape("small", 8, 64, 128, 2)
 
 @pytest.fixture(autouse=True)
 def _log_level(monkeypatch):
-    """The command quietens vLLM's log; the tests after these want theirs."""
+    """The command reduces vLLM's log, which later tests need."""
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
 
 
@@ -128,7 +128,9 @@ def test_rounds_take_turns_and_count_what_they_route(monkeypatch):
 
 def test_layers_are_refused_where_vllm_is_not_for_cpus(monkeypatch):
     monkeypatch.setattr(layer_benchmark.current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ValueError, match=r"measured beside vLLM's CPU op.*tests.gpu.bench_kernels"):
+    with pytest.raises(
+        ValueError, match=r"measured against vLLM's CPU op.*tests.gpu.bench_kernels"
+    ):
         layer_benchmark.measure_layers(LayerPlan())
 
 
@@ -170,7 +172,7 @@ def test_command(monkeypatch, tmp_path):
     table = CliRunner().invoke(app, options.split())
     assert "small" in table.stdout
     assert (
-        "other rows and activations, beside plain rows and SiLU of the same atoms:" in table.stdout
+        "other rows and activations, against plain rows and SiLU of the same atoms:" in table.stdout
     )
     assert "ceilings: reading 1.0 GB/s, sgemm 1 GFLOP/s" in table.stdout
 
@@ -184,7 +186,7 @@ def test_command(monkeypatch, tmp_path):
         (["--profile", "heapr-20"], "--profile does not apply to layers"),
         (["model", "--tokens", "8", "--dtype", "float32"], "--tokens, --dtype does not apply to s"),
         (["model", "--calibration", "--plot", "p.png"], "--plot does not apply to calibration"),
-        (["model", "--synthetic"], "--synthetic stands for the MODEL"),
+        (["model", "--synthetic"], "--synthetic replaces MODEL"),
         (["--calibration"], "--calibration needs a MODEL, or --synthetic"),
         ([str(DEMO), "--serve", "--port=1"], "--port is set by the benchmark itself"),
         (["/no/such/model"], "/no/such/model"),

@@ -112,7 +112,10 @@ def test_bad_options_are_refused(model, no_weights_read, extra, words):
             {"enable_expert_parallel": True, "all2all_backend": "deepep_low_latency"},
             r"all-to-all kernels between experts \(--all2all-backend deepep_low_latency\)",
         ),
-        ({"enable_lora": True}, r"LoRA \(--enable-lora; profiles travel .*\); merge the adapter"),
+        (
+            {"enable_lora": True},
+            r"LoRA \(--enable-lora; profiles use its .*\); merge the adapter",
+        ),
         (
             {
                 "enforce_eager": False,
@@ -225,7 +228,7 @@ def test_additional_config_must_be_a_dict(model, no_weights_read):
 
 
 def test_transformers_backend_is_refused_before_anything_is_built(model, tmp_path, no_weights_read):
-    """Asked for, and by vLLM's own choice, for an architecture that it has no model for."""
+    """By a flag, and by vLLM's own choice for an architecture without a model of its own."""
     words = r"the transformers backend \({}; vLLM has no model of its own .*; serve the model dense"
     with pytest.raises(ValueError, match=words.format("Qwen3MoeForCausalLM")):
         load(model, model_impl="transformers")
@@ -303,7 +306,7 @@ def test_profile_of_another_model_is_refused(model, tmp_path, no_weights_read):
     ],
 )
 def test_unsupported_experts_are_refused(model, monkeypatch, nothing_packed, layer_options, words):
-    """Properties no small architecture here has, asked for where the model builds its experts."""
+    """Properties that no small architecture here has, set when the model builds its experts."""
     from vllm.model_executor.models import qwen3_moe
 
     original = qwen3_moe.FusedMoEFactory
@@ -400,7 +403,7 @@ def test_expert_tensor_that_arrives_twice_is_named(model, tmp_path):
 def log(caplog, monkeypatch):
     import vllm.logger
 
-    # An engine whose logging differs from the last one's would replace the handlers.
+    # An engine with another logging configuration would replace the handlers.
     monkeypatch.setattr(vllm.logger, "dictConfig", lambda config: None)
     logger = logging.getLogger("vllm")
     monkeypatch.setattr(logger, "propagate", False)
@@ -597,7 +600,7 @@ def test_profiles_of_a_hub_repository(model, tmp_path, caplog):
 
 
 class World:
-    """Two ranks, of which this is one."""
+    """One of two ranks."""
 
     world_size, cpu_group = 2, None
 

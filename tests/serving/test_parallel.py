@@ -1,4 +1,4 @@
-"""Several ranks answer as one does, in every resident profile, and share its memory."""
+"""Several ranks answer like one, in every resident profile, and share the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ordinary checkpoint answers as the profile does: in stock vLLM and in transformers.
+"""An ordinary checkpoint answers like the profile: in stock vLLM and in transformers.
 
 Legend: E = 8 experts, I = 64 intermediate size, as in `tests/architectures.py`.
 """

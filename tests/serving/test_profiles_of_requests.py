@@ -1,4 +1,4 @@
-"""The profile of a request: each of a batch gets its own, whatever is loaded and changed meanwhile.
+"""Each request of a batch gets its own profile, whatever is loaded and changed meanwhile.
 
 All tests of this file share one engine.
 """
@@ -318,7 +318,7 @@ def test_a_name_is_loaded_anew_from_a_changed_file(llm, model):
         expected = masked_transformers_logprobs(model.directory, new)
         assert close(mixed_logprobs(llm, ["moving", "other"])["moving"], expected)
         request = SimpleNamespace(lora_request=stale, sampling_params=None, pooling_params=None)
-        with pytest.raises(ValueError, match="'moving' is not loaded, or from another file"):
+        with pytest.raises(ValueError, match="'moving' is not loaded, or loaded from another file"):
             llm.llm_engine.engine_core.engine_core.atomic_moe_profiles.admit(request)
         with pytest.raises(VLLMNotFoundError, match="not loaded any more"):
             llm.generate([{"prompt_token_ids": LONG}], lora_request=stale, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""`atomic-moe quality`: what is measured, its intervals, and one run on a tiny model."""
+"""`atomic-moe quality`: its candidates, its intervals, and one run on a tiny model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from vllm_atomic_moe.scoring import known_methods
 
 def row(name, windows, kept=1.0):
     from vllm_atomic_moe.measure.evaluation import Row
+    from vllm_atomic_moe.measure.likeness import Answers
 
     tokens = {domain: 10 * len(values) for domain, values in windows.items()}
     tokens["all"] = sum(tokens.values())
     total = sum(sum(values) for values in windows.values())
     perplexity = {"all": math.exp(-total / tokens["all"])}
-    return Row(name, name, "", kept, 0, perplexity, tokens, windows)
+    answers = Answers(1, 32, 1.0, 1.0)
+    return Row(name, name, "", kept, 0, perplexity, tokens, windows, {"all": 0.0}, answers)
 
 
 def test_intervals_hold_the_figure_and_follow_the_spread_of_windows():
@@ -80,6 +82,7 @@ def test_report_of_a_tiny_model(tmp_path):
     assert report.rstrip() in result.stdout
     assert (out / "quality.png").stat().st_size > 10_000
     told = json.loads((out / "quality.json").read_text())
+    assert all(0 <= row["answers"]["equal"] <= 1 for row in told["rows"])
     by_label = {figure["label"]: figure for figure in told["figures"]}
     assert by_label["random"]["seeds"] == 3
     assert len(list((out / "profiles").iterdir())) == len(told["rows"]) - 1

@@ -403,7 +403,7 @@ def test_groups_that_only_the_router_tells_are_checked():
 
 
 def test_groups_that_the_configuration_tells_are_checked_first(tmp_path, no_weights_read):
-    """By `atomic-moe check` and the loader alike."""
+    """By `atomic-moe check` and by the loader."""
 
     model = tmp_path / "model"
     info = make_checkpoint("glm4_moe", model)

@@ -43,7 +43,7 @@ class RoutedToken:
 
 
 class LongWay:
-    """A layer's experts, one after another, with explicit outputs; and all that they saw."""
+    """A layer's experts, one after another, with explicit outputs, and a record of all rows."""
 
     def __init__(self, directory: Path, layer: int, info: CheckpointInfo, dtype: torch.dtype):
         def matrices(names):

@@ -1,4 +1,4 @@
-"""What an admin request has begun is finished, also where whoever waits for it goes away."""
+"""A change that an admin request has begun is finished, even if its client disconnects."""
 
 from __future__ import annotations
 

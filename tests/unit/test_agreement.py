@@ -1,4 +1,4 @@
-"""Tensors, routers and config.json that disagree, and layouts that are not known."""
+"""Tensors, routers and config.json that disagree, and unknown layouts."""
 
 import json
 
@@ -308,7 +308,7 @@ def test_quantized_experts_are_called_so(original, checkpoint, unquantized, nest
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_how_a_checkpoint_is_quantized(original, tmp_path, config, file, found, nested):
-    """Whatever of it is said beside `text_config`, inside it, or in the quantizer's own file."""
+    """Settings beside `text_config`, inside it, or in the quantizer's own file."""
     for told in (
         {**original[1], **config},
         {"text_config": original[1], **config},
@@ -322,7 +322,7 @@ def test_how_a_checkpoint_is_quantized(original, tmp_path, config, file, found, 
 
 
 def test_copies_in_other_dtypes_are_one_model(original, checkpoint):
-    """The router's values decide, not the bytes that they are stored in."""
+    """The router's values decide, not their stored bytes."""
     routed = {
         name: t.bfloat16().float() if ".gate." in name else t for name, t in original[0].items()
     }

@@ -27,7 +27,7 @@ from vllm_atomic_moe.calibration.model import (
     resolve_device,
     resolve_dtype,
 )
-from vllm_atomic_moe.calibration.text import CalibrationText
+from vllm_atomic_moe.calibration.text import CalibrationText, DataFile, draw_windows
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.router import RouterIdentity
@@ -80,8 +80,8 @@ class RowCounter:
     def __init__(self, info):
         self.info, self.rows = info, 0
 
-    def see_routing(self, module, topk_ids):
-        return topk_ids
+    def see_routing(self, module, routed):
+        return routed.topk_ids_TK
 
     def see_expert(self, expert, rows):
         assert rows.h.shape[1] == self.info.intermediate_size
@@ -89,7 +89,9 @@ class RowCounter:
         # Less their bias, if they have one.
         y = rows.y - (rows.y - rows.h @ rows.down_HI.T).mean(dim=0)
         torch.testing.assert_close(rows.h @ rows.down_HI.T, y, rtol=1e-5, atol=1e-5)
+        assert len(rows.tokens) == rows.h.shape[0]
         self.rows += rows.h.shape[0]
+        return rows.y
 
 
 @pytest.mark.parametrize(
@@ -292,6 +294,7 @@ def test_calibrate_records_what_it_did(tiny, text_file):
     assert [(entry["name"], entry["domain"], entry["tokens"]) for entry in corpora] == [
         ("letters.txt", "english", 2000)
     ]
+    text = draw_windows([DataFile(text_file, "english")], character_tokenizer(), 32, 4, 5)
     assert {
         key: statistics.calibration[key] for key in statistics.calibration if key != "corpora"
     } == {
@@ -305,6 +308,7 @@ def test_calibrate_records_what_it_did(tiny, text_file):
         "expert_groups": None,
         "gradients": True,
         "field": None,
+        "windows_sha256": text.digests,
     }
 
 

@@ -97,7 +97,7 @@ def test_what_is_damaged_is_made_again(tiny, stage, damage, tmp_path):
 
 def test_a_finished_run_does_nothing_again(tiny, tmp_path, monkeypatch):
     run(tiny, tmp_path)
-    monkeypatch.setattr(StreamedRun, "_each_batch", None)
+    monkeypatch.setattr(StreamedRun, "each_batch", None)
     monkeypatch.setattr(StreamedRun, "_loss", None)
     sums, before = run(tiny, tmp_path)
     check_equal(sums, tiny[2][True])

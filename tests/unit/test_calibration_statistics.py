@@ -18,6 +18,7 @@ from vllm_atomic_moe.files.statistics import (
     LayerSums,
     Statistics,
     add_sets,
+    data_digest,
     merge,
 )
 
@@ -29,7 +30,15 @@ MODEL = {
     "layers": [1, 3],
     "router_sha256": "0" * 64,
 }
-CALIBRATION = {"domains": ["a", "b"], "tokens": 10, "experts_per_token": 2, "seed": 0}
+WINDOWS = {"a": "0a" * 32, "b": "0b" * 32}
+CALIBRATION = {
+    "domains": ["a", "b"],
+    "corpora": [{"name": "x.txt", "domain": "a"}],
+    "tokens": 10,
+    "experts_per_token": 2,
+    "seed": 0,
+    "windows_sha256": WINDOWS,
+}
 # Two domains; the sets {0, 1} and {2, 3} in both, {1, 2} in the second only.
 SETS = torch.tensor([[0, 0, 1], [0, 2, 3], [1, 0, 1], [1, 1, 2], [1, 2, 3]], dtype=torch.int16)
 
@@ -109,6 +118,10 @@ def test_a_file_comes_back_equal(path):
         ({"model": json.dumps({**MODEL, "layers": [1]})}, r"holds layers \[1, 3\]"),
         ({"calibration": json.dumps({**CALIBRATION, "shards": 3})}, "`shards` is 3, which no"),
         ({"calibration": json.dumps({**CALIBRATION, "corpora": [{}]})}, r"`corpora` is \[\{\}\]"),
+        (
+            {"calibration": json.dumps({**CALIBRATION, "windows_sha256": {"a": "0a"}})},
+            "`windows_sha256` is {'a': '0a'}, which no",
+        ),
         ({"calibration": json.dumps({**CALIBRATION, "tokens": "x"})}, "`tokens` is 'x', which no"),
         ({"model": json.dumps({**MODEL, "layers": "all"})}, "wanted a list and two numbers"),
         ({"model": json.dumps({**MODEL, "num_experts": 5})}, r"wanted float64 \[2, 5\]"),
@@ -206,8 +219,9 @@ def test_the_accumulator_adds_in_float64_and_leaves_its_input_alone():
     h = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16, requires_grad=True)
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.bfloat16)
     down = torch.eye(2, dtype=torch.bfloat16)
-    rows = ExpertRows(x, h * 1, (h @ down.T) * 1, torch.tensor([0.5, 2.0]).bfloat16(), down)
-    layer.see_expert(2, rows)
+    p, tokens = torch.tensor([0.5, 2.0]).bfloat16(), torch.arange(2)
+    rows = ExpertRows(x, h * 1, (h @ down.T) * 1, p, down, tokens)
+    assert layer.see_expert(2, rows) is rows.y
     rows.h.backward(h.detach())
     sums = layer.sums
     assert sums.count.tolist() == [[0, 0, 0], [0, 0, 2]]
@@ -247,6 +261,31 @@ def test_merged_shards_are_the_whole_run():
                 assert torch.equal(getattr(merged.sums[layer], name), tensor), name
 
 
+def test_the_same_windows_may_come_from_other_files():
+    one, two = shards_of(make_sums())
+    other = {**two.calibration, "corpora": [{"name": "y.parquet", "domain": "a"}], "field": "body"}
+    merged = merge([one, Statistics(MODEL, other, two.sums)])
+    assert merged.calibration == CALIBRATION
+    # Version 0.1 tells of the files alone.
+    old = [
+        Statistics(MODEL, {**it.calibration, "windows_sha256": None}, it.sums) for it in (one, two)
+    ]
+    assert data_digest(merge(old).calibration) is None
+    other |= {"windows_sha256": None}
+    with pytest.raises(ValueError, match="calibration `corpora` is"):
+        merge([old[0], Statistics(MODEL, other, two.sums)])
+
+
+def test_the_digest_of_all_data_follows_the_domains():
+    statistics = Statistics(MODEL, CALIBRATION, make_sums())
+    digest = data_digest(statistics.calibration)
+    assert len(digest) == 16
+    swapped, alone = statistics.select(["b", "a"]), statistics.select(["b"])
+    assert data_digest(swapped.calibration) == digest
+    assert alone.calibration["windows_sha256"] == {"b": WINDOWS["b"]}
+    assert data_digest(alone.calibration) != digest
+
+
 def test_an_incomplete_merge_says_so_and_may_go_on():
     one, two = shards_of(make_sums())
     half = merge([one])
@@ -260,8 +299,19 @@ def test_an_incomplete_merge_says_so_and_may_go_on():
         ({"router_sha256": "1" * 64}, {}, "model `router_sha256` is '1111"),
         ({}, {"seed": 3}, "calibration `seed` is 3 in one file and 0 in another"),
         ({}, {"shards": {"of": 3, "here": [2]}}, "calibration `shards` is 3 in one file and 2"),
+        ({}, {"seq_len": 4, "windows_sha256": {"a": "", "b": ""}}, "calibration `seq_len` is 4 in"),
+        (
+            {},
+            {"corpora": [], "windows_sha256": {**WINDOWS, "b": ""}},
+            "calibration `windows_sha256` is '[0-9a-f]{16}' in one file and '[0-9a-f]{16}' in",
+        ),
+        (
+            {},
+            {"corpora": [], "windows_sha256": None},
+            "calibration `windows_sha256` is None in one file and '[0-9a-f]{16}' in another",
+        ),
         ({}, {"dtype": "bfloat16"}, "calibration `dtype` is 'bfloat16' in one file and None"),
-        ({}, {"shards": {"of": 2, "here": [1]}}, "shard 1/2 is there twice"),
+        ({}, {"shards": {"of": 2, "here": [1]}}, "shard 1/2 occurs twice"),
     ],
 )
 def test_shards_of_another_run_are_refused(model, calibration, message):

@@ -7,11 +7,17 @@ import json
 import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from tests.unit.tiny_models import EOS_ID, character_tokenizer, random_text
 from vllm_atomic_moe.calibration.documents import read_documents
-from vllm_atomic_moe.calibration.text import DataFile, draw_windows, parse_data, parse_files
+from vllm_atomic_moe.calibration.text import (
+    DataFile,
+    draw_windows,
+    parse_data,
+    parse_files,
+    take_shard,
+)
 
 TOKENIZER = character_tokenizer()
 
@@ -31,6 +37,14 @@ def write_jsonl(path, *documents):
 
 def write_parquet(path, **columns):
     parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def write_arrow(path, stream=True, **columns):
+    table = pyarrow.table(columns)
+    make = ipc.new_stream if stream else ipc.new_file
+    with make(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
     return path
 
 
@@ -56,7 +70,7 @@ def letters(tmp_path):
 def test_parse_data(name, argument, domain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).touch()
-    parsed = parse_data(argument)
+    [parsed] = parse_data(argument).files
     assert (str(parsed.path), parsed.domain) == (name, domain)
 
 
@@ -66,15 +80,28 @@ def test_parse_data(name, argument, domain, tmp_path, monkeypatch):
         ("missing.txt", "missing.txt does not exist"),
         ("missing.txt:code", "missing.txt does not exist"),
         ("there.txt:", "the domain after the colon is empty"),
-        ("there.csv", "suffix '.csv' is not known; wanted .txt, .jsonl, .json, .parquet, and all"),
-        ("folder", "folder is a directory"),
+        ("there.csv", "suffix '.csv' is not known; wanted .txt, .jsonl, .json, .parquet, .arrow"),
+        ("folder", "folder is a directory without .txt"),
+        ("folder:", "the domain after the colon is empty"),
+        ("*.parquet:code", r"\*.parquet does not exist; wanted a file, a directory or a glob"),
+        ("*.csv", "there.csv: suffix '.csv' is not known"),
+        ("mixed", r"mixed is a directory with .json and .parquet files; .* 'mixed/\*.parquet'"),
+        ("saved", "saved is a dataset with the splits train, test; name one, as in saved/train"),
+        ("saved/test", "saved/test/a.arrow does not exist, and state.json lists it"),
+        ("saved/train", "saved/train/state.json: lists no files"),
     ],
 )
 def test_parse_data_refuses(argument, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.txt").touch()
     (tmp_path / "there.csv").touch()
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "mixed", "saved/train", "saved/test"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a.parquet", "dataset_infos.json", "README.md"):
+        (tmp_path / "mixed" / name).touch()
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "saved/train/state.json").write_text('{"_data_files": [{"filename": "../x"}]}')
+    (tmp_path / "saved/test/state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
     with pytest.raises(ValueError, match=message):
         parse_data(argument)
 
@@ -105,9 +132,12 @@ def test_a_txt_file_is_one_document_without_special_tokens(letters):
 def test_empty_documents_and_null_rows_are_skipped(tmp_path):
     table = write_parquet(tmp_path / "x.parquet", text=["abcd", "", None, "ef"])
     jsonl = tmp_path / "x.jsonl"
-    jsonl.write_text('{"text": "abcd"}\n\n{"text": ""}\n{"text": null}\n{"text": "ef"}\n')
+    jsonl.write_text('{"text": "abcd"}\n\n{"text": ""}\nnull\n{"text": "ef"}\n')
+    listed = tmp_path / "x.json"
+    listed.write_text('[{"text": "abcd"}, null, {"text": null}, {"text": "ef"}]')
+    arrow = write_arrow(tmp_path / "x.arrow", text=["abcd", "", None, "ef"])
     wanted = [*encode("abcd"), EOS_ID, *encode("ef")]
-    for path in (table, jsonl):
+    for path in (table, jsonl, listed, arrow):
         text = draw(path, seq_len=7)
         assert text.windows["d"].flatten().tolist() == wanted
         assert text.warnings == [f"{path.name}: 2 records without text were skipped"]
@@ -269,6 +299,87 @@ def test_parquet_columns_of_every_kind_of_string(kind, tmp_path):
     assert list(read_documents(path)) == [*TEXTS, None]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_arrow_streams_and_files(stream, tmp_path):
+    path = write_arrow(tmp_path / "x.arrow", stream, n=[1, 2, 3], text=TEXTS)
+    assert list(read_documents(path)) == TEXTS
+    chats = pyarrow.array([MESSAGES], pyarrow.list_view(MESSAGE))
+    chatty = character_tokenizer()
+    chatty.chat_template = TEMPLATE
+    path = write_arrow(tmp_path / "y.arrow", stream, messages=chats)
+    assert list(read_documents(path, chatty)) == ["<user>hi<assistant>yes"]
+    with pytest.raises(ValueError, match=r"no column `body` .* among n \(int64\), text \(string"):
+        list(read_documents(tmp_path / "x.arrow", field="body"))
+    for content in (b"", b"text", path.read_bytes()[:-40]):
+        (tmp_path / "z.arrow").write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable arrow file"):
+            list(read_documents(tmp_path / "z.arrow", chatty))
+
+
+def save_to_disk(directory, *shards):
+    """As the package datasets does."""
+    directory.mkdir(parents=True)
+    names = [f"data-{index:05}-of-{len(shards):05}.arrow" for index in range(len(shards))]
+    for name, texts in zip(names, shards, strict=True):
+        write_arrow(directory / name, text=pyarrow.array(texts, pyarrow.large_string()))
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (directory / "state.json").write_text(json.dumps(state))
+    (directory / "dataset_info.json").write_text("{}")
+
+
+def test_directories_and_globs_are_their_files_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    # The last shard has no text at all: its column has no type.
+    for name, texts in (("b", TEXTS[2:]), ("a", TEXTS[:2]), ("c", [None])):
+        write_parquet(tmp_path / f"shards/{name}.parquet", text=texts)
+    (tmp_path / "shards/.hidden.parquet").touch()
+    (tmp_path / "shards/README.md").touch()
+    save_to_disk(tmp_path / "saved/train", TEXTS[:1], [*TEXTS[1:], None])
+    # What its users cached is not part of it.
+    write_arrow(tmp_path / "saved/train/cache-0.arrow", text=["other"])
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train"]}')
+    write_jsonl(tmp_path / "all.jsonl", *TEXTS, None)
+    found = {}
+    for argument, count, domain in (
+        ("all.jsonl", 1, "all"),
+        ("shards", 3, "shards"),
+        ("shards/", 3, "shards"),
+        ("shards:c4", 3, "c4"),
+        ("shards/*.parquet", 3, "shards"),
+        ("shards/*.parquet:c4", 3, "c4"),
+        ("**/*.parquet", 3, tmp_path.name),
+        ("shards/[abc].parquet", 3, "shards"),
+        ("saved", 2, "saved"),
+        ("saved/train", 2, "train"),
+    ):
+        files = parse_files([argument])
+        assert len(files) == count, argument
+        assert files == sorted(files, key=lambda file: file.path)
+        assert {file.domain for file in files} == {domain}
+        renamed = [DataFile(file.path, "d") for file in files]
+        found[argument] = draw_windows(renamed, TOKENIZER, 4, 100, 0)
+        assert len(found[argument].warnings) == 1
+    # The same windows, whatever files they came in.
+    assert len({text.digests["d"] for text in found.values()}) == 1
+    for arguments, message in (
+        (["shards", "shards"], "is given twice"),
+        (["shards:a", "shards/a.parquet"], "would both be domain 'a'"),
+        (["shards:a", "shards/a.parquet:a"], "is given twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_files(arguments)
+
+
+def test_the_digest_is_of_the_windows_of_the_whole_run(letters):
+    text = draw(letters, seq_len=10, samples=20)
+    assert draw(letters, seq_len=10, samples=20).digests == text.digests
+    others = [draw(letters, seq_len=10, samples=20, seed=1), draw(letters, seq_len=10, samples=19)]
+    others += [draw(letters, seq_len=20, samples=10), take_shard(text, 1, 2)]
+    assert text.digests["d"] not in {other.digests["d"] for other in others}
+
+
+MESSAGE = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 

@@ -1,4 +1,4 @@
-"""atomic-moe card: what a repository of profiles says of itself."""
+"""atomic-moe card: the README of a repository of profiles."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is read off a checkpoint before it is loaded."""
+"""The description of a checkpoint before it is loaded."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_names_of_expert_tensors(rest, found):
     "name", ["block_sparse_moe.down_proj", "moe.input_linear", "moe.shared.down_proj"]
 )
 def test_names_that_end_like_another_layouts(name):
-    """Step's `moe.down_proj` is of all experts; a block whose name ends so is not Step's."""
+    """Step's `moe.down_proj` has all experts; another block's name may end in the same way."""
     assert expert_tensor(f"model.layers.12.{name}.weight") is None
 
 
@@ -155,7 +155,7 @@ def test_two_moe_blocks_in_one_layer_are_refused(tmp_path):
 
 
 def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
-    """What is asked of the hub, matched by the hub's own rules."""
+    """The patterns asked of the hub, matched by the hub's own rules."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -229,7 +229,7 @@ def test_expert_groups_of_the_router(tmp_path):
             {"num_experts_per_tok": 5},
             "use 5 experts, wanted 1 to 4 of the 1 groups that its router",
         ),
-        ({"num_experts_per_tok": 9, "n_group": 1}, "a token use 9 experts, wanted 1 to 8; is conf"),
+        ({"num_experts_per_tok": 9, "n_group": 1}, "a token use 9 experts, wanted 1 to 8; is this"),
         ({"num_experts_per_tok": 0}, "a token use 0 experts, wanted 1 to 4"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -269,7 +269,7 @@ def test_group_rule(counts, chosen, top_k, biased, words):
     [(None, None), (8, None), (None, 4), (1, 1), (1, 0), (0, 0), (-1, 1), (3, 1), (8, 2), (16, 1)],
 )
 def test_groups_that_are_none(number, chosen):
-    """As vLLM's routers take them: too few, or not of equal numbers of experts."""
+    """As in vLLM's routers: too few groups, or groups of unequal size, mean none."""
     assert expert_groups(number, chosen, True, 8) is None
 
 

@@ -177,9 +177,13 @@ def test_check_knows_routing_masks_and_expert_groups(work, profiles, tmp_path):
 
 def test_every_method_scope_and_option_prunes(work, tmp_path):
     stats = work / "stats.safetensors"
+    data = re.search("data [0-9a-f]{16}", run("show", stats).stdout)[0]
     for method in known_methods().entries:
         result = run("prune", stats, "--method", method, "--ratio", 0.25, "-o", tmp_path)
         assert result.exit_code == 0, result.output
+        shown = run("show", tmp_path / f"{method}-25.safetensors").stdout.splitlines()[1]
+        assert shown.startswith("calibrated on 4096 tokens, domains one, second, windows of 32, ")
+        assert shown.endswith(data)
         assert PruningProfile.read(tmp_path / f"{method}-25.safetensors").kept == 0.75
     base = ("prune", stats, "--ratio", 0.25, "-o", tmp_path, "--name", "mine")
     for options in (
@@ -196,7 +200,7 @@ def test_every_method_scope_and_option_prunes(work, tmp_path):
 
 
 def test_what_prune_writes_for_a_router_with_groups_passes_check(tmp_path):
-    """Two groups of four experts, of which a token uses one."""
+    """Two groups of four experts; a token uses one group."""
     make_model("deepseek_v3", tmp_path / "model")
     (tmp_path / "t.txt").write_text(random_text(3000))
     command = ("calibrate", tmp_path / "model", "--data", tmp_path / "t.txt", "-o", tmp_path / "s")
@@ -248,12 +252,31 @@ def test_shards_are_merged(work, tmp_path):
         assert f"shards [{number}] of 2" in result.stdout
     result = run("merge", tmp_path / "1", tmp_path / "2", "-o", tmp_path / "both")
     assert result.exit_code == 0, result.output
-    assert "2048 tokens, domains one; " in result.stdout
+    digests = set(re.findall("data [0-9a-f]{16}", result.stdout))
+    words = "2048 tokens, domains one, windows of 32, at most 64 a domain, seed 0, "
+    assert f"{words}{digests.copy().pop()}; " in result.stdout
+    # The digest is of the whole run, so that its parts have the same.
+    for file in (tmp_path / "1", tmp_path / "both"):
+        digests |= set(re.findall("data [0-9a-f]{16}", run("show", file).stdout))
+    assert len(digests) == 1
+    told = json.loads(run("show", tmp_path / "1", "--json").stdout)
+    assert [f"data {it['data']}" for it in told["statistics"]] == [*digests]
+    other = ("--data", work / "two.txt", "--shard", "2/2", "--no-gradients")
+    other = ("calibrate", work / "model", *other, "-o", tmp_path / "other", *SMALL)
+    assert run(*other).exit_code == 0
+    merge = ("merge", tmp_path / "1", tmp_path / "other", "-o", tmp_path / "twice")
+    assert "calibration `domains` is ['two'] in one file and ['one']" in refused(*merge)
+    # Every method but the one that needs gradients does without them.
     prune = ("prune", tmp_path / "both", "--ratio", 0.25, "-o", tmp_path, "--method")
-    assert run(*prune, "camera", "--allow-unseen").exit_code == 0
-    assert "made with --no-gradients" in refused(*prune, "heapr")
+    for method, kind in known_methods().entries.items():
+        if kind.needs:
+            assert method == "heapr"
+            assert "g2, which heapr needs (made with --no-gradients)" in refused(*prune, method)
+        else:
+            unseen = ["--allow-unseen"] if "allow_unseen" in kind.options else []
+            assert run(*prune, method, *unseen).exit_code == 0, method
     merge = ("merge", tmp_path / "1", tmp_path / "1", "-o", tmp_path / "twice")
-    assert "shard 1/2 is there twice" in refused(*merge)
+    assert "shard 1/2 occurs twice" in refused(*merge)
     assert not (tmp_path / "twice").exists()
 
 

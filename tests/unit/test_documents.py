@@ -1,8 +1,9 @@
-"""Documents keep to the code: every command is marked, every path, flag and error line exists."""
+"""Documents agree with the code: every command is marked; paths, flags and messages exist."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -17,9 +18,16 @@ from vllm_atomic_moe.engine.unserved import CONFIGURATION, LAYER, ROUTING
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 SECURITY = (ROOT / "SECURITY.md").read_text()
 ALL = [*DOCUMENTS, "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md", "patches/README.md"]
-SOURCES = "\n".join(
-    path.read_text() for path in sorted((ROOT / "vllm_atomic_moe").rglob("*.py"))
-).replace('"\n', "\n")
+# Files with messages of other packages.
+THEIRS = {
+    "vllm": (
+        "model_executor/model_loader/__init__.py",
+        "v1/worker/cpu_worker.py",
+        "v1/core/kv_cache_utils.py",
+        "entrypoints/openai/models/serving.py",
+    ),
+    "torch": ("_inductor/exc.py",),
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -69,7 +77,7 @@ def test_every_link_to_a_heading_has_one(document):
         assert anchor in slugs, (target, anchor)
 
 
-# The commands of docs/extending.md have an option of its example, and are run by its test.
+# The commands of docs/extending.md use an option of its example; its own test runs them.
 @pytest.mark.parametrize("document", [name for name in ALL if name != "docs/extending.md"])
 def test_every_command_and_flag_of_ours_exists(document):
     commands = get_command(app).commands
@@ -97,29 +105,58 @@ def test_every_make_target_and_variable_exists(document):
             assert f"$({variable})" in makefile, variable
 
 
-def test_error_lines_of_the_table_are_the_codes_own():
-    text = (ROOT / "deploy/README.md").read_text()
-    section = text.partition("## When something goes wrong")[2].partition("\n## ")[0]
-    rows = [row.split("|")[1] for row in section.splitlines() if row.startswith("| ")][1:]
-    assert len(rows) > 10
-    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCES)
-    plain = re.sub(r"\{[^{}]*\}", "…", joined).replace("…", " ")
-    theirs = (
-        "Available memory",
-        "Load format",
-        "InvalidCxxCompiler",
-        "Expert kernel",
-        "/",
-        "failed",
-        "404",
-    )
-    for row in rows:
-        line = re.search(r"`([^`]+)`", row)[1]
-        if line.startswith(theirs):
+def templates(source):
+    """Its strings, except docstrings, in one line each, with … for placeholders."""
+    tree = ast.parse(source)
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(it.value if isinstance(it, ast.Constant) else "…" for it in node.values)
+        elif isinstance(getattr(node, "value", None), str) and node not in docstrings:
+            text = re.sub(r"%(?:\.\d)?[sdf]", "…", node.value).replace("%%", "%")
+        else:
             continue
-        for part in line.split("…"):
-            words = re.sub(r"\s+", " ", part).strip()
-            assert words in re.sub(r"\s+", " ", plain), words
+        yield " ".join(text.replace("`", "").split())
+
+
+def says(found, message):
+    """Whether one of the templates has the parts of the message in order."""
+    parts = [re.escape(" ".join(part.split())) for part in message.split("…")]
+    return any(re.search(".*".join(parts), template) for template in found)
+
+
+def tables_of_failures():
+    """Heading -> rows of the tables in "When it fails"."""
+    section = (ROOT / "deploy/README.md").read_text().partition("\n## When it fails\n")[2]
+    headings = re.findall(r"^### (.*)$", section, re.M)
+    return {heading: rows for heading in headings if (rows := table(section, heading, "###"))}
+
+
+def test_messages_of_the_guide_are_in_the_code():
+    sources = sorted((ROOT / "vllm_atomic_moe").rglob("*.py"))
+    ours = [template for path in sources for template in templates(path.read_text())]
+    theirs = {}
+    for package, names in THEIRS.items():
+        [directory] = importlib.util.find_spec(package).submodule_search_locations
+        found = [it for name in names for it in templates((Path(directory) / name).read_text())]
+        theirs[package] = found
+    checked = 0
+    for heading, rows in tables_of_failures().items():
+        for row in rows:
+            for message, package in re.findall(r"`([^`]+)`(?: \((vLLM|torch)\))?", row[-2]):
+                found = theirs[package.lower()] if package else ours
+                if message != "ATOMIC_MOE_ADMIN_KEY_FILE":
+                    assert says(found, message), (heading, message)
+                    checked += 1
+    assert checked > 60
+
+
+def test_errors_of_the_admin_routes_are_all_listed():
+    listed = {row[1].strip("`") for row in tables_of_failures()["Admin routes"]} - {""}
+    sources = [*(ROOT / "vllm_atomic_moe/control").glob("*.py")]
+    sources.append(ROOT / "vllm_atomic_moe/engine/core.py")
+    kinds = {kind for path in sources for kind in re.findall(r'"(\w+Error)"', path.read_text())}
+    assert listed == kinds
 
 
 @pytest.mark.parametrize(
@@ -137,15 +174,15 @@ def test_readme_lists_what_is_refused(opening, features):
     assert [name.strip() for name in listed.split(",")] == list(features)
 
 
-def table(text, heading):
-    """The cells of a document's table under a heading, without its head."""
-    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+def table(text, heading, level="##"):
+    """The cells of the table under a heading, without its header."""
+    section = text.partition(f"{level} {heading}\n")[2].partition(f"\n{level} ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[1:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[1:]]
 
 
 def located(path):
-    """A path of docs/architecture.md: it begins in the package, or at the root."""
+    """A path of docs/architecture.md, which starts in the package or at the root."""
     found = [base / path for base in (ROOT / "vllm_atomic_moe", ROOT) if (base / path).exists()]
     assert found, path
     return found[0]

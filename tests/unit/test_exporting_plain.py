@@ -1,4 +1,4 @@
-"""Ordinary checkpoints: the tensors are cut, the numbers said anew, or one line says why not.
+"""Ordinary checkpoints: the tensors are cut and the numbers updated, or one line says why not.
 
 `tests/serving/test_plain_export.py` has what others read of them.
 """

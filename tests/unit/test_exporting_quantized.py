@@ -36,7 +36,7 @@ def originals(tmp_path_factory):
 
 
 def quantized(originals, model, kind):
-    """A quantized checkpoint with profiles, and what it stands for beside it."""
+    """A quantized checkpoint with profiles, and a plain one with the same values."""
     if kind == "gpt-oss":
         plain = quantize_gpt_oss(originals / kind, model)
     else:

@@ -1,4 +1,4 @@
-"""Methods and formats of other packages: the example of the documents, and packages at fault."""
+"""Methods and formats of other packages: the documents' example, and faulty packages."""
 
 from __future__ import annotations
 

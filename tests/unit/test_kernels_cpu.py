@@ -375,6 +375,22 @@ def test_long_experts_of_codes_are_summed_in_stretches(row_format):
 
 
 @needs_library
+@pytest.mark.parametrize("row_format", [FP8, AWQ], ids=lambda it: it.spec)
+def test_codes_for_many_rows_give_the_bits_of_few(row_format):
+    """More rows than share what is decoded; pieces end inside a slot's atoms and between them."""
+    packed = make_codes(row_format, torch.float32, (701, 40), 264)
+    mask_EI = torch.ones(2, 701).bool()
+    mask_EI[0, 101:300] = mask_EI[0, 516:] = False
+    packed.set_slot(1, mask_EI)
+    arguments = make_input(600, 2, 264, torch.float32, k=2)
+    together = run_codes(packed, *arguments)
+    assert together.isfinite().all()
+    for first in range(0, 600, 38):
+        few = [tensor[first : first + 2] for tensor in arguments]
+        assert torch.equal(run_codes(packed, *few), together[first : first + 2])
+
+
+@needs_library
 @pytest.mark.parametrize(
     ("table", "change", "said"),
     [

@@ -1,4 +1,4 @@
-"""What `kubectl kustomize` makes of deploy/kubernetes is valid and fits together.
+"""The output of `kubectl kustomize` for deploy/kubernetes is valid and consistent.
 
 Every base, overlay and component is rendered by kustomize itself, validated strictly against
 Kubernetes' own schemas, and its container's command is run with stand-ins for `vllm` and `ray`, so

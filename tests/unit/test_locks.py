@@ -1,4 +1,4 @@
-"""The lock files pin every package to one version, and hold everything that is declared."""
+"""The lock files pin every package to one version, and have all declared dependencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from tests.documents import ROOT
 
-KINDS = ("cpu", "dev", "release")
+KINDS = ("cpu", "dev", "lm-eval", "release")
 LOCKS = sorted((ROOT / "deploy").glob("requirements-*.lock"))
 PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==([\w.!+]+)")
 
@@ -28,9 +28,13 @@ def pins(path):
 
 
 def test_every_package_is_pinned_to_one_version():
-    """One environment gets the first two; the release's tools have one of their own."""
-    cpu, dev, release = (pins(ROOT / f"deploy/requirements-{it}.lock") for it in KINDS)
+    """One environment gets the first two, with the third beside it; the release's tools have one
+    of their own.
+    """
+    cpu, dev, lm_eval, release = (pins(ROOT / f"deploy/requirements-{it}.lock") for it in KINDS)
     assert not cpu.keys() & dev.keys()
+    assert "lm-eval" in lm_eval
+    assert not lm_eval.keys() & (cpu.keys() | dev.keys())
     assert {"twine", "pip-audit", "cyclonedx-bom"} <= release.keys()
 
 

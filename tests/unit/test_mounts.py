@@ -1,4 +1,4 @@
-"""Disks of other people: no modes, no locks, no room, files that are not what they seem."""
+"""Unusual disks: no modes, no locks, no room, Git LFS pointers and hidden files."""
 
 import errno
 import fcntl

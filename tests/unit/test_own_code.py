@@ -1,4 +1,4 @@
-"""Models that bring code of their own, or that transformers fails at: one line, at once."""
+"""Models with their own code, or that transformers cannot load: one line, at once."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_model_with_code_of_its_own(model, tmp_path):
-    """It does not run, and nobody is asked; with the option it does."""
+    """It does not run and does not prompt; with the option it runs."""
     ran = tmp_path / "ran"
     config, name = f"open({str(ran)!r}, 'w')\n", "transformers.models.qwen3_moe"
     config += f"from {name} import Qwen3MoeConfig\n"

@@ -87,7 +87,7 @@ def test_any_mask_of_resident_atoms_has_bits(keep, seed):
 
 
 def unpacked_atoms(layout: PackedLayout, bits: torch.Tensor) -> torch.Tensor:
-    """The mask [E, I] that bits stand for."""
+    """The mask [E, I] of these bits."""
     mask = torch.zeros(layout.num_experts, layout.intermediate_size, dtype=torch.bool)
     for expert in range(layout.num_experts):
         first, end = layout.words_E1[expert : expert + 2].tolist()

@@ -1,4 +1,4 @@
-"""The pictures: what can be told of them without looking. Then look at them."""
+"""Properties of the pictures that a test can check. Look at them as well."""
 
 import dataclasses
 import subprocess
@@ -79,7 +79,7 @@ def test_zero_width_and_not_routable_have_colors_of_their_own(tmp_path):
 
 
 def test_one_scale_for_all_panels(tmp_path):
-    """A profile of full width is brightest alone, and half way beside one twice as wide."""
+    """A profile of full width is brightest alone, and half as bright beside one twice as wide."""
     narrow = PruningProfile("narrow", {0: torch.ones(8, 16, dtype=torch.bool)})
     wide = PruningProfile("wide", {0: torch.ones(8, 32, dtype=torch.bool)})
     top, middle = (0.993248, 0.906157, 0.143936), (0.127568, 0.566949, 0.550556)

@@ -203,7 +203,7 @@ def test_missing_file_is_refused(tmp_path):
     [
         ({**HEADER, "format": "other"}, "metadata `format` is 'other'"),
         ({"format_version": "1", "name": "a"}, "metadata `format` is missing"),
-        ({**HEADER, "format_version": "2"}, "metadata `format_version` is '2', wanted '1'"),
+        ({**HEADER, "format_version": "3"}, "metadata `format_version` is '3', wanted '1' or '2'"),
         ({"format": "atomic-moe-profile", "format_version": "1"}, "metadata `name` is ''"),
         ({**HEADER, "name": "../../etc/passwd"}, "metadata `name` is '../../etc/passwd'"),
         ({**HEADER, "name": "A" * 1000}, "AAAA…"),

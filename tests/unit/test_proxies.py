@@ -1,4 +1,4 @@
-"""Proxies of the environment: the admin key passes none, and this machine is asked directly."""
+"""Proxies of the environment never see the admin key, and are not used for this machine."""
 
 import json
 import re
@@ -31,7 +31,7 @@ DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
 
 
 class Answering:
-    """A server that answers everything alike, and remembers what it was asked."""
+    """A server that gives one answer to everything, and records the requests."""
 
     def __init__(self, content, status=200, kind="application/json"):
         self.asked = asked = []
@@ -101,7 +101,7 @@ def test_a_proxy_may_be_named(proxy, monkeypatch):
 )
 def test_a_success_of_another_service_is_one_line(content, command):
     with Answering(content) as server:
-        assert "the answer is not of a vLLM server" in refused(*command, "--url", server.url)
+        assert "the answer is not from a vLLM server" in refused(*command, "--url", server.url)
 
 
 @pytest.mark.parametrize(
@@ -153,15 +153,25 @@ def test_what_the_hub_raises_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "status", "kind", "words"),
     [
-        ("<html>Bad</html>", 502, "text/html", "502 the answer is not of a vLLM server (text/html"),
-        ("<html>Welcome</html>", 200, "text/html", "200 the answer is not of a vLLM server"),
-        ('{"status": "ok"}', 200, "application/json", "200 the answer is not of a vLLM server"),
-        ("[]", 200, "application/json", "200 the answer is not of a vLLM server"),
-        ('"no"', 404, "application/json", "404 the answer is not of a vLLM server"),
-        ('{"error": "no model"}', 404, "application/json", "404 the answer is not of a vLLM"),
-        ('{"error": ["x"]}', 404, "application/json", "404 the answer is not of a vLLM server"),
+        (
+            "<html>Bad</html>",
+            502,
+            "text/html",
+            "502 the answer is not from a vLLM server (text/html",
+        ),
+        ("<html>Welcome</html>", 200, "text/html", "200 the answer is not from a vLLM server"),
+        ('{"status": "ok"}', 200, "application/json", "200 the answer is not from a vLLM server"),
+        ("[]", 200, "application/json", "200 the answer is not from a vLLM server"),
+        ('"no"', 404, "application/json", "404 the answer is not from a vLLM server"),
+        ('{"error": "no model"}', 404, "application/json", "404 the answer is not from a vLLM"),
+        ('{"error": ["x"]}', 404, "application/json", "404 the answer is not from a vLLM server"),
         ('{"detail": "Not Found"}', 404, "application/json", "404 no admin endpoint here; start"),
-        ("nothing", 404, "text/plain", "404 the answer is not of a vLLM server (text/plain, 'noth"),
+        (
+            "nothing",
+            404,
+            "text/plain",
+            "404 the answer is not from a vLLM server (text/plain, 'noth",
+        ),
         (
             '{"error": {"message": "Not Found", "type": "Not Found"}}',
             404,
@@ -174,7 +184,7 @@ def test_what_the_hub_raises_is_one_line(monkeypatch):
             "application/json",
             "404 ProfileNotFoundError: unknown",
         ),
-        ('{"error": "busy"}', 503, "application/json", "503 the answer is not of a vLLM server"),
+        ('{"error": "busy"}', 503, "application/json", "503 the answer is not from a vLLM server"),
     ],
 )
 def test_answers_of_others(content, status, kind, words):

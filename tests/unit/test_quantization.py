@@ -1,4 +1,4 @@
-"""What quantized checkpoints hold, and the rows that become of it."""
+"""The parts of quantized checkpoints, and the packed rows made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compressed-tensors writes is read here as compressed-tensors itself reads it."""
+"""Files of compressed-tensors are read here as compressed-tensors itself reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""register(): once, and never an exception, whatever vLLM is installed."""
+"""register() runs once and never raises, whatever vLLM is installed."""
 
 from __future__ import annotations
 

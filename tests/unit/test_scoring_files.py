@@ -1,4 +1,4 @@
-"""Methods, score files, and the way from statistics to a profile."""
+"""Methods, score files, and profiles from statistics."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Servers as child processes: what happens to them when anything goes wrong."""
+"""Servers as child processes, and their end after any failure."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from vllm_atomic_moe.cli.console import print_table
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.router import RouterIdentity
+from vllm_atomic_moe.measure.likeness import Answers
 
 MODEL = CheckpointInfo("PaperForCausalLM", 4, 2, 8, 1024, (1, 2), RouterIdentity("0" * 64))
 
@@ -115,7 +116,7 @@ def test_refusals(directory, tmp_path):
 
 
 def test_an_unreadable_file_is_left_out_and_named(directory):
-    """Hidden files are not ours: macOS puts `._x` beside every x on foreign disks."""
+    """Hidden files are ignored: macOS puts `._x` beside every x on foreign disks."""
     (directory / "._atoms.safetensors").write_bytes(b"AppleDouble")
     assert run("show", directory).exit_code == 0
     (directory / "zzz.safetensors").write_bytes(b"not a profile")
@@ -157,15 +158,22 @@ def row(profile, *perplexities):
         kept=0.8,
         kept_bytes=2**20,
         perplexity=dict(zip(domains, perplexities, strict=True)),
+        kl={"all": 0.0123},
+        answers=Answers(135, 32, 0.25, 0.5),
     )
 
 
 def test_evaluation_shows_the_change_of_every_domain(capsys):
     evaluation._print([row("dense", 4.0, 10.0, 6.0), row("heapr-20", 5.0, 10.1, 6.6)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["profile", "kept", "MiB", "Δ", "all", "c", "english", "all"]
-    assert lines[2] == ["heapr-20", "80.0%", "1.00", "+10.0%", "5.00", "10.10", "6.60"]
-    assert lines[4:] == [
+    columns = ["profile", "kept", "MiB", "answers", "KL", "Δ", "all", "c", "english", "all"]
+    assert lines[0] == columns
+    told = ["heapr-20", "80.0%", "1.00", "25%", "0.0123", "+10.0%", "5.00", "10.10", "6.60"]
+    assert lines[2] == told
+    assert " ".join(lines[-2]) == (
+        "answers: those that equal dense's, of 135 greedy ones of 32 tokens"
+    )
+    assert lines[4:-3] == [
         ["against", "dense", "c", "english", "all"],
         ["heapr-20", "+25.0%", "+1.0%", "+10.0%"],
     ]
@@ -173,7 +181,7 @@ def test_evaluation_shows_the_change_of_every_domain(capsys):
 
 def test_evaluation_of_one_domain_needs_no_second_table(capsys):
     evaluation._print([row("dense", 6.0, 6.0), row("heapr-20", 6.6, 6.6)])
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 3
 
 
 def test_models_of_hidden_sizes_that_are_no_numbers(directory):

@@ -1,4 +1,4 @@
-"""Every kernel the GPU backend launches compiles for the GPUs it says it runs on, without one.
+"""Every kernel of the GPU backend compiles for its supported GPUs, without a GPU.
 
 A stand-in for the CUDA driver names the target, and launching stops after compiling; the arguments
 are meta tensors of real shapes, so that what is compiled is what a GPU would run.
@@ -101,7 +101,7 @@ def test_compiles(capability, dtype):
     }
     for kernel in kernels:
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
-        # Rows come in 16-byte vectors, ahead of their use: what makes the kernels fast.
+        # Rows are loaded in 16-byte vectors before their use, which makes the kernels fast.
         if kernel.metadata.name in GEMMS:
             assert "cp.async.cg.shared.global" in kernel.asm["ptx"], kernel.metadata
 
@@ -113,21 +113,32 @@ def test_every_activation_compiles_with_biases(activation):
     assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in kernels)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.bfloat16) for name in SCHEMES), ("awq", torch.float32)],
+    ("name", "dtype", "capability"),
+    [
+        # `make test` takes the two kinds of scale tables, with zero points and without.
+        ("fp8-block", torch.bfloat16, 90),
+        ("awq", torch.bfloat16, 80),
+        *(
+            pytest.param(name, torch.bfloat16, capability, marks=pytest.mark.full)
+            for name in SCHEMES
+            for capability in (80, 90)
+            if (name, capability) not in (("fp8-block", 90), ("awq", 80))
+        ),
+        pytest.param("awq", torch.float32, 80, marks=pytest.mark.full),
+        pytest.param("awq", torch.float32, 90, marks=pytest.mark.full),
+    ],
     ids=str,
 )
 def test_every_row_format_compiles(name, dtype, capability):
-    """Decoding and prefill; one format in another dtype, which decodes alike."""
+    """Decoding and prefill; one format in another dtype, which decodes in the same way."""
     rows = row_format(SCHEMES[name], H, WIDEST)
     kernels = compile_all(capability, dtype, (TOKENS[0], TOKENS[-1]), rows=rows)
     assert {kernel.metadata.name for kernel in kernels} >= {*GEMMS}
     for kernel in kernels:
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
         if kernel.metadata.name in GEMMS:
-            # Codes come ahead of their use, 16 bytes at a time, not one by one.
+            # Codes are loaded before their use, 16 bytes at a time.
             assert "cp.async.cg.shared.global" in kernel.asm["ptx"], kernel.metadata
-            # Subnormal float32 numbers stand for small codes.
+            # Small codes become subnormal float32 numbers.
             assert ".ftz" not in kernel.asm["ptx"], kernel.metadata

@@ -71,7 +71,7 @@ class TestTriton(KernelSuite):
 
     @pytest.mark.parametrize("atoms", [32, 64])
     def test_skipped_tiles(self, atoms, monkeypatch):
-        """Words and tiles without atoms before, between and behind others, in one slot or in all.
+        """Words and tiles without atoms before, between and after others, in one slot or in all.
 
         What skipped tiles leave unwritten is NaN. h is written and read in tiles of two sizes.
         """

@@ -13,7 +13,12 @@ from functools import partial
 
 import torch
 
-from vllm_atomic_moe.calibration.experts import ExpertRows, ExpertsModule, weight_norms
+from vllm_atomic_moe.calibration.experts import (
+    ExpertRows,
+    ExpertsModule,
+    Routed,
+    weight_norms,
+)
 from vllm_atomic_moe.calibration.topk_sets import TopKSetsAccumulator
 from vllm_atomic_moe.files.statistics import LayerSums
 
@@ -53,12 +58,13 @@ class Unwatched:
 
     batch: Batch
 
-    def see_routing(self, module: ExpertsModule, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+    def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
         """Padding goes nowhere, as where it is observed."""
-        return self.batch.unpadded(topk_ids_TK, module.num_experts)
+        return self.batch.unpadded(routed.topk_ids_TK, module.num_experts)
 
-    def see_expert(self, expert: int, rows: ExpertRows) -> None:
-        """Nothing."""
+    def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
+        """The output as it is."""
+        return rows.y
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +85,9 @@ class LayerAccumulator:
     sums: LayerSums | None = None
     sets: TopKSetsAccumulator = field(default_factory=TopKSetsAccumulator)
 
-    def see_routing(self, module: ExpertsModule, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+    def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
         """Send padding nowhere, so that it counts nowhere, and count the others' sets."""
+        topk_ids_TK = routed.topk_ids_TK
         if self.sums is None:
             zeros = LayerSums.zeros(self.shape, self.gradients, topk_ids_TK.device)
             self.sums = replace(zeros, **weight_norms(module))
@@ -90,7 +97,7 @@ class LayerAccumulator:
         return topk_ids_TK
 
     @torch.no_grad()
-    def see_expert(self, expert: int, rows: ExpertRows) -> None:
+    def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
         """Add one expert's rows; the gradients follow during the backward pass."""
         assert self.sums is not None, "routing comes first"
         sums, at = self.sums, (self.batch.domain, expert)
@@ -106,6 +113,7 @@ class LayerAccumulator:
         sums.output_change[at] += (weighted_norm * (1 - cosine)).sum()
         if sums.g2 is not None:
             rows.h.register_hook(partial(_add_squares, sums.g2[at]))
+        return rows.y
 
     def not_finite(self, domain: int) -> str | None:
         """Which of a domain's sums are not finite, in words; None if all are."""

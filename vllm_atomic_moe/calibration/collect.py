@@ -43,6 +43,7 @@ from vllm_atomic_moe.calibration.streamed import collect_streamed
 from vllm_atomic_moe.calibration.streaming import keep, one_device, streaming_reason
 from vllm_atomic_moe.calibration.text import (
     CalibrationText,
+    DataFile,
     draw_windows,
     parse_files,
     parse_shard,
@@ -103,7 +104,7 @@ def calibrate(
 
     Args:
         model: a local directory or a Hugging Face id.
-        data: `FILE[:DOMAIN]` arguments, at least one.
+        data: `PATH[:DOMAIN]` arguments, at least one.
         options: how.
         on_progress: called after every batch.
         on_note: called with a line about how it is done, before it is.
@@ -137,14 +138,10 @@ def _calibrate(
             f"{directory}: an exported checkpoint, whose pruned atoms are gone; calibrate the "
             "original model"
         )
-    check_config(directory, options.seq_len)
+    text = read_text(directory, files, options)
     trusted = options.trust_remote_code
-    check_model_code(directory, trusted)
-    check_tokenizer_code(directory, trusted)
-    tokenizer = load_tokenizer(directory, trusted)
-    text = draw_windows(
-        files, tokenizer, options.seq_len, options.samples, options.seed, options.field
-    )
+    # Of the whole run: shards of it have the same.
+    digests = text.digests
     if shard:
         text = take_shard(text, *shard)
     share = ranks.share(text)
@@ -170,6 +167,7 @@ def _calibrate(
             sums = ranks.add(own)
             kept.clear()
     calibration = describe_calibration(text, options, dtype)
+    calibration["windows_sha256"] = digests
     calibration["experts_per_token"] = checkpoint.experts_per_token
     groups = checkpoint.groups
     calibration["expert_groups"] = None if groups is None else dataclasses.asdict(groups)
@@ -177,6 +175,23 @@ def _calibrate(
         calibration["shards"] = {"of": shard[1], "here": [shard[0]]}
     statistics = Statistics(checkpoint.identity(), calibration, sums)
     return statistics, text.warnings + serving_notes(experts) + inspect_sums(sums)
+
+
+def read_text(
+    directory: Path, files: Sequence[DataFile], options: CalibrationOptions
+) -> CalibrationText:
+    """The windows of text that a model is run over.
+
+    Raises:
+        ValueError: the text, the model's configuration or its tokenizer is refused.
+    """
+    check_config(directory, options.seq_len)
+    check_model_code(directory, options.trust_remote_code)
+    check_tokenizer_code(directory, options.trust_remote_code)
+    tokenizer = load_tokenizer(directory, options.trust_remote_code)
+    return draw_windows(
+        files, tokenizer, options.seq_len, options.samples, options.seed, options.field
+    )
 
 
 def collect(

@@ -1,8 +1,8 @@
-"""A quantized checkpoint as the plain weights that it stands for, one matrix at a time.
+"""A quantized checkpoint decoded to plain weights, one matrix at a time.
 
-transformers reads some formats right, some not at all, and some without their scales, silently. So
-all of them are decoded here, experts, attention and the rest by the same parts, and transformers
-gets plain weights in their names. Decoded they take the memory of the original.
+transformers reads some formats correctly, some not at all, and some silently without their scales.
+So this file decodes all of them, for experts, attention and the rest, and transformers gets plain
+weights under their names. Decoded, they take the memory of the original.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _OF_A_MATRIX = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A tensor that is made when it is read, as transformers reads slices of files.
+    """A tensor that is decoded when transformers reads it, like a slice of a file.
 
     Attributes:
-        shape: of what is made.
-        read: makes it.
-        on_failure: called with what `read` raises, of which transformers says nothing.
+        shape: of the result.
+        read: decodes it.
+        on_failure: called with exceptions of `read`, which transformers hides.
     """
 
     shape: tuple[int, ...]
@@ -57,21 +57,21 @@ def stored_weights(
     names: Iterable[str],
     on_failure: Callable[[ValueError], None],
 ) -> dict[str, Decoded]:
-    """Name -> tensor, of everything but what says how another one is quantized.
+    """Name -> tensor, except the parts that only describe the quantization of another tensor.
 
     Args:
         source: the checkpoint's shards; they stay open until all is read.
-        settings: what its configuration says of quantization; empty if nothing is quantized.
+        settings: quantization settings of its configuration; empty if nothing is quantized.
         names: tensors of the checkpoint; all parts of a matrix, or none.
-        on_failure: called with what reading raises.
+        on_failure: called with exceptions of reading.
 
     Returns:
         Plain tensors as they are; of quantized matrices `….weight`, float32 [N, K], and of
         gpt-oss's experts their matrices transposed, float32 [E, K, N].
 
     Raises:
-        ValueError: a matrix is quantized in a way that is not known. Reading raises it where codes
-            or scales are broken.
+        ValueError: a matrix has an unknown quantization. Reading raises it for broken codes or
+            scales.
     """
 
     def plain(name: str) -> Decoded:

@@ -1,4 +1,4 @@
-"""Files of text: plain, JSON, lines of JSON, parquet, compressed or not -> documents."""
+"""Files of text: plain, JSON, lines of JSON, parquet, Arrow, compressed or not -> documents."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line
 
 # Each of the first three also with .gz behind it; upper case or lower.
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow")
+# How an Arrow file of random access begins; one without it is a stream.
+ARROW_FILE = b"ARROW1"
 FIELDS = ("text", "messages")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -26,7 +30,7 @@ def split_name(path: Path) -> tuple[str, str, bool]:
         name = Path(name.stem)
     suffix = name.suffix.lower()
     # There is no such thing as a compressed parquet file: parquet compresses itself.
-    known = suffix in SUFFIXES and not (compressed and suffix == ".parquet")
+    known = suffix in SUFFIXES and not (compressed and suffix in COLUMNAR)
     return (name.stem, suffix, compressed) if known else (path.stem, "", False)
 
 
@@ -41,8 +45,8 @@ def read_documents(
         field: field or column to read; None stands for the first of FIELDS that is there.
 
     Raises:
-        ValueError: a Git LFS pointer, not UTF-8, broken JSON, gzip or parquet, no such field, or
-            something else in it.
+        ValueError: a Git LFS pointer, not UTF-8, broken JSON, gzip, parquet or Arrow, no such
+            field, or something else in it.
     """
     check_not_pointer(path)
     _, suffix, _ = split_name(path)
@@ -51,7 +55,7 @@ def read_documents(
             with _open_text(path) as file:
                 yield file.read()
             return
-        records = _read_parquet(path, field) if suffix == ".parquet" else _read_json(path)
+        records = _read_columns(path, field) if suffix in COLUMNAR else _read_json(path)
         for place, record in records:
             yield _document(record, field, tokenizer, f"{path}: {place}")
     except UnicodeDecodeError as error:
@@ -91,6 +95,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _document(record: Any, field: str | None, tokenizer: Any, place: str) -> str | None:
     """The text of one record; None if it is null."""
+    if record is None:
+        return None
     if not isinstance(record, dict):
         raise ValueError(f"{place} is a {type(record).__name__}, wanted an object with a text")
     name = next((name for name in ((field,) if field else FIELDS) if name in record), None)
@@ -126,37 +132,61 @@ def _render_chat(messages: list[Any], tokenizer: Any, place: str) -> str:
         ) from error
 
 
-def _read_parquet(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+def _read_columns(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     """Place and record of every row, with the one column that is read."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException
 
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-        columns = {column.name: column.type for column in file.schema_arrow}
-        wanted = (field,) if field else FIELDS
-        name = next((name for name in wanted if _holds_text(columns.get(name))), None)
-        if name is None:
-            there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-            raise ValueError(
-                f"{path}: no column `{field or FIELDS[0]}` of strings or messages among "
-                f"{there[:160]}; name one with --field"
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[name]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield f"row {number}", {name: value}
+        with ExitStack() as opened:
+            schema, batches = _open_columns(path, opened)
+            name = _text_column(path, schema, field)
+            for batch in batches(name):
+                for value in batch.column(name).to_pylist():
+                    number += 1
+                    yield f"row {number}", {name: value}
     except (ArrowException, OSError) as error:  # Broken pages are plain OSErrors.
-        raise ValueError(f"{path}: not a readable parquet file ({one_line(error)})") from None
+        kind = split_name(path)[1].removeprefix(".")
+        raise ValueError(f"{path}: not a readable {kind} file ({one_line(error)})") from None
+
+
+def _open_columns(path: Path, opened: ExitStack) -> tuple[Any, Callable[[str], Iterator[Any]]]:
+    """The schema of a file, and what gives its batches, with one column at least."""
+    from pyarrow import ipc, parquet
+
+    if split_name(path)[1] == ".parquet":
+        table = opened.enter_context(parquet.ParquetFile(path))
+        return table.schema_arrow, lambda name: table.iter_batches(1024, columns=[name])
+    file = opened.enter_context(path.open("rb"))
+    if file.peek(len(ARROW_FILE)).startswith(ARROW_FILE):
+        reader = opened.enter_context(ipc.open_file(file))
+        return reader.schema, lambda _: map(reader.get_batch, range(reader.num_record_batches))
+    stream = opened.enter_context(ipc.open_stream(file))
+    return stream.schema, lambda _: iter(stream)
+
+
+def _text_column(path: Path, schema: Any, field: str | None) -> str:
+    columns = {column.name: column.type for column in schema}
+    for name in (field,) if field else FIELDS:
+        if _holds_text(columns.get(name)):
+            return name
+    there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+    raise ValueError(
+        f"{path}: no column `{field or FIELDS[0]}` of strings or messages among {there[:160]}; "
+        "name one with --field"
+    )
 
 
 def _holds_text(kind: Any) -> bool:
-    """Whether a column's type is of strings, plain, indexed or viewed, or of lists (messages)."""
+    """Whether a column's type is of strings, plain, indexed or viewed, of lists (messages), or of
+    nulls, as in a shard without any.
+    """
     from pyarrow import types
 
     if kind is None:
         return False
     if types.is_dictionary(kind):
         kind = kind.value_type
-    strings = (types.is_string, types.is_large_string, types.is_string_view)
-    return any(test(kind) for test in (*strings, types.is_list, types.is_large_list))
+    strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    lists = (types.is_list, types.is_large_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in (*strings, *lists))

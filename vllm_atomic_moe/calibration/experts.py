@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -46,6 +46,7 @@ class ExpertRows:
         y: [rows, H], the expert's output with its bias, before the router weight.
         p: [rows], router weights.
         down_HI: [H, I], the expert's down-projection.
+        tokens: int64 [rows], which tokens these are.
     """
 
     x: torch.Tensor
@@ -53,16 +54,31 @@ class ExpertRows:
     y: torch.Tensor
     p: torch.Tensor
     down_HI: torch.Tensor
+    tokens: torch.Tensor
+
+
+class Routed(NamedTuple):
+    """What the experts of a layer are given.
+
+    Attributes:
+        hidden_TH: their input.
+        topk_ids_TK: the experts of every token.
+        topk_weights_TK: router weights.
+    """
+
+    hidden_TH: torch.Tensor
+    topk_ids_TK: torch.Tensor
+    topk_weights_TK: torch.Tensor
 
 
 class LayerObserver(Protocol):
     """What watches the experts of one layer."""
 
-    def see_routing(self, module: ExpertsModule, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+    def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
         """Called once per forward; returns the ids to use, E and above for "no expert"."""
 
-    def see_expert(self, expert: int, rows: ExpertRows) -> None:
-        """Called for every expert that has tokens."""
+    def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
+        """Called for every expert that has tokens; returns the output to use, as `rows.y`."""
 
 
 def observed_experts_forward(
@@ -78,26 +94,28 @@ def observed_experts_forward(
     includes it and p is 1. Ids of E and above stand for "no expert" and contribute zero.
     """
     num_tokens, top_k = topk_ids_TK.shape
-    topk_ids_TK = module.layer_observer.see_routing(module, topk_ids_TK)
+    routed = Routed(hidden_TH, topk_ids_TK, topk_weights_TK)
+    topk_ids_TK = module.layer_observer.see_routing(module, routed)
     ids_N = topk_ids_TK.reshape(-1)
     counts = torch.bincount(ids_N, minlength=module.num_experts)[: module.num_experts].tolist()
     order_N = ids_N.argsort(stable=True)[: sum(counts)]
 
     outputs = []
     # One gather for all experts: its backward is one scatter, not one per expert.
-    x_NH = hidden_TH[order_N // top_k]
+    tokens_N = order_N // top_k
+    x_NH = hidden_TH[tokens_N]
     p_N = topk_weights_TK.reshape(-1)[order_N]
     if isinstance(module, Llama4TextExperts):
         x_NH, p_N = x_NH * p_N[:, None], torch.ones_like(p_N)
-    for expert, (x, p) in enumerate(zip(x_NH.split(counts), p_N.split(counts), strict=True)):
+    of_experts = zip(*(it.split(counts) for it in (x_NH, p_N, tokens_N)), strict=True)
+    for expert, (x, p, tokens) in enumerate(of_experts):
         if x.shape[0] == 0:
             continue
         h = _activate(module, _project(module, _first(module), expert, x))
         down = module.down_proj[expert]
         y = _project(module, "down_proj", expert, h)
-        rows = ExpertRows(x, h, y, p, down.t() if module.is_transposed else down)
-        module.layer_observer.see_expert(expert, rows)
-        outputs.append(y)
+        rows = ExpertRows(x, h, y, p, down.t() if module.is_transposed else down, tokens)
+        outputs.append(module.layer_observer.see_expert(expert, rows))
     if not outputs:
         return torch.zeros_like(hidden_TH)
 

@@ -14,7 +14,7 @@ MAX_DEAD_FRACTION = 0.01
 
 
 def inspect_sums(sums: Mapping[int, LayerSums]) -> list[str]:
-    """Warnings about statistics, one line each; none if all is well."""
+    """Warnings about statistics, one line each."""
     return [line for line in (_masked(sums), _few_tokens(sums)) if line]
 
 
@@ -37,7 +37,7 @@ def experts_with_few_tokens(sums: Mapping[int, LayerSums]) -> list[FewTokens]:
 
 
 def _masked(sums: Mapping[int, LayerSums]) -> str | None:
-    """A mask applied to the checkpoint leaves atoms without activation or without gradient.
+    """Detect a mask in the checkpoint, by atoms without activation or gradient.
 
     Only experts with enough tokens count: the last token of a window has no loss, so that an
     expert of the last layer may see a token and no gradient.

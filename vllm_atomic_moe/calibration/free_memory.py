@@ -1,4 +1,4 @@
-"""How much memory is free, on this machine or a device."""
+"""Free memory of this machine or a device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on a CPU what its control group leaves, too.
+    """Bytes that can still be allocated on a device; on a CPU within its control group's limit.
 
-    Memory that the system holds as a cache of files counts as free.
+    The system's cache of files counts as free.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -28,10 +28,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back_at_once() -> None:
-    """Let this process give back blocks of memory of a MiB and more as soon as they are freed.
+    """Make this process return freed blocks of a MiB and more to the system at once.
 
-    glibc learns to keep blocks of up to 32 MiB, in heaps that fragment between one layer and the
-    next. Elsewhere than with glibc nothing is changed.
+    glibc learns to keep blocks of up to 32 MiB, in heaps that fragment from layer to layer. Without
+    glibc this does nothing.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
@@ -46,7 +46,7 @@ def _limit(path: Path) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Name -> number, of a file of lines that begin with both."""
+    """Name -> number, from the first two words of each line of a file."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

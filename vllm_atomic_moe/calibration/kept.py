@@ -1,8 +1,8 @@
-"""What a streamed calibration keeps between layers: in memory, or in files that survive a kill.
+"""Data that a streamed calibration keeps between layers, in memory or in files that survive a kill.
 
-A stage is what one step makes (a layer's inputs, the gradients with respect to them, a layer's
-sums): a few named tensors per batch. In a scratch directory a stage counts once it is finished,
-that is, complete with the digests of its files beside it.
+A stage is the result of one step (a layer's inputs, the gradients with respect to them, a layer's
+sums): a few named tensors per batch. In a scratch directory a stage is valid only when it is
+finished, that is, complete and with the digests of its files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Kept(Protocol):
     """Stages of tensors on the CPU."""
 
     def begin(self, stage: str) -> None:
-        """Make an empty stage, in place of one of that name."""
+        """Make an empty stage, replacing one of that name."""
 
     def put(self, stage: str, number: int, tensors: Tensors) -> None:
         """Keep the tensors of batch `number`."""
@@ -40,22 +40,22 @@ class Kept(Protocol):
         """The tensors of batch `number`, not to be modified."""
 
     def finish(self, stage: str) -> None:
-        """Say that a stage is complete."""
+        """Mark a stage as complete."""
 
     def finished(self, stage: str) -> bool:
         """Whether a stage is complete and sound."""
 
     def drop(self, stage: str) -> None:
-        """Forget a stage, if it is there."""
+        """Delete a stage, if it exists."""
 
     def room(self) -> int:
-        """Bytes that may be kept besides."""
+        """Bytes that may still be kept."""
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete everything."""
 
     def close(self) -> None:
-        """Let others have it; what is finished stays for a run that goes on."""
+        """Release it; finished stages remain for a resumed run."""
 
 
 class InMemory:
@@ -105,11 +105,11 @@ class Scratch:
         """Open a scratch directory, and lock it.
 
         Args:
-            directory: new, or with what a run of the same description left.
-            run: what makes this run another than others; JSON.
+            directory: new, or left by a run with the same description.
+            run: the description of this run; JSON.
 
         Raises:
-            ValueError: it is of another run, another process uses it, or it cannot be written.
+            ValueError: it belongs to another run, another process uses it, or it cannot be written.
         """
         self.directory = directory
         self._sound: set[str] = set()
@@ -163,14 +163,14 @@ class Scratch:
         self._sound.add(stage)
 
     def finished(self, stage: str) -> bool:
-        """Reads all of a stage that an earlier run left, once."""
+        """Read a whole stage that an earlier run left, once."""
         if stage not in self._sound and _sound(self.directory / stage):
             self._sound.add(stage)
         return stage in self._sound
 
     def drop(self, stage: str) -> None:
         self._sound.discard(stage)
-        # First what makes it count.
+        # First the mark that makes it valid.
         (self.directory / stage / FINISHED).unlink(missing_ok=True)
         shutil.rmtree(self.directory / stage, ignore_errors=True)
 
@@ -192,7 +192,7 @@ class Scratch:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A file that is there whole, or not at all."""
+    """Write a file, complete or not at all."""
     with replaced_file(path) as temporary:
         temporary.write_bytes(data)
 

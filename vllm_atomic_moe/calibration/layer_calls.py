@@ -1,11 +1,10 @@
 """How a model calls its decoder layers, so that each can be called alone.
 
-The model runs once with stubs for its layers, which note what they are given: the hidden state,
-what is the same whatever layers compute (masks, rotary embeddings), and what earlier layers made:
-further outputs (top-k indices), or entries of a dictionary that layers share (Gemma's keys and
-values).
-What a layer takes and makes has names here: `hidden`, `output.N`, and the place in a dictionary.
-A model that computes anything between its layers is refused.
+The model runs once with stubs for its layers, which record their arguments: the hidden state;
+tensors that do not depend on the layers (masks, rotary embeddings); and results of earlier layers,
+as further outputs (top-k indices) or entries of a dictionary that layers share (Gemma's keys and
+values). A layer's inputs and outputs have names here: `hidden`, `output.N`, and the place in a
+dictionary. A model that computes anything between its layers is refused.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Stands in arguments for what the layer below made."""
+    """Placeholder in arguments for the output of the layer below."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Stands in arguments for a dictionary that layers read from and write into."""
+    """Placeholder in arguments for a dictionary that layers read and write."""
 
     place: str
     kind: Callable[[], MutableMapping[Any, Any]]
@@ -54,7 +53,7 @@ class LayerCall:
     Attributes:
         arguments: positional and keyword arguments, with `Given` and `Shared` in them.
         extras: see EXTRAS.
-        takes: names that it is given, without entries of dictionaries.
+        takes: names of its inputs, without entries of dictionaries.
     """
 
     arguments: Arguments
@@ -66,14 +65,14 @@ class LayerCall:
 
         Args:
             block: the layer.
-            given: what `takes` names, and all entries of dictionaries so far. Layers may write
-                into it.
+            given: the inputs named by `takes`, and all entries of dictionaries so far. Layers may
+                write into it.
 
         Returns:
             The hidden state, further outputs, and all entries of dictionaries.
 
         Raises:
-            CannotStreamError: the layer returns or shares what was not foreseen.
+            CannotStreamError: the layer returns or shares something unexpected.
         """
         dictionaries: dict[str, MutableMapping[Any, Any]] = {}
 
@@ -92,7 +91,7 @@ class LayerCall:
             raise CannotStreamError(
                 f"{type(block).__name__} returns {type(answer).__name__} where {wanted} is used"
             )
-        # Entries go on to the layers above, whether this one is given their dictionary or not.
+        # Entries go to the layers above even if this one does not get their dictionary.
         made = {name: tensor for name, tensor in given.items() if is_entry(name)}
         made |= zip(_names(self.extras), (answer,) if bare else answer, strict=False)
         for place, dictionary in dictionaries.items():
@@ -102,9 +101,9 @@ class LayerCall:
 
 @dataclass(slots=True)
 class CallRecorder:
-    """Notes how a model calls its layers, batch after batch.
+    """Records how a model calls its layers, batch after batch.
 
-    Arguments that are equal in consecutive batches are held once.
+    Equal arguments of consecutive batches are stored once.
 
     Attributes:
         possible: what the layers may return, see EXTRAS; after the first batch the one that fits.
@@ -117,16 +116,16 @@ class CallRecorder:
     def record(
         self, model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor
     ) -> tuple[list[LayerCall], torch.Tensor]:
-        """The calls of one batch, and the hidden state that the first layer is given.
+        """The calls of one batch, and the first layer's hidden state.
 
         Args:
-            model: holds everything but the layers' weights.
+            model: has everything but the layers' weights.
             blocks: its layers.
             ids: int32 [windows, seq_len].
 
         Raises:
-            CannotStreamError: the model computes between its layers, or hands over what cannot be
-                carried.
+            CannotStreamError: the model computes between its layers, or passes values that cannot
+                be carried.
         """
         reason = ""
         for extras in self.possible:
@@ -195,19 +194,19 @@ def replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Itera
 
 
 def is_entry(name: str) -> bool:
-    """Whether a name is that of an entry of a dictionary that layers share."""
+    """Whether a name is an entry of a shared dictionary."""
     return name.startswith("[")
 
 
 def ending_in(hidden: torch.Tensor, extras: int | None, layers: int) -> list[Callable[..., Any]]:
-    """Forwards of all layers, of which the last answers `hidden` and the others what they get."""
+    """Forwards of all layers: the last returns `hidden`, the others their input."""
     last = _Stub(extras)
     others = [_Stub(extras).forward for _ in range(layers - 1)]
     return [*others, lambda *args, **kwargs: last.answer(hidden)]
 
 
 class _Stub:
-    """Stands in for a decoder layer: notes its arguments, and gives the hidden state on."""
+    """Replaces a decoder layer: records its arguments and passes the hidden state on."""
 
     arguments: Arguments
     hidden: torch.Tensor
@@ -215,7 +214,7 @@ class _Stub:
     def __init__(self, extras: int | None) -> None:
         self.extras = extras
         self.calls = 0
-        # No data: the model only hands them on. Told apart by what they are.
+        # Without data, since the model only passes them on. Distinguished by identity.
         self.made = tuple(torch.empty(0, device="meta") for _ in range(extras or 0))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +228,7 @@ class _Stub:
 
 
 def _hands_over(stub: _Stub, following: _Stub | None) -> bool:
-    """Whether the layer was called once, and the next got its hidden state untouched."""
+    """Whether the layer was called once, and the next got its hidden state unchanged."""
     if stub.calls != 1:
         return False
     return following is None or (following.calls == 1 and following.hidden is stub.hidden)
@@ -240,7 +239,7 @@ def _names(extras: int | None) -> list[str]:
 
 
 def _mapped(arguments: Arguments, leaf: Callable[[Any, str], Any]) -> Arguments:
-    """Arguments with every leaf replaced; a leaf is told the name of its argument."""
+    """Arguments with every leaf replaced; the function gets the name of the leaf's argument."""
 
     def walk(value: Any, place: str) -> Any:
         if type(value) in (tuple, list):
@@ -253,7 +252,7 @@ def _mapped(arguments: Arguments, leaf: Callable[[Any, str], Any]) -> Arguments:
 
 
 def _filled(shared: Shared, given: Mapping[str, torch.Tensor]) -> MutableMapping[Any, Any]:
-    """The dictionary of an argument, from what `_flattened` made of it."""
+    """The dictionary of an argument, from the result of `_flattened`."""
     dictionary = shared.kind()
     for name, tensor in given.items():
         if not is_entry(name):

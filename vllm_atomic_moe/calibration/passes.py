@@ -1,4 +1,4 @@
-"""One batch of windows through a model: forward, loss, backward, and what is said of failures."""
+"""One batch of windows through a model: forward, loss, backward, and errors in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REMEDIES = {
     torch.float16: "use --dtype bfloat16 or --dtype float32",
     torch.bfloat16: "use --dtype float32",
 }
-IGNORED = -100  # the target that cross_entropy leaves out
+IGNORED = -100  # the target that cross_entropy ignores
 
 
 class CannotStreamError(ValueError):
@@ -43,7 +43,7 @@ def batches(text: CalibrationText, batch_size: int) -> Iterator[tuple[int, torch
 
 
 def model_inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
-    """What the model takes: padding becomes token 0 that no other token attends to."""
+    """The model's inputs: padding becomes token 0, to which no other token attends."""
     # The first parameter's device is `meta` if accelerate offloads it; its hooks move the input.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     inputs: dict[str, Any] = {"input_ids": ids.clamp_min(0).to(device, torch.int64)}
@@ -59,7 +59,7 @@ def run_forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 def run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """One forward, one backward. Windows are independent, so the losses of a batch just add up.
+    """One forward, one backward. Windows are independent, so the losses of a batch add up.
 
     Returns:
         The loss. If it is not finite, the backward pass is skipped.
@@ -68,7 +68,7 @@ def run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Ten
     # float32 at least: a bf16 sum over thousands of tokens would be coarse.
     precise = logits if logits.dtype == torch.float64 else logits.float()
     targets = ids[:, 1:].flatten().to(logits.device, torch.int64)
-    # Padding is neither predicted nor predicts.
+    # Padding is not predicted and does not predict.
     padding = ((ids[:, 1:] < 0) | (ids[:, :-1] < 0)).flatten().to(logits.device)
     targets = targets.masked_fill(padding, IGNORED)
     loss = functional.cross_entropy(precise, targets, ignore_index=IGNORED, reduction="sum")
@@ -93,7 +93,7 @@ def check_loss(loss: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def _range_of(dtype: torch.dtype) -> str:
-    """A dtype's name, and what helps where numbers leave its range."""
+    """A dtype's name, and the remedy for numbers outside its range."""
     remedy = REMEDIES.get(dtype, "are the checkpoint's weights damaged?")
     return f"{str(dtype).removeprefix('torch.')}; {remedy}"
 
@@ -102,10 +102,10 @@ def _range_of(dtype: torch.dtype) -> str:
 def failures_explained(
     model: PreTrainedModel, names: Mapping[int, str], ids: torch.Tensor
 ) -> Iterator[None]:
-    """Whatever the model's own code raises becomes one line that names the module it was in.
+    """Turn exceptions of the model's own code into one line that names the module.
 
     Args:
-        model: what runs.
+        model: the running model.
         names: id of a module of it -> its name.
         ids: the batch, [windows, seq_len].
     """

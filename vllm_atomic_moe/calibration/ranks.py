@@ -1,7 +1,7 @@
 """Several processes, started by torchrun, that share the windows of one calibration.
 
-Each runs its share as if it were alone; at the end the sums are added up, over gloo, since by then
-they are on the CPU whatever computed them.
+Each runs its share as if alone; at the end the sums are added up over gloo, since they are on the
+CPU by then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import distributed
 from vllm_atomic_moe.calibration.text import CalibrationText, take_shard
 from vllm_atomic_moe.files.statistics import SUMS, LayerSums, add_sets
 
-# One rank may be done hours before another.
+# One rank may finish hours before another.
 PATIENCE = timedelta(days=30)
 
 
@@ -41,17 +41,17 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """This process among those that torchrun started; alone if it did not start it."""
+        """This process among those that torchrun started; the only one without torchrun."""
         if not distributed.is_torchelastic_launched():
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return cls(*(int(os.environ[name]) for name in names))
 
     def device(self, wanted: str) -> str:
-        """The device of this process, of which each has one; as `wanted` if it is alone.
+        """The device of this process; each has its own. As `wanted` if there is one process.
 
         Raises:
-            ValueError: a device was named that all would share, or there are too few.
+            ValueError: all processes would share the named device, or there are too few.
         """
         if self.world == 1 or wanted == "cpu":
             return wanted
@@ -83,7 +83,7 @@ class Ranks:
         return take_shard(text, self.rank + 1, self.world)
 
     def add(self, sums: Mapping[int, LayerSums]) -> dict[int, LayerSums]:
-        """The sums of all processes, of each one's own; the same in all of them."""
+        """Add up the sums of all processes; the result is the same in all of them."""
         return {layer: self._added(of_layer) for layer, of_layer in sums.items()}
 
     def _added(self, sums: LayerSums) -> LayerSums:
@@ -100,7 +100,7 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Within the context, this process can talk to the others of its run."""
+    """Within the context, this process can communicate with the others of its run."""
     ranks = Ranks.here()
     if ranks.world == 1:
         yield ranks

@@ -10,28 +10,16 @@ to that, `sums-N` the layer's sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import nn
-
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator, Unwatched
-from vllm_atomic_moe.calibration.experts import observe
 from vllm_atomic_moe.calibration.free_memory import give_back_at_once
 from vllm_atomic_moe.calibration.kept import Kept
-from vllm_atomic_moe.calibration.layer_calls import (
-    HIDDEN,
-    CallRecorder,
-    LayerCall,
-    Tensors,
-    ending_in,
-    is_entry,
-    replaced,
-)
+from vllm_atomic_moe.calibration.layer_calls import HIDDEN, ending_in, replaced
 from vllm_atomic_moe.calibration.layer_reader import LayerReader
+from vllm_atomic_moe.calibration.layer_walk import LayerWalk, Step
 from vllm_atomic_moe.calibration.passes import (
     batches,
     check_loss,
@@ -47,26 +35,18 @@ BACKWARD = 3
 
 
 @dataclass(slots=True)
-class StreamedRun:
+class StreamedRun(LayerWalk):
     """One calibration, layer by layer.
 
     Attributes:
-        reader: the checkpoint.
-        kept: where layers' inputs are kept.
-        batches: (domain index, int32 [windows, seq_len]).
         shape: (D, E, I) of the sums.
         gradients: whether to run the backward sweep.
         on_progress: called with (done, in all), in forward steps of one window in one layer.
-        calls: by batch and layer.
     """
 
-    reader: LayerReader
-    kept: Kept
-    batches: list[tuple[int, torch.Tensor]]
     shape: tuple[int, int, int]
     gradients: bool
     on_progress: Callable[[int, int], None]
-    calls: list[list[LayerCall]] = field(default_factory=list)
     _done: int = 0
 
     @property
@@ -99,29 +79,9 @@ class StreamedRun:
 
     def _begin(self) -> None:
         """Note how layers are called, and keep what the first one is given."""
-        recorder = CallRecorder()
-        self.kept.begin("inputs-0")
-        with self.reader.around() as model:
-            blocks = self.reader.blocks(model)
-            names = {id(module): name for name, module in model.named_modules()}
-            for number, (_, ids) in enumerate(self.batches):
-                with failures_explained(model, names, ids):
-                    calls, hidden = recorder.record(model, blocks, ids)
-                self.calls.append(calls)
-                self.kept.put("inputs-0", number, {HIDDEN: hidden.detach().cpu()})
-        self.kept.finish("inputs-0")
-        self._check_room()
-
-    def _check_room(self) -> None:
-        [first] = self.kept.get("inputs-0", 0).values()
-        one = first.nbytes // first.shape[0] * self._windows
+        self.begin("inputs-0")
         # Without gradients two layers' inputs; with them all of them, and two layers' gradients.
-        needed = one * (self.reader.layers + 3 if self.gradients else 2)
-        if needed > (room := self.kept.room()):
-            raise ValueError(
-                f"the layers' inputs take {needed / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are "
-                "free; use --scratch with a directory that has the room, or smaller --samples"
-            )
+        self.check_room("inputs-0", self.reader.layers + 3 if self.gradients else 2)
 
     def _resume_forward(self) -> int:
         """The first layer that the forward sweep has to run."""
@@ -153,12 +113,12 @@ class StreamedRun:
         return all(self.kept.finished(f"sums-{it}") for it in wanted)
 
     def _forward(self, first: int) -> None:
-        self._advance(self._windows * first, from_start=True)
+        self._advance(self.windows * first, from_start=True)
         for layer in range(first, self.last):
             summed = layer in self.moe_layers and not self.gradients
             accumulator = LayerAccumulator(self.shape, False, Batch()) if summed else None
             self.kept.begin(f"inputs-{layer + 1}")
-            self._each_batch(layer, accumulator, partial(self._step_forward, layer + 1))
+            self._read_and_run(layer, accumulator, partial(self._step_forward, layer + 1))
             if accumulator is not None:
                 self._keep_sums(layer, accumulator)
             self.kept.finish(f"inputs-{layer + 1}")
@@ -167,18 +127,9 @@ class StreamedRun:
 
     def _step_forward(self, above: int, step: Step) -> None:
         made = step.run()
-        finite_T = made[HIDDEN].isfinite().flatten(0, 1).all(dim=1)
-        if step.batch.padding_T is not None:
-            finite_T = finite_T | step.batch.padding_T.to(finite_T.device)
-        if not bool(finite_T.all()):
-            raise not_finite(above - 1, "activations", self.reader.dtype)
+        self.check_finite(above - 1, step, made)
         if above < self.last or self.gradients:
-            takes = frozenset({HIDDEN})
-            if above < self.reader.layers:
-                entries = {name for name in made if is_entry(name)}
-                takes = self.calls[step.number][above].takes | entries
-            kept = {name: tensor.cpu() for name, tensor in made.items() if name in takes}
-            self.kept.put(f"inputs-{above}", step.number, kept)
+            self.keep_inputs(f"inputs-{above}", above, step.number, made)
         self._advance(step.windows)
 
     def _loss(self) -> None:
@@ -205,12 +156,12 @@ class StreamedRun:
 
     def _backward(self, above: int) -> None:
         done = self.reader.layers + 1 + BACKWARD * (self.reader.layers - above)
-        self._advance(self._windows * done, from_start=True)
+        self._advance(self.windows * done, from_start=True)
         for layer in reversed(range(self.moe_layers[0], above)):
             summed = layer in self.moe_layers
             accumulator = LayerAccumulator(self.shape, True, Batch()) if summed else None
             self.kept.begin(f"gradients-{layer}")
-            self._each_batch(layer, accumulator, partial(self._step_backward, layer, accumulator))
+            self._read_and_run(layer, accumulator, partial(self._step_backward, layer, accumulator))
             if accumulator is not None:
                 self._keep_sums(layer, accumulator)
             self.kept.finish(f"gradients-{layer}")
@@ -229,88 +180,19 @@ class StreamedRun:
         self.kept.put(f"sums-{layer}", 0, accumulator.result().tensors())
         self.kept.finish(f"sums-{layer}")
 
-    def _each_batch(
+    def _read_and_run(
         self, layer: int, accumulator: LayerAccumulator | None, do: Callable[[Step], None]
     ) -> None:
         """Read a layer, and do something with it for every batch."""
-        with self.reader.layer(layer) as (model, block, experts):
-            names = {id(module): name for name, module in model.named_modules()}
-            observer = accumulator or Unwatched(Batch())
-            routed = {} if experts is None else {layer: experts}
-            with observe(model, routed, {layer: observer}):
-                for number, (domain, ids) in enumerate(self.batches):
-                    observer.batch = Batch.of(domain, ids)
-                    given = {
-                        name: tensor.to(self.reader.device)
-                        for name, tensor in self.kept.get(f"inputs-{layer}", number).items()
-                    }
-                    explained = partial(failures_explained, model, names, ids)
-                    call = self.calls[number][layer]
-                    do(Step(number, observer.batch, ids.shape[0], call, block, given, explained))
-
-    @property
-    def _windows(self) -> int:
-        return sum(ids.shape[0] for _, ids in self.batches)
+        observer = accumulator or Unwatched(Batch())
+        with self.reader.layer(layer) as read:
+            self.each_batch(f"inputs-{layer}", layer, read, observer, do)
 
     def _advance(self, steps: int, from_start: bool = False) -> None:
         self._done = steps + (0 if from_start else self._done)
         backward = self.reader.layers - self.moe_layers[0]
         layers = self.last + (1 + BACKWARD * backward if self.gradients else 0)
-        self.on_progress(self._done, self._windows * layers)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One layer's run over one batch.
-
-    Attributes:
-        number: of the batch.
-        batch: the batch.
-        windows: in the batch.
-        call: how the model calls the layer.
-        block: the layer.
-        given: what the layer is given, on its device.
-        explained: context that explains what the layer's own code raises.
-    """
-
-    number: int
-    batch: Batch
-    windows: int
-    call: LayerCall
-    block: nn.Module
-    given: Mapping[str, torch.Tensor]
-    explained: Callable[[], AbstractContextManager[None]]
-
-    @torch.no_grad()
-    def run(self) -> Tensors:
-        """What the layer makes."""
-        # Of copies: some layers write into what they are given.
-        given = {name: tensor.clone() for name, tensor in self.given.items()}
-        with self.explained():
-            return self.call.run(self.block, given)
-
-    def run_backward(self, gradients: Mapping[str, torch.Tensor]) -> Tensors:
-        """Run the layer forward and backward.
-
-        Args:
-            gradients: with respect to what the layer makes, by name.
-
-        Returns:
-            The gradients with respect to what it is given, on the CPU.
-        """
-        leaves = {
-            name: tensor.detach().requires_grad_(tensor.is_floating_point())
-            for name, tensor in self.given.items()
-        }
-        given = {name: leaf.clone() for name, leaf in leaves.items()}
-        with self.explained():
-            made = self.call.run(self.block, given)
-            names = [name for name in gradients if made[name].requires_grad]
-            torch.autograd.backward(
-                [made[name] for name in names],
-                [gradients[name].to(made[name].device) for name in names],
-            )
-        return {name: it.grad.cpu() for name, it in leaves.items() if it.grad is not None}
+        self.on_progress(self._done, self.windows * layers)
 
 
 def collect_streamed(

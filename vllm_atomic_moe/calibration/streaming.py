@@ -88,7 +88,7 @@ def keep(
     run: dict[str, Any] = {
         "model": reader.checkpoint.identity(),
         "files": _files(reader.directory),
-        "text": _digest(text),
+        "text": text.digests,
         "batch size": batch_size,
         "dtype": str(reader.dtype),
         "device": reader.device.type,
@@ -104,12 +104,3 @@ def _files(directory: Path) -> str:
     told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
     config = config_file(directory).read_bytes()
     return hashlib.sha256(json.dumps(told).encode() + config).hexdigest()
-
-
-def _digest(text: CalibrationText) -> str:
-    """Digest of the windows, by domain."""
-    digest = hashlib.sha256()
-    for domain, ids in text.windows.items():
-        digest.update(json.dumps([domain, *ids.shape]).encode())
-        digest.update(ids.contiguous().numpy().tobytes())
-    return digest.hexdigest()

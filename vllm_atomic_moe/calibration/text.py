@@ -7,6 +7,7 @@ is dropped, so that nothing is ever padded.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.calibration.documents import SUFFIXES, read_documents, split_name
+from vllm_atomic_moe.calibration.data_paths import domain_of, exists, files_of
+from vllm_atomic_moe.calibration.documents import read_documents
 from vllm_atomic_moe.files.plain_files import one_line
 
 DOCUMENTS_PER_BATCH = 256
@@ -24,18 +26,35 @@ DOCUMENTS_PER_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One `FILE[:DOMAIN]` argument.
+    """One file of text.
 
     Attributes:
         path: an existing file with one of SUFFIXES.
-        domain: what its text is counted as; the file's name without suffixes, if nothing else was
-            said.
-        named: whether the domain was said.
+        domain: what its text is counted as.
     """
 
     path: Path
     domain: str
-    named: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataArgument:
+    """One `PATH[:DOMAIN]` argument.
+
+    Attributes:
+        path: a file, a directory or a glob.
+        files: what it stands for, sorted by path.
+        named: whether the domain was said; if not, it is the name of the file or directory.
+    """
+
+    path: Path
+    files: tuple[DataFile, ...]
+    named: bool
+
+    @property
+    def domain(self) -> str:
+        """The domain of its files."""
+        return self.files[0].domain
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +102,16 @@ class CalibrationText:
         return sum(int((ids >= 0).sum()) for ids in self.windows.values())
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Domain -> SHA-256 (hex) over the shape and the ids of its windows, in order."""
+        return {
+            domain: hashlib.sha256(
+                json.dumps([*ids.shape]).encode() + ids.contiguous().numpy().astype("<i4").tobytes()
+            ).hexdigest()
+            for domain, ids in self.windows.items()
+        }
+
+    @property
     def warnings(self) -> list[str]:
         """What a reader should know of the files, one line each."""
         return [
@@ -93,48 +122,47 @@ class CalibrationText:
 
 
 def parse_files(arguments: Sequence[str]) -> list[DataFile]:
-    """Read `FILE[:DOMAIN]` arguments.
+    """Read `PATH[:DOMAIN]` arguments: their files, in the order given, each one's sorted.
 
     Raises:
-        ValueError: as `parse_data`; or files share a domain that only their name gave them.
+        ValueError: as `parse_data`; or arguments share a domain that only a name gave them.
     """
-    files = [parse_data(argument) for argument in arguments]
-    for file in files:
-        others = [other.path for other in files if other.domain == file.domain and other != file]
-        if others and not file.named:
+    parsed = [parse_data(argument) for argument in arguments]
+    for index, data in enumerate(parsed):
+        others = [
+            one.path for one in parsed[:index] + parsed[index + 1 :] if one.domain == data.domain
+        ]
+        if others and data.path not in others and not data.named:
             raise ValueError(
-                f"data {file.path} and {others[0]} would both be domain {file.domain!r}; name "
-                f"their domains, as in {file.path}:{file.path.parent.name or 'NAME'}"
+                f"data {data.path} and {others[0]} would both be domain {data.domain!r}; name "
+                f"their domains, as in {data.path}:{data.path.parent.name or 'NAME'}"
             )
-        if files.count(file) > 1:
+    files = [file for data in parsed for file in data.files]
+    for file, count in Counter(files).items():
+        if count > 1:
             raise ValueError(f"data {file.path} is given twice; give every file once")
     return files
 
 
-def parse_data(argument: str) -> DataFile:
-    """Read `FILE[:DOMAIN]`. A path may contain colons: what exists as a whole is a file.
+def parse_data(argument: str) -> DataArgument:
+    """Read `PATH[:DOMAIN]`. A path may contain colons, and *: what exists as a whole is a path.
 
     Raises:
-        ValueError: the file does not exist, has an unknown suffix, or the domain is empty.
+        ValueError: nothing is there, a suffix is not known, a directory holds several kinds of
+            files or a dataset of several splits, or the domain is empty.
     """
     path, domain = Path(argument), ""
-    if not path.exists() and ":" in argument:
+    if not exists(path) and ":" in argument:
         head, domain = argument.rsplit(":", 1)
         path = Path(head)
-        if path.is_file() and not domain:
+        if exists(path) and not domain:
             raise ValueError(f"data {argument!r}: the domain after the colon is empty; name it")
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise ValueError(
-            f"data {argument!r}: {path} {what}; wanted FILE[:DOMAIN] with an existing file"
-        )
-    stem, suffix, _ = split_name(path)
-    if suffix not in SUFFIXES:
-        raise ValueError(
-            f"data {argument!r}: suffix {path.suffix!r} is not known; wanted "
-            f"{', '.join(SUFFIXES)}, and all but the last also with .gz"
-        )
-    return DataFile(path, domain or stem, bool(domain))
+    try:
+        found = files_of(path)
+    except ValueError as error:
+        raise ValueError(f"data {argument!r}: {error}") from None
+    named = domain or domain_of(path)
+    return DataArgument(path, tuple(DataFile(file, named) for file in found), bool(domain))
 
 
 def draw_windows(

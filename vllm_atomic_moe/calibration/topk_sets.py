@@ -1,7 +1,7 @@
-"""Counts the top-k sets that tokens choose: which experts are chosen together, and how often.
+"""Counts the top-k sets that tokens choose: experts that are chosen together, and how often.
 
-SHAPE (see `scoring/shape.py`) scores experts by this table. It is exact and has one row per domain
-and set that occurs.
+SHAPE (see `scoring/methods/shape.py`) scores experts by this table. It is exact and has one row per
+domain and set that occurs.
 
 Legend: T tokens, K experts per token, S rows of the table.
 """
@@ -12,12 +12,12 @@ import torch
 
 from vllm_atomic_moe.files.statistics import add_sets
 
-# Rows that may wait before they are added up: some MB, whatever the model.
+# Maximum number of rows that wait to be added up: some MB for any model.
 PENDING_ROWS = 1 << 16
 
 
 class TopKSetsAccumulator:
-    """Adds up sets; between additions at most PENDING_ROWS tokens wait."""
+    """Adds up sets; at most PENDING_ROWS tokens wait between additions."""
 
     def __init__(self) -> None:
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -1,6 +1,6 @@
 """The command line `atomic-moe`: arguments and tables, nothing else.
 
-One file a subcommand. torch, transformers and vllm are imported inside the commands, so that
+Each subcommand has a file. torch, transformers and vllm are imported inside the commands, so that
 `atomic-moe --help` answers at once.
 """
 

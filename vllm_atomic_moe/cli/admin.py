@@ -37,8 +37,8 @@ Proxy = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Go through this HTTP proxy; none of the environment is used. To an http:// server it "
-        "sees the key.",
+        help="Go through this HTTP proxy; those of the environment are ignored. It sees the key on "
+        "the way to an http:// server.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -50,7 +50,7 @@ KINDS = ("active", "resident", "dense")
 def show_status(
     urls: Urls, key_file: KeyFile = None, proxy: Proxy = None, as_json: AsJson = False
 ) -> None:
-    """Show what servers answer with now, and the memory of their experts."""
+    """Show what servers serve, and the memory of their experts."""
     found, errors = _ask_all(_servers(urls, key_file, proxy), lambda server: server.status())
     if as_json:
         print_json([{"url": url, **answer} for url, answer in found.items()])
@@ -123,8 +123,7 @@ def activate(
     running: Annotated[
         Literal["finish", "abort"],
         typer.Option(
-            help="finish: requests go on with the profile that they have; abort: those of other "
-            "profiles end."
+            help="finish: running requests keep their profile; abort: those of other profiles end."
         ),
     ] = "finish",
     mode: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -133,10 +132,10 @@ def activate(
     proxy: Proxy = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give requests that name no profile another one, on servers one after another."""
+    """Change the profile of requests that name none, on servers one after another."""
     if mode is not None or timeout is not None:
         print_warning(
-            "--mode and --timeout are of version 0.1 and go with the next one; see --running"
+            "--mode and --timeout belong to version 0.1; the next version drops them; see --running"
         )
         running = "abort" if mode == "abort" else running
     _change(_servers(urls, key_file, proxy), as_json, lambda server: server.activate(name, running))
@@ -149,7 +148,7 @@ def load(
     proxy: Proxy = None,
     as_json: AsJson = False,
 ) -> None:
-    """Load a profile of the servers' directory while they serve; its atoms must be in memory."""
+    """Load a profile of the servers' directory while serving; its atoms must be in memory."""
     _change(_servers(urls, key_file, proxy), as_json, lambda server: server.load(name))
 
 
@@ -169,7 +168,7 @@ def _change(
     as_json: bool,
     change: Callable[[AdminClient], dict[str, Any]],
 ) -> None:
-    """Change servers one after another; at the first failure say which were changed."""
+    """Change servers one after another; at the first failure, say which ones were changed."""
     from vllm_atomic_moe.control.client import change_fleet
 
     with fleet as servers:
@@ -190,7 +189,7 @@ def _change(
 def _ask_all(
     fleet: AbstractContextManager[list[AdminClient]], question: Callable[[AdminClient], Any]
 ) -> tuple[dict[str, Any], list[ValueError]]:
-    """URL -> answer of those that answer, and what the others' failures are."""
+    """URL -> answer of the servers that answer, and the failures of the others."""
     found: dict[str, Any] = {}
     errors: list[ValueError] = []
     with fleet as servers:
@@ -203,7 +202,7 @@ def _ask_all(
 
 
 def _raise_first(errors: list[ValueError]) -> None:
-    """The first failure ends the command, the others are said before."""
+    """Print all failures but the first, which ends the command."""
     for error in errors[1:]:
         print_error(error)
     if errors:

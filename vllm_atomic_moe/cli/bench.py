@@ -1,4 +1,4 @@
-"""atomic-moe bench: layers, servers or calibration, each beside what it is compared with."""
+"""atomic-moe bench: layers, servers or calibration, each against its baseline."""
 
 from __future__ import annotations
 
@@ -107,33 +107,33 @@ def bench(
         str | None, typer.Option(help="Our kernel.", show_default="the fastest that runs")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    seed: Annotated[int, typer.Option(help="Of everything random but --synthetic.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random except --synthetic.")] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the ratios (.png, .pdf or .svg)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure pruned beside dense, in one run: layers, or with MODEL whole servers.
+    """Measure pruned against dense, in one run: layers, or with MODEL whole servers.
 
     Layers: the ratio is time ÷ (time of vLLM's dense op × mean kept width over the routed rows ÷
-    full width), 1 for a kernel as fast as the atoms that are left; then other rows (fp8, int4,
-    mxfp4) and activations beside plain rows and SiLU of the same atoms. Options: --shape,
-    --tokens, --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
+    full width), 1 for a kernel as fast as the remaining atoms; then other rows (fp8, int4, mxfp4)
+    and activations against plain rows and SiLU of the same atoms. Options: --shape, --tokens,
+    --pruned, --dtype, --rounds, --seconds, --kernel, --plot.
 
     Servers: vLLM's default loader dense, then every profile, one server after another under vLLM's
     load generator; throughput and latency, whole load from a warm page cache, memory, and changes
     between the profiles. Options: --profiles, --profile, --serve, --rounds, --plot,
     --trust-remote-code.
 
-    Calibration: `atomic-moe calibrate`, in memory and layer by layer, beside the HEAPr paper's two
-    forward passes; time without reading weights, and memory over the weights that are held all
-    along. Options: --windows, --seq-len, --dtype, --rounds, --trust-remote-code.
+    Calibration: `atomic-moe calibrate`, in memory and layer by layer, against the HEAPr paper's
+    two forward passes; time without reading weights, and memory beyond the weights that are held
+    throughout. Options: --windows, --seq-len, --dtype, --rounds, --trust-remote-code.
     """
     if plot is not None:
         check_plot(plot)
     if model is not None and synthetic:
-        raise ValueError("--synthetic stands for the MODEL; leave one of them out")
+        raise ValueError("--synthetic replaces MODEL; leave one of them out")
     given = {
         "profiles": profiles,
         "profile": profile,
@@ -268,7 +268,7 @@ def _bench_servers(directory: Path, options: dict[str, Any], seed: int, as_json:
 
 
 def _print_servers(report: Any) -> None:
-    """Two tables, what loading gives, then every phase; and a line about changes."""
+    """Two tables, of loading and of every phase; and a line about changes."""
     rows = report.profiles
     columns = "profile kept experts load ratio start peak loaded freed KV-cache gained"
     print_table(
@@ -393,7 +393,7 @@ def _print(report: Any) -> None:
     )
     if not report.mixes:
         return
-    typer.echo("\nfour profiles in one batch, beside the union of their atoms under one:\n")
+    typer.echo("\nfour profiles in one batch, against the union of their atoms under one:\n")
     print_table(
         ["layer", "T", "pruned", "union", "one", "four", "ratio", "quartiles"],
         [
@@ -413,7 +413,7 @@ def _print(report: Any) -> None:
 
 
 def _print_variants(cells: Sequence[Any]) -> None:
-    typer.echo("\nother rows and activations, beside plain rows and SiLU of the same atoms:\n")
+    typer.echo("\nother rows and activations, against plain rows and SiLU of the same atoms:\n")
     print_table(
         ["layer", "T", "pruned", "variant", "bytes", "plain", "ours", "ratio", "quartiles"],
         [

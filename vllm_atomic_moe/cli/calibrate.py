@@ -9,14 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from vllm_atomic_moe.cli.console import (
-    debugging,
     print_json,
     print_note,
     print_table,
     print_warning,
     progress_bar,
+    quiet_transformers,
 )
-from vllm_atomic_moe.cli.options import Field, TrustRemoteCode
+from vllm_atomic_moe.cli.options import DATA_HELP, DATA_METAVAR, Field, TrustRemoteCode
+from vllm_atomic_moe.cli.profiles import calibrated
 
 SHOWN_EXPERTS = 20
 
@@ -29,9 +30,8 @@ def calibrate(
         list[str],
         typer.Option(
             "--data",
-            metavar="FILE[:DOMAIN]",
-            help="Text: .txt (one document), .jsonl, .json (a list or lines), each also .gz, or "
-            ".parquet. Repeat for more files; DOMAIN defaults to the file's name.",
+            metavar=DATA_METAVAR,
+            help=f"Text: {DATA_HELP} Repeat for more; DOMAIN defaults to the name.",
         ),
     ],
     output: Annotated[
@@ -46,7 +46,7 @@ def calibrate(
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto, float32, bfloat16 or float16. auto is the checkpoint's, but float32 on a "
+            help="auto, float32, bfloat16 or float16. auto is the checkpoint's, or float32 on a "
             "CPU without instructions for it."
         ),
     ] = "auto",
@@ -68,15 +68,15 @@ def calibrate(
         typer.Option(
             "--stream/--no-stream",
             help="Read and run one decoder layer at a time, for models larger than memory.",
-            show_default="where the weights do not fit what is free",
+            show_default="if the weights do not fit the free memory",
         ),
     ] = None,
     scratch: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Stream, and keep layers' inputs there rather than in memory; the same command "
-            "goes on after a kill.",
+            help="Stream, and keep layers' inputs there rather than in memory; after a kill the "
+            "same command continues.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -87,14 +87,10 @@ def calibrate(
     One forward and one backward per window serve all methods. Processes started by `torchrun
     --nproc-per-node N --no-python atomic-moe calibrate …` share the windows, one device each.
     """
-    from transformers.utils import logging
-
     from vllm_atomic_moe import api
     from vllm_atomic_moe.calibration.ranks import Ranks
 
-    if not debugging():
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet_transformers()
     first = Ranks.here().rank == 0
     lines: list[str] = []
     with progress_bar("reading text and model", "calibrating", quiet=not first) as show:
@@ -126,25 +122,34 @@ def calibrate(
 
 
 def report(output: Path, statistics: Any, as_json: bool) -> None:
-    """Say what was calibrated, and which experts saw few tokens."""
+    """Print what was calibrated, and which experts saw few tokens."""
+    if as_json:
+        print_json(describe(output, statistics))
+    else:
+        print_statistics(output, statistics)
+
+
+def describe(file: Path, statistics: Any) -> dict[str, Any]:
+    """What is said about a statistics file, as plain data."""
     from vllm_atomic_moe.calibration.findings import experts_with_few_tokens
-    from vllm_atomic_moe.files.statistics import MIN_TOKENS
+    from vllm_atomic_moe.files.statistics import data_digest
 
     few = experts_with_few_tokens(statistics.sums)
-    if as_json:
-        print_json(
-            {
-                "file": str(output),
-                "calibration": dict(statistics.calibration),
-                "experts_with_few_tokens": [dataclasses.asdict(entry) for entry in few],
-            }
-        )
-        return
-    shards = statistics.calibration.get("shards")
-    part = f", shards {shards['here']} of {shards['of']}" if shards else ""
+    return {
+        "file": str(file),
+        "calibration": dict(statistics.calibration),
+        "data": data_digest(statistics.calibration),
+        "experts_with_few_tokens": [dataclasses.asdict(entry) for entry in few],
+    }
+
+
+def print_statistics(file: Path, statistics: Any) -> None:
+    """The same as text, with a table of a few of the experts."""
+    from vllm_atomic_moe.files.statistics import MIN_TOKENS
+
+    few = describe(file, statistics)["experts_with_few_tokens"]
     typer.echo(
-        f"{output}: {statistics.calibration['tokens']} tokens, "
-        f"domains {', '.join(statistics.domains)}{part}; "
+        f"{file}: {calibrated(statistics.calibration)}; "
         f"{len(statistics.sums)} layers of {statistics.model['num_experts']} experts of "
         f"{statistics.model['intermediate_size']} atoms"
     )
@@ -152,7 +157,7 @@ def report(output: Path, statistics: Any, as_json: bool) -> None:
         typer.echo(f"\nexperts with fewer than {MIN_TOKENS} tokens:")
         print_table(
             ["layer", "expert", "tokens"],
-            [[str(x.layer), str(x.expert), str(x.tokens)] for x in few[:SHOWN_EXPERTS]],
+            [[str(x["layer"]), str(x["expert"]), str(x["tokens"])] for x in few[:SHOWN_EXPERTS]],
         )
         if len(few) > SHOWN_EXPERTS:
             typer.echo(f"… and {len(few) - SHOWN_EXPERTS} more; --json lists them all")

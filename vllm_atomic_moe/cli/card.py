@@ -20,15 +20,14 @@ def card(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What `atomic-moe eval --json` printed of these profiles.",
+            help="Output of `atomic-moe eval --json` for these profiles.",
             show_default="no perplexities",
         ),
     ] = None,
 ) -> None:
     """Write README.md for a Hub repository of profiles: model, methods, kept atoms, perplexities.
 
-    Its pictures, widths.png and perplexity.png, are written beside it. A card of an earlier run is
-    replaced.
+    It also writes the pictures widths.png and perplexity.png, and replaces an earlier card.
     """
     from vllm_atomic_moe.measure.card import write_card
 

@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Check profiles against a model, before a server does.
 
-    What vLLM builds for the architecture and what its flags ask for, only the server can tell.
+    Only the server can tell what vLLM builds for the architecture and what its flags ask for.
 
     Exit code 1 if any profile is refused; each refusal is one line on stderr.
     """
@@ -50,7 +50,7 @@ def check(
             [
                 [
                     result["name"] or "?",
-                    "ok" if result["ok"] else "refused",
+                    _verdict(result),
                     f"{result['kept']:.2%}" if result["kept"] is not None else "-",
                     Path(result["file"]).name,
                 ]
@@ -80,6 +80,12 @@ def _formats(row_formats: Mapping[str, list[int]]) -> str:
     )
 
 
+def _verdict(result: Mapping[str, Any]) -> str:
+    if not result["ok"]:
+        return "refused"
+    return "ok, compensated" if result["compensated"] else "ok"
+
+
 def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
     from vllm_atomic_moe.files.profiles import PruningProfile
 
@@ -88,12 +94,14 @@ def _check_file(file: Path, checkpoint: Any) -> dict[str, Any]:
         "name": None,
         "ok": False,
         "kept": None,
+        "compensated": None,
         "warnings": [],
         "error": None,
     }
     try:
         profile = PruningProfile.read(file)
         result |= {"name": profile.name, "kept": profile.kept}
+        result |= {"compensated": bool(profile.compensation)}
         result |= {"warnings": profile.check(checkpoint), "ok": True}
     except ValueError as error:
         text = str(error)

@@ -27,7 +27,7 @@ _debugging = False
 
 
 class OneLineErrors(TyperGroup):
-    """A refusal anywhere below (ValueError, OSError) is one line on stderr and exit code 1."""
+    """Turn a refusal (ValueError, OSError) of any command into one line on stderr, exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         # A path or a name may hold what the terminal's encoding does not.
@@ -52,14 +52,24 @@ def debugging() -> bool:
     return _debugging
 
 
+def quiet_transformers() -> None:
+    """Errors of transformers only, and no bars of its own, unless people debug."""
+    if debugging():
+        return
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def quiet_vllm() -> None:
-    """Before vLLM is imported: warnings of its log alone, beside what the command prints."""
+    """Limit vLLM's log to warnings; call it before vLLM is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def print_error(error: Exception | str) -> None:
-    """`error: …` on stderr, one line however the message was laid out."""
+    """`error: …` on stderr, always one line."""
     typer.echo(f"error: {one_line(error, MESSAGE_LENGTH)}", err=True)
 
 
@@ -69,7 +79,7 @@ def print_warning(line: str) -> None:
 
 
 def print_note(line: str) -> None:
-    """A line about how something is done, on stderr."""
+    """A line on stderr that says how something is done."""
     typer.echo(one_line(line, MESSAGE_LENGTH), err=True)
 
 
@@ -93,21 +103,21 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 class ProgressLines:
-    """Progress off a terminal: a line a minute with the time left; none of what is done sooner."""
+    """Progress off a terminal: one line a minute with the time left, none for shorter work."""
 
     INTERVAL = 60.0
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`what` is being done; `clock` gives seconds."""
+        """`what` names the work; `clock` gives seconds."""
         self._what, self._clock = what, clock
         self._first: tuple[float, int] | None = None
         self._shown = clock()
 
     def line(self, done: int, total: int) -> str | None:
-        """What to say when `done` steps of `total` are done; None: nothing."""
+        """The line to print when `done` steps of `total` are done, or None."""
         now = self._clock()
         if self._first is None:
-            # A run that was resumed begins with what had been done before.
+            # A resumed run starts with the steps done before.
             self._first = now, done
             return None
         began, before = self._first
@@ -125,8 +135,8 @@ def progress_bar(
     """A bar on stderr, or lines off a terminal; gives (done, total) -> None.
 
     Args:
-        first: what is being done until the first step is done.
-        then: and afterwards.
+        first: name of the work until the first step is done.
+        then: name of the work after it.
         in_bytes: steps are bytes.
         quiet: show nothing.
     """
@@ -170,7 +180,7 @@ def progress_bar(
 
 
 def status_lines() -> Callable[[int, int, str], None]:
-    """For long work off a terminal too: (done, total, what comes next) -> a line on stderr."""
+    """For long work, on a terminal or not: (done, total, next) -> a line on stderr."""
     console = Console(stderr=True)
 
     def show(done: int, total: int, name: str) -> None:
@@ -181,7 +191,7 @@ def status_lines() -> Callable[[int, int, str], None]:
 
 
 def measured(measure: Callable[[], Any]) -> tuple[Any, ValueError | None]:
-    """What `measure` gives; if it fails near its end, what it had by then, and the failure.
+    """The result of `measure`; if it fails near its end, its result until then, and the failure.
 
     Raises:
         ValueError: it fails with nothing measured.

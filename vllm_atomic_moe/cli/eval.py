@@ -1,4 +1,4 @@
-"""atomic-moe eval: perplexity per domain and profile, as served."""
+"""atomic-moe eval: perplexity per domain and profile, and likeness to dense, as served."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity with vLLM: dense first, then every profile, on the same text.
 
-    All profiles are checked before the first engine starts.
+    It also says how far each is from dense: KL divergence, and greedy answers that differ. All
+    profiles are checked before the first engine starts.
     """
     if plot is not None:
         check_plot(plot)
@@ -101,15 +102,17 @@ def evaluate(
 
 
 def _print(rows: Sequence[Any]) -> None:
-    """Perplexity, and with several domains a second table: how far each is from dense."""
+    """The table, and with several domains a second one: how far each is from dense."""
     dense = rows[0]
     print_table(
-        ["profile", "kept", "MiB", "Δ all", *dense.perplexity],
+        ["profile", "kept", "MiB", "answers", "KL", "Δ all", *dense.perplexity],
         [
             [
                 row.profile,
                 f"{row.kept:.1%}",
                 f"{row.kept_bytes / 2**20:.2f}",
+                f"{row.answers.equal:.0%}",
+                f"{row.kl['all']:.4f}",
                 f"{_delta(row, dense)['all']:+.1%}",
                 *(f"{value:.2f}" for value in row.perplexity.values()),
             ]
@@ -125,6 +128,11 @@ def _print(rows: Sequence[Any]) -> None:
                 for row in rows[1:]
             ],
         )
+    typer.echo(
+        f"\nanswers: those that equal dense's, of {dense.answers.prompts} greedy ones of "
+        f"{dense.answers.tokens} tokens\n"
+        "KL: from dense, nats a token, over the likeliest tokens of both, the others as one"
+    )
 
 
 def _delta(row: Any, dense: Any) -> dict[str, float]:

@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.console import print_json, print_warning, progress_bar
+from vllm_atomic_moe.cli.console import (
+    print_json,
+    print_note,
+    print_warning,
+    progress_bar,
+    quiet_transformers,
+)
+from vllm_atomic_moe.cli.options import (
+    Field,
+    FitBatch,
+    FitData,
+    FitDevice,
+    FitDtype,
+    FitTokens,
+    FitWindows,
+    TrustRemoteCode,
+)
 
 
 def export(
@@ -32,19 +48,53 @@ def export(
             "experts in every layer, all of one width.",
         ),
     ] = False,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            help="Fit down_proj anew to the text of --data, so that the atoms that stay make up "
+            "for those that go.",
+        ),
+    ] = False,
+    data: FitData = None,
+    field: Field = None,
+    samples: FitWindows = 128,
+    seq_len: FitTokens = 2048,
+    batch_size: FitBatch = 1,
+    dtype: FitDtype = "auto",
+    device: FitDevice = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a checkpoint that holds the atoms of one profile only.
 
     It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
-    answers, and is smaller on disk by what was pruned. With --plain any engine loads it.
+    answers, and is smaller on disk by what was pruned. With --plain any engine loads it. With
+    --refit its answers are closer to those of the whole model.
     """
     from vllm_atomic_moe import api
 
+    if refit:
+        quiet_transformers()
     lines: list[str] = []
-    with progress_bar("reading headers", "exporting", in_bytes=True) as show:
+    with progress_bar("reading", "exporting", in_bytes=True) as show:
         result = api.export(
-            model, profile, output, plain=plain, on_progress=show, on_warning=lines.append
+            model,
+            profile,
+            output,
+            plain=plain,
+            refit=refit,
+            data=data or (),
+            field=field,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_progress=show,
+            on_note=print_note,
+            on_warning=lines.append,
         )
     for line in lines:
         print_warning(line)
@@ -59,6 +109,7 @@ def export(
                 "shards": result.shards,
                 "experts": result.experts,
                 "width": result.width,
+                "refit": result.refit,
             }
         )
         return

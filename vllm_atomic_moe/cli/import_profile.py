@@ -40,7 +40,7 @@ def import_profile(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make a profile of another tool's pruning file."""
+    """Make a profile from another tool's pruning file."""
     from vllm_atomic_moe.convert.importing import import_profile as run
     from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 

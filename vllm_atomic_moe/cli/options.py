@@ -7,9 +7,16 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local directory or Hugging Face id.")]
+DATA_METAVAR = "PATH[:DOMAIN]"
+DATA_HELP = (
+    "a .txt (one document), .jsonl or .json (a list or lines), each also .gz, .parquet or .arrow "
+    "file, a directory of such or saved by datasets, or a quoted glob."
+)
 HeldOut = Annotated[
     list[str],
-    typer.Option("--data", metavar="FILE[:DOMAIN]", help="Held-out text; repeat for more files."),
+    typer.Option(
+        "--data", metavar=DATA_METAVAR, help=f"Held-out text: {DATA_HELP} Repeat for more."
+    ),
 ]
 WindowTokens = Annotated[
     int | None,
@@ -30,3 +37,19 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python files that come with MODEL."),
 ]
+
+# What a fit is made on; as of `calibrate`.
+FitData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE[:DOMAIN]",
+        help="Calibration text to fit on; repeat.",
+        show_default=False,
+    ),
+]
+FitWindows = Annotated[int, typer.Option(min=1, help="Windows per domain, of the fit.")]
+FitTokens = Annotated[int, typer.Option(min=2, help="Tokens per window, of the fit.")]
+FitBatch = Annotated[int, typer.Option(min=1, help="Windows per forward, of the fit.")]
+FitDtype = Annotated[str, typer.Option(help="As of `calibrate`, of the fit.")]
+FitDevice = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, of the fit.")]

@@ -1,7 +1,7 @@
-"""Commands whose options come from what is registered: methods of pruning, formats to import.
+"""Commands with options from registered plug-ins: pruning methods, formats to import.
 
-What is registered is known only when its code is imported, which needs torch. So these commands ask
-for it when they are called or asked for help, not when the command line starts.
+The list is known only after their code is imported, which needs torch. So these commands read it
+when they run or print their help, not when the command line starts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class ImporterCommand(TyperCommand):
 
 
 class ScoreCommand(TyperCommand):
-    """Has the options of all methods' scores; what is given of them is the context's `obj`."""
+    """Has the options of all methods' scores; the given ones are the context's `obj`."""
 
     def options_of(self, method: Method) -> Mapping[str, Option]:
-        """Those options of a method that the command has."""
+        """The options of a method that the command has."""
         return method.options
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -56,7 +56,7 @@ class ScoreCommand(TyperCommand):
         return super().invoke(ctx)
 
     def _options(self) -> dict[str, dict[str, Option]]:
-        """Name of the option -> name of the method -> what it is there."""
+        """Name of the option -> name of the method -> its option."""
         found: dict[str, dict[str, Option]] = {}
         for name, method in _known_methods().entries.items():
             for option, told in self.options_of(method).items():
@@ -65,7 +65,7 @@ class ScoreCommand(TyperCommand):
 
 
 class PruneCommand(ScoreCommand):
-    """Has the options of all methods' masks, too."""
+    """Also has the options of all methods' masks."""
 
     def options_of(self, method: Method) -> Mapping[str, Option]:
         return {**method.selection, **method.options}
@@ -93,7 +93,7 @@ def _list_of(entries: Mapping[str, Any]) -> str:
 
 
 def _with_help(parameters: list[Any], **texts: str) -> list[Any]:
-    """The same parameters; in the help of those named, … stands for the text."""
+    """The same parameters; in the help of those named, the text replaces …."""
     for parameter in parameters:
         if parameter.name in texts:
             parameter.help = parameter.help.replace("…", texts[parameter.name])
@@ -120,7 +120,7 @@ def _parameters(options: Mapping[str, Mapping[str, Option]]) -> list[Any]:
 
 
 def _annotation(name: str, of_methods: Mapping[str, Option]) -> Any:
-    """The type of an option, with its help: for every text the methods that it is of."""
+    """The type of an option, with its help: every text with the methods that it belongs to."""
     texts: dict[str, list[str]] = {}
     for method, option in of_methods.items():
         texts.setdefault(option.help.rstrip("."), []).append(method)

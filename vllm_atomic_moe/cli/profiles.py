@@ -1,9 +1,9 @@
-"""What the subcommands about profile files share: finding and describing them."""
+"""Shared by the subcommands about profile files: finding and describing them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def profile_files(profiles: list[str]) -> list[Path]:
 
 
 def print_written(profile: Any, output: Path, as_json: bool, **more: Any) -> None:
-    """Say what a profile keeps that was just written into the directory `output`.
+    """Describe a profile that was just written into the directory `output`.
 
     Args:
         profile: a `PruningProfile`.
@@ -76,6 +76,26 @@ def print_written(profile: Any, output: Path, as_json: bool, **more: Any) -> Non
         [[profile.name, f"{profile.kept:.2%}", *map(str, widths.values()), str(excluded)]],
     )
     typer.echo(f"wrote {path}")
+
+
+def calibrated(calibration: Mapping[str, Any]) -> str:
+    """What was calibrated on, in words: tokens, domains, settings and the digest of the windows."""
+    from vllm_atomic_moe.files.statistics import data_digest
+
+    domains = ", ".join(map(str, calibration["domains"]))
+    parts = [f"{calibration['tokens']} tokens", f"domains {domains}"]
+    for key, words in (
+        ("seq_len", "windows of {}"),
+        ("samples", "at most {} a domain"),
+        ("seed", "seed {}"),
+    ):
+        if key in calibration:
+            parts.append(words.format(calibration[key]))
+    if digest := data_digest(calibration):
+        parts.append(f"data {digest}")
+    if isinstance(shards := calibration.get("shards"), dict):
+        parts.append(f"shards {shards.get('here')} of {shards.get('of')}")
+    return ", ".join(parts)
 
 
 def summarize_widths(widths: Iterable[Any]) -> dict[str, float]:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from vllm_atomic_moe.cli.console import print_warning
+from vllm_atomic_moe.cli.console import print_note, print_warning, quiet_transformers
+from vllm_atomic_moe.cli.options import (
+    Field,
+    FitBatch,
+    FitData,
+    FitDevice,
+    FitDtype,
+    FitTokens,
+    FitWindows,
+    TrustRemoteCode,
+)
 from vllm_atomic_moe.cli.profiles import print_written
 from vllm_atomic_moe.cli.score import Domains
 
@@ -36,6 +46,23 @@ def prune(
         ),
     ] = None,
     domain: Domains = None,
+    compensate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Fit a scale and a bias of every expert's output to this model and the text of "
+            "--data, which make up for what is pruned.",
+            show_default=False,
+        ),
+    ] = None,
+    data: FitData = None,
+    field: Field = None,
+    samples: FitWindows = 128,
+    seq_len: FitTokens = 2048,
+    batch_size: FitBatch = 1,
+    dtype: FitDtype = "auto",
+    device: FitDevice = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the profile that removes the least important atoms or experts.
@@ -44,6 +71,8 @@ def prune(
     """
     from vllm_atomic_moe import api
 
+    if compensate is not None:
+        quiet_transformers()
     lines: list[str] = []
     profile = api.prune(
         source,
@@ -52,6 +81,16 @@ def prune(
         method=method,
         name=name,
         domain=domain,
+        compensate=compensate,
+        data=data,
+        field=field,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        on_note=print_note,
         on_warning=lines.append,
         **context.obj,
     )

@@ -9,7 +9,7 @@ import typer
 
 from vllm_atomic_moe.files.plain_files import check_output
 
-# `score` and `prune` share it; beside it they have the options of the methods.
+# Shared by `score` and `prune`, which also have the options of the methods.
 Domains = Annotated[
     list[str] | None,
     typer.Option(

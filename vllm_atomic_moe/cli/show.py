@@ -1,12 +1,16 @@
-"""atomic-moe show: what a profile keeps, as a table and as a picture."""
+"""atomic-moe show: what a profile keeps, as a table and as a picture; what statistics are of."""
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vllm_atomic_moe.cli.calibrate import describe as describe_statistics
+from vllm_atomic_moe.cli.calibrate import print_statistics
 from vllm_atomic_moe.cli.console import (
     check_plot,
     draw,
@@ -14,17 +18,22 @@ from vllm_atomic_moe.cli.console import (
     print_json,
     print_table,
 )
-from vllm_atomic_moe.cli.profiles import PROFILES_HELP, profile_files, summarize_widths
+from vllm_atomic_moe.cli.profiles import (
+    PROFILES_HELP,
+    calibrated,
+    profile_files,
+    summarize_widths,
+)
 from vllm_atomic_moe.files.layouts import atom_bytes
 
-# A profile does not know the dtype it will be served in; most models are served in 16 bits.
+# A profile does not tell the dtype in which it is served; for most models that has 16 bits.
 BYTES_PER_WEIGHT = 2
 
 
 def show(
     profiles: Annotated[
         list[str],
-        typer.Argument(metavar="PROFILE...", help=PROFILES_HELP),
+        typer.Argument(metavar="PROFILE...", help=f"{PROFILES_HELP} Or statistics files."),
     ],
     plot: Annotated[
         Path | None,
@@ -38,24 +47,33 @@ def show(
 ) -> None:
     """Show what profiles keep: widths per layer, and the bytes that saves at 16 bits a weight.
 
+    Of a statistics file, what it was calibrated on; two of the same windows have the same digest.
+
     Exit code 1 if a file is unreadable (each is one line on stderr) or the picture was not drawn.
     """
     if plot is not None:
         check_plot(plot)
     from vllm_atomic_moe.files.profiles import PruningProfile
+    from vllm_atomic_moe.files.statistics import Statistics, is_statistics
 
+    statistics: list[tuple[Path, Any]] = []
     read: list[tuple[Path, PruningProfile]] = []
     described: list[dict[str, Any]] = []
     left_out: list[ValueError] = []
     for file in profile_files(profiles):
         try:
+            if is_statistics(file):
+                statistics.append((file, Statistics.read(file)))
+                continue
             profile = PruningProfile.read(file)
             described.append(_describe(file, profile))
             read.append((file, profile))
         except ValueError as error:
             left_out.append(error)
-    if not read:
+    if not read and not statistics:
         raise left_out[0]
+    if plot is not None and not read:
+        raise ValueError("--plot draws profiles, and only statistics are named; leave it out")
     drawn = True
     if plot is not None:
         from vllm_atomic_moe.measure.plots import plot_widths
@@ -64,12 +82,17 @@ def show(
         shown = [profile for _, profile in read]
         drawn = draw(plot, lambda: plot_widths(shown, plot), quiet=True)
     if as_json:
-        print_json({"profiles": described})
+        told = [describe_statistics(file, of_file) for file, of_file in statistics]
+        print_json({"profiles": described, **({"statistics": told} if told else {})})
     else:
         for index, description in enumerate(described):
             if index:
                 typer.echo()
             _print(description)
+        for index, (file, of_file) in enumerate(statistics):
+            if index or described:
+                typer.echo()
+            print_statistics(file, of_file)
     if plot is not None and drawn and not as_json:
         typer.echo(f"\nwrote {plot}")
     for reason in left_out:
@@ -80,19 +103,36 @@ def show(
 
 def _describe(file: Path, profile: Any) -> dict[str, Any]:
     """Everything `show` says about one profile, as plain data."""
+    from vllm_atomic_moe.files.statistics import data_digest
+
     model = profile.model or {}
     hidden_size = model.get("hidden_size")
     if type(hidden_size) is not int:
         hidden_size = None
     rows = [_describe_layers(profile, [layer], hidden_size) for layer in profile.keep]
+    calibration = _calibration(profile)
     return {
         "name": profile.name,
         "file": str(file),
         "method": profile.metadata.get("method"),
         "ratio": profile.metadata.get("ratio"),
+        "calibration": calibration,
+        "data": data_digest(calibration or {}),
+        "compensated_layers": len(profile.compensation),
+        "bias_bytes_16bit": BYTES_PER_WEIGHT
+        * sum(it.bias_EH.numel() for it in profile.compensation.values()),
         "layers": [{"layer": layer, **row} for layer, row in zip(profile.keep, rows, strict=True)],
         "all": _describe_layers(profile, list(profile.keep), hidden_size),
     }
+
+
+def _calibration(profile: Any) -> dict[str, Any] | None:
+    """What the profile says of its calibration; None if it says nothing, or nothing of ours."""
+    with suppress(KeyError, ValueError):
+        told = json.loads(profile.metadata["calibration"])
+        if isinstance(told, dict) and isinstance(told.get("domains"), list) and "tokens" in told:
+            return told
+    return None
 
 
 def _describe_layers(profile: Any, layers: list[int], hidden_size: int | None) -> dict[str, Any]:
@@ -123,8 +163,12 @@ def _print(description: dict[str, Any]) -> None:
     saved = description["all"]["bytes_saved_16bit"]
     if saved is not None:
         notes.append(f"{saved / 2**20:.2f} MiB saved at 16 bits a weight")
+    if description["compensated_layers"]:
+        notes.append(f"compensated by {description['bias_bytes_16bit'] / 2**20:.2f} MiB of biases")
     typer.echo(f"{description['name']}: {', '.join(notes)}")
-    # Of a profile that leaves the router alone the column would say nothing.
+    if description["calibration"]:
+        typer.echo(f"calibrated on {calibrated(description['calibration'])}")
+    # The column says nothing if the profile does not mask routing.
     routing = description["all"]["routable_experts"] < description["all"]["experts"]
     # Short words: with all columns the table fits a terminal of 80.
     columns = ["layer", "width min", "median", "max", "zero width"]

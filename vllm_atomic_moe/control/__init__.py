@@ -5,7 +5,7 @@ import functools
 
 @functools.cache
 def attach_to_api_servers() -> None:
-    """Let API servers of vLLM offer the profiles of the model that they serve."""
+    """Let vLLM's API servers offer the profiles of the model that they serve."""
     from vllm_atomic_moe.control.names import ProfileHeader, ServerProfiles
     from vllm_atomic_moe.engine.attach import attach_to_api_servers
 

@@ -28,8 +28,8 @@ class Access:
     """The one key that opens the endpoint.
 
     Args:
-        key: the admin key, or None: then nothing is open.
-        serving_keys: keys of vLLM's `--api-key`; serving clients have no business here.
+        key: the admin key; with None nothing is open.
+        serving_keys: keys of vLLM's `--api-key`, which must not open the endpoint.
 
     Raises:
         ValueError: the admin key is one of them.
@@ -65,10 +65,10 @@ def presented_key(request: Request) -> str:
 
 
 class AdminRoute(APIRoute):
-    """A route that authenticates first, bounds the body, and says errors as vLLM does.
+    """A route that authenticates first, bounds the body, and reports errors as vLLM does.
 
-    What is begun is finished, also where the client goes away. The body is JSON whatever the
-    content type says, so that a plain `curl -d` works.
+    A change that has begun is finished even if the client disconnects. The body is parsed as JSON
+    whatever the content type says, so that a plain `curl -d` works.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -104,13 +104,13 @@ async def _answer(handle: Callable[[Request], Awaitable[Response]], request: Req
 
 
 def audit(request: Request, outcome: Outcome, status: int, words: str) -> None:
-    """Log and count one attempt to change what is served: who, what, and what became of it.
+    """Log and count one attempt to change what is served: who, what, and the outcome.
 
     Args:
         request: the attempt.
         outcome: of the change.
         status: HTTP status of the answer.
-        words: what was changed, or why not.
+        words: what was changed, or why nothing was.
     """
     logger.info(
         "Profile change: key=%s client=%s %s %s status=%d outcome=%s %s",
@@ -148,7 +148,7 @@ async def _with_bounded_body(request: Request) -> Request:
 
 
 def _bad_request(error: RequestValidationError) -> AdminError:
-    """The first of what is wrong with a request, without repeating what was sent."""
+    """The first error of a request, without repeating what was sent."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or "body"
     return AdminError(400, "BadRequestError", f"{where[:80]}: {first['msg'][:200]}")

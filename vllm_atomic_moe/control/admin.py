@@ -1,7 +1,7 @@
-"""The admin endpoint: which profiles requests get, and which are loaded.
+"""The admin endpoint: which profile requests get, and which profiles are loaded.
 
-An endpoint plug-in of vLLM's, loaded where `VLLM_PLUGINS` names `atomic_moe_admin`. It holds no
-state: the engines do, so that any number of API servers may stand before them.
+An endpoint plug-in of vLLM, loaded if `VLLM_PLUGINS` names `atomic_moe_admin`. The state is in the
+engines, so that any number of API servers can share them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ REASONS = {
     401: "The admin key is missing or wrong.",
     403: "No admin key is configured.",
     404: "Unknown profile.",
-    409: "It cannot be done as things stand; `type` says why.",
-    503: "No engine, or an engine or API server that does not answer; the message names it.",
+    409: "It cannot be done in the present state; `type` says why.",
+    503: "There is no engine, or an engine or API server does not answer; the message names it.",
 }
 
 
@@ -56,7 +56,7 @@ router = APIRouter(
     prefix=PREFIX,
     tags=["atomic-moe"],
     route_class=AdminRoute,
-    # For the documentation; the route class has checked before.
+    # For the API's documentation only: the route class has checked the key already.
     dependencies=[Depends(HTTPBearer(auto_error=False, description="The admin key."))],
     responses=_errors(401, 403, 503),
 )
@@ -67,7 +67,7 @@ def _changes(request: Request) -> Changes:
     """The engines' side of this server.
 
     Raises:
-        AdminError: 503, a render server has no engine, or it serves no pruned model.
+        AdminError: 503, this is a render server without an engine, or the model is not pruned.
     """
     changes = request.app.state.atomic_moe_changes
     if changes is None:
@@ -83,7 +83,7 @@ async def get_status(request: Request) -> Status:
 
 @router.get("/profiles", summary="All profiles of the server's directory")
 async def get_profiles(request: Request) -> Profiles:
-    """Every valid profile, loaded or not, as the files are now."""
+    """Every valid profile, loaded or not, read from the files now."""
     return Profiles.model_validate({"profiles": await _changes(request).profiles()})
 
 
@@ -95,16 +95,16 @@ async def get_profile(request: Request, name: ProfilePath) -> ProfileWidths:
 
 @router.put("/active", summary="Change the active profile", responses=_errors(400, 404, 409))
 async def put_active(request: Request, wanted: ActiveRequest) -> ActiveAnswer:
-    """Give requests that name no profile another one, from now on.
+    """Change the profile of requests that name none, from now on.
 
-    Nothing waits and nothing is emptied: requests that are there go on with the profile that they
-    have. The profile that is active already is not an error, and no work.
+    Nothing waits and no cache is emptied: requests in the engine keep their profile. Naming the
+    profile that is already active changes nothing and is not an error.
     """
     running = wanted.running
     if wanted.mode is not None or wanted.timeout_s is not None:
         logger.warning(
-            "Admin endpoint: `mode` and `timeout_s` are of version 0.1 and will be refused by the "
-            "next one; `mode` is called `running` now, `wait` is `finish`, nothing has to drain"
+            "Admin endpoint: `mode` and `timeout_s` belong to version 0.1 and the next version "
+            "refuses them; `mode` is now `running`, `wait` is `finish`, nothing has to drain"
         )
         running = "abort" if wanted.mode == "abort" else running
     answer = await _changes(request).activate(wanted.profile, running)
@@ -115,9 +115,9 @@ async def put_active(request: Request, wanted: ActiveRequest) -> ActiveAnswer:
 
 @router.put("/profiles/{name}", summary="Load a profile", responses=_errors(404, 409))
 async def put_profile(request: Request, name: ProfilePath) -> LoadAnswer:
-    """Load a profile of the server's directory while it serves; its atoms must be in memory.
+    """Load a profile of the server's directory while serving; its atoms must be in memory.
 
-    One that is loaded already is not an error, and no work.
+    Loading a profile again changes nothing and is not an error.
     """
     answer = await _changes(request).load(name)
     outcome: Outcome = "changed" if answer.pop("changed") else "unchanged"
@@ -127,7 +127,7 @@ async def put_profile(request: Request, name: ProfilePath) -> LoadAnswer:
 
 @router.delete("/profiles/{name}", summary="Unload a profile", responses=_errors(404, 409))
 async def delete_profile(request: Request, name: ProfilePath) -> UnloadAnswer:
-    """Take back a profile's name, and free its slot. No request may be using it."""
+    """Withdraw a profile's name and free its slot. No request may use it."""
     answer = await _changes(request).unload(name)
     audit(request, "changed", 200, f"unloaded {name} generation={answer['generation']}")
     return UnloadAnswer.model_validate(answer)
@@ -138,7 +138,7 @@ def _told(answer: dict[str, Any]) -> str:
 
 
 def _document_no_422(app: FastAPI) -> None:
-    """FastAPI documents 422 for whatever it validates; like vLLM's, these routes answer 400."""
+    """Replace the 422 that FastAPI documents by 400, which these routes answer, like vLLM's."""
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -180,7 +180,7 @@ class AdminPlugin:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Connect the routes with the engines, if there are any that serve a pruned model."""
+        """Connect the routes with the engines, if they serve a pruned model."""
         models = getattr(state, "openai_serving_models", None)
         profiles = getattr(models, "atomic_moe_profiles", None)
         if profiles is not None:

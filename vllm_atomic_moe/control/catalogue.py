@@ -1,4 +1,4 @@
-"""The profiles of the server's directory, read afresh for every question."""
+"""The profiles of the server's directory, read again for every question."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 
 
 def bytes_of(atoms: int, description: Mapping[str, Any]) -> int:
-    """Bytes of so many atoms, as the checkpoint encodes them; `description` as for `Catalogue`."""
+    """Bytes of that many atoms as the checkpoint encodes them; `description` as for `Catalogue`."""
     return atoms * description["dense_bytes"] // description["atoms"]
 
 
 class Catalogue:
-    """What could be served. Reads files: call it from a thread."""
+    """The profiles that could be served. Reads files: call it from a thread."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         """Look up where the files are.
@@ -52,14 +52,14 @@ class Catalogue:
         """One profile with its widths.
 
         Raises:
-            AdminError: 404, there is none; 409, its file is not valid.
+            AdminError: 404, unknown; 409, its file is not valid.
         """
         profile = self.read(name)
         widths = {str(layer): profile.widths(layer).tolist() for layer in profile.keep}
         return {**self._entry(profile, served), "widths": widths}
 
     def read(self, name: str) -> PruningProfile:
-        """A profile whose file is valid. Raises as `profile`."""
+        """A profile with a valid file. Raises as `profile`."""
         store = self._store()
         known = [*store.names(), DENSE]
         if name not in known:
@@ -78,22 +78,28 @@ class Catalogue:
         """A profile that can be loaded.
 
         Raises:
-            AdminError: as `profile`; 409, its atoms are not all in memory, or the routers were not
-                prepared for the experts that it excludes.
+            AdminError: as `profile`; 409, not all of its atoms are in memory, the routers were not
+                prepared for the experts that it excludes, or nothing for its compensation.
         """
         profile = self.read(name)
-        if missing := missing_atoms(profile, self._union):
-            reason = "AtomsNotResidentError", f"keeps {missing} atoms that are not in memory"
-        elif not self._can_route(profile):
-            reason = "RoutingMaskError", "excludes experts that the routers were not prepared for"
-        else:
+        if (reason := self._obstacle(profile)) is None:
             return profile
         kind, words = reason
         remedy = "list it in `resident` and restart the server"
         raise AdminError(409, kind, f"profile {name!r} {words}; {remedy}")
 
+    def _obstacle(self, profile: PruningProfile) -> tuple[str, str] | None:
+        """Why a profile cannot be loaded: the error's kind, and words; None if it can."""
+        if missing := missing_atoms(profile, self._union):
+            return "AtomsNotResidentError", f"keeps {missing} atoms that are not in memory"
+        if not self._can_route(profile):
+            return "RoutingMaskError", "excludes experts that the routers were not prepared for"
+        if profile.compensation and not self._description["compensated"]:
+            return "CompensationError", "is compensated, and no profile listed at start is"
+        return None
+
     def _can_route(self, profile: PruningProfile) -> bool:
-        """Whether the routers can follow its masks; those with a correction bias know a few."""
+        """Whether the routers can apply its masks; those with a correction bias know only some."""
         if not self._routing["masks"]:
             return not profile.masks_routing
         return not self._routing["biased"] or all(
@@ -124,7 +130,7 @@ class Catalogue:
             "kept": profile.kept,
             "bytes": bytes_of(profile.kept_atoms, self._description),
             "loaded": loaded is not None and loaded.offered,
-            "servable": not missing_atoms(profile, self._union) and self._can_route(profile),
+            "servable": self._obstacle(profile) is None,
             "active": profile.name == served.active,
         }
 

@@ -1,8 +1,8 @@
-"""Changes of what is served: on all engines and all API servers, or on none.
+"""Changes to what is served: on all engines and all API servers, or on none.
 
-A change is made and numbered at the first engine, taken by the others, then published to the API
-servers, and done when all of these have taken it. Where an engine does not answer, the change is
-taken back, which is a change itself.
+The first engine makes and numbers a change, the others take it, then it is published to the API
+servers; it is done when all of them have taken it. If an engine does not answer, the change is
+taken back, which is a change too.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-# An engine answers between two steps: one that does not by then has stopped, or computes a very
-# long prompt on a very slow machine.
+# An engine answers between two steps. If it takes longer than this, it has stopped, or computes a
+# very long prompt on a very slow machine.
 ENGINE_TIMEOUT_S = 30.0
-# An API server takes what is new as soon as its event loop is free.
+# An API server takes news as soon as its event loop is free.
 SERVER_TIMEOUT_S = 10.0
 # Long enough for engines that answer to take a change back.
 UNDO_S = 2.0
-# While waiting: how often to see whether the engines are still alive.
+# How often to check, while waiting, that the engines are alive.
 WATCH_S = 1.0
 
 State = dict[str, Any]
 
 
 def _content(served: State) -> tuple[Any, ...]:
-    """What engines must agree on; the number of a change that was taken back is not among it."""
+    """What engines must agree on; numbers of changes that were taken back do not count."""
     return served["active"], served["loaded"]
 
 
 class Changes:
-    """What the admin endpoint of one API server asks of the engines. Others may ask as well."""
+    """What the admin endpoint of one API server asks of the engines; others may ask too."""
 
     def __init__(
         self, client: EngineClient, offered: Admission, description: Mapping[str, Any]
@@ -71,7 +71,7 @@ class Changes:
         """What all engines say.
 
         Raises:
-            AdminError: 503, an engine does not answer.
+            AdminError: 503, one of them does not answer.
         """
         engines = await self._all("status")
         served = engines[0]["served"]
@@ -121,7 +121,7 @@ class Changes:
     # --- changes ----------------------------------------------------------------------------------
 
     async def activate(self, profile: str, running: Running) -> State:
-        """Make a loaded profile the one of requests that name none.
+        """Make a loaded profile the active one, which requests get that name none.
 
         Raises:
             AdminError: 404 unknown; 409 not loaded; 503 an engine or API server does not answer.
@@ -147,9 +147,9 @@ class Changes:
         """Load a profile of the directory into a free slot.
 
         Raises:
-            AdminError: 404 unknown; 409 its file is not valid, its atoms are not all in memory, the
-                routers cannot follow it, no slot is free, or another file was loaded under the
-                name; 503 as `activate`.
+            AdminError: 404 unknown; 409 its file is not valid, not all of its atoms are in memory,
+                the routers cannot apply it, no slot is free, or another file was loaded under
+                the name; 503 as `activate`.
         """
         profile = await asyncio.to_thread(self.catalogue.servable, name)
         change = await self._change(
@@ -191,10 +191,10 @@ class Changes:
         return len(engines_of(self._client)) == 1
 
     async def _change(self, verb: str, profile: str, **details: Any) -> State:
-        """Make a change everywhere, or nowhere.
+        """Make a change on all engines, or on none.
 
         Returns:
-            What `CoreProfiles.change` and `CoreProfiles.taken` answer.
+            The answers of `CoreProfiles.change` and `CoreProfiles.taken`.
 
         Raises:
             AdminError: 404 or 409, an engine refuses; 503, an engine or API server does not answer.
@@ -219,7 +219,7 @@ class Changes:
         """Give a state to the other engines.
 
         Raises:
-            AdminError: not all of them took it.
+            AdminError: one of them did not take it.
         """
         others = range(1, len(engines_of(self._client)))
         asked = (self._ask(index, "apply", served=served) for index in others)
@@ -247,10 +247,10 @@ class Changes:
         await asyncio.wait({task}, timeout=UNDO_S)
 
     async def _taken(self, generation: int) -> State:
-        """Wait until every API server has taken a state.
+        """Wait until all API servers have taken a state.
 
         Raises:
-            AdminError: 503, it names API servers that have not.
+            AdminError: 503, it names the API servers that have not.
         """
         call = self._call(0, "taken", {"generation": generation})
         try:
@@ -275,7 +275,7 @@ class Changes:
         """Requests that run or wait, by profile.
 
         Args:
-            taken: what `_taken` gave, which is enough where there is one engine.
+            taken: what `_taken` returned, which is enough if there is one engine.
         """
         if taken is not None and self._alone:
             counted = taken["requests"]
@@ -296,7 +296,7 @@ class Changes:
         return replies  # type: ignore[return-value]
 
     async def _ask(self, index: int, question: str, **arguments: Any) -> State:
-        """What one engine answers.
+        """The answer of one engine.
 
         Raises:
             AdminError: 404 or 409, it refuses; 503, it does not answer.
@@ -321,11 +321,11 @@ class Changes:
         return call_engine(self._client, engines_of(self._client)[index], question, arguments)
 
     async def _within(self, seconds: float, call: Coroutine[Any, Any, Any]) -> Any:
-        """Wait for a call, but not for ever; it is never cut off.
+        """Wait for a call, but not forever; the call is never cancelled.
 
         Raises:
             TimeoutError: it took longer.
-            Exception: what the call raises; what the engines died of, which answers no call.
+            Exception: what the call raises; or what killed the engines, which then answer nothing.
         """
         task = asyncio.ensure_future(call)
         self._keep(task)

@@ -20,20 +20,20 @@ from vllm_atomic_moe.control.models import (
     UnloadAnswer,
 )
 
-# More than all of a change's own time-outs.
+# More than the sum of a change's own timeouts.
 ANSWER_TIMEOUT_S = 180.0
 
 Result = Literal["changed", "unchanged", "failed", "not tried"]
 
 
 class AdminClient:
-    """Asks one server; a context manager. It never goes through a proxy of the environment.
+    """Asks one server; a context manager. It ignores proxies that the environment names.
 
     Args:
         url: http://host:port, with a path if the server has one.
         key: the admin key, or None.
         proxy: http:// or https:// URL of a proxy to go through, which then reads the key on the way
-            to an http:// server; None for the server itself.
+            to an http:// server; None for a direct connection.
 
     Raises:
         ValueError: a URL is not an HTTP URL.
@@ -117,7 +117,7 @@ class AdminClient:
 
 
 def _refusal(answer: httpx.Response, content: Any) -> str:
-    """What an answer says that is not the one asked for."""
+    """What an unexpected answer says."""
     error = content.get("error") if isinstance(content, dict) else None
     known = error if isinstance(error, dict) and {"type", "message"} <= error.keys() else None
     # vLLM's own answer to a path that it does not know, or FastAPI's.
@@ -130,14 +130,14 @@ def _refusal(answer: httpx.Response, content: Any) -> str:
         return f"{known['type']}: {known['message']}"
     kind = answer.headers.get("content-type", "no content type")
     return (
-        f"the answer is not of a vLLM server ({kind}, {answer.text[:60]!r}); "
+        f"the answer is not from a vLLM server ({kind}, {answer.text[:60]!r}); "
         "is a proxy or another service at this address?"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ServerResult:
-    """What became of one server of a fleet.
+    """The outcome for one server of a fleet.
 
     Attributes:
         url: of the server.

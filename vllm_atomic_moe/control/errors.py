@@ -1,4 +1,4 @@
-"""What the admin endpoint refuses, or cannot do."""
+"""Errors of the admin endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AdminError(Exception):
 
     @property
     def outcome(self) -> Outcome:
-        """What became of a change that ended so."""
+        """The outcome of a change that ended with this error."""
         return "failed" if self.status == 503 else "refused"
 
 

@@ -1,4 +1,4 @@
-"""The admin key: where the server and its client find it. Importable without vLLM."""
+"""The admin key, for the server and its client. Importable without vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY_FILE = "ATOMIC_MOE_ADMIN_KEY_FILE"
 
 
 def read_key(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The admin key, from the environment or from the file that it names; None without either.
+    """The admin key, from the environment or the file that it names; None if it has neither.
 
     Raises:
         ValueError: both are given, the file cannot be read or holds no key, or the key has
@@ -37,5 +37,5 @@ def read_key(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def fingerprint(key: str | None) -> str:
-    """What logs say of a key: the first 8 hex digits of its SHA-256; `none` without one."""
+    """How logs name a key: the first 8 hex digits of its SHA-256, or `none`."""
     return hashlib.sha256(key.encode()).hexdigest()[:8] if key else "none"

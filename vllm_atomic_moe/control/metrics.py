@@ -1,7 +1,7 @@
-"""What the plug-in adds to vLLM's `/metrics`.
+"""The metrics that the plug-in adds to vLLM's `/metrics`.
 
-Safe with several API servers, whose files prometheus_client merges: of a gauge, what was set last,
-by whichever of them, counts; counters are added up.
+Safe with several API servers, as prometheus_client merges their files: a gauge has the value that
+any of them set last; counters are added up.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ProfileMetrics:
             "active": gauge(
                 "active_profile", "1 for the profile of requests that name none, 0 for others."
             ),
-            "running": gauge("running", "Requests that are being computed, by profile."),
-            "waiting": gauge("waiting", "Requests that wait for their turn, by profile."),
+            "running": gauge("running", "Running requests, by profile."),
+            "waiting": gauge("waiting", "Waiting requests, by profile."),
         }
         self._bytes = gauge(
             "expert_bytes",
@@ -45,12 +45,12 @@ class ProfileMetrics:
             "Attempts to activate, load or unload a profile, by outcome.",
             ["outcome"],
         )
-        for outcome in get_args(Outcome):  # from zero, so that the first of a kind is an increase
+        for outcome in get_args(Outcome):  # from zero, so that the first one is an increase
             self._changes.labels(outcome)
         self._shown: set[str] = set()
 
     def show(self, status: Mapping[str, Any]) -> None:
-        """Set the gauges to a status, as `GET /atomic/v1/status` answers it."""
+        """Set the gauges to a status, as in the answer to `GET /atomic/v1/status`."""
         profiles = status["profiles"]
         for name in self._shown - profiles.keys():  # unloaded
             for gauge in self._gauges.values():

@@ -15,15 +15,15 @@ Running = Literal["finish", "abort"]
 
 
 class ActiveRequest(BaseModel):
-    """Which profile is to answer requests that name none, from now on."""
+    """The profile that requests get that name none, from now on."""
 
     model_config = ConfigDict(extra="forbid")
 
     profile: ProfileName = Field(description="Name of a loaded profile, or `dense`.")
     running: Running = Field(
         "finish",
-        description="What becomes of requests that are there: `finish` lets them go on with the "
-        "profile that they have; `abort` ends those of all other profiles.",
+        description="What happens to running requests: `finish` lets them end with the profile "
+        "that they have; `abort` ends those of all other profiles.",
     )
     mode: Literal["wait", "abort"] | None = Field(
         None, deprecated=True, description="Name of `running` in version 0.1; `wait` is `finish`."
@@ -34,10 +34,10 @@ class ActiveRequest(BaseModel):
 
 
 class ActiveAnswer(BaseModel):
-    """Requests that begin from now on, at any API server, get the new profile."""
+    """Requests that arrive from now on, at any API server, get the new profile."""
 
     active: str = Field(description="The profile of requests that name none.")
-    previous: str = Field(description="The one before; the same where nothing had to change.")
+    previous: str = Field(description="The one before; the same if nothing had to change.")
     generation: int = Field(description="Grows with every change.")
     running: dict[str, int] = Field(description="Requests that run or wait, by profile.")
 
@@ -51,7 +51,7 @@ class LoadAnswer(BaseModel):
 
 
 class UnloadAnswer(BaseModel):
-    """A profile that is not loaded any more."""
+    """A profile that is no longer loaded."""
 
     profile: str
     generation: int = Field(description="Grows with every change.")
@@ -77,7 +77,7 @@ class ProfileRequests(BaseModel):
 
 
 class Status(BaseModel):
-    """What the server serves now."""
+    """What the server serves."""
 
     active: str = Field(description="The profile of requests that name none.")
     generation: int = Field(description="Grows with every change.")

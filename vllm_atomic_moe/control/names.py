@@ -1,7 +1,7 @@
-"""What one API server knows: the profiles by their model names, and the profile of a request.
+"""One API server's view: the profiles by their model names, and the profile of a request.
 
-`ALIAS:PROFILE` is listed, found and answered like a LoRA adapter of vLLM's. A request is resolved
-once, when its route checks the model's name; whatever it becomes in the engine has that profile.
+`ALIAS:PROFILE` is listed, found and answered like a vLLM LoRA adapter. A request is resolved once,
+when its route checks the model's name; everything it becomes in the engine has that profile.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RETRY_S = 1.0
 
 
 class HttpRequest:
-    """What one HTTP request was resolved to.
+    """The profile to which one HTTP request was resolved.
 
     Attributes:
-        profile: the profile that answers, once that is known.
-        marks: what it named -> the mark of everything in it.
+        profile: the profile that answers, once known.
+        marks: the name in the request -> the mark of everything in it.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class HttpRequest:
         self._held.append((held, profile))
 
     def end(self) -> None:
-        """It is answered, or its client is gone."""
+        """End the use: the request is answered, or its client is gone."""
         for held, profile in self._held:
             held[profile] -= 1
 
@@ -60,7 +60,7 @@ _current: ContextVar[HttpRequest | None] = ContextVar("atomic_moe_http_request",
 
 
 class ProfileHeader:
-    """ASGI middleware: every answer says in a header which profile answers."""
+    """ASGI middleware: a header of every answer names the profile that answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -86,10 +86,10 @@ class ProfileHeader:
 
 
 class ServerProfiles(Admission):
-    """The profiles as one API server offers them.
+    """The profiles that one API server offers.
 
     Attributes:
-        changes: what can be asked and changed.
+        changes: asks the engines, and changes what they serve.
     """
 
     changes: Changes
@@ -109,7 +109,7 @@ class ServerProfiles(Admission):
 
     @classmethod
     async def start(cls, models: Any) -> ServerProfiles:
-        """Ask the engine what it serves, and follow its changes from now on.
+        """Ask the engine what it serves, and follow its changes.
 
         Raises:
             ValueError: the engine does not serve a pruned model.
@@ -127,7 +127,7 @@ class ServerProfiles(Admission):
         return profiles
 
     async def _follow(self, client: Any) -> None:
-        """Take what is new as soon as it is; asking again says that it was taken."""
+        """Take news as soon as there is some; asking again tells that it was taken."""
         first, server = engines_of(client)[0], server_index(client)
         while True:
             known = {
@@ -146,7 +146,7 @@ class ServerProfiles(Admission):
                 await asyncio.sleep(RETRY_S)
 
     async def _show_metrics(self) -> None:
-        """Keep the gauges fresh: all API servers' are one, so the first one sets them."""
+        """Keep the gauges fresh. All API servers share them, so the first one sets them."""
         while True:
             try:
                 profile_metrics().show(await self.changes.status())
@@ -170,16 +170,16 @@ class ServerProfiles(Admission):
         profile_metrics().count_request(profile)
 
     def known(self, request: Any) -> LoRARequest | None:
-        """The mark of a request of this HTTP request that was resolved before, or None."""
+        """The mark that a request of this HTTP request was given before, or None."""
         http = _current.get()
         return http.marks.get(str(_named_by(request))) if http is not None else None
 
     def resolve(self, request: Any) -> LoRARequest:
-        """The mark of one request of the API, whose model name vLLM has checked.
+        """The mark of one API request, after vLLM has checked its model name.
 
         Raises:
-            VLLMValidationError: it names two profiles, or one by something that is not a name.
-            VLLMNotFoundError: the profile that its extra arguments name is not loaded.
+            VLLMValidationError: it names two profiles, or its name is not a string.
+            VLLMNotFoundError: its extra arguments name a profile that is not loaded.
         """
         if (known := self.known(request)) is not None:
             return known

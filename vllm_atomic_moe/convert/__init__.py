@@ -1,1 +1,1 @@
-"""Other tools' files in, compact checkpoints out."""
+"""Import other tools' pruning files; export compact checkpoints."""

@@ -6,8 +6,7 @@ LOAD_FORMAT = "atomic-pruned"
 
 
 def register_load_format(on_front_end: Callable[[], None]) -> None:
-    """Tell vLLM's loader registry about `--load-format atomic-pruned`, and its engines about
-    profiles.
+    """Add `--load-format atomic-pruned` to vLLM's loader registry, and profiles to its engines.
 
     Args:
         on_front_end: called in a process that is about to admit requests to a pruned model.

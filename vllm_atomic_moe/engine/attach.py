@@ -1,8 +1,8 @@
-"""What the plug-in attaches to vLLM when it registers, and what it asks of vLLM's engines.
+"""Hooks that the plug-in attaches to vLLM when it registers, and its calls to vLLM's engines.
 
 Every vLLM process imports this file, so vLLM's internals are imported inside the functions.
-`tests/serving/test_compat.py` probes them. What is wrapped does nothing of ours for a model that is
-loaded with another load format.
+`tests/serving/test_compat.py` probes them. The wrapped methods change nothing for a model with
+another load format.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vllm_atomic_moe.engine.unserved import CONFIGURATION, refuse
 
 
 def attach_to_engines() -> None:
-    """Give requests their profiles, and workers and engine cores the methods that changes call.
+    """Give requests their profiles, and workers and engine cores the methods for changes.
 
-    Reasons: `worker_extension_cls`, the public way for workers, is an option of the user's, and
-    there is none for the engine core, where block hashes are made and waiting requests are known.
+    Reasons: `worker_extension_cls`, the public way for workers, is a user's option, and there is
+    none for the engine core, which makes block hashes and knows the waiting requests.
     """
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerBase
@@ -31,7 +31,7 @@ def attach_to_engines() -> None:
     setattr(WorkerBase, worker.RANK, worker.rank)
     setattr(EngineCore, core.CORE, core.core_call)
 
-    # Not __init__: it is running when an engine core in a process of its own loads the plug-ins.
+    # Not __init__: an engine core in its own process loads the plug-ins inside __init__.
     initialize = EngineCore._initialize_kv_caches
 
     @functools.wraps(initialize)
@@ -47,7 +47,7 @@ def attach_to_engines() -> None:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         profiles = getattr(self, "atomic_moe_profiles", None)
         if profiles is not None:
-            profiles.admit(request)  # ahead of the block hashes
+            profiles.admit(request)  # before the block hashes
         return preprocess(self, request)
 
     add = EngineCore.add_request
@@ -57,7 +57,7 @@ def attach_to_engines() -> None:
         profiles = getattr(self, "atomic_moe_profiles", None)
         if profiles is None or profiles.served.holds(request.lora_request):
             return add(self, request, request_wave)
-        # Unloaded between the input thread and here: its client is gone, or lost the race.
+        # Unloaded since the input thread saw it: its client is gone, or lost the race.
         if hasattr(self, "_send_error_outputs_to_client"):
             self._send_error_outputs_to_client([request.request_id], request.client_index)
         return None
@@ -70,7 +70,7 @@ def attach_to_engines() -> None:
 def attach_to_front_ends(on_front_end: Callable[[], None]) -> None:
     """Let the processes that admit requests mark them.
 
-    Reason: vLLM's own way to carry a name with a request is refused where LoRA is off.
+    Reason: vLLM refuses its own way to carry a name with a request if LoRA is off.
 
     Args:
         on_front_end: called in such a process, before its engine starts.
@@ -92,7 +92,7 @@ def attach_to_front_ends(on_front_end: Callable[[], None]) -> None:
         mark = admission.mark_for(call.arguments.get("lora_request"), call.arguments["params"])
         profile = requests.profile_of(mark)
         if profile is not None:
-            call.arguments["lora_request"] = None  # past the check that LoRA is on
+            call.arguments["lora_request"] = None  # skips the check that LoRA is on
         request = process(*call.args, **call.kwargs)
         if profile is not None:
             request.lora_request = mark
@@ -125,19 +125,19 @@ def attach_to_front_ends(on_front_end: Callable[[], None]) -> None:
 
 
 def is_ours(vllm_config: Any) -> bool:
-    """Whether the model is loaded with our load format."""
+    """Whether the model uses our load format."""
     return vllm_config.load_config.load_format == LOAD_FORMAT
 
 
 def _ask_core(client: Any, verb: str) -> Mapping[str, Any]:
-    """What the core of an offline engine answers, in this process or in another."""
+    """The answer of an offline engine's core, in this process or another."""
     if hasattr(client, "call_utility"):
         return client.call_utility("atomic_moe", verb, {})
     return client.engine_core.atomic_moe(verb, {})
 
 
 def end_requests(core: Any, requests: Sequence[str]) -> int:
-    """End requests of an engine core, and tell their API servers; gives how many there were."""
+    """End requests of an engine core and tell their API servers; return their number."""
     from vllm.v1.request import RequestStatus
 
     ended = core.scheduler.finish_requests(requests, RequestStatus.FINISHED_ABORTED)
@@ -147,15 +147,15 @@ def end_requests(core: Any, requests: Sequence[str]) -> int:
 
 
 def engines_of(client: Any) -> list[Any]:
-    """The engines behind an asynchronous engine client, in order of their ranks."""
+    """The engines of an asynchronous engine client, in order of their ranks."""
     return list(client.engine_core.core_engines)
 
 
 async def call_engine(client: Any, engine: Any, verb: str, arguments: Mapping[str, Any]) -> Any:
-    """What one engine's core answers.
+    """The answer of one engine's core.
 
     Reason: the engine client has methods for vLLM's own utilities only, and under data parallelism
-    `call_utility_async` tells what the first engine answered, for better or worse of the others.
+    `call_utility_async` returns the first engine's answer, whatever the others say.
     """
     return await client.engine_core._call_utility_async(
         "atomic_moe", verb, arguments, engine=engine
@@ -163,20 +163,20 @@ async def call_engine(client: Any, engine: Any, verb: str, arguments: Mapping[st
 
 
 def server_index(client: Any) -> int:
-    """The index of this API server among those before the same engines."""
+    """The index of this API server among those of the same engines."""
     return client.engine_core.client_index
 
 
 def attach_to_api_servers(start: Callable[[Any], Awaitable[Any]], middleware: type) -> None:
-    """Let API servers resolve the profile of a request, and say it in a header.
+    """Let API servers resolve the profile of a request, and name it in a header.
 
     Reasons: vLLM resolves model names in these methods and has no hook there; endpoint plug-ins,
-    the public way to reach its application, are off unless VLLM_PLUGINS names them.
+    the public way to extend its application, are off unless VLLM_PLUGINS names them.
 
     Args:
-        start: vLLM's OpenAIServingModels, whose engine is ours -> the profiles that it offers, with
+        start: vLLM's OpenAIServingModels of an engine of ours -> the profiles that it offers, with
             `known(request)` and `resolve(request)`.
-        middleware: ASGI middleware of every route.
+        middleware: ASGI middleware for every route.
     """
     from vllm.entrypoints.launchers import app as application
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels

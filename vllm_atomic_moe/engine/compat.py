@@ -1,9 +1,8 @@
-"""The one place that imports vLLM's internals for its layers, which are not public API.
+"""The one place that imports vLLM's internals for layers, which are not public API.
 
 Each has its reason. `tests/serving/test_compat.py` probes their signatures and names the one that
-moved. Supported: vLLM 0.32 and 0.33. What the plug-in's registration needs is in `attach.py`:
-importing this file imports vLLM's MoE layers, and only processes that load a pruned model need
-those.
+moved. Supported: vLLM 0.32 and 0.33. Internals for the plug-in's registration are in `attach.py`:
+importing this file imports vLLM's MoE layers, which only processes that load a pruned model need.
 """
 
 # ruff: noqa: F401 (imported for the rest of engine/)
@@ -39,17 +38,17 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_atomic_moe.experts.activation import Activation
 
-# Subclasses that differ from `RoutedExperts` in nothing but how their weights arrive.
+# Subclasses that differ from `RoutedExperts` only in how their weights arrive.
 KNOWN_EXPERTS = ("DbrxExperts", "GptOssRoutedExperts")
-# Routers that choose by logits and correction bias alone, so that a mask on both holds. We read
-# the code of these; masked logits are not safe with any other.
+# Routers that choose by logits and correction bias alone, so that a mask on both is enough. We read
+# their code; masked logits are not safe with other routers.
 KNOWN_ROUTERS = (CPURouter, FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter)
 
 
 def import_model_class(model_config: ModelConfig) -> None:
-    """Import the model's class, and with it the experts' class that it brings.
+    """Import the model's class, and with it the model's own experts class.
 
-    Reason: a class can be replaced by name only once it is there; vLLM imports it while it builds.
+    Reason: a class can be replaced by name only after its import; vLLM imports it during the build.
     """
     from vllm.model_executor.model_loader.utils import get_model_architecture
 
@@ -60,11 +59,11 @@ def import_model_class(model_config: ModelConfig) -> None:
 def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[None]:
     """While open, every `RoutedExperts` that vLLM builds is a `layer_class`.
 
-    So is every subclass of it that a model brings and that is imported by now; then it is its
-    subclass as well, with the model's class in the attribute `special`.
+    This includes every imported subclass that a model defines; the replacement then derives from
+    the model's class too and has it in the attribute `special`.
 
-    Reason: `PluggableLayer.register_oot`, the public way, replaces the layer for the whole process
-    and for good, also for models that use another load format. The registry behind it is the same.
+    Reason: `PluggableLayer.register_oot`, the public way, replaces the layer permanently and for
+    the whole process, also for models of other load formats. It uses the same registry.
     """
     from vllm.model_executor.custom_op import op_registry_oot
 
@@ -88,10 +87,10 @@ def routed_experts_replaced_by(layer_class: type[RoutedExperts]) -> Iterator[Non
 
 
 def activation_of(config: FusedMoEConfig) -> Activation | None:
-    """What a layer's experts compute between their projections; None if kernels do not know it.
+    """What a layer's experts compute between projections; None if the kernels do not know it.
 
-    Reason: vLLM says it by an enumeration and numbers of which each kind takes some; gpt-oss's and
-    Step's are constants of its kernels.
+    Reason: vLLM has an enumeration, and numbers that only some kinds use; those of gpt-oss and Step
+    are constants in its kernels.
     """
     kind = config.activation
     limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
@@ -113,10 +112,10 @@ def activation_of(config: FusedMoEConfig) -> Activation | None:
 
 
 def cpu_ranks_can_gather() -> bool:
-    """Whether vLLM's CPU ranks can gather uneven numbers of tokens, as data parallel MoE does.
+    """Whether vLLM's CPU ranks can gather uneven numbers of tokens, which data parallel MoE needs.
 
-    Reason: stock vLLM 0.32 starts such a server and ends it at the first request. Goes when they
-    can.
+    Reason: stock vLLM 0.32 starts such a server and ends it at the first request. Remove this when
+    they can.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
@@ -124,14 +123,14 @@ def cpu_ranks_can_gather() -> bool:
 
 
 class DenseExperts:
-    """vLLM's own unquantized experts for CPUs, one layer's weights in its own order.
+    """vLLM's own unquantized experts for CPUs: one layer's weights in vLLM's order.
 
-    Reason: what the benchmark compares with. The layer around it needs a whole model's
-    configuration; the ops below are what that layer calls. Imported here only, so that serving
-    does not lean on them.
+    Reason: the baseline of the benchmark. The layer around it needs a whole model's configuration;
+    these are the ops that the layer calls. They are imported here only, so that serving does not
+    depend on them.
 
     Attributes:
-        isa: which of vLLM's micro-kernels: `amx` where there is AMX and in bfloat16, else `vec`.
+        isa: which of vLLM's micro-kernels: `amx` for bfloat16 with AMX, else `vec`.
 
     Args:
         w13: [E, 2·I, H], gate above up.
@@ -162,7 +161,7 @@ class DenseExperts:
     def __call__(
         self, x_TH: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
     ) -> torch.Tensor:
-        """The layer's answer, [T, H]; ids are int32, every expert's among E."""
+        """The layer's output, [T, H]; ids are int32, global over all E experts."""
         out_TH = torch.empty_like(x_TH)
         self._op(
             out_TH,

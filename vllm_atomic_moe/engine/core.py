@@ -1,14 +1,15 @@
-"""The engine core's part in the profiles: which one a request gets, and changes of what is served.
+"""Profiles in the engine core: which one a request gets, and changes to what is served.
 
-All changes begin at the first engine, one after another, which numbers them (`Served.generation`);
-the others take a state whose number is higher than theirs. A change ends when it is published, that
-is, offered to requests, once every engine has it, or undone, back to what was published last. So
-engines end alike, whatever two operators do. Each API server keeps one call open at the first
-engine (`follow`), which answers when there is news; asking again says that the news was taken.
+All changes start at the first engine, one after another, which numbers them (`Served.generation`);
+the others take a state with a higher number than their own. A change ends in one of two ways: it is
+published, that is, offered to requests, after every engine has it; or it is undone, and the state
+that was published last is back. So all engines end in the same state, even with two operators. Each
+API server keeps one call open at the first engine (`follow`), which answers when there is news;
+asking again tells that it was taken.
 
-Calls come as `atomic_moe(verb, arguments)`, one at a time, in the core's own loop; requests are
-admitted in its input thread, which therefore reads one immutable state. Replies are plain data, as
-those of the workers, or a Future of them.
+Calls arrive as `atomic_moe(verb, arguments)`, one at a time, in the core's own loop; the input
+thread admits requests, and therefore reads one immutable state. Replies are plain data, like the
+workers', or a Future of it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ VERBS = (
 
 
 class RefusedError(Exception):
-    """A change that cannot be made; nothing is changed.
+    """A change that was refused; nothing was changed.
 
     Attributes:
         kind: stable name of the reason.
@@ -52,8 +53,8 @@ class Follower:
     """An API server.
 
     Attributes:
-        taken: generation of the last state that it said it has taken.
-        held: profiles of the HTTP requests that it is answering.
+        taken: generation of the last state that it has taken.
+        held: profiles of its open HTTP requests.
         waiting: its open call, or None.
     """
 
@@ -66,8 +67,8 @@ class CoreProfiles:
     """The profiles of one engine core.
 
     Attributes:
-        served: what its workers compute.
-        published: what API servers offer; the first engine's only is asked for.
+        served: the state that its workers compute.
+        published: the state that API servers offer; used at the first engine only.
         admitted: requests since the start, by profile.
     """
 
@@ -87,8 +88,8 @@ class CoreProfiles:
         self._waiting: list[tuple[int, Future[Reply]]] = []
 
     def admit(self, request: Any) -> None:
-        """Give one request its mark: the one that it has, in the form that all API servers share;
-        the one of the profile that its arguments name; or the active profile's.
+        """Give one request its mark: its own, in the form that all API servers share; that of the
+        profile that its arguments name; or that of the active profile.
 
         Args:
             request: vLLM's EngineCoreRequest.
@@ -102,31 +103,31 @@ class CoreProfiles:
         if name is None:
             name = served.active
         if name not in served.loaded or (given and not served.holds(given)):
-            raise ValueError(f"profile {name!r} is not loaded, or from another file by now")
+            raise ValueError(f"profile {name!r} is not loaded, or loaded from another file")
         request.lora_request = served.mark(name)
         self.admitted[name] += 1
 
     # --- calls ------------------------------------------------------------------------------------
 
     def describe(self) -> Reply:
-        """What the workers told at start, and what is served."""
+        """What the workers described at start, and the served state."""
         return {**self._description, "served": self.published.plain()}
 
     def status(self) -> Reply:
-        """What is served, requests by profile, and the memory of every rank."""
+        """The served state, requests by profile, and the memory of every rank."""
         served, requests = self.served.plain(), self._requests()
         return {"served": served, "requests": requests, "ranks": self._memory}
 
     def change(
         self, turn: str, verb: str, profile: str, publish: bool = False, **details: Any
     ) -> Reply | Future[Reply]:
-        """Make a change at the first engine, and number it, when those before have ended.
+        """Make and number a change at the first engine, after all earlier ones have ended.
 
         Args:
-            turn: name of the change, never used before; `publish` or `undo` with it ends it.
-            verb: activate; load; withdraw (offer it no more); offer (again); free.
+            turn: unique name of the change; `publish` or `undo` with it ends the change.
+            verb: activate; load; withdraw (stop offering it); offer (again); free.
             profile: its name.
-            publish: publish and end the change in the same call: there is only one engine.
+            publish: publish and end the change in the same call, as there is only one engine.
             details: arguments of the verb.
         """
         if self._turn is None:
@@ -166,7 +167,7 @@ class CoreProfiles:
         return {"served": self.served.plain()}
 
     def publish(self, turn: str, served: Mapping[str, Any]) -> Reply:
-        """Let API servers know of a state that every engine has; that change has ended."""
+        """Tell API servers of a state that every engine has, which ends the change."""
         state = Served.of(served)
         if state.generation > self.published.generation:
             self.published = state
@@ -178,16 +179,16 @@ class CoreProfiles:
         return {}
 
     def undo(self, turn: str) -> Reply:
-        """Take a change back that has not ended: go back to what was published last."""
+        """Take back a change that has not ended: return to what was published last."""
         if self._turn == turn:
             try:
                 self._become(replace(self.published, generation=self.served.generation + 1))
-            except RefusedError as error:  # of a profile that was freed the file is gone
+            except RefusedError as error:  # the file of a freed profile is gone
                 logger.error("Profiles: the change cannot be taken back: %s", error)
         self._queue = deque(item for item in self._queue if item[1][0] != turn)
         served = self.served.plain()
         if self._turn == turn:
-            self.publish(turn, served)  # the next change may begin here
+            self.publish(turn, served)  # the next change may start here
         return {"served": served}
 
     def _end(self, turn: str) -> None:
@@ -201,7 +202,7 @@ class CoreProfiles:
         Args:
             server: index of the API server.
             taken: generation of the state that it has.
-            held: profiles of the HTTP requests that it is answering.
+            held: profiles of its open HTTP requests.
         """
         follower = self._followers.setdefault(server, Follower())
         follower.taken, follower.held = taken, held
@@ -214,8 +215,8 @@ class CoreProfiles:
     def taken(self, generation: int) -> Reply | Future[Reply]:
         """Answer when every API server has taken the state of this generation.
 
-        The reply says what they were answering then: the profiles of their HTTP requests (`held`),
-        and this engine's requests by profile.
+        The reply has the profiles of their HTTP requests at that time (`held`), and this engine's
+        requests by profile.
         """
         answer: Future[Reply] = Future()
         self._waiting.append((generation, answer))
@@ -223,13 +224,13 @@ class CoreProfiles:
         return answer
 
     def abort(self, profile: str) -> Reply:
-        """End the requests of all other profiles, as vLLM ends those of a client that is gone."""
+        """End the requests of all other profiles, as vLLM ends those of a disconnected client."""
         requests = self._core.scheduler.requests.values()
         others = [request.request_id for request in requests if _name(request) != profile]
         return {"aborted": end_requests(self._core, others)}
 
     def laggards(self, generation: int) -> Reply:
-        """API servers that have not taken the state of this generation, by index."""
+        """Indices of the API servers that have not taken the state of this generation."""
         return {
             "servers": [
                 server
@@ -255,7 +256,7 @@ class CoreProfiles:
                     "ProfileChangedError",
                     f"profile {name!r} is loaded from another file; unload it first",
                 )
-            return self._offer(name)  # also one whose unloading was cut short
+            return self._offer(name)  # also one left by an interrupted unload
         taken = {profile.slot for profile in self.served.loaded.values()}
         free = [slot for slot in range(SLOTS) if slot not in taken]
         if not free:
@@ -309,11 +310,11 @@ class CoreProfiles:
         return replace(self.served, loaded={**self.served.loaded, name: profile})
 
     def _become(self, state: Served) -> None:
-        """Let the workers compute `state`, and admit requests by it.
+        """Make the workers compute `state`, and admit requests by it.
 
         Raises:
-            RefusedError: a worker cannot load a profile, or one that is to go has requests;
-                nothing is changed.
+            RefusedError: a worker cannot load a profile, or a profile to remove has requests;
+                nothing was changed.
         """
         before, after = (
             {profile.slot: (name, profile.digest) for name, profile in served.loaded.items()}
@@ -351,10 +352,10 @@ class CoreProfiles:
         )
 
     def _ranks(self, verb: str, **arguments: Any) -> list[Reply]:
-        """What every rank answers.
+        """The answer of every rank.
 
         Raises:
-            RefusedError: one of them cannot.
+            RefusedError: a rank cannot do it.
         """
         replies = self._core.model_executor.collective_rpc(RANK, args=(verb, arguments))
         for index, reply in enumerate(replies):
@@ -379,7 +380,7 @@ def _name(request: Any) -> str | None:
 
 
 def core_call(core: Any, verb: str, arguments: Mapping[str, Any]) -> Reply | Future[Reply]:
-    """`atomic_moe` of vLLM's engine cores: answer one call; a refusal is an answer too."""
+    """`atomic_moe` of vLLM's engine cores: answer one call; a refusal is also an answer."""
     profiles = getattr(core, "atomic_moe_profiles", None)
     if profiles is None:
         return {"ok": False, "kind": "EngineUnavailableError", "error": NOT_OURS}

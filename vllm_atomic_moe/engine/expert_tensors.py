@@ -1,9 +1,9 @@
-"""Loading experts that vLLM's models cannot hand to packed layers: they go there directly.
+"""Load experts that vLLM's models cannot pass to packed layers directly from the stream.
 
-Quantized ones: vLLM's quantization methods for experts are not built, since their constructors
-choose a kernel, and raise where there is none. And those of a model's own class (gpt-oss, DBRX),
-which copies a whole tensor into its parameter, and packed layers have none to copy into. The table
-of layouts knows the tensors' names, so that they are taken out of the stream on the way.
+These are quantized experts: vLLM's quantization methods for experts are not built, since their
+constructors choose a kernel and raise if there is none. And experts of a model's own class
+(gpt-oss, DBRX), which copies a whole tensor into a parameter that packed layers do not have. The
+table of layouts knows the tensors' names, so that this file takes them out of the stream.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def experts_taken_by(
 ) -> Iterator[None]:
     """While open, `model.load_weights` gives such experts to `layers`, the rest to the model.
 
-    Experts of layers that another pipeline rank holds are left out; those of prediction heads,
-    which lie in other blocks, stay the model's.
+    Experts of layers on other pipeline ranks are skipped; those of prediction heads, which are in
+    other blocks, go to the model.
 
     Args:
         layers: this rank's packed layers.
         model: the model under construction.
-        checkpoint: whose tensors they are.
+        checkpoint: the checkpoint of these tensors.
     """
     by_index = {layer.index: layer for layer in layers}
     special = any(layer.special for layer in layers)
@@ -67,8 +67,8 @@ def experts_taken_by(
 def _of_each_expert(
     found: ExpertTensor, tensor: torch.Tensor, num_experts: int
 ) -> Iterator[tuple[int, Projection, torch.Tensor]]:
-    """A tensor of one expert, or one of all experts taken apart: gpt-oss's, of which weights are
-    transposed, gate and up interleaved; or DBRX's one below another, of which down is transposed.
+    """A tensor of one expert, or the parts of a tensor of all experts: gpt-oss's, with transposed
+    weights and interleaved gate and up; or DBRX's stacked ones, with down transposed.
     """
     if found.expert is not None:
         assert found.part in ("gate", "up", "down")

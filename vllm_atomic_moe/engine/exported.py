@@ -1,9 +1,9 @@
-"""Loading an exported checkpoint: packed rows go from its shards to the packed layers directly.
+"""Load an exported checkpoint: packed rows go from its shards directly to the packed layers.
 
-vLLM's loader reads the shards and the model's own `load_weights` places what the model knows. The
-packed rows never get there: they are already what the layers hold, one tensor for all experts of a
-layer, and no name mapping of vLLM's knows them. They are taken out of the stream on the way. Of
-quantized rows the codes wait for their tables, then expert by expert becomes what the original
+vLLM's loader reads the shards, and the model's own `load_weights` places the weights that the model
+knows. Packed rows never get there: they have the layers' own form already, one tensor for all
+experts of a layer, and vLLM's name mappings do not know them, so this file takes them out of the
+stream. Codes of quantized rows wait for their tables; then each expert becomes what the original
 checkpoint would have given.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def reading_from(folder: Path, model_config: ModelConfig) -> ModelConfig:
-    """A copy of `model_config` whose weights are in `folder`; the original is not modified."""
+    """A copy of `model_config` with its weights in `folder`; does not modify the original."""
     moved = copy.copy(model_config)
     moved.model, moved.revision = str(folder), None
     # Where vLLM's streaming loader looks first.
@@ -44,12 +44,12 @@ def packed_rows_taken_by(
 ) -> Iterator[None]:
     """While open, `model.load_weights` gives packed rows to `layers` and the rest to the model.
 
-    Packed rows of layers that another pipeline rank holds are left out.
+    Packed rows of layers on other pipeline ranks are skipped.
 
     Args:
         layers: this rank's packed layers.
         model: the model under construction.
-        stored: layer index -> bool [E, I], the atoms whose rows the checkpoint holds.
+        stored: layer index -> bool [E, I], the atoms that the checkpoint holds.
     """
     by_index = {layer.index: layer for layer in layers}
     gathered: dict[tuple[int, str], dict[str, torch.Tensor]] = defaultdict(dict)
@@ -79,7 +79,7 @@ def packed_rows_taken_by(
                 if parts.keys() == wanted:
                     layer.mark_loaded(f"{projection}_proj.weight", name)
                     _load_codes(layer, name, projection, parts, stored[found.layer])
-                    # Loaded, but remembered, so that nothing arrives twice.
+                    # Remembered after loading, to detect a second arrival.
                     gathered[found.layer, found.part] = dict.fromkeys(wanted, tensor[:0])
 
     with weights_through(model, others):
@@ -93,7 +93,7 @@ def _load_codes(
     parts: Mapping[str, torch.Tensor],
     stored_EI: torch.Tensor,
 ) -> None:
-    """Take one projection of all quantized experts; `stored_EI` says which atoms it is of."""
+    """Load one projection of all quantized experts; `stored_EI` says which atoms it has."""
     packed = layer.packed
     try:
         rows = StoredRows(parts, stored_EI, packed.row_format, projection, packed.hidden_size)
@@ -110,7 +110,7 @@ def _load_biases(
     biases: torch.Tensor,
     stored_EI: torch.Tensor,
 ) -> None:
-    """Take the biases of one projection: of the stored atoms [P], or of down [E, H]."""
+    """Load the biases of one projection: of the stored atoms [P], or of down [E, H]."""
     experts, size = stored_EI.shape
     down = projection == "down"
     wanted = [experts, layer.packed.hidden_size] if down else [int(stored_EI.sum())]

@@ -32,6 +32,7 @@ from vllm_atomic_moe.engine.options import ResidentProfiles
 from vllm_atomic_moe.engine.refusals import check_layer
 from vllm_atomic_moe.engine.routing import RoutingMask
 from vllm_atomic_moe.experts.backends import Backend
+from vllm_atomic_moe.experts.compensation import SlotCompensation
 from vllm_atomic_moe.experts.encoding import encode, row_format
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
@@ -83,6 +84,8 @@ class AtomicRoutedExperts(RoutedExperts):
         backend: the kernel that computes them.
         scheme: how the checkpoint quantizes these experts.
         routing: the experts that every slot lets the router choose.
+        compensation: what is added to the experts' output in every slot; None if no profile listed
+            at start has any.
         index: decoder layer index in the checkpoint.
         gathered_slots: int32 [T, 1] of all data parallel ranks' tokens, while those are gathered.
         own_experts: ids of the experts that this rank holds, or holds a part of.
@@ -97,6 +100,7 @@ class AtomicRoutedExperts(RoutedExperts):
     bound: tuple[Any, ...]
     backend: Backend
     routing: RoutingMask
+    compensation: SlotCompensation | None
 
     def _get_quant_method(
         self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
@@ -153,9 +157,25 @@ class AtomicRoutedExperts(RoutedExperts):
             row_format=row_format(self.scheme, hidden_size, model.intermediate_size),
         )
         self.routing = RoutingMask(resident.routing_masks(self.index))
+        self.compensation = self._make_compensation(resident, hidden_size, dtype)
         self.gathered_slots: torch.Tensor | None = None
         self.loaded: set[tuple[int, str]] = set()
         self._parts: dict[tuple[int, Projection], dict[str, torch.Tensor]] = {}
+
+    def _make_compensation(
+        self, resident: ResidentProfiles, hidden_size: int, dtype: torch.dtype
+    ) -> SlotCompensation | None:
+        """Room for the profiles that have one, filled with theirs."""
+        if not resident.compensated:
+            return None
+        own_E = torch.zeros(self.global_num_experts, dtype=torch.bool, device="cpu")
+        # Of the ranks that share an expert, the first adds its bias.
+        if self.moe_config.moe_parallel_config.tp_rank == 0:
+            own_E[list(self.own_experts)] = True
+        made = SlotCompensation(len(resident.compensated), own_E, hidden_size, dtype)
+        for slot, profile in enumerate(resident.profiles.values()):
+            made.set_slot(slot, profile.compensation.get(self.index))
+        return made
 
     def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What of every profile's mask [E, I] this rank holds."""
@@ -174,10 +194,19 @@ class AtomicRoutedExperts(RoutedExperts):
             profile: checked; None frees the slot.
 
         Raises:
-            ValueError: the profile excludes experts from routing in a way that was not prepared.
+            ValueError: the profile excludes experts from routing, or is compensated, in a way that
+                was not prepared.
         """
         routable_E = None if profile is None else profile.routable_experts(self.index)
         self.routing.set_slot(slot, routable_E)
+        if self.compensation is not None:
+            found = None if profile is None else profile.compensation.get(self.index)
+            self.compensation.set_slot(slot, found)
+        elif profile is not None and profile.compensation:
+            raise ValueError(
+                "it is compensated and no profile listed at start is; list one that is in "
+                "`resident` and restart"
+            )
         self.packed.set_slot(slot, None if profile is None else profile.keep[self.index])
 
     def slots_of(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -189,6 +218,7 @@ class AtomicRoutedExperts(RoutedExperts):
         """Look up what every call passes; module attributes cost more than a small routing."""
         packed = self.packed
         self.bound = (
+            self.compensation,
             packed.weights,
             packed.scales,
             packed.biases,
@@ -207,9 +237,16 @@ class AtomicRoutedExperts(RoutedExperts):
         return moved
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of what is resident of experts, biases of compensated profiles included."""
+        compensation = self.compensation
+        return self.packed.weight_bytes + (compensation.weight_bytes if compensation else 0)
+
+    @property
     def index_bytes(self) -> int:
         """Bytes of the index structures of all slots."""
-        return self.packed.index_bytes + self.routing.index_bytes
+        found = self.packed.index_bytes + self.routing.index_bytes
+        return found + (self.compensation.index_bytes if self.compensation else 0)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         """As vLLM's, once: packed rows are not loaded again."""
@@ -390,26 +427,26 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights, scales, biases, bits_SW, words_E1, offsets_E1, widest, activation, rows = (
-            layer.bound
-        )
-        ids = with_slots(topk_ids, layer.slots_of(x))
+        compensation, weights, scales, biases, *index, widest, activation, rows = layer.bound
+        slots = layer.slots_of(x)
+        ids = with_slots(topk_ids, slots)
         if layer.apply_router_weight_on_input:  # of one expert a token
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
-        name = layer.backend.name
-        return fused_experts(
+        added = None
+        if compensation is not None:
+            topk_weights, added = compensation(topk_weights, topk_ids, slots)
+        out = fused_experts(
             x,
             weights,
             scales,
             biases,
-            bits_SW,
-            words_E1,
-            offsets_E1,
+            *index,
             topk_weights,
             ids,
             widest,
             activation,
             rows,
-            name,
+            layer.backend.name,
         )
+        return out if added is None else out.add_(added)

@@ -1,9 +1,9 @@
-"""`--load-format atomic-pruned`: serve the original checkpoint with the pruned atoms left out.
+"""`--load-format atomic-pruned`: serve the original checkpoint without the pruned atoms.
 
 The order matters. The loader checks options, profiles and configuration before it reads any weight;
 it builds the model with packed experts; vLLM's own loader streams the checkpoint through them; then
-every expert tensor must have arrived exactly once. Each of several ranks does so for its own layers
-and experts. At the end the ranks compare the profiles they read, and the first one reports.
+every expert tensor must have arrived exactly once. Each rank does this for its own layers and
+experts. At the end the ranks compare the profiles that they read, and the first one reports.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PADDING_TOKENS = 64  # vLLM rounds batches up to a multiple of its ranks
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is decided before any weight is read.
+    """Decisions made before any weight is read.
 
     Attributes:
         directory: the checkpoint.
@@ -65,12 +65,12 @@ class LoadPlan:
 
 
 class AtomicPrunedModelLoader(BaseModelLoader):
-    """Loads a MoE checkpoint with packed experts, everything else through vLLM's own loader.
+    """Loads an MoE checkpoint with packed experts, everything else through vLLM's own loader.
 
     Attributes:
         options: of the load format.
         inner: vLLM's loader for `options.inner_format`.
-        plan: what `load_model` decided first; `create_model` and `load_weights` follow it.
+        plan: the decisions of `load_model`; `create_model` and `load_weights` follow it.
         token_slots: int32, the slot of every token of a batch; one buffer for all layers.
     """
 
@@ -90,7 +90,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """Load the model with the profiles of the options resident and one active.
+        """Load the model with the profiles that the options list, one of them active.
 
         Raises:
             ValueError: an option, a profile or a feature is refused (before any weight is read),
@@ -111,7 +111,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             layers = packed_layers(model)
             gated = all(layer.packed.activation.gated for layer in layers)
             dense = dense_bytes(resident.model, model_config.dtype.itemsize, gated)
-            # Here, not above: every vLLM process imports this module, few load a pruned model.
+            # Not at the top: every vLLM process imports this module, few load a pruned model.
             from vllm_atomic_moe.engine import worker
 
             plan = self.plan
@@ -119,14 +119,14 @@ class AtomicPrunedModelLoader(BaseModelLoader):
                 resident, layers, self.token_slots, plan.directory, plan.profiles, dense
             )
             setattr(model, worker.ATTRIBUTE, profiles)
-            held = sum(layer.packed.weight_bytes for layer in layers)
+            held = sum(layer.weight_bytes for layer in layers)
             _report(resident, dense, _bytes_of_ranks(digest, held))
             return model
 
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """Build the model; vLLM's routed experts become packed ones, but those of drafts do not."""
+        """Build the model with packed experts in place of vLLM's, except in drafts."""
         if _is_draft(model_config):
             return super().create_model(vllm_config, model_config, prefix)
         from vllm_atomic_moe.engine.compat import import_model_class
@@ -137,9 +137,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Stream the checkpoint through the packed experts and see that all of it arrived.
+        """Stream the checkpoint through the packed experts and check that all of it arrived.
 
-        Drafts are loaded whole: a prediction head too, which lies among the model's own tensors.
+        Drafts are loaded whole, also a prediction head, which is among the model's own tensors.
         """
         if _is_draft(model_config):
             folder = weights_directory(self._checkpoint(model_config))
@@ -232,13 +232,13 @@ class AtomicPrunedModelLoader(BaseModelLoader):
 
 
 def _is_draft(model_config: ModelConfig) -> bool:
-    """Whether vLLM loads what proposes tokens, and not the model that is served."""
+    """Whether vLLM loads a model that proposes tokens, not the served one."""
     return model_config.runner_type == "draft"
 
 
 @contextmanager
 def _refusals_said_plainly() -> Iterator[None]:
-    """vLLM wraps what a loader raises into the tracebacks of two processes: log one line too."""
+    """Log a loader's error in one line, since vLLM wraps it into tracebacks of two processes."""
     try:
         yield
     except ValueError as error:
@@ -247,7 +247,7 @@ def _refusals_said_plainly() -> Iterator[None]:
 
 
 def _most_tokens(vllm_config: VllmConfig) -> int:
-    """The most tokens of a batch that one rank computes, padding included."""
+    """Maximum number of tokens in a batch of one rank, padding included."""
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_batched_tokens, graphs) + PADDING_TOKENS
 
@@ -260,7 +260,7 @@ def packed_layers(model: nn.Module) -> list[AtomicRoutedExperts]:
 
 
 def _add_to_cache_keys(vllm_config: VllmConfig, digest: str) -> None:
-    """vLLM's compile caches key on neither load format nor profiles, only on this."""
+    """Add to the key of vLLM's compile caches, which lacks load format and profiles."""
     if not isinstance(vllm_config.additional_config, dict):
         raise ValueError(
             f"additional_config is {type(vllm_config.additional_config).__name__}, "
@@ -272,9 +272,9 @@ def _add_to_cache_keys(vllm_config: VllmConfig, digest: str) -> None:
 def _layers_of_rank(
     vllm_config: VllmConfig, model_config: ModelConfig, stored: Sequence[int]
 ) -> list[int]:
-    """Those of the checkpoint's MoE layers that this pipeline rank builds.
+    """The checkpoint's MoE layers that this pipeline rank builds.
 
-    The last rank answers for whatever lies behind the layers that vLLM counts.
+    The last rank has all layers beyond those that vLLM counts.
     """
     start, end = model_config.get_layers_start_end_indices(vllm_config.parallel_config)
     if end == model_config.get_total_num_hidden_layers():
@@ -286,7 +286,7 @@ def _bytes_of_ranks(digest: str, held: int) -> list[int]:
     """`held` of every rank of this replica.
 
     Raises:
-        ValueError: `digest` is not the same everywhere.
+        ValueError: `digest` differs between ranks.
     """
     world = get_world_group()
     ranks = [(digest, held)] * world.world_size
@@ -294,19 +294,19 @@ def _bytes_of_ranks(digest: str, held: int) -> list[int]:
         torch.distributed.all_gather_object(ranks, (digest, held), group=world.cpu_group)
     if len({digest for digest, _ in ranks}) > 1:
         raise ValueError(
-            "the ranks read different profiles; give all of them the same files, and leave those "
-            "alone while the server starts"
+            "the ranks read different profiles; give all of them the same files, and do not change "
+            "them while the server starts"
         )
     return [held for _, held in ranks]
 
 
 def _report(resident: ResidentProfiles, dense: int, rank_bytes: Sequence[int]) -> None:
-    """Say once what memory the pruning saves.
+    """Log once what memory the pruning saves.
 
     Args:
         resident: the profiles held in memory.
         dense: bytes of all experts, unpruned, as the checkpoint encodes them.
-        rank_bytes: what every rank of this replica holds, padding included.
+        rank_bytes: bytes on every rank of this replica, padding included.
     """
     if not get_world_group().is_first_rank:
         return

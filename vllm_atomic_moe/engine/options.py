@@ -1,7 +1,7 @@
-"""From `--model-loader-extra-config` to the profiles that are held in memory.
+"""From `--model-loader-extra-config` to the profiles in memory.
 
-Everything here runs before any weight is read, and without vLLM (`dense_through_loader` excepted,
-which asks it for the platform).
+Everything here runs before any weight is read, and without vLLM, except `dense_through_loader`,
+which asks vLLM for the platform.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 ALL = "all"
 OPTION_KEYS = ("profiles", "active", "resident", "inner_format", "kernel")
 KERNELS = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
-# Formats whose weights reach the layers' weight loaders, one checkpoint tensor at a time.
+# Formats that pass weights to the layers' weight loaders, one checkpoint tensor at a time.
 INNER_FORMATS = (
     "safetensors",
     "auto",
@@ -43,12 +43,12 @@ class LoaderOptions:
 
     Attributes:
         profiles: directory of profile files, or a Hub repository of them (`resolve_profiles`); None
-            stands for MODEL/atomic_profiles.
-        active: the profile served first; None stands for the only one.
+            means MODEL/atomic_profiles.
+        active: the profile served first; None means the only one.
         resident: names held in memory besides `active`, or "all".
         inner_format: how vLLM reads the checkpoint.
-        kernel: the backend that computes the experts; None stands for the fastest that runs.
-        inner: what is left of the extra config; it goes to vLLM's loader for `inner_format`.
+        kernel: the backend that computes the experts; None means the fastest that runs.
+        inner: the rest of the extra config, for vLLM's loader of `inner_format`.
     """
 
     profiles: str | None = None
@@ -106,7 +106,7 @@ class ResidentProfiles:
 
     Attributes:
         model: the checkpoint they apply to.
-        active: name of the profile that is active first.
+        active: name of the initially active profile.
         profiles: name -> profile, `active` among them; they take slots in this order.
     """
 
@@ -127,6 +127,11 @@ class ResidentProfiles:
         """Names of the profiles that exclude experts from routing."""
         return [name for name, profile in self.profiles.items() if profile.masks_routing]
 
+    @property
+    def compensated(self) -> list[str]:
+        """Names of the profiles that have a compensation."""
+        return [name for name, profile in self.profiles.items() if profile.compensation]
+
     def union(self) -> dict[int, torch.Tensor]:
         """Layer index -> bool [E, I], the atoms of any profile."""
         return {
@@ -136,25 +141,25 @@ class ResidentProfiles:
 
     def digest(self) -> str:
         """SHA-256 (hex) over all profiles: the key that vLLM's compile caches lack."""
-        digest = hashlib.sha256(b"packed rows 3")
+        digest = hashlib.sha256(b"packed rows 4")
         for name in sorted(self.profiles):
             digest.update(self.profiles[name].digest().encode())
         return digest.hexdigest()
 
 
 def missing_atoms(profile: PruningProfile, union: Mapping[int, torch.Tensor]) -> int:
-    """How many atoms of `profile` are not among those of `union` (layer index -> bool [E, I])."""
+    """Number of atoms of `profile` outside `union` (layer index -> bool [E, I])."""
     return sum(int((mask & ~union[layer]).sum()) for layer, mask in profile.keep.items())
 
 
 def select_profiles(
     options: LoaderOptions, directory: Path, model: CheckpointInfo
 ) -> ResidentProfiles:
-    """Find, read and check the profiles of `directory` that `options` ask for.
+    """Find, read and check the profiles of `directory` that `options` list.
 
     Raises:
-        ValueError: a name is unknown, a file that is asked for is invalid, there are more profiles
-            than slots, or `active` is needed and missing.
+        ValueError: a name is unknown, a listed file is invalid, there are more profiles than
+            slots, or `active` is needed and missing.
     """
     store = ProfileStore(directory)
     active = options.active or _only_profile(store)
@@ -184,10 +189,10 @@ def select_profiles(
 
 
 def profile_directory(profiles: str | None, model_directory: Path, cache_dir: str | None) -> Path:
-    """Where the profile files are: of a Hub repository the snapshot, else as the option says.
+    """The directory of the profile files: a Hub repository's snapshot, else as the option says.
 
     Raises:
-        ValueError: the repository cannot be had, or has no profiles there.
+        ValueError: the repository cannot be fetched, or has no profiles there.
     """
     if profiles is None:
         return model_directory / "atomic_profiles"
@@ -195,10 +200,10 @@ def profile_directory(profiles: str | None, model_directory: Path, cache_dir: st
 
 
 def read_profile(store: ProfileStore, name: str, model: CheckpointInfo) -> PruningProfile:
-    """A profile of the directory, or `dense`, in memory.
+    """Read a profile of the directory, or make `dense`.
 
     Raises:
-        ValueError: there is none, or its file is invalid.
+        ValueError: it is unknown, or its file is invalid.
     """
     if name == DENSE:
         return PruningProfile.dense(model)
@@ -217,9 +222,9 @@ def _only_profile(store: ProfileStore) -> str:
 
 
 def dense_through_loader(model: CheckpointInfo) -> bool:
-    """Whether the dense model, too, is to be served by our loader when it is measured.
+    """Whether measurements must serve the dense model through our loader too.
 
-    Few CPUs have a kernel of vLLM's for quantized experts.
+    vLLM has kernels for quantized experts on few CPUs.
     """
     from vllm.platforms import current_platform
 
@@ -229,7 +234,7 @@ def dense_through_loader(model: CheckpointInfo) -> bool:
 def profiles_to_measure(
     store: ProfileStore, model: CheckpointInfo, names: Sequence[str] = ()
 ) -> list[PruningProfile]:
-    """The dense model, then the profiles named, or all; checked, with what is doubtful logged.
+    """The dense model, then the named profiles, or all; checked, with warnings logged.
 
     Raises:
         ValueError: a profile is unknown, invalid or does not fit.

@@ -1,7 +1,7 @@
 """Detect the unsupported features of `unserved.py`, and refuse them before any weight is read.
 
-What the configuration shows is refused before anything is built; what an expert computes, at the
-first layer that computes it, before its weights are allocated.
+Features that the configuration shows are refused before anything is built; those of experts at the
+first layer that has them, before its weights are allocated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def check_config(vllm_config: VllmConfig) -> None:
-    """Refuse what the configuration alone shows.
+    """Refuse features that the configuration alone shows.
 
     Raises:
         ValueError: one line naming the feature, the flag that asked for it and the remedy.
@@ -89,7 +89,7 @@ def unverified(parallel: ParallelConfig) -> Iterator[str]:
 
 
 def check_graphs(vllm_config: VllmConfig, backend: Backend) -> None:
-    """Refuse to capture a kernel that reads widths on the host.
+    """Refuse CUDA graphs of a kernel that reads widths on the host.
 
     Raises:
         ValueError: CUDA graphs are on, and `backend` is the reference.
@@ -101,11 +101,11 @@ def check_graphs(vllm_config: VllmConfig, backend: Backend) -> None:
 
 
 def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
-    """Refuse experts that packed rows do not describe.
+    """Refuse experts that packed rows cannot represent.
 
     Args:
         layer: the layer under construction, its configuration set.
-        quant_method: what the model's quantization answers for this layer, or None.
+        quant_method: the method of the model's quantization for this layer, or None.
 
     Raises:
         ValueError: one line naming the property.
@@ -137,11 +137,11 @@ def check_layer(layer: RoutedExperts, quant_method: Any) -> None:
 def check_router(
     layer: AtomicRoutedExperts, runner: MoERunner | None, masks: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse routers that might choose an expert which a routing mask excludes.
+    """Refuse routers that might choose an expert that a routing mask excludes.
 
     Args:
-        layer: the packed experts, built, their weights not read.
-        runner: what calls the router for them; None if it is not a `MoERunner`.
+        layer: the packed experts, built, without weights.
+        runner: the caller of their router; None if it is not a `MoERunner`.
         masks: name -> bool [E] of the resident profiles that mask routing.
 
     Raises:
@@ -153,7 +153,7 @@ def check_router(
         f"with the routing mask of profile {next(iter(masks))!r}, {layer.layer_name}",
     )
     assert runner is not None
-    # Again, as the router has it: --hf-overrides may change what config.json says.
+    # Checked again with the router's own value: --hf-overrides may change what config.json says.
     groups, top_k = _groups(layer, runner.router), runner.router.top_k
     for name, routable in masks.items():
         fault = groups and groups.fault(routable, top_k)
@@ -164,7 +164,7 @@ def check_router(
 
 
 def _unsafe_routing(layer: AtomicRoutedExperts, runner: MoERunner | None) -> dict[str, object]:
-    """What forbids a routing mask."""
+    """The features that forbid a routing mask."""
     if runner is None or type(runner) is not MoERunner:
         return {"routers that were not read": type(runner).__name__}
     router = runner.router

@@ -1,9 +1,9 @@
-"""The profile of a request: its mark, and what a process that admits requests knows.
+"""The profile of a request: its mark, and the state of a process that admits requests.
 
-A request's profile travels in vLLM's own `LoRARequest`, which every route, queue and block hash of
-vLLM's knows: its path names the profile and its masks' digest, its id the slot. No LoRA machinery
-runs. The mark is put on where a request is admitted, made the same for all of them in the engine
-core, ahead of the block hashes, and taken off before a model runner sees it.
+A request's profile travels in vLLM's own `LoRARequest`, which all of vLLM's routes, queues and
+block hashes know: its path has the profile's name and the digest of its masks, its id the slot. No
+LoRA code runs. The process that admits a request adds the mark, the engine core makes it uniform
+before it computes block hashes, and each worker removes it before its model runner sees it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Loaded:
         slot: its number in every layer's bits.
         digest: of its masks.
         kept_atoms: of all layers.
-        offered: False while it is being unloaded: what was marked goes on, nothing new begins.
+        offered: False while it is being unloaded: marked requests continue, new ones are refused.
     """
 
     slot: int
@@ -39,10 +39,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server serves: one immutable state, replaced as a whole.
+    """The state of a server, immutable and replaced as a whole.
 
     Attributes:
-        generation: grows with every change; of two states the higher one holds.
+        generation: grows with every change; the higher of two states is valid.
         active: the profile of requests that name none.
         loaded: name -> profile.
     """
@@ -52,7 +52,7 @@ class Served:
     loaded: Mapping[str, Loaded]
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, for calls between processes."""
+        """Plain data, for calls between processes."""
         return asdict(self)
 
     @classmethod
@@ -67,18 +67,18 @@ class Served:
         return [name for name, profile in self.loaded.items() if profile.offered]
 
     def mark(self, name: str, shown: str | None = None) -> LoRARequest:
-        """The mark of a request for one of the loaded profiles.
+        """The mark of a request for a loaded profile.
 
         Args:
             name: of the profile.
-            shown: the model's name in answers; block hashes must not see it.
+            shown: the model's name in answers; block hashes must not contain it.
         """
         profile = self.loaded[name]
         path = f"{MARK}{name}:{profile.digest}"
         return LoRARequest(shown or path, profile.slot + 1, path)
 
     def holds(self, mark: LoRARequest) -> bool:
-        """Whether the profile of a mark is loaded, from the file that it was marked for."""
+        """Whether the profile of a mark is loaded, from the same file."""
         name = profile_of(mark)
         if name is None or name not in self.loaded:
             return False
@@ -116,7 +116,7 @@ def slot_of(mark: LoRARequest) -> int:
 
 
 def argument_of(params: Any) -> Any:
-    """What the extra arguments of sampling or pooling parameters name, or None."""
+    """The profile that extra arguments of sampling or pooling parameters name, or None."""
     extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
     return extra.get(ARGUMENT)
 
@@ -125,7 +125,7 @@ class Admission:
     """Marks the requests that one process admits.
 
     Attributes:
-        served: what is served, as far as this process knows.
+        served: the last state that this process knows.
     """
 
     def __init__(self, served: Served) -> None:
@@ -135,12 +135,12 @@ class Admission:
         """The mark of one request of the engine.
 
         Args:
-            given: what the caller of vLLM's engine passed as `lora_request`; it is kept.
+            given: `lora_request` as the caller of vLLM's engine passed it; kept if present.
             params: sampling or pooling parameters, which may name a profile.
 
         Raises:
             VLLMValidationError: as `Served.named`.
-            VLLMNotFoundError: as `Served.named`; or the profile of a mark was unloaded meanwhile.
+            VLLMNotFoundError: as `Served.named`; or the profile of a mark is no longer loaded.
         """
         if given is not None:
             if (marked := profile_of(given)) is not None and not self.served.holds(given):
@@ -151,4 +151,4 @@ class Admission:
         return self.served.mark(name)
 
     def admitted(self, profile: str) -> None:
-        """Called for every request that vLLM has accepted, before it is fanned out."""
+        """Called for every accepted request, before vLLM fans it out."""

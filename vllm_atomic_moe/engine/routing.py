@@ -1,19 +1,19 @@
 """The routing mask: experts that a profile excludes are never chosen for its tokens.
 
-Ahead of the model's own router, the logits of excluded experts become -inf, token by token, by the
-slot of each; what the router then does with the others (softmax, renormalization, groups, scaling)
-is left alone. A correction bias is one vector for the whole batch: the router runs once for every
+Before the model's own router runs, the logits of excluded experts become -inf, token by token, by
+each token's slot; the router then treats the others as usual (softmax, renormalization, groups,
+scaling). A correction bias is one vector for the whole batch: the router runs once for every
 *distinct* mask among the profiles listed at start, each time with that mask's experts at -1e9, and
-every token takes the choice of its own. All of it is in buffers of fixed shape, so that compiled
-code and CUDA graphs never see a profile come or go.
+every token takes the result of its own mask. All buffers have fixed shapes, so that compiled code
+and CUDA graphs do not notice when a profile is loaded or unloaded.
 
-The hook sits on each router instance, and only where a profile listed at start masks routing. It is
+The hook is on each router instance, and only if a profile listed at start masks routing. It is
 tested with vLLM's CPU router (softmax with and without renormalization; sigmoid with correction
 bias and groups), eager and compiled. The CUDA routers are NOT VERIFIED: their code was read, never
 run with a mask. Top-k softmax and sigmoid give -inf the score zero and add the bias in float32;
-fused grouped top-k skips logits that are not finite and adds up the two best of a group, which
-stays finite in float32 and bfloat16 but not in float16 (refused). ROCm, XPU and routers that are
-not listed in `compat.KNOWN_ROUTERS` are refused.
+fused grouped top-k skips logits that are not finite and sums the two best of a group, which stays
+finite in float32 and bfloat16 but not in float16 (refused). ROCm, XPU and routers outside
+`compat.KNOWN_ROUTERS` are refused.
 
 Legend: T tokens, K experts per token, E experts, S slots, V distinct masks.
 """
@@ -41,7 +41,7 @@ MASKED_BIAS = -1e9  # finite: group scores are sums, and kernels take non-finite
 
 
 class RoutingMask(nn.Module):
-    """Which experts of one layer every slot lets the router choose.
+    """The experts of one layer that each slot lets the router choose.
 
     Buffers of fixed shape: routable_SE, bool [16, E], all true for slots without a profile;
     variant_S, int32 [16], the distinct mask of a slot; bias_VE, float32 [V, E], the correction bias
@@ -80,7 +80,7 @@ class RoutingMask(nn.Module):
 
     @torch.no_grad()
     def set_slot(self, slot: int, routable_E: torch.Tensor | None) -> None:
-        """Let tokens of `slot` go to these experts only; None: to all.
+        """Let tokens of `slot` use these experts only; None allows all.
 
         Args:
             slot: 0..SLOTS-1.
@@ -89,7 +89,7 @@ class RoutingMask(nn.Module):
         Raises:
             ValueError: the router was not prepared at start for masks, or not for this one.
         """
-        if routable_E is None:  # no token carries it
+        if routable_E is None:  # no token has this slot
             self.routable_SE[slot] = True
             self.variant_S[slot] = 0
             return
@@ -109,11 +109,11 @@ class RoutingMask(nn.Module):
 
     @torch.no_grad()
     def prepare(self, correction_bias_E: torch.Tensor | None) -> None:
-        """Mask the model's correction bias by every distinct mask, once it is loaded.
+        """Mask the model's correction bias by every distinct mask, after it is loaded.
 
         Args:
-            correction_bias_E: the model's own bias [E], any float dtype, not modified; None where
-                the router has none.
+            correction_bias_E: the model's own bias [E], any float dtype, not modified; None if the
+                router has none.
         """
         self.biased = correction_bias_E is not None
         if correction_bias_E is not None:
@@ -123,7 +123,7 @@ class RoutingMask(nn.Module):
     def attach(
         self, router: FusedMoERouter, slots_of: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Stand ahead of one router: each token chooses among the experts of its slot.
+        """Wrap one router: each token chooses among the experts of its slot.
 
         Args:
             router: one of `compat.KNOWN_ROUTERS`.
@@ -163,13 +163,13 @@ class RoutingMask(nn.Module):
 def mask_routers(
     model: nn.Module, layers: Iterable[AtomicRoutedExperts], resident: ResidentProfiles
 ) -> None:
-    """Put the routing masks of `layers` ahead of the model's routers, if a profile needs them.
+    """Apply the routing masks of `layers` to the model's routers, if a profile needs them.
 
-    Where no profile listed at start masks routing, every router stays as vLLM built it. Under data
+    If no profile listed at start masks routing, every router stays as vLLM built it. Under data
     parallelism the slots of the tokens travel with their router logits.
 
     Raises:
-        ValueError: a router, or what runs it, is not known to follow a routing mask.
+        ValueError: a router, or its caller, is not known to follow a routing mask.
     """
     runners = {
         id(module.routed_experts): module
@@ -189,9 +189,9 @@ def mask_routers(
 
 
 def send_slots_along(layer: AtomicRoutedExperts, runner: MoERunner | None) -> None:
-    """Let the slots travel where vLLM gathers the tokens of data parallel ranks ahead of routing.
+    """Send the slots along where vLLM gathers the tokens of data parallel ranks before routing.
 
-    They are one more column of the router's logits, small whole numbers, exact in every dtype.
+    They become one more column of the router's logits: small integers, exact in every dtype.
 
     Raises:
         ValueError: vLLM does not gather hidden states and router logits there.

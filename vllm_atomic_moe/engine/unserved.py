@@ -1,8 +1,8 @@
-"""What this version does not serve: the one table. `refusals.py` looks for it, README lists it.
+"""The table of what this version does not serve. `refusals.py` detects it, README lists it.
 
-Never silently wrong: a feature that was not tested with packed experts is here. An entry is the
-feature's name, in README's words, with what asks for it, or why not ({} is what was found), and the
-remedy.
+Never silently wrong: every feature that was not tested with packed experts is here. An entry has
+the feature's name, as in README; the flag that asks for it, or the reason ({} is what was found);
+and the remedy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OUT = "leave it out"
 _PYTHON = "use vLLM's Python API server"
 _DENSE = "serve the model dense"
 
-# Refused before anything is built, but for runners of experts, which a model builds.
+# Refused before anything is built, except runners of experts, which a model builds.
 CONFIGURATION: Features = {
     "the transformers backend": (
         "{}; vLLM has no model of its own for it, or --model-impl asks",
@@ -46,15 +46,15 @@ CONFIGURATION: Features = {
         "vLLM's own second stage fails there",
         "drop --enforce-eager",
     ),
-    "the Rust front end": ("VLLM_USE_RUST_FRONTEND; it knows no profiles", _PYTHON),
-    "the gRPC front end": ("--grpc; it knows no profiles", _PYTHON),
+    "the Rust front end": ("VLLM_USE_RUST_FRONTEND; it does not know profiles", _PYTHON),
+    "the gRPC front end": ("--grpc; it does not know profiles", _PYTHON),
     "KV connectors and offloading": (
-        "--kv-transfer-config, --kv-offloading-size; some know what they hold by its tokens alone "
-        "and would mix profiles",
+        "--kv-transfer-config, --kv-offloading-size; some identify entries by tokens alone and "
+        "would mix profiles",
         _OUT,
     ),
     "LoRA": (
-        "--enable-lora; profiles travel with requests in its place",
+        "--enable-lora; profiles use its place in requests",
         "merge the adapter into the checkpoint",
     ),
     "sleep mode": ("--enable-sleep-mode; level 2 drops weights that cannot be reloaded", _OUT),
@@ -101,7 +101,7 @@ def refuse(features: Features, found: Mapping[str, object], where: str = "") -> 
 
     Args:
         features: of this table.
-        found: name -> something true if it was found, which may say more of it.
+        found: name -> a true value if it was found, which may give a detail.
         where: the layer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Between the checkpoint and the model: what vLLM's loader reads, changed on its way."""
+"""Change the tensors that vLLM's loader reads on their way from the checkpoint to the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 @contextmanager
 def weights_through(model: Any, change: Callable[[Weights], Weights]) -> Iterator[None]:
-    """While open, `model.load_weights` gets what `change` makes of the checkpoint's tensors."""
+    """While open, `model.load_weights` gets the checkpoint's tensors through `change`."""
     load_weights, before = model.load_weights, vars(model).get("load_weights")
     model.load_weights = lambda weights: load_weights(change(weights))
     try:

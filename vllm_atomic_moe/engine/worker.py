@@ -1,10 +1,10 @@
-"""One worker's part in the profiles: the slot of every token, and what each slot computes.
+"""Profiles in one worker: the slot of every token, and what each slot computes.
 
-A model runner is followed, instance by instance: what the scheduler sends tells which request has
-which slot, and once the runner has put a batch in its final order, every token's slot is written
-into one buffer that all layers read.
+Each model runner is followed: the scheduler's messages tell which request has which slot, and when
+the runner has put a batch in its final order, every token's slot is written into one buffer that
+all layers read.
 
-Calls of the engine core come through `collective_rpc` as `atomic_moe_rank(verb, arguments)` and
+Calls of the engine core arrive through `collective_rpc` as `atomic_moe_rank(verb, arguments)` and
 never raise: an exception would leave the other ranks' replies in the queue for the next call. Every
 reply is plain data, `{"ok": true, …}` or `{"ok": false, "error": "…"}`.
 """
@@ -76,8 +76,9 @@ class RankProfiles:
     # --- calls of the engine core -----------------------------------------------------------------
 
     def describe(self) -> Reply:
-        """What was loaded at start: the active profile, digests and sizes by name, the union of
-        the masks and the routing masks as bits by layer, and where the files are.
+        """The profiles loaded at start: the active one, digests and sizes by name, the union of the
+        masks and the routing masks as bits by layer, whether any is compensated, and where the
+        files are.
         """
         resident = self._resident
         return {
@@ -100,6 +101,7 @@ class RankProfiles:
                     if resident.masking
                 },
             },
+            "compensated": bool(resident.compensated),
             "dense_bytes": self._dense_bytes,
             "union": {
                 str(layer): np.packbits(mask.numpy()).tobytes()
@@ -108,25 +110,25 @@ class RankProfiles:
         }
 
     def memory(self) -> Reply:
-        """Bytes on this rank, and by slot how many tiles of 32 atoms are live."""
+        """Bytes on this rank, and the number of live tiles of 32 atoms by slot."""
         layers = self._layers
         live_S = torch.zeros(SLOTS, dtype=torch.int64)
         for layer in layers:
             live_S += (layer.packed.bits_SW != 0).sum(dim=1).cpu()
         return {
-            "resident_bytes": sum(layer.packed.weight_bytes for layer in layers),
+            "resident_bytes": sum(layer.weight_bytes for layer in layers),
             "index_bytes": sum(layer.index_bytes for layer in layers),
             "tiles": sum(layer.packed.bits_SW.shape[1] for layer in layers),
             "live_tiles": live_S.tolist(),
         }
 
     def load(self, name: str, slot: int, digest: str) -> Reply:
-        """Make a free slot compute a profile of the directory, all of whose atoms are resident.
+        """Make a free slot compute a profile of the directory; all of its atoms must be resident.
 
         Args:
             name: of the profile.
             slot: 0..SLOTS-1; no request uses it.
-            digest: what the profile's must be; another rank may see another file.
+            digest: the expected one; another rank may see another file.
         """
         model = self._resident.model
         profile = read_profile(ProfileStore(self._directory), name, model)
@@ -167,29 +169,29 @@ class RankProfiles:
         """Slots of a batch's requests: int32 [R].
 
         Raises:
-            KeyError: the scheduler never sent one of them with a mark.
+            KeyError: the scheduler never sent a mark for one of them.
         """
         return np.fromiter((self._slots[name] for name in requests), np.int32, len(requests))
 
     def fill_by_counts(self, requests: Sequence[str], counts_R: np.ndarray) -> None:
-        """Write the slots of a batch whose tokens lie request after request.
+        """Write the slots of a batch with its tokens in the order of the requests.
 
         Args:
             requests: in the batch's order.
-            counts_R: how many tokens of each.
+            counts_R: number of tokens of each.
         """
         slots_T = torch.from_numpy(np.repeat(self.slots_of(requests), counts_R))
-        if self._token_slots.is_cuda:  # a source of its own for every batch: the last may be read
+        if self._token_slots.is_cuda:  # a new source per batch: the last copy may still run
             slots_T = slots_T.pin_memory()
         self._token_slots[: len(slots_T)].copy_(slots_T, non_blocking=True)
 
     def fill_by_offsets(self, requests: Sequence[str], first_R1: torch.Tensor, tokens: int) -> None:
-        """Write the slots of a batch whose division is known on the device alone.
+        """Write the slots of a batch with a division that only the device knows.
 
         Args:
             requests: in the batch's order.
-            first_R1: integer, at least one more than there are requests: where each one's begin.
-            tokens: how many there are.
+            first_R1: integer, at least one more than there are requests: first token of each.
+            tokens: their number.
         """
         device = self._token_slots.device
         slots_R = torch.from_numpy(self.slots_of(requests))
@@ -221,11 +223,11 @@ def _expected(error: Exception) -> bool:
 
 
 def follow_batches(runner: Any, profiles: RankProfiles) -> None:
-    """Keep the slots of `runner`'s batches written, from now on; once per runner.
+    """Write the slots of all future batches of `runner`; call it once per runner.
 
-    Reason for wrapping its methods: the order of a batch is known between the two of them, at the
-    places where vLLM fills the buffers of its own LoRA, and has no hook. Model runner V1 has
-    `_prepare_inputs`, V2 `prepare_inputs`.
+    Reason for wrapping its methods: the order of a batch is known between the two of them, where
+    vLLM fills the buffers of its own LoRA and has no hook. Model runner V1 has `_prepare_inputs`,
+    V2 `prepare_inputs`.
     """
     if "execute_model" in vars(runner):
         return

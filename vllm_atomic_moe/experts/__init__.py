@@ -1,1 +1,1 @@
-"""What is in memory: packed rows, slots, and the op that computes them. Importable without vLLM."""
+"""Experts in memory: packed rows, slots, and the op that computes them. Importable without vLLM."""

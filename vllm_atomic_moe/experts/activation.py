@@ -1,4 +1,4 @@
-"""What an expert computes between its projections: one family, told apart by a kind and numbers.
+"""What an expert computes between its projections: one family, described by a kind and numbers.
 
     h = f(gate·x + gate bias, up·x + up bias), or without a gate f(up·x + up bias)
 
@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """An activation, with g and u for what gate and up give.
+    """An activation; g and u are the outputs of gate and up.
 
     swish       ĝ · σ(alpha·ĝ) · (û + beta), ĝ at most `limit`, û within ± `limit`. SiLU by default;
                 gpt-oss has limit 7, alpha 1.702, beta 1
@@ -32,7 +32,7 @@ class Activation:
 
     Attributes:
         kind: one of KINDS.
-        limit: infinite where there is none.
+        limit: infinite if there is none.
         alpha, beta: as the kind says.
     """
 
@@ -60,7 +60,7 @@ class Activation:
         return cls(kind, *map(float, numbers))
 
     def __call__(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """h of float tensors of one shape; `gate` is None where there is none."""
+        """h of float tensors of one shape; `gate` is None if there is none."""
         if gate is None:
             return functional.relu(up).square()
         if self.kind == "swish":

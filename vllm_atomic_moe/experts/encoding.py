@@ -1,6 +1,6 @@
-"""From what a checkpoint holds of a quantized matrix to codes and scales of packed rows.
+"""From the parts of a quantized matrix in a checkpoint to codes and scales of packed rows.
 
-Nothing is quantized anew: codes are unpacked, and change places; scales keep their dtype.
+Nothing is requantized: codes are unpacked and reordered; scales keep their dtype.
 
 Legend: H hidden size, I full intermediate size, N outputs and K inputs of a matrix, G scale rows
 and C scale columns of one expert.
@@ -32,7 +32,7 @@ SCALE_DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.float8_e8m0fnu,  # which older versions of safetensors have no name for
+    "U8": torch.float8_e8m0fnu,  # older versions of safetensors lack that name
 }
 _CODES: Mapping[str, tuple[Code, Factor]] = {
     "fp8": ("e4m3", "none"),
@@ -120,7 +120,7 @@ def encode_scales(
     hidden_size: int,
     intermediate_size: int,
 ) -> Encoded:
-    """As `encode`, without codes (they are empty), which are not read; values are not checked."""
+    """As `encode`, but with empty codes, which are not read; values are not checked."""
     down = projection == "down"
     outputs, inputs = (hidden_size, intermediate_size) if down else (intermediate_size, hidden_size)
     if missing := [name for name in scheme.parts if name not in parts]:
@@ -176,7 +176,7 @@ def _read_scales(
         packed = _part(parts, "qzeros", torch.int32, 2)
         if scheme.kind == "awq":
             return scales_NG, _in_awq_order(packed).t(), None
-        # 8 in both versions of the format; the first stores one less.
+        # 8 in both versions of the format; the first version stores 7.
         stored = _nibbles(packed)
         if not any(bool((stored == zero).all()) for zero in (7, 8)):
             raise ValueError("zero points are not 8, so that its weights are not symmetric")
@@ -198,7 +198,7 @@ def _part(
     dtype: torch.dtype | None = None,
     dims: int | None = None,
 ) -> torch.Tensor:
-    """One part, of the dtype and as many dimensions as asked for."""
+    """One part, checked for its dtype and number of dimensions."""
     part = parts[name]
     if not part.numel():
         raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, which is empty")
@@ -210,7 +210,7 @@ def _part(
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The 8 codes of every int32, the lowest first: uint8 [N, 8 · columns]."""
-    # Flat first: what has one column is contiguous with any strides, and cannot be viewed as bytes.
+    # Flat first: one column is contiguous with any strides, and cannot be viewed as bytes.
     stored = packed.contiguous().view(-1).view(torch.uint8).view(len(packed), -1)
     return unpack_codes(stored, 4)
 

@@ -1,13 +1,13 @@
-"""Row formats: how the numbers of packed rows are encoded, and what that costs.
+"""Row formats: how the numbers of packed rows are encoded, and their size.
 
-A quantized checkpoint's codes and scales stay as they are. One formula says what a number is,
+A quantized checkpoint's codes and scales stay as they are. One formula gives the value of a number,
 
     value[a, h] = (meaning of code[a, h] − zero[g, c]) · scale[g, c] · factor
 
-where a scale, and a zero point where there are any, is shared by a block of atoms and columns:
-g = row of `scales` that atom a belongs to, c = h // columns. For down_proj rows are its columns, so
-that its scales run across atoms: atoms of one group share them, and those that no atom is left of
-are not kept. Plain weights are the format without codes.
+where a block of atoms and columns shares a scale, and a zero point if there are any: g = row of
+`scales` that atom a belongs to, c = h // columns. For down_proj rows are its columns, so that its
+scales run across atoms: atoms of one group share them, and scales of a group without atoms are not
+kept. Plain weights are the format without codes.
 
 Legend: E experts, H hidden size, I full intermediate size, P packed rows, F_e resident atoms of an
 expert, G scale rows of a layer, C scale columns, S source rows.
@@ -30,14 +30,14 @@ Factor = Literal["none", "times", "over"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
-# Of each projection, in this order; one that a format has not is empty.
+# Tables of each projection, in this order; those that a format lacks are empty.
 TABLES = ("scales", "rows", "zeros", "factors")
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class Block(NamedTuple):
-    """What one scale is for: so many atoms, so many columns."""
+    """The block of one scale: its numbers of atoms and columns."""
 
     atoms: int
     columns: int
@@ -50,11 +50,11 @@ class Encoded(NamedTuple):
     """One projection of one expert, its atoms as rows; of down_proj the columns.
 
     Attributes:
-        codes_SH: one code a byte, uint8 [S, H]; of plain rows the weights themselves.
+        codes_SH: one code per byte, uint8 [S, H]; of plain rows the weights themselves.
         scales_GC: of any float dtype, float8_e8m0fnu and float8_e4m3fn among them.
         zeros_GC: uint8.
         factor: float32, one number.
-        group_S: which scale row a row has, int64 [S], where the format does not say so itself.
+        group_S: scale row of every row, int64 [S], if the format does not imply it.
     """
 
     codes_SH: torch.Tensor
@@ -71,11 +71,11 @@ class RowFormat:
     Attributes:
         code: e4m3 one byte; int4 (code − 8), uint4 and e2m1 half a byte; plain the weights' dtype.
         rows: block of a scale of gate and up.
-        columns: block of a scale of down, whose rows are down_proj's columns.
+        columns: block of a scale of down; its rows are down_proj's columns.
         scale: dtype of the scales.
         zeros: whether there are zero points.
-        factor: whether, and how, one float32 an expert and projection acts on the scales.
-        scattered: whether the checkpoint says which group an atom of down belongs to.
+        factor: whether, and how, one float32 per expert and projection acts on the scales.
+        scattered: whether the checkpoint says to which group an atom of down belongs.
     """
 
     code: Code = "plain"
@@ -98,13 +98,13 @@ class RowFormat:
 
     @property
     def spec(self) -> str:
-        """What `parse` reads; kernels need no more."""
+        """The input of `parse`; kernels need no more."""
         return f"{self.code}:{self.rows.columns}:{self.columns.columns}:{self.factor}"
 
     @classmethod
     @functools.cache
     def parse(cls, spec: str) -> Self:
-        """What a spec says of a format: codes, columns of a block, factor."""
+        """The parts of a format that a spec holds: codes, columns of a block, factor."""
         code, rows, columns, factor = spec.split(":")
         assert code in CODES, f"code {code!r} is none of {CODES}"
         assert factor in FACTORS, f"factor {factor!r} is none of {FACTORS}"
@@ -115,17 +115,17 @@ class RowFormat:
         return self.columns if projection == "down" else self.rows
 
     def shared(self, projection: Projection) -> bool:
-        """Whether atoms share scales, so that a table says which row is whose."""
+        """Whether atoms share scales, so that a table maps rows to scale rows."""
         return self.block(projection).atoms > 1
 
     def groups_of(self, projection: Projection, atoms_F: torch.Tensor) -> torch.Tensor:
-        """The scale row, within its expert, of atoms: int64 [F]."""
+        """Scale row of each atom, within its expert: int64 [F]."""
         return atoms_F // self.block(projection).atoms
 
     def kept_groups(
         self, projection: Projection, atoms_F: torch.Tensor, intermediate_size: int
     ) -> torch.Tensor:
-        """The scale rows, within their expert, that are kept for some of its atoms: int64, rising.
+        """Scale rows of an expert that are kept for some of its atoms: int64, ascending.
 
         Args:
             atoms_F: int64 [F], any order.
@@ -141,7 +141,7 @@ class RowFormat:
     def expert_bytes(
         self, hidden_size: int, intermediate_size: int, itemsize: int, gated: bool = True
     ) -> int:
-        """Bytes of one whole expert, as checkpoints hold it, without biases.
+        """Bytes of one whole expert in a checkpoint, without biases.
 
         Args:
             itemsize: bytes of a plain weight.
@@ -163,7 +163,7 @@ PLAIN = RowFormat()
 
 
 def pack_codes(codes_SH: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes as they are stored: of 4 bits two a byte, the first the low one.
+    """Codes as stored: two 4-bit codes per byte, the first in the low half.
 
     Args:
         codes_SH: uint8 [S, H], H even.
@@ -181,7 +181,7 @@ def unpack_codes(stored: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def meaning(codes: torch.Tensor, code: Code) -> torch.Tensor:
-    """What codes, uint8, say before scaling: float32."""
+    """Values of codes, uint8, before scaling: float32."""
     if code == "e4m3":
         return codes.view(torch.float8_e4m3fn).float()
     if code == "e2m1":
@@ -194,7 +194,7 @@ def meaning(codes: torch.Tensor, code: Code) -> torch.Tensor:
 def effective_scales(
     scales_GC: torch.Tensor, factor: torch.Tensor | None, how: Factor
 ) -> torch.Tensor:
-    """Scales with the factor in them, float32.
+    """Scales with the factor applied, float32.
 
     Args:
         factor: float32, broadcast over the scales.
@@ -206,7 +206,7 @@ def effective_scales(
 
 
 def scale_rows(encoded: Encoded, row_format: RowFormat, projection: Projection) -> torch.Tensor:
-    """Which scale row every row has: int64 [S]."""
+    """Scale row of every row: int64 [S]."""
     if encoded.group_S is not None:
         return encoded.group_S
     codes_SH = encoded.codes_SH
@@ -236,11 +236,11 @@ def decode_rows(
     scales_FC: torch.Tensor,
     zeros_FC: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Values of rows whose scales are gathered: float32 [F, H].
+    """Values of rows with gathered scales: float32 [F, H].
 
     Args:
         codes_FH: uint8, one code a byte.
-        columns: that one scale is for.
+        columns: number of columns of one scale.
         scales_FC: float32.
         zeros_FC: uint8, or none.
     """
@@ -256,7 +256,7 @@ def decode_rows(
 
 
 def check_values(encoded: Encoded, row_format: RowFormat, projection: Projection) -> None:
-    """Refuse encoded rows that are not finite numbers, or whose scales make nothing of their codes.
+    """Refuse encoded rows with values that are not finite, or with zero scales of nonzero codes.
 
     Raises:
         ValueError: one line without names.
@@ -294,7 +294,7 @@ def stored_values(
         weights: plain rows or codes, [P, ·] for every projection, down last.
         scales: tables of every projection, as in `ScaleTables`.
         which: index of the projection.
-        row_format: says at least what `RowFormat.parse` does.
+        row_format: has at least what `RowFormat.parse` returns.
         rows_F: int64, packed rows, all of `expert`.
     """
     stored = weights[which][rows_F]
@@ -319,7 +319,7 @@ class ScaleTables:
     Attributes:
         tensors: name -> tensor: of every projection `{projection}_{table}` for TABLES: scales
             [G, C] of the format's dtype; rows int32 [P], the scale row of every packed row, empty
-            where that is the row's own number; zeros uint8 [G, C]; factors float32 [E].
+            if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
     """
 
     def __init__(
@@ -370,7 +370,7 @@ class ScaleTables:
     def write(
         self, expert: int, projection: Projection, encoded: Encoded, atoms_F: torch.Tensor
     ) -> None:
-        """Take the scales of one expert's projection.
+        """Store the scales of one expert's projection.
 
         Args:
             atoms_F: int64 [F_e], the rows of `encoded` that are resident, in packed order.
@@ -399,7 +399,7 @@ class ScaleTables:
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
-    """target[:] = source[rows]; as integers, since few operators know 8-bit floats."""
+    """target[:] = source[rows], as integers, since few operators support 8-bit floats."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[target.itemsize]
     source = source.to(target.dtype).view(integers)
     target.view(integers).copy_(source.index_select(0, rows.to(source.device)))

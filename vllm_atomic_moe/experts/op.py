@@ -1,7 +1,7 @@
 """Fused experts over packed rows: one opaque custom op, `torch.ops.atomic_moe.fused_experts`.
 
-The op is what the engine's layer calls and what compilers see. Its fake implementation lets graphs
-trace through it without looking inside. The backend that computes it is chosen once, at load.
+The engine's layer calls this op, and compilers see nothing below it. Its fake implementation lets
+graphs trace through it. The backend that computes it is chosen once, at load.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S slots, W words.
 """
@@ -35,14 +35,14 @@ def _fused_experts(
     Args:
         x_TH: activations, [T, H].
         weights: packed rows of x's dtype, or codes, as the backend's storage keeps them
-            (`PackedExperts.weights`). Finite: of down_proj, infinite atoms that a slot leaves out
-            may still reach its tokens, as 0 · ∞.
-        scales: of codes, as `PackedExperts.scales`; nothing of plain rows.
+            (`PackedExperts.weights`). Finite: an infinite atom of down_proj may reach the tokens
+            of a slot that does not use it, as 0 · ∞.
+        scales: of codes, as `PackedExperts.scales`; empty for plain rows.
         biases: float32, of gate and up by atom, of down by expert (`PackedExperts.biases`); or
             none.
-        bits_SW: int32 [16, W], which packed rows every slot uses (`PackedExperts`).
-        words_E1: int64 [E+1], where every expert's words begin.
-        offsets_E1: int64 [E+1], where every expert's packed rows begin.
+        bits_SW: int32 [16, W], the packed rows that every slot uses (`PackedExperts`).
+        words_E1: int64 [E+1], start of every expert's words.
+        offsets_E1: int64 [E+1], start of every expert's packed rows.
         topk_weights_TK: router weights, [T, K], any float dtype.
         topk_ids_TK: expert ids that carry slots (`packing.with_slots`), int32 or int64 [T, K]; a
             negative id, or one beyond E, is skipped.

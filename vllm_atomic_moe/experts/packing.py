@@ -1,12 +1,12 @@
-"""Packed rows: the atoms that stay, of every expert, one after another.
+"""Packed rows: the kept atoms of every expert, one after another.
 
 An atom is three vectors of length H: its rows of `gate_proj` and `up_proj` and its column of
-`down_proj`; without a gate it is two. Where there are biases, those of gate and up are the atom's,
-that of down is the expert's. Resident atoms are stored expert by expert, row-major in matrices
-[P, H] or in the order that a kernel reads best (`Storage`). With several resident profiles P counts
-their union. Which of the rows a profile uses is one bit a row: a *slot* is one profile's bits, in
-32-bit words that begin at every expert's own first row. Expert ids carry the slot of their token
-(`with_slots`), so that one batch may mix profiles; no weight moves, and shapes never change.
+`down_proj`; without a gate it is two. Biases of gate and up belong to the atom, that of down to the
+expert. Resident atoms are stored expert by expert, row-major in matrices [P, H] or in the order
+that a kernel reads best (`Storage`). With several resident profiles P counts their union. One bit
+per row says whether a profile uses it: a *slot* is one profile's bits, in 32-bit words that start
+at every expert's own first row. Expert ids carry the slot of their token (`with_slots`), so that
+one batch may mix profiles; no weight moves, and shapes never change.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size, P packed
 rows, F_e resident atoms of an expert, S slots, W words.
@@ -36,21 +36,21 @@ from vllm_atomic_moe.files.export_format import packed_offsets
 
 SLOTS = 16
 WORD_BITS = 32
-# Numbers behind the last bias of an atom that vectors may read.
+# Extra numbers after the last bias of an atom, which vector loads may read.
 BIAS_SLACK = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
-    """Which atoms of one layer are resident, in which order, and which of them a profile uses.
+    """The resident atoms of one layer, their order, and which of them each profile uses.
 
     Attributes:
         intermediate_size: I.
         offsets_E1: int64 [E+1], first packed row of every expert; the last entry is P.
         atoms_P: int64 [P], index within its expert (0..I-1) of the atom in every packed row.
         words_E1: int64 [E+1], first word of every expert's bits; the last entry is W.
-        bits: profile name -> int32 [W]. Bit b of an expert's word w stands for its packed row
-            32 w + b: set where the profile keeps the atom. Profiles take slots in this order.
+        bits: profile name -> int32 [W]. Bit b of an expert's word w is set if the profile keeps
+            the atom in the expert's packed row 32 w + b. Profiles take slots in this order.
     """
 
     intermediate_size: int
@@ -70,7 +70,7 @@ class PackedLayout:
         return self.atoms_P.numel()
 
     def bits_of(self, mask_EI: torch.Tensor) -> torch.Tensor:
-        """The bits of any mask, int32 [W]; of its atoms, those that are not resident are left out.
+        """The bits of any mask, int32 [W]; atoms that are not resident are ignored.
 
         Args:
             mask_EI: bool [E, I], on the CPU.
@@ -94,10 +94,10 @@ class PackedLayout:
         return self.atoms_P[self.offsets_E1[expert] : self.offsets_E1[expert + 1]]
 
     def rows_among(self, stored_EI: torch.Tensor) -> torch.Tensor:
-        """Where every resident atom is among the atoms of `stored_EI`, counted in order: int64 [P].
+        """Index of every resident atom among the atoms of `stored_EI`, in order: int64 [P].
 
         Args:
-            stored_EI: bool [E, I]; all resident atoms are among them.
+            stored_EI: bool [E, I]; includes all resident atoms.
         """
         row_EI = (stored_EI.flatten().cumsum(dim=0) - 1).view(stored_EI.shape)
         experts_P = torch.repeat_interleave(self.offsets_E1.diff())
@@ -112,8 +112,8 @@ def build_layout(keep: Mapping[str, torch.Tensor]) -> PackedLayout:
         keep: profile name -> bool mask [E, I]; at least one profile, all of one shape.
 
     Returns:
-        The layout, in which nested profiles are prefixes and two profiles contiguous; on the CPU,
-        whatever the default device is.
+        The layout, in which nested profiles are prefixes and two profiles are contiguous; always
+        on the CPU.
 
     Raises:
         ValueError: there are more profiles than slots.
@@ -144,10 +144,10 @@ def _first_words(offsets_E1: torch.Tensor) -> torch.Tensor:
 def with_slots(ids_TK: torch.Tensor, slots_T1: torch.Tensor) -> torch.Tensor:
     """Expert ids that carry the slot of their token: id · SLOTS + slot, of the ids' dtype.
 
-    Negative ids stay negative. `>> 4` and `& 15` give both back.
+    Negative ids stay negative. `>> 4` and `& 15` return both.
 
     Args:
-        ids_TK: integer [T, K]; int32 ids within ± 2^27, or they would become others.
+        ids_TK: integer [T, K]; int32 ids must be within ± 2^27, or they would overflow.
         slots_T1: int32 [T, 1] or [1], 0..SLOTS-1.
     """
     return torch.add(slots_T1, ids_TK, alpha=SLOTS)
@@ -164,12 +164,12 @@ def unpack_bits(bits_SW: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def tensor_parallel_share(keep: Mapping[str, torch.Tensor], rank: int, size: int) -> torch.Tensor:
-    """The resident atoms that one of `size` tensor parallel ranks holds: bool [E, I].
+    """The resident atoms of one of `size` tensor parallel ranks: bool [E, I].
 
     Every resident atom is on exactly one rank. The atoms of one expert and one membership signature
-    are split into contiguous pieces, sized as if all atoms of the layer had been dealt out one by
-    one, signature by signature in packed order, each expert by expert. Ranks therefore differ by
-    one atom at most: in every signature, in the union, in each of two profiles or of nested ones.
+    are split into contiguous pieces, with sizes as if all atoms of the layer had been dealt out one
+    by one, signature by signature in packed order, expert by expert. Ranks therefore differ by at
+    most one atom: in every signature, in the union, in each of two profiles or of nested ones.
 
     Args:
         keep: as for `build_layout`.
@@ -197,7 +197,7 @@ def _resident_atoms(
 
     Three int64 [P].
     """
-    # Largest profile first: it becomes the most significant bit of an atom's membership signature.
+    # Largest profile first: it is the most significant bit of an atom's membership signature.
     names = sorted(keep, key=lambda name: (-int(keep[name].sum()), name))
     masks_SEI = torch.stack([keep[name] for name in names])
     experts_P, atoms_P = masks_SEI.any(dim=0).nonzero(as_tuple=True)
@@ -207,9 +207,9 @@ def _resident_atoms(
 def _signature_rank(masks_SEI: torch.Tensor) -> torch.Tensor:
     """Position of every atom's membership signature in the packed order: int64 [E, I].
 
-    Signatures follow the reflected Gray code, counted from "in every profile" and rotated to begin
-    behind "in none" (such atoms are not resident): neighbors differ in one profile, so that what a
-    profile leaves out comes in long stretches, and nested profiles become prefixes.
+    Signatures follow the reflected Gray code, counted from "in every profile" and rotated to start
+    after "in none" (such atoms are not resident): neighbors differ in one profile, so that atoms
+    that a profile omits are in long runs, and nested profiles become prefixes.
     """
     num_profiles = masks_SEI.shape[0]
     if num_profiles > SLOTS:
@@ -224,7 +224,7 @@ def _signature_rank(masks_SEI: torch.Tensor) -> torch.Tensor:
 
 
 def _gray_rank(code: torch.Tensor, bits: int) -> torch.Tensor:
-    """Position of `code` in the reflected Gray code of that many bits."""
+    """Position of `code` in the reflected Gray code of this many bits."""
     rank, shift = code.clone(), 1
     while shift < bits:
         rank = rank ^ (rank >> shift)
@@ -238,7 +238,7 @@ def projections_of(gated: bool) -> tuple[Projection, ...]:
 
 
 class Storage(Protocol):
-    """How a kernel keeps the packed rows: one copy of the weights, in an order of its own."""
+    """How a kernel keeps the packed rows: one copy of the weights, in its own order."""
 
     def allocate(
         self,
@@ -249,14 +249,14 @@ class Storage(Protocol):
         gated: bool = True,
         row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
-        """Room for the rows of all experts, by name, in the order in which the kernel takes them.
+        """Allocate the rows of all experts, by name, in the order of the kernel's arguments.
 
         Args:
             offsets_E1: as in `PackedLayout`.
             dtype: of plain weights.
-            device: where; None stands for the default device.
+            device: where; None means the default device.
             gated: whether there is a gate_proj.
-            row_format: of the rows; codes are uint8, whatever `dtype` is.
+            row_format: of the rows; codes are always uint8.
         """
 
     def write(
@@ -270,20 +270,20 @@ class Storage(Protocol):
         gated: bool = True,
         row_format: RowFormat = PLAIN,
     ) -> None:
-        """Put `rows_SH[atoms_F]` where the rows of one expert's projection are.
+        """Copy `rows_SH[atoms_F]` into the rows of one expert's projection.
 
         Args:
-            weights: what `allocate` made.
-            rows_SH: any float dtype, or codes, one a byte; any strides and device; of down_proj the
-                columns. Not modified.
+            weights: from `allocate`.
+            rows_SH: any float dtype, or codes, one per byte; any strides and device; of down_proj
+                the columns. Not modified.
             atoms_F: int64 [F_e], on the CPU.
             gated, row_format: as for `allocate`.
         """
 
 
 class RowStorage:
-    """Rows as they are: gate (if there is one), up and down_t, [P, H] each; down_t is down_proj
-    transposed. Codes of 4 bits stand two a byte, [P, H / 2], the first the low one.
+    """Plain rows: gate (if there is one), up and down_t, [P, H] each; down_t is down_proj
+    transposed. Two 4-bit codes share a byte, [P, H / 2], the first in the low half.
     """
 
     def allocate(
@@ -326,20 +326,20 @@ class RowStorage:
 
 
 class PackedExperts(nn.Module):
-    """The resident atoms of one MoE layer, and which of them every slot uses.
+    """The resident atoms of one MoE layer, and which of them each slot uses.
 
     The weights, or their codes, are Parameters, named and ordered by `storage`; so are scales, and
     the biases, if there are any, in float32. Buffers: bits_SW, int32 [16, W],
     zero for slots without a profile; words_E1 and offsets_E1, int64, as in `PackedLayout`. Widths
-    may be 0, 1 or anything up to I. The dtype cannot be changed: storages order the rows by it.
+    may be 0 to I. The dtype cannot be changed: storages order the rows by it.
 
     Attributes:
         layout: which atoms are resident, and where.
         widest: number of resident atoms of the widest expert.
         activation: what experts compute between their projections.
         row_format: how the rows are encoded.
-        biases: nothing, or by atom those of gate (if there is one) and up, each [P + BIAS_SLACK],
-            and that of down, [E, H], zero until loaded; float32.
+        biases: empty, or by atom those of gate (if there is one) and up, each [P + BIAS_SLACK], and
+            that of down, [E, H], zero until loaded; float32.
     """
 
     bits_SW: torch.Tensor
@@ -414,41 +414,41 @@ class PackedExperts(nn.Module):
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        """What the kernel takes, in the storage's order."""
+        """The kernel's weight arguments, in the storage's order."""
         return [getattr(self, name) for name in self._names]
 
     @property
     def scales(self) -> list[torch.Tensor]:
-        """The tables of every projection, in the order of `formats.TABLES`; nothing if plain."""
+        """The tables of every projection, in the order of `formats.TABLES`; empty if plain."""
         return [getattr(self, name) for name in self._scale_names]
 
     @property
     def biases(self) -> list[torch.Tensor]:
-        """What the kernel takes beside the weights; empty where experts have none."""
+        """The kernel's bias arguments; empty if the experts have none."""
         return [getattr(self, name) for name in self._bias_names]
 
     @property
     def index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the kernel takes beside the weights: bits_SW, words_E1, offsets_E1."""
+        """The kernel's index arguments: bits_SW, words_E1, offsets_E1."""
         return self.bits_SW, self.words_E1, self.offsets_E1
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights, scales and biases, padding included: what is resident of experts."""
+        """Bytes of resident experts: weights, scales and biases, padding included."""
         return sum(weight.nbytes for weight in [*self.weights, *self.scales, *self.biases])
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of what is not weights."""
+        """Bytes of the index structures."""
         return sum(index.nbytes for index in self.index)
 
     @torch.no_grad()
     def set_slot(self, slot: int, mask_EI: torch.Tensor | None) -> None:
-        """Make `slot` compute the atoms of a mask, all of them resident somewhere; None clears it.
+        """Make `slot` compute the atoms of a mask, all resident on some rank; None clears it.
 
         Args:
-            slot: 0..SLOTS-1; no token that is being computed carries it.
-            mask_EI: bool [E, I], on the CPU; atoms that other ranks hold are left out.
+            slot: 0..SLOTS-1; no running token has it.
+            mask_EI: bool [E, I], on the CPU; atoms of other ranks are ignored.
         """
         if mask_EI is None:
             self.bits_SW[slot].zero_()
@@ -461,12 +461,12 @@ class PackedExperts(nn.Module):
 
     @torch.no_grad()
     def load_expert(self, expert: int, projection: Projection, matrix: torch.Tensor) -> None:
-        """Slice one expert's projection into its packed rows; `matrix` is not modified.
+        """Slice one expert's projection into its packed rows; does not modify `matrix`.
 
         Args:
             expert: 0..E-1.
             projection: gate or up, [I, H], or down, [H, I], as checkpoints store them.
-            matrix: any float dtype and device; the resident rows alone are copied.
+            matrix: any float dtype and device; only the resident rows are copied.
 
         Raises:
             ValueError: the matrix does not have the model's shape, or is not of plain floats.
@@ -501,11 +501,11 @@ class PackedExperts(nn.Module):
 
     @torch.no_grad()
     def load_bias(self, expert: int, projection: Projection, bias: torch.Tensor) -> None:
-        """Take one expert's bias of a projection.
+        """Load one expert's bias of a projection.
 
         Args:
             expert: 0..E-1.
-            projection: gate or up, [I], of which the resident atoms' are taken; or down, [H].
+            projection: gate or up, [I], reduced to the resident atoms; or down, [H].
             bias: any float dtype and device.
 
         Raises:
@@ -532,13 +532,13 @@ class PackedExperts(nn.Module):
         """Copy the resident rows out of an exported checkpoint's packed rows of all experts.
 
         Args:
-            projection: of down the rows are down_proj's columns.
+            projection: for down, rows are down_proj's columns.
             rows_SH: the stored atoms, experts ascending, in checkpoint order within an expert; any
                 float dtype and device.
-            stored_EI: bool [E, I], which atoms these are; all resident ones among them.
+            stored_EI: bool [E, I], these atoms; includes all resident ones.
 
         Raises:
-            ValueError: there are more or fewer rows, or of another length.
+            ValueError: the number of rows, or their length, is wrong.
         """
         wanted = (int(stored_EI.sum()), self.hidden_size)
         if tuple(rows_SH.shape) != wanted:

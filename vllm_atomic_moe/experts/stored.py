@@ -1,9 +1,8 @@
-"""Quantized rows as an exported checkpoint holds them: some atoms of all experts of a layer.
+"""Quantized rows in an exported checkpoint: some atoms of all experts of a layer.
 
-Of every projection there are its codes, packed as in memory, and the tables that decode them: scale
-rows of the stored atoms alone, or where atoms share scales, those of groups that have one; zero
-points alike; a factor of every expert; and, where the checkpoint says which group an atom belongs
-to, that group.
+Every projection has its codes, packed as in memory, and the tables that decode them: scale rows of
+the stored atoms, or if atoms share scales, of the groups with stored atoms; zero points in the same
+way; a factor of every expert; and the group of each atom, if the checkpoint tells it.
 
 Legend: E experts, H hidden size, I full intermediate size, F_e stored atoms of an expert, P of all
 experts, G scale rows.
@@ -33,7 +32,7 @@ class StoredRows:
     """One projection of a layer.
 
     Attributes:
-        stored_EI: bool [E, I], the atoms whose rows are there.
+        stored_EI: bool [E, I], the atoms with stored rows.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class StoredRows:
                 )
 
     def expert(self, expert: int) -> Encoded:
-        """All I atoms of one expert; those that are not stored, and their scales, are zeros.
+        """All I atoms of one expert; atoms that are not stored, and their scales, are zeros.
 
         Raises:
-            ValueError: what is stored is not finite, or its groups are not there.
+            ValueError: stored values are not finite, or groups are missing.
         """
         atoms_F, kept = self._atoms[expert], self._kept[expert]
         rows = slice(*self._rows[expert : expert + 2])
@@ -121,12 +120,12 @@ def taken(
     projection: Projection,
     atoms_F: torch.Tensor,
 ) -> torch.Tensor:
-    """What is stored of some atoms of one expert, of one part.
+    """The stored part of some atoms of one expert.
 
     Args:
         name: weight, or one of `quantization.stored_tables`.
-        encoded: all its atoms; the codes may be missing where tables are asked for.
-        atoms_F: int64 [F_e], rising.
+        encoded: all its atoms; the codes may be missing if a table is asked for.
+        atoms_F: int64 [F_e], ascending.
     """
     if name == "weight":
         return pack_codes(encoded.codes_SH.index_select(0, atoms_F), row_format.bits)
@@ -145,7 +144,7 @@ def taken(
 
 
 def _spread(rows: torch.Tensor, places: torch.Tensor, number: int) -> torch.Tensor:
-    """`rows` at their places among `number` rows, zeros elsewhere."""
+    """`rows` in their places among `number` rows, zeros elsewhere."""
     spread = torch.zeros(
         number, *rows.shape[1:], dtype=_as_integers(rows).dtype, device=rows.device
     )
@@ -154,6 +153,6 @@ def _spread(rows: torch.Tensor, places: torch.Tensor, number: int) -> torch.Tens
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """Few operators know 8-bit floats."""
+    """As integers, since few operators support 8-bit floats."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.itemsize])

@@ -1,1 +1,1 @@
-"""What is on disk: checkpoints, profiles, exported weights. Needs torch alone."""
+"""Files on disk: checkpoints, profiles, exported weights. Needs torch alone."""

@@ -1,7 +1,7 @@
-"""Do the tensors of a checkpoint, its routers and its config.json tell of the same experts?
+"""Check that a checkpoint's tensors, its routers and its config.json describe the same experts.
 
-Half a download, config.json of a sibling and a layout that is not known all look like a smaller
-model at first. Every function refuses in one line that says which of them disagree.
+Half a download, a sibling's config.json and an unknown layout all look like a smaller model at
+first. Every function refuses with one line that says what disagrees.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_atomic_moe.files.quantization import IGNORED, PLAIN_SCHEME, Scheme
 from vllm_atomic_moe.files.router import CORRECTION_BIAS, ExpertGroups, expert_groups
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor
 
-# What multi-token prediction adds to a layer that is otherwise a decoder layer.
+# Tensors that multi-token prediction adds to a layer that is otherwise a decoder layer.
 PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm)\.")
 
 
@@ -36,11 +36,11 @@ class LayerFacts:
 
     Attributes:
         block: name of the MoE block.
-        parts: how many matrices there are of every part.
-        quantities: (part, what of it) -> how many tensors.
+        parts: part -> number of its matrices.
+        quantities: (part, quantity) -> number of tensors.
         scheme: how the experts are quantized.
-        down: shape of the down projection of every expert that has one of its own; unpacked.
-        whole: part -> shape, of tensors of all experts; unpacked.
+        down: shape of each expert's own down projection; unpacked.
+        whole: part -> shape of a tensor of all experts; unpacked.
     """
 
     block: str
@@ -57,7 +57,7 @@ def check_depth(
     where: Mapping[str, Path],
     layers: Mapping[int, LayerFacts],
 ) -> None:
-    """Refuse files that hold more or fewer decoder layers than config.json says."""
+    """Refuse files with more or fewer decoder layers than config.json says."""
     number = decoder_layers(config)
     if number is None or not layers:
         return
@@ -66,7 +66,7 @@ def check_depth(
     if beyond := [layer for layer in layers if layer >= last and layer not in of_prediction]:
         raise ValueError(
             f"{directory}: config.json says num_hidden_layers {number}, the files hold routed "
-            f"experts of layer {max(beyond)}; is config.json of this checkpoint?"
+            f"experts of layer {max(beyond)}; is this the right config.json?"
         )
     index, facts = next(iter(layers.items()))
     decoder = re.sub(rf"(\b(?:layers|blocks)\.){index}\b.*", r"\1", facts.block)
@@ -74,7 +74,7 @@ def check_depth(
     if absent := sorted(set(range(number)) - there):
         raise ValueError(
             f"{directory}: config.json says num_hidden_layers {number}, the files hold nothing of "
-            f"layer {absent[0]}; fetch the checkpoint again, or is config.json of another one?"
+            f"layer {absent[0]}; fetch the checkpoint again, or its config.json"
         )
 
 
@@ -85,7 +85,7 @@ def check_layout(
     layers: Mapping[int, LayerFacts],
     num_layers: int,
 ) -> None:
-    """Refuse experts that the table of layouts does not know, by name."""
+    """Refuse experts that are not in the table of layouts, by name."""
     strange = [
         name
         for name in where
@@ -112,7 +112,7 @@ def check_layout(
 
 
 def shape_by_expert(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape [E·N, K] of matrices that stand one below another, as [E, N, K]; others as they are."""
+    """Shape [E·N, K] of stacked matrices as [E, N, K]; others as they are."""
     number = next(iter(declared_experts(config).values()), 0)
     if len(shape) != 2 or not number or shape[0] % number:
         return shape
@@ -120,14 +120,14 @@ def shape_by_expert(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[
 
 
 def is_prediction(name: str) -> bool:
-    """Whether a tensor is of a multi-token-prediction head."""
+    """Whether a tensor belongs to a multi-token-prediction head."""
     return "mtp" in name.split(".")
 
 
 def _is_fused_expert(
     where: Mapping[str, Path], name: str, counts: set[int], num_layers: int
 ) -> bool:
-    """Whether a tensor of a decoder layer is 3-D and as long as the layer has experts."""
+    """Whether a tensor of a decoder layer is 3-D with the layer's number of experts as length."""
     layer = decoder_layer(name)
     if not counts or layer is None or layer >= num_layers or is_prediction(name):
         return False
@@ -143,7 +143,7 @@ def _shape(where: Mapping[str, Path], name: str) -> list[int]:
 def count_experts(
     directory: Path, config: Mapping[str, Any], layers: Mapping[int, LayerFacts]
 ) -> int:
-    """E, the same in every layer and in config.json, and every expert whole."""
+    """E, the same in every layer and in config.json; every expert must be complete."""
     counts = {index: _count(directory, index, layer) for index, layer in layers.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(
@@ -185,7 +185,7 @@ def count_experts(
 
 
 def _check_quantities(directory: Path, index: int, layer: LayerFacts) -> None:
-    """Refuse projections that are quantized otherwise than down_proj, or half of them."""
+    """Refuse projections that are quantized unlike down_proj, or only in part."""
     if "keep" in layer.whole:  # an export says so itself
         return
     for part, quantity in layer.quantities:
@@ -198,7 +198,7 @@ def _check_quantities(directory: Path, index: int, layer: LayerFacts) -> None:
 
 
 def check_activation_order(where: Mapping[str, Path], layers: Mapping[int, LayerFacts]) -> None:
-    """Refuse GPTQ's activation order in gate and up, by the first expert of every layer."""
+    """Refuse GPTQ's activation order in gate and up; checks the first expert of every layer."""
     ordered = {it.block: index for index, it in layers.items() if it.scheme.kind == "gptq"}
     for name in where if ordered else ():
         found = quantized_tensor(name)
@@ -212,7 +212,7 @@ def check_activation_order(where: Mapping[str, Path], layers: Mapping[int, Layer
 
 
 def _count(directory: Path, index: int, layer: LayerFacts) -> int:
-    """Experts of one layer, whose tensors of all experts agree."""
+    """The number of experts of a layer; tensors of all experts must agree."""
     if not layer.whole:
         return len(layer.down)
     if layer.down:
@@ -250,8 +250,8 @@ def intermediate_size(
             if hidden_size not in (rows, columns):
                 raise ValueError(
                     f"{directory}: config.json says hidden_size {hidden_size}, the down "
-                    f"projections of layer {index} are {rows} by {columns}; is config.json of "
-                    "this checkpoint?"
+                    f"projections of layer {index} are {rows} by {columns}; is this the right "
+                    "config.json?"
                 )
             sizes.add(columns if rows == hidden_size else rows)
     if len(sizes) != 1:
@@ -265,7 +265,7 @@ def intermediate_size(
 def check_dense_layers(
     directory: Path, config: Mapping[str, Any], layers: Mapping[int, LayerFacts]
 ) -> None:
-    """Refuse files that hold experts in other layers than config.json says."""
+    """Refuse files with experts in other layers than config.json says."""
     dense = dense_layers(config)
     if dense is None:
         return
@@ -274,13 +274,13 @@ def check_dense_layers(
         if key and layer in layers:
             raise ValueError(
                 f"{directory}: config.json makes layer {layer} dense ({key} "
-                f"{config[key]!r:.60}), the files hold routed experts there; is config.json of "
-                "this checkpoint?"
+                f"{config[key]!r:.60}), the files hold routed experts there; is this the right "
+                "config.json?"
             )
         if not key and layer not in layers:
             raise ValueError(
                 f"{directory}: config.json gives layer {layer} routed experts, the files hold none "
-                "there; fetch the checkpoint again, or is config.json of another one?"
+                "there; fetch the checkpoint again, or its config.json"
             )
 
 
@@ -291,7 +291,7 @@ def check_routers(
     names: Mapping[int, Sequence[str]],
     num_experts: int,
 ) -> None:
-    """Refuse a router that chooses among another number of experts than the files hold."""
+    """Refuse a router with another number of experts than the files."""
     # LongCat's router also chooses among experts that compute nothing.
     extra = config.get("zero_expert_num")
     wanted = {num_experts, num_experts + (extra if isinstance(extra, int) else 0)}
@@ -314,7 +314,7 @@ def check_routers(
 def router_groups(
     directory: Path, config: Mapping[str, Any], biased: bool, num_experts: int
 ) -> ExpertGroups | None:
-    """The groups that config.json gives a router with or without a correction bias."""
+    """The router's groups by config.json, with or without a correction bias."""
     told = (config[key] for key in EXPERT_GROUPS if config.get(key) is not None)
     if config.get("use_grouped_topk") is False:  # Kimi
         return None
@@ -327,11 +327,11 @@ def router_groups(
 def check_choice(
     directory: Path, top_k: int, num_experts: int, groups: ExpertGroups | None
 ) -> None:
-    """Refuse a token that uses more experts than its router can choose."""
+    """Refuse more experts per token than the router can choose."""
     most = groups.chosen * num_experts // groups.number if groups else num_experts
     if not 1 <= top_k <= most:
         of = f" of the {groups.chosen} groups that its router chooses" if groups else ""
         raise ValueError(
             f"{directory}: config.json lets a token use {top_k} experts, wanted 1 to {most}{of}; "
-            "is config.json of this checkpoint?"
+            "is this the right config.json?"
         )

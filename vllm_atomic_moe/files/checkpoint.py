@@ -1,4 +1,4 @@
-"""What the checkpoint on disk says about its routed experts, without building the model.
+"""The routed experts of a checkpoint on disk, without building the model.
 
 The loader and `atomic-moe check` check profiles against this description before they read any
 expert weight. It reads only safetensors headers, `config.json` and the (small) router tensors, and
@@ -65,7 +65,7 @@ from vllm_atomic_moe.files.router import (
 )
 from vllm_atomic_moe.files.tensors import open_safetensors, safetensors_files, shorten
 
-# Files to fetch from a hub model; the last line is for the copies that `atomic-moe export` makes.
+# Files to fetch for a hub model; the last line is for the copies that `atomic-moe export` makes.
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
     *("*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md"),
@@ -82,13 +82,13 @@ class CheckpointInfo:
         experts_per_token: K.
         intermediate_size: I, atoms per expert.
         hidden_size: H.
-        layers: decoder layer indices that hold routed experts, ascending.
-        router: what tells its routers from another model's.
-        groups: the router's expert groups; None where it chooses among all experts.
+        layers: indices of decoder layers with routed experts, ascending.
+        router: identifies its routers.
+        groups: the router's expert groups; None if it chooses among all experts.
         blocks: layer index -> name of its MoE block; its experts are under `{block}.experts.`.
         schemes: layer index -> how its experts are quantized.
-        stored: of an exported checkpoint, layer index -> bool [E, I], the atoms it holds; None for
-            an original. It is not part of the model's identity.
+        stored: layer index -> bool [E, I], the atoms of an exported checkpoint; None for an
+            original. It is not part of the model's identity.
     """
 
     architecture: str
@@ -114,7 +114,7 @@ class CheckpointInfo:
 
     @property
     def row_formats(self) -> dict[str, list[int]]:
-        """How experts are quantized, for people -> in which layers."""
+        """Description of a quantization -> layers that have it."""
         found: dict[str, list[int]] = defaultdict(list)
         for layer in self.layers:
             found[self.scheme(layer).name].append(layer)
@@ -136,12 +136,12 @@ class CheckpointInfo:
 def resolve_model(model: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """The directory of MODEL: itself if it is one, else the Hugging Face snapshot of that id.
 
-    Of a hub model the safetensors checkpoint, configuration, tokenizer and `atomic_profiles/` are
-    fetched, into `cache_dir` or the default cache.
+    For a hub model it fetches the safetensors checkpoint, configuration, tokenizer and
+    `atomic_profiles/` into `cache_dir` or the default cache.
 
     Raises:
-        ValueError: MODEL is neither a directory nor a model the hub (or its cache) has, or the hub
-            cannot be asked (a proxy of the environment that httpx does not take, say).
+        ValueError: MODEL is neither a directory nor a model of the hub (or its cache), or the hub
+            cannot be asked (for example, httpx does not accept a proxy of the environment).
     """
     if Path(model).is_dir():
         return Path(model)
@@ -153,11 +153,11 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: str | None
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint: those of the index, if there is one.
+    """The safetensors shards of a checkpoint; those of the index, if it has one.
 
     Raises:
-        ValueError: the directory holds no safetensors file, or the index names a missing one, or
-            one elsewhere.
+        ValueError: the directory has no safetensors file, or the index names a missing one, or one
+            outside the directory.
     """
     directory = weights_directory(directory)
     index = directory / INDEX
@@ -193,10 +193,10 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     """Describe the routed experts of the checkpoint in `directory`.
 
     Raises:
-        ValueError: no routed experts; experts in a layout that is not known, quantized in a way
-            that is not known or not as config.json says, of unequal width, not as many as the
-            router or config.json say, or in other layers; no router tensors; an exported
-            checkpoint whose packed rows, offsets and masks do not fit together.
+        ValueError: no routed experts; experts in an unknown layout, with an unknown quantization or
+            another than config.json says, of unequal width, in another number than the router or
+            config.json say, or in other layers; no router tensors; an exported checkpoint with
+            packed rows, offsets and masks that do not fit together.
     """
     check_encodings(directory)
     config = read_config(directory)
@@ -256,10 +256,10 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 def _gather_layers(
     where: Mapping[str, Path], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[int, LayerFacts]:
-    """MoE layers by index, among them those of multi-token prediction that follow the decoder's.
+    """MoE layers by index, including those of multi-token prediction after the decoder's.
 
     Args:
-        settings: what its configuration says of quantization.
+        settings: the quantization settings of its configuration.
     """
     hidden_size = config["hidden_size"]
     layers: dict[int, LayerFacts] = {}
@@ -276,7 +276,7 @@ def _gather_layers(
             )
         layer.parts[tensor.part] += tensor.quantity in MATRICES
         layer.quantities[tensor.part, tensor.quantity] += 1
-        # Of the layout with the most tensors, one in three says what is to be known.
+        # The per-expert layout has the most tensors; its down projections suffice.
         known = tensor.quantity not in (*IGNORED, "bias")
         if known and (tensor.expert is None or tensor.part == "down"):
             by_file[path].append((name, tensor))

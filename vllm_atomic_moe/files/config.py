@@ -25,9 +25,9 @@ NUM_EXPERTS = (
     "num_routed_experts",
     "moe_num_experts",
 )
-# Router groups of experts; Kimi has a name of its own.
+# Router groups of experts; Kimi has its own names.
 EXPERT_GROUPS = ("n_group", "num_expert_group")
-# Layers of multi-token prediction, which follow the decoder's.
+# Layers of multi-token prediction, after the decoder's.
 PREDICTION_LAYERS = (
     "num_nextn_predict_layers",
     "num_mtp_modules",
@@ -56,12 +56,12 @@ DENSE_LAYERS: dict[str, Callable[[Any, int], bool]] = {
     "layers_block_type": lambda kinds, layer: kinds[layer] != "moe",
     "layer_types": lambda kinds, layer: kinds[layer] != "moe",
 }
-# Models, by `model_type`, of which vLLM gives every decoder layer routed experts.
+# Models, by `model_type`, for which vLLM gives every decoder layer routed experts.
 NEVER_DENSE = (
     *("aria_text", "dbrx", "flex_olmo", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid"),
     *("granitemoeshared", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen3_5_moe_text"),
 )
-# What quantizers write beside config.json: NVIDIA's ModelOpt, AutoGPTQ and AutoAWQ.
+# Files that quantizers write beside config.json: NVIDIA's ModelOpt, AutoGPTQ and AutoAWQ.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Mistral's own configuration, in the place of config.json.
 MISTRAL = "params.json"
@@ -71,15 +71,15 @@ READ_BY_OTHERS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
-# Part of a configuration that tells of experts: DBRX's, Mistral's.
+# Part of a configuration that describes experts: DBRX's, Mistral's.
 OF_EXPERTS = ("ffn_config", "moe")
-# DBRX's and Mistral's names -> everybody's.
+# DBRX's and Mistral's names -> the common ones.
 OTHER_NAMES = {
     **{"d_model": "hidden_size", "dim": "hidden_size", "n_layers": "num_hidden_layers"},
     **{"num_expert_groups": "n_group", "num_expert_groups_per_tok": "topk_group"},
     **{"route_every_n": "moe_layer_freq", "max_seq_len": "max_position_embeddings"},
 }
-# Said of the whole model, and found inside or beside the text model's part.
+# Values for the whole model, found inside or beside the text model's part.
 OF_THE_WHOLE = ("architectures", "quantization_config", "compression_config", "auto_map")
 
 
@@ -90,10 +90,10 @@ def config_file(directory: Path) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of the text model, with what the outer one says of the whole.
+    """config.json of the text model, with the outer file's values for the whole model.
 
     Raises:
-        ValueError: the file is missing, not a JSON object, or does not say `hidden_size`.
+        ValueError: the file is missing, not a JSON object, or lacks `hidden_size`.
     """
     path = config_file(directory)
     config = read_json_object(path)
@@ -123,7 +123,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _of_mistral(params: dict[str, Any]) -> dict[str, Any]:
-    """params.json with the architecture that vLLM takes it for, and how it says quantization."""
+    """params.json with vLLM's architecture for it, and its quantization settings."""
     experts, told = params.get("moe"), params.get("quantization")
     shared = isinstance(experts, dict) and experts.get("num_shared_experts")
     name = "MistralLarge3ForCausalLM" if shared else "MixtralForCausalLM"
@@ -135,13 +135,13 @@ def _of_mistral(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """How a checkpoint is quantized, as its configuration calls it; None if it is not."""
+    """The configuration's name for a checkpoint's quantization; None if there is none."""
     settings = quantization_settings(directory, config)
     return (_method(settings) or "unknown") if settings else None
 
 
 def quantization_settings(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a configuration, or a quantizer's own file, says of quantization; empty if nothing."""
+    """Quantization settings of a configuration, or of a quantizer's own file; may be empty."""
     for key in ("quantization_config", "compression_config"):
         told = config.get(key)
         if isinstance(told, dict) and told:
@@ -158,7 +158,7 @@ def quantization_settings(directory: Path, config: Mapping[str, Any]) -> Mapping
 
 
 def _method(told: Mapping[str, Any]) -> str | None:
-    """By its name, or by the keys that vLLM wants where there is none."""
+    """The method's name, or the keys that vLLM wants without one."""
     if told.get("quant_method"):
         return str(told["quant_method"])
     if told.get("quant_algo"):
@@ -169,10 +169,10 @@ def _method(told: Mapping[str, Any]) -> str | None:
 
 
 def check_encodings(directory: Path) -> None:
-    """Refuse JSON files that vLLM and transformers, which read them too, do not understand.
+    """Refuse JSON files that vLLM and transformers, which also read them, do not understand.
 
     Raises:
-        ValueError: one begins with a byte order mark, or is in UTF-16 or 32.
+        ValueError: one starts with a byte order mark, or is in UTF-16 or 32.
     """
     for path in (directory / name for name in READ_BY_OTHERS):
         if not path.is_file():
@@ -208,19 +208,19 @@ def declared_experts(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The model's context in tokens; None where the configuration does not say."""
+    """The model's context in tokens; None if the configuration does not say."""
     context = config.get("max_position_embeddings")
     return context if isinstance(context, int) else None
 
 
 def decoder_layers(config: Mapping[str, Any]) -> int | None:
-    """Decoder layers; None where the configuration does not say, or says two things (LongCat)."""
+    """Number of decoder layers; None if the configuration does not say, or says two (LongCat)."""
     number, other = config.get("num_hidden_layers"), config.get("num_layers")
     return number if other in (None, number) else None
 
 
 def prediction_layers(config: Mapping[str, Any]) -> int:
-    """Layers of multi-token prediction that follow the decoder's; 0 where it is not told."""
+    """Number of layers of multi-token prediction after the decoder's; 0 if not told."""
     told = [config.get(key) for key in PREDICTION_LAYERS]
     return max((number for number in told if isinstance(number, int)), default=0)
 
@@ -228,7 +228,7 @@ def prediction_layers(config: Mapping[str, Any]) -> int:
 def dense_layers(config: Mapping[str, Any]) -> dict[int, str] | None:
     """Decoder layers without routed experts, with the key that says so.
 
-    None where it is not told, or in a form that is not known.
+    None if not told, or in an unknown form.
     """
     number = decoder_layers(config)
     told = _told_of_layers(config)
@@ -248,7 +248,7 @@ def dense_layers(config: Mapping[str, Any]) -> dict[int, str] | None:
 def _told_of_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of DENSE_LAYERS that count, with their values."""
     told = {key: config[key] for key in DENSE_LAYERS if config.get(key) is not None}
-    # Layer by layer in words, it comes before the others, which may be defaults.
+    # A word per layer has priority over the others, which may be defaults.
     if "mlp_layer_types" in told:
         return {"mlp_layer_types": told["mlp_layer_types"]}
     if "expert_layer_period" in told:
@@ -256,7 +256,7 @@ def _told_of_layers(config: Mapping[str, Any]) -> dict[str, Any]:
             told["expert_layer_period"],
             config.get("expert_layer_offset", 1),
         )
-    # Of other models than Nemotron's, these tell kinds of attention.
+    # In models other than Nemotron, these words are kinds of attention.
     for key in ("layers_block_type", "layer_types"):
         if not isinstance(kinds := told.get(key, []), list) or "moe" not in kinds:
             told.pop(key, None)

@@ -1,10 +1,10 @@
-"""Where an exported checkpoint keeps its shards, and whether one is whole.
+"""Where an exported checkpoint keeps its shards, and whether it is complete.
 
 `atomic-moe export` writes shards to the folder `atomic_weights/`, where other readers do not look:
 they find no weights, instead of experts that they cannot place. The experts are packed (see
-`layouts.py`). The index of the shards names format, version and profile; version 2 also says of
-every layer how each projection's rows are encoded. Where all of it is plain weights, without
-biases, an export is of version 1.
+`layouts.py`). The index of the shards has format, version and profile; version 2 also has the
+encoding of each projection's rows in every layer. An export of plain weights without biases has
+version 1.
 
 Legend: E experts, H hidden size, I full intermediate size.
 """
@@ -40,7 +40,7 @@ def packed_offsets(keep_EI: torch.Tensor) -> torch.Tensor:
 
 
 def weights_directory(directory: Path) -> Path:
-    """Where a checkpoint's shards are: in the directory, or in the folder of an exported one.
+    """The directory of a checkpoint's shards: its own, or the folder of an exported one.
 
     Raises:
         ValueError: the folder exists but is not a finished export of a known version, or both
@@ -79,8 +79,7 @@ def stored_schemes(directory: Path, layers: Sequence[int]) -> dict[int, Scheme]:
         layers: indices of its MoE layers.
 
     Raises:
-        ValueError: its index does not say so of every projection, or projections of one layer
-            differ.
+        ValueError: its index lacks a projection, or projections of one layer differ.
     """
     path = directory / EXPORT_DIRECTORY / INDEX
     metadata = read_json_object(path)["metadata"]
@@ -116,7 +115,7 @@ def stored_masks(
     schemes: Mapping[int, Scheme],
     hidden_size: int,
 ) -> dict[int, torch.Tensor]:
-    """The atoms an exported checkpoint holds: layer index -> bool [E, I].
+    """The atoms of an exported checkpoint: layer index -> bool [E, I].
 
     Args:
         where: tensor name -> shard.

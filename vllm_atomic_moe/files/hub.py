@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: from its cache, or fetched; every failure is one line."""
+"""Repositories of the Hugging Face Hub, cached or fetched; every failure is one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm_atomic_moe.files.plain_files import one_line
 
-# As the Hub's own paths are written. A segment of dots alone would leave the snapshot.
+# The Hub's own form of paths. A segment of dots alone would leave the snapshot.
 _SEGMENT = r"(?!\.+(?:/|$))[\w.-]+"
 REPOSITORY = re.compile(
     rf"(?P<name>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>refs/pr/\d+|[^/@\s]+))?"
@@ -28,16 +28,16 @@ def fetch(
     """The snapshot of a repository.
 
     Args:
-        what: what it is for, in messages: "model 'org/name'".
+        what: its purpose, for messages: "model 'org/name'".
         repository: its id.
-        revision: branch, tag or commit; None stands for `main`.
-        cache_dir: where snapshots are kept; None stands for the default cache.
+        revision: branch, tag or commit; None means `main`.
+        cache_dir: where snapshots are kept; None means the default cache.
         allow: patterns of files to fetch.
-        ignore: patterns of those among them to leave out.
+        ignore: patterns of files among these to skip.
 
     Raises:
-        ValueError: neither the hub nor its cache has it, or the hub cannot be asked (a proxy of the
-            environment that httpx does not take, say).
+        ValueError: neither the hub nor its cache has it, or the hub cannot be asked (for example,
+            httpx does not accept a proxy of the environment).
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -73,13 +73,13 @@ def fetch(
 def resolve_profiles(profiles: str, cache_dir: str | None = None) -> Path:
     """The directory of profiles: itself if it is one, else a folder of a Hub repository.
 
-    `org/name`, `org/name@revision`, `org/name/folder` and `org/name@revision/folder` are such. Only
-    that folder's profile files and the repository's card are fetched. What is neither a directory
-    nor written like this is returned as it is.
+    Repositories are written `org/name`, `org/name@revision`, `org/name/folder` or
+    `org/name@revision/folder`. Only that folder's profile files and the repository's card are
+    fetched. Any other string is returned as a path.
 
     Args:
         profiles: path or repository.
-        cache_dir: where snapshots are kept; None stands for the default cache.
+        cache_dir: where snapshots are kept; None means the default cache.
 
     Raises:
         ValueError: as `fetch`, or the repository has no such folder with profile files.

@@ -1,17 +1,17 @@
-"""How checkpoints name and lay out routed experts: the one table.
+"""The table of names and layouts of routed experts in checkpoints.
 
-Names begin with the MoE block of a decoder layer, which holds its router too: `model.layers.3.mlp`,
-or the layer itself. Three layouts follow:
+Names start with the MoE block of a decoder layer, which also holds its router:
+`model.layers.3.mlp`, or the layer itself. Three layouts follow:
 
     per expert   experts.{expert}.{spelling}.weight    gate and up [I, H], down [H, I]
-    fused        one of FUSED, or with .weight behind it    gate_up [E, 2I, H], or gate and up
-                 [E, I, H]; down [E, H, I]; or all of them transposed. gpt-oss's are, gate and up
-                 row by row in turn, with biases beside, [E, 2I] and [E, H]. DBRX's are gate, up and
-                 down transposed, all [E·I, H]
+    fused        one of FUSED, also with .weight appended    gate_up [E, 2I, H], or gate and up
+                 [E, I, H]; down [E, H, I]; or all of them transposed. gpt-oss has transposed ones
+                 with alternating rows of gate and up, and biases [E, 2I] and [E, H]. DBRX has
+                 gate, up and transposed down, all [E·I, H]
     packed       experts.packed.{part}, which `atomic-moe export` writes: gate, up and down_t
                  [P, H], the stored atoms in checkpoint order; offsets int64 [E+1], the first row of
-                 every expert; keep bool [E, I], the atoms that are stored. Where experts are
-                 quantized the rows are codes, and {part}_{table} stands beside them
+                 every expert; keep bool [E, I], the stored atoms. If experts are quantized, the
+                 rows are codes, and {part}_{table} decodes them
 
 Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
 """
@@ -21,51 +21,51 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Says which shard holds which tensor.
+# Maps tensors to shards.
 INDEX = "model.safetensors.index.json"
 # Part of a layout -> its spelling; one entry per family of models.
 PER_EXPERT = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
     {"gate": "w1", "up": "w3", "down": "w2"},
 )
-# The MoE block may end in something that is part of the spelling: then it stands before a bar.
+# If the end of the MoE block's name is part of the spelling, it comes before a bar.
 FUSED = (
     {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"},
     {"gate_up": "experts.w13", "down": "experts.w2"},
     {"gate_up": "experts.fc1", "down": "experts.fc2"},  # Aria
     {"gate": "experts.mlp.w1", "up": "experts.mlp.v1", "down": "experts.mlp.w2"},  # DBRX
-    # Granite; its shared expert is called alike
+    # Granite; its shared expert has the same names
     {"gate_up": "block_sparse_moe|input_linear", "down": "block_sparse_moe|output_linear"},
     {"gate": "moe|gate_proj", "up": "moe|up_proj", "down": "moe|down_proj"},  # Step
 )
-# What may stand of a quantized matrix: of one expert's, and of gpt-oss's fused ones.
+# Names of the parts of a quantized matrix: of one expert's, and of gpt-oss's fused ones.
 QUANTITIES = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_shape"),
     *("weight_global_scale", "weight_zero_point", "weight_g_idx", "qscale_weight", "qscale_act"),
     *("input_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx"),
 )
-# Mistral's spelling -> everybody's.
+# Mistral's spelling -> the common one.
 OTHER_QUANTITIES = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 FUSED_CODES = ("blocks", "scales")
 FUSED_QUANTITIES = (*FUSED_CODES, "bias")
 PACKED_ROWS = ("gate", "up", "down_t")
 PACKED = (*PACKED_ROWS, "offsets", "keep")
-# What may stand beside packed rows: scales [G, C]; of every row its scale row within the expert;
-# zero points [G, C]; a factor of every expert; biases, those of down_t [E, H].
+# Tables beside packed rows: scales [G, C]; scale row of every row, within its expert; zero points
+# [G, C]; a factor of every expert; biases, for down_t [E, H].
 PACKED_TABLES = ("scales", "groups", "zeros", "factors", "bias")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
-    """What the name of a tensor says.
+    """The parts of a tensor's name.
 
     Attributes:
         block: name of the MoE block.
         layer: decoder layer index.
         part: gate, up, down, gate_up, or one of PACKED.
         packed: whether the layout is the packed one.
-        expert: whose matrix it is; None if the tensor is of all experts of the layer.
-        quantity: what of the matrix: its weights, one of QUANTITIES, or of PACKED_TABLES.
+        expert: the matrix's expert; None if the tensor holds all experts of the layer.
+        quantity: weight, or one of QUANTITIES, FUSED_QUANTITIES or PACKED_TABLES.
     """
 
     block: str
@@ -77,7 +77,7 @@ class ExpertTensor:
 
 
 def atom_bytes(hidden_size: int, itemsize: int) -> int:
-    """Bytes of one atom: a gate row, an up row and a down column of `itemsize` bytes a weight."""
+    """Bytes of one atom: a gate row, an up row and a down column of `itemsize` bytes per weight."""
     return len(PACKED_ROWS) * hidden_size * itemsize
 
 
@@ -86,14 +86,14 @@ def packed_name(block: str, part: str, quantity: str = "weight") -> str:
 
     Args:
         part: one of PACKED.
-        quantity: weight, for the part itself; or one of PACKED_TABLES.
+        quantity: weight for the part itself, or one of PACKED_TABLES.
     """
     table = "" if quantity == "weight" else f"_{quantity}"
     return f"{block}.experts.packed.{part}{table}"
 
 
 def quantized_tensor(name: str) -> ExpertTensor | None:
-    """As `expert_tensor`, and what quantized matrices bring beside or in place of weights."""
+    """As `expert_tensor`, including the parts of quantized matrices."""
     if (plain := expert_tensor(name)) or (match := _QUANTITY.fullmatch(name)) is None:
         return plain
     block, layer = match["block"], int(match["layer"])
@@ -105,7 +105,7 @@ def quantized_tensor(name: str) -> ExpertTensor | None:
 
 
 def expert_tensor(name: str) -> ExpertTensor | None:
-    """The expert tensor called `name`; None if that is not a name of the table."""
+    """The expert tensor called `name`; None if the table does not have the name."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -122,7 +122,7 @@ def expert_tensor(name: str) -> ExpertTensor | None:
 
 
 def decoder_layer(name: str) -> int | None:
-    """The decoder layer that a tensor belongs to; None if its name has none, or several."""
+    """The decoder layer of a tensor; None if its name has none, or several."""
     found = _LAYER.findall(name)
     return int(found[0]) if len(found) == 1 else None
 

@@ -1,7 +1,7 @@
-"""Files on other people's disks: JSON, Git LFS pointers, and mounts without locks and modes.
+"""Helpers for plain files: JSON, Git LFS pointers, and mounts without locks and modes.
 
-Files come with a byte order mark, or as a Git LFS pointer, three lines of text that stand for a
-file that was not fetched. CIFS and FAT know no modes, some NFS and Lustre mounts no locks.
+Files may start with a byte order mark, or be a Git LFS pointer, three lines of text in place of a
+file that was not fetched. CIFS and FAT have no modes, some NFS and Lustre mounts no locks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# What flock answers on a mount without locks (NFS locks only what is open for writing).
+# Errors of flock on a mount without locks (NFS locks only files that are open for writing).
 NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# And fsync on a mount, or of a kind of file, that has none.
+# Errors of fsync on a mount, or for a kind of file, without it.
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 # Names of profiles, and of their files without the suffix.
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -25,10 +25,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, in UTF-8 (or 16, or 32), with or without a byte order mark.
+    """The JSON object in a file, in UTF-8, 16 or 32, with or without a byte order mark.
 
     Raises:
-        ValueError: it cannot be read, or holds something else; one line.
+        ValueError: it cannot be read, or holds another value; one line.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -58,7 +58,7 @@ def check_not_pointer(path: Path) -> None:
 
 
 def one_line(error: BaseException | str, limit: int = 120) -> str:
-    """A message on one line, cut in the middle: the place stands first, the remedy last."""
+    """A message on one line, cut in the middle: the place is first, the remedy last."""
     line = " ".join(str(error).split()) or type(error).__name__
     if len(line) <= limit:
         return line
@@ -67,11 +67,11 @@ def one_line(error: BaseException | str, limit: int = 120) -> str:
 
 
 class NotInPlaceError(ValueError):
-    """What was written is complete and could not take its place; the message says where it is."""
+    """A complete file or directory could not take its place; the message says where it is."""
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before the long work begins.
+    """Refuse a file that cannot be written, before long work starts.
 
     Raises:
         ValueError: `path` is a directory, or its directory cannot be written to.
@@ -84,16 +84,16 @@ def check_output(path: Path) -> None:
 
 
 def allow_reading(file: int | Path, mode: int = 0o644) -> None:
-    """Set a file's mode. Where the mount does not let us, it stays as the mount gives it."""
+    """Set a file's mode, if the mount allows it."""
     with suppress(OSError):
         os.chmod(file, mode)
 
 
 def onto_disk(path: Path) -> None:
-    """Have a file or a directory written to the disk, so that a power cut leaves it whole.
+    """Write a file or a directory through to the disk, so that it survives a power cut.
 
     Raises:
-        OSError: it cannot be written to the disk; not where the mount has no such call.
+        OSError: it cannot be written to the disk; not raised if the mount lacks the call.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -106,7 +106,7 @@ def onto_disk(path: Path) -> None:
 
 
 def lock(handle: int, wait: bool = True) -> None:
-    """Lock an open file or directory until it is closed; not at all on a mount without locks.
+    """Lock an open file or directory until it is closed; does nothing on a mount without locks.
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is not set.

@@ -1,9 +1,10 @@
 """The profile file: which atoms of which experts stay.
 
 A profile is one safetensors file with a bool mask `layers.{i}.keep` [E, I] per MoE layer and a few
-strings of metadata. Everything that can be wrong with one is found here, by the same code for the
-loader and for `atomic-moe check`, and said in one line: the value seen, the value wanted, the
-remedy. Files are memory-mapped; headers alone are read to list a directory.
+strings of metadata; of version 2 it may also have a `compensation`. Everything that can be wrong
+with one is found here, by the same code for the loader and for `atomic-moe check`, and said in one
+line: the value seen, the value wanted, the remedy. Files are memory-mapped; headers alone are read
+to list a directory.
 
 Legend: E experts, I full intermediate size, K experts per token.
 """
@@ -23,6 +24,13 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
+from vllm_atomic_moe.files.compensation import (
+    BIAS,
+    SCALE,
+    Compensation,
+    check_compensation,
+    gather,
+)
 from vllm_atomic_moe.files.plain_files import NAME, check_output
 from vllm_atomic_moe.files.router import RouterIdentity, differ_by_rounding
 from vllm_atomic_moe.files.tensors import (
@@ -34,9 +42,9 @@ from vllm_atomic_moe.files.tensors import (
 )
 
 FORMAT = "atomic-moe-profile"
-FORMAT_VERSION = "1"
+PLAIN_VERSION, COMPENSATED_VERSION = VERSIONS = ("1", "2")
 DENSE = "dense"
-TENSOR = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(keep|routable)")
+TENSOR = re.compile(rf"layers\.(0|[1-9]\d{{0,8}})\.(keep|routable|{SCALE}|{BIAS})")
 NAME_RULE = "a name is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit"
 IDENTITY_KEYS = (
     "architecture",
@@ -56,6 +64,8 @@ class PruningProfile:
         keep: MoE layer index -> bool [E, I], True where an atom stays.
         routable: MoE layer index -> bool [E], experts the router may choose; a layer that is
             absent routes to all of its experts.
+        compensation: MoE layer index -> scale and bias of its experts' outputs; a layer that is
+            absent has none.
         metadata: the file's other strings (method, ratio, kept, model, calibration, created_by and
             unknown keys, which are kept as they are).
     """
@@ -64,14 +74,21 @@ class PruningProfile:
     keep: Mapping[int, torch.Tensor]
     routable: Mapping[int, torch.Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    compensation: Mapping[int, Compensation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
-        object.__setattr__(self, "routable", MappingProxyType(dict(sorted(self.routable.items()))))
+        for of_layers in ("keep", "routable", "compensation"):
+            ordered = dict(sorted(getattr(self, of_layers).items()))
+            object.__setattr__(self, of_layers, MappingProxyType(ordered))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
         if not NAME.fullmatch(self.name):
             raise ValueError(f"profile name {shorten(self.name)} is not allowed: {NAME_RULE}")
         _check_tensors(self.name, self.keep, self.routable)
+        try:
+            shapes = {layer: tuple(mask.shape) for layer, mask in self.keep.items()}
+            check_compensation(self.compensation, shapes)
+        except ValueError as error:
+            raise ValueError(f"profile {self.name!r}: {error}") from None
 
     @classmethod
     def dense(cls, model: CheckpointInfo) -> PruningProfile:
@@ -90,19 +107,24 @@ class PruningProfile:
         with open_safetensors(path) as (metadata, file):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         name = _check_header(path, metadata)
-        keep: dict[int, torch.Tensor] = {}
-        routable: dict[int, torch.Tensor] = {}
+        version = metadata["format_version"]
+        masks: dict[str, dict[int, torch.Tensor]] = {"keep": {}, "routable": {}}
+        others: dict[int, dict[str, torch.Tensor]] = {}
         for tensor_name, tensor in tensors.items():
             match = TENSOR.fullmatch(tensor_name)
-            if match is None:
+            if match is None or (match[2] not in masks and version == PLAIN_VERSION):
+                more = f", layers.N.{SCALE} and layers.N.{BIAS}" * (version != PLAIN_VERSION)
                 raise ValueError(
                     f"{path}: unexpected tensor {shorten(tensor_name)}; "
-                    "a profile holds layers.N.keep and layers.N.routable only"
+                    f"a profile holds layers.N.keep and layers.N.routable{more} only"
                 )
-            (keep if match[2] == "keep" else routable)[int(match[1])] = tensor
+            if match[2] in masks:
+                masks[match[2]][int(match[1])] = tensor
+            else:
+                others.setdefault(int(match[1]), {})[match[2]] = tensor
         rest = {k: v for k, v in metadata.items() if k not in ("format", "format_version", "name")}
         try:
-            return cls(name, keep, routable, rest)
+            return cls(name, masks["keep"], masks["routable"], rest, gather(others))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -116,10 +138,12 @@ class PruningProfile:
         tensors = {f"layers.{i}.keep": mask.contiguous() for i, mask in self.keep.items()}
         for i, mask in self.routable.items():
             tensors[f"layers.{i}.routable"] = mask.contiguous()
+        for i, compensation in self.compensation.items():
+            tensors |= {f"layers.{i}.{name}": it for name, it in compensation.tensors().items()}
         metadata = {
             **self.metadata,
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": COMPENSATED_VERSION if self.compensation else PLAIN_VERSION,
             "name": self.name,
         }
         write_safetensors(tensors, metadata, path)
@@ -136,19 +160,26 @@ class PruningProfile:
         return path
 
     def digest(self) -> str:
-        """SHA-256 (hex) over name and masks: the same for profiles that compute the same."""
+        """SHA-256 (hex) over name, masks and compensation: the same for profiles that compute the
+        same.
+        """
         digest = hashlib.sha256(self.name.encode())
         for layer, mask in self.keep.items():
             digest.update(f" {layer} {list(mask.shape)} ".encode())
             digest.update(mask.numpy().tobytes())
             digest.update(self.routable_experts(layer).numpy().tobytes())
+            if layer in self.compensation:
+                for name, tensor in self.compensation[layer].tensors().items():
+                    digest.update(f" {name} {list(tensor.shape)} ".encode())
+                    digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
     def in_memory(self) -> PruningProfile:
         """A copy that does not change with its file."""
         keep = {layer: mask.clone() for layer, mask in self.keep.items()}
         routable = {layer: mask.clone() for layer, mask in self.routable.items()}
-        return PruningProfile(self.name, keep, routable, self.metadata)
+        compensation = {layer: it.clone() for layer, it in self.compensation.items()}
+        return PruningProfile(self.name, keep, routable, self.metadata, compensation)
 
     @property
     def kept(self) -> float:
@@ -235,6 +266,13 @@ class PruningProfile:
             fault = model.groups and model.groups.fault(routable, model.experts_per_token)
             if fault:
                 raise ValueError(f"profile {self.name!r}: layers.{layer}.routable {fault}")
+        for layer, compensation in self.compensation.items():
+            if compensation.bias_EH.shape[1] != model.hidden_size:
+                raise ValueError(
+                    f"profile {self.name!r}: layers.{layer}.{BIAS} is "
+                    f"{list(compensation.bias_EH.shape)}, the model's hidden size is "
+                    f"{model.hidden_size}; was it made for another model?"
+                )
         warnings = self._check_origin(model)
         self._check_stored(model)
         return warnings
@@ -341,8 +379,8 @@ class ProfileStore:
 
 
 def _check_header(path: Path, metadata: Mapping[str, str]) -> str:
-    """The profile's name; refuses files that are not version 1 profiles."""
-    check_format(path, metadata, FORMAT, FORMAT_VERSION)
+    """The profile's name; refuses files that are not profiles of a known version."""
+    check_format(path, metadata, FORMAT, *VERSIONS)
     name = metadata.get("name", "")
     if not NAME.fullmatch(name):
         raise ValueError(f"{path}: metadata `name` is {shorten(name)}: {NAME_RULE}")

@@ -1,8 +1,8 @@
-"""How checkpoints hold quantized experts: which tensors there are of a matrix, and in which blocks.
+"""Quantized experts in checkpoints: the tensors of a matrix, and the blocks of its scales.
 
-A matrix [N, K] (N outputs, K inputs) arrives as several tensors, told apart by what stands behind
-the projection's name: its *parts*. Which parts there are, their dtypes and shapes say how it is
-quantized; config.json must say the same.
+A matrix [N, K] (N outputs, K inputs) arrives as several tensors, its *parts*, named by a suffix of
+the projection's name. The parts, their dtypes and shapes tell how it is quantized; config.json must
+agree.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ Kind = Literal["plain", "fp8", "int4", "gptq", "awq", "mxfp4", "mxfp4-blocks", "
 Part = tuple[str, tuple[int, ...]]
 
 FP8, FLOATS = "F8_E4M3", ("F32", "BF16", "F16")
-E8M0 = ("U8", "F8_E8M0")  # the first in older versions of safetensors, which lack the name
-# Parts that say nothing about weights: scales of activations, which stay in 16 bits here, and what
-# shapes say already.
+E8M0 = (
+    "U8",
+    "F8_E8M0",
+)  # Parts without information about weights: scales of activations, which stay in 16 bits here, and
+# shapes that the tensors have already.
 IGNORED = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
 # Parts that hold a matrix itself.
 MATRICES = ("weight", "weight_packed", "qweight", "blocks")
@@ -48,9 +50,9 @@ SCALES: Mapping[Kind, tuple[str, ...]] = {
     "nvfp4": (FP8,),
     "nvfp4-2": (FP8,),
 }
-# Inputs of a group, where the kind says.
+# Inputs of a group, if the kind fixes them.
 GROUPS: Mapping[Kind, int] = {"mxfp4": 32, "mxfp4-blocks": 32, "nvfp4": 16, "nvfp4-2": 16}
-# The first word of what `quantization` calls checkpoints that may hold a kind.
+# First words of `quantization` for checkpoints that may hold a kind.
 METHODS: Mapping[Kind, tuple[str, ...]] = {
     "fp8": ("fp8", "compressed-tensors", "modelopt"),
     "int4": ("compressed-tensors",),
@@ -69,8 +71,8 @@ class Scheme:
 
     Attributes:
         kind: names the encoding.
-        parts: what must arrive of every matrix.
-        rows, columns: block of one scale, of N and of K; 0 stands for all.
+        parts: the parts that every matrix must have.
+        rows, columns: block of one scale, of N and of K; 0 means all.
         scale: dtype of the scales, as safetensors spells it.
     """
 
@@ -87,7 +89,7 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """For people: fp8 128x128, fp8 channel, gptq g128, nvfp4."""
+        """For display: fp8 128x128, fp8 channel, gptq g128, nvfp4."""
         kind = self.kind.split("-")[0]
         if self.kind == "plain" or self.kind in GROUPS:
             return kind
@@ -96,7 +98,7 @@ class Scheme:
         return f"{kind} g{self.columns}" if self.rows == 1 else f"{kind} {self.rows}x{self.columns}"
 
     def told(self) -> dict[str, Any]:
-        """What an exported checkpoint's index says of it; `stored_scheme` reads it."""
+        """Its entry in an exported checkpoint's index; `stored_scheme` reads it."""
         if self.kind == "plain":
             return {"kind": self.kind}
         names = ("kind", "rows", "columns", "scale")
@@ -107,7 +109,7 @@ PLAIN_SCHEME = Scheme()
 
 
 def stored_scheme(told: Any) -> Scheme:
-    """Parse what `Scheme.told` gives, without the parts: packed rows are not read by them.
+    """Parse `Scheme.told`, without the parts, which packed rows do not need.
 
     Raises:
         ValueError: it is not a valid scheme.
@@ -125,7 +127,7 @@ def stored_scheme(told: Any) -> Scheme:
 
 
 def stored_tables(kind: Kind, part: str) -> tuple[str, ...]:
-    """What an exported checkpoint holds of quantized rows beside their codes, by PACKED_TABLES.
+    """The PACKED_TABLES that an exported checkpoint holds for quantized rows.
 
     Args:
         part: one of PACKED_ROWS.
@@ -145,12 +147,12 @@ def scheme_of_down(
 
     Args:
         where: names the matrix in messages.
-        parts: what there is of it, scales of activations left out.
+        parts: its parts, without scales of activations.
         hidden_size: H.
-        settings: what config.json says of quantization.
+        settings: the quantization settings of config.json.
 
     Raises:
-        ValueError: the parts are of no known format, or do not fit together.
+        ValueError: the parts are of an unknown format, or do not fit together.
     """
     try:
         return _scheme_of_down(parts, hidden_size, settings)
@@ -258,7 +260,7 @@ def _grouped(
     group = size // shape[1]
     if group != GROUPS.get(kind, group):
         raise ValueError(f"scales are of groups of {group} inputs, {kind} has {GROUPS[kind]}")
-    # One scale for all inputs of down may be one of many of gate, whose inputs are more.
+    # A single scale for all inputs of down may be one of many for gate, which has more inputs.
     told = kind in GROUPS or group in _group_sizes(settings)
     return _scheme(kind, dtype, group if shape[1] > 1 or told else 0)
 
@@ -270,7 +272,7 @@ def _scheme(kind: Kind, dtype: str, group: int) -> Scheme:
 
 
 def _bits(settings: Mapping[str, Any]) -> int | None:
-    """Of compressed-tensors' weights, where all groups agree."""
+    """Of compressed-tensors' weights, if all groups agree."""
     found = [group["num_bits"] for group in _weight_groups(settings) if "num_bits" in group]
     return found[0] if found and all(bits == found[0] for bits in found) else None
 
@@ -299,7 +301,7 @@ def _weight_groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> None:
-    """Refuse experts that config.json knows nothing of, or which are not computed as it says.
+    """Refuse quantized experts that config.json does not mention, or describes differently.
 
     Raises:
         ValueError: one line.
@@ -321,7 +323,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             )
         raise ValueError(
             f"{directory}: its experts are quantized as {scheme.name}, config.json says {told}; is "
-            "config.json of this checkpoint?"
+            "this the right config.json?"
         )
     settings = quantization_settings(directory, config)
     wanted = {"sym": (True, None), "bits": (4, None)} if scheme.kind == "gptq" else {}
@@ -337,7 +339,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
     elif sizes and scheme.columns not in sizes:
         raise ValueError(
             f"{directory}: config.json says quantization groups of {sizes[0] or 'all'} inputs, the "
-            f"files hold scales of {scheme.columns or 'all'}; is config.json of this checkpoint?"
+            f"files hold scales of {scheme.columns or 'all'}; is this the right config.json?"
         )
 
 
@@ -351,12 +353,12 @@ def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme
     if told and found not in told:
         raise ValueError(
             f"{directory}: config.json says FP8 with a scale per {told[0]}, the files hold one per "
-            f"{found}; is config.json of this checkpoint?"
+            f"{found}; is this the right config.json?"
         )
 
 
 def _group_sizes(settings: Mapping[str, Any]) -> Iterator[int]:
-    """Inputs of a group, 0 for all; of one of several settings any."""
+    """Inputs of a group, 0 for all; with several settings, those of any."""
     for entry in (settings, *_weight_groups(settings)):
         size = entry.get("group_size", entry.get("q_group_size"))
         if type(size) is int:

@@ -1,7 +1,7 @@
-"""What a command chooses by name: methods of pruning, formats to import.
+"""Choices of a command by name: pruning methods, formats to import.
 
 Ours are the modules of one package, each with one attribute that describes it. Installed packages
-add theirs by entry points. One of those that cannot be used is left out, and its reason kept.
+add theirs by entry points; one that cannot be used is left out, and the reason kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Registry(Generic[Entry]):
         """The entry called `name`.
 
         Raises:
-            ValueError: there is none, or it is left out.
+            ValueError: it is unknown, or left out.
         """
         if name in self.entries:
             return self.entries[name]
@@ -64,11 +64,11 @@ def load_registry(
     Args:
         kind: what the entries are, in messages.
         group: name of the entry points.
-        package: whose modules are ours; `_` in a module's name is `-` in the entry's.
-        attribute: what is the entry in each of these modules.
+        package: the package of our modules; `_` in a module's name is `-` in the entry's.
+        attribute: name of the entry in each of these modules.
         wanted: the class of an entry.
-        check: (entry, those there already) -> None; raises ValueError for an installed entry that
-            does not go with them.
+        check: (entry, earlier entries) -> None; raises ValueError for an installed entry that
+            conflicts with them.
     """
     modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
     entries: dict[str, Entry] = {
@@ -86,7 +86,7 @@ def load_registry(
                 raise ValueError("another one has that name")
             entry = _load(point, wanted)
             check(entry, entries)
-        except Exception as error:  # Other people's code raises what it likes.
+        except Exception as error:  # Foreign code may raise anything.
             refused[point.name] = (
                 f"{kind} {shorten(point.name)} of the package {origin} cannot be used "
                 f"({type(error).__name__}: {one_line(error)}); update or uninstall the package"

@@ -1,4 +1,4 @@
-"""The routers of a checkpoint: what identifies the model, and which routing masks they can follow.
+"""The routers of a checkpoint: they identify the model and limit its routing masks.
 
 Legend: E experts, K experts per token.
 """
@@ -16,7 +16,7 @@ import torch
 
 from vllm_atomic_moe.files.tensors import read_tensor
 
-# Inside a MoE block: modules of the router, and the correction bias where it stands elsewhere.
+# Inside an MoE block: modules of the router, and the correction bias if it is elsewhere.
 ROUTER_MODULES = (
     "gate.",
     "router.",
@@ -26,13 +26,13 @@ ROUTER_MODULES = (
     "expert_bias",
     "router_bias",
 )
-# The correction bias among them: it takes part in the choice of experts, not in their weights.
+# Includes the correction bias: it affects the choice of experts, not their weights.
 CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias", "router_bias")
-# Values of all routers together that are sampled, and of one tensor at least.
+# Sampled values of all routers together, and at least of one tensor.
 SAMPLE, OF_A_TENSOR = 64, 8
 # Twice the rounding of bfloat16, the coarsest of plain dtypes; and the least of float16.
 ROUNDING, LEAST = 2**-7, 2**-24
-# Values that rounding must explain exactly; a few may have been rounded twice.
+# Fraction of values that rounding must explain exactly; a few may have been rounded twice.
 EXACT = 7 / 8
 
 
@@ -52,11 +52,11 @@ class ExpertGroups:
     biased: bool
 
     def fault(self, routable_E: torch.Tensor, experts_per_token: int) -> str | None:
-        """What a routing mask leaves too little of, in words; None if every choice is right.
+        """Why a routing mask leaves too few experts, in words; None if every choice is valid.
 
-        Groups without routable experts score lowest, so that they are chosen only where fewer than
-        `chosen` others exist. Wrong is a choice of groups that holds fewer than K routable experts
-        (the rest would be pruned ones), and a group whose score counts a pruned expert.
+        Groups without routable experts score lowest, so that they are chosen only if fewer than
+        `chosen` others exist. A choice of groups with fewer than K routable experts is invalid (the
+        rest would be pruned ones), and so is a group with a pruned expert in its score.
         """
         counts = routable_E.view(self.number, -1).sum(dim=1).tolist()
         selectable = sorted(count for count in counts if count)
@@ -75,17 +75,17 @@ class ExpertGroups:
 
 
 def expert_groups(number: Any, chosen: Any, biased: bool, num_experts: int) -> ExpertGroups | None:
-    """The groups that vLLM's routers go by; None where they choose among all experts.
+    """The groups that vLLM's routers use; None if they choose among all experts.
 
     Args:
-        number: of groups, as configured; none are fewer than two, or ones that do not divide E
-            (as in vLLM's `GroupedTopKRouter`).
+        number: of groups, as configured; fewer than two, or a number that does not divide E, means
+            no groups (as in vLLM's `GroupedTopKRouter`).
         chosen: groups a token may use, as configured.
         biased: whether the router has a correction bias.
         num_experts: E.
 
     Raises:
-        ValueError: no router can go by them.
+        ValueError: no router can use them.
     """
     if number is None or chosen is None:
         return None
@@ -101,12 +101,12 @@ def expert_groups(number: Any, chosen: Any, biased: bool, num_experts: int) -> E
 
 @dataclass(frozen=True, slots=True)
 class RouterIdentity:
-    """What tells a model's routers from others'.
+    """The identity of a model's routers.
 
     Attributes:
-        sha256: SHA-256 (hex) over their values in float32, in layer order: copies of one model in
-            dtypes that hold its values are one model.
-        stored_sha256: over their bytes as stored, which earlier profiles carry.
+        sha256: SHA-256 (hex) of their values in float32, in layer order: copies of a model in
+            other dtypes that hold its values are the same model.
+        stored_sha256: of their bytes as stored, for profiles of version 0.1.
         sample: some of the values, spread evenly.
     """
 
@@ -123,7 +123,7 @@ def router_names(where: Mapping[str, Path], blocks: Mapping[int, str]) -> dict[i
         blocks: layer index -> name of its MoE block.
 
     Raises:
-        ValueError: a layer has none that is known.
+        ValueError: a layer has no known router.
     """
     names: dict[int, list[str]] = {}
     for layer, block in sorted(blocks.items()):
@@ -138,7 +138,7 @@ def router_names(where: Mapping[str, Path], blocks: Mapping[int, str]) -> dict[i
 
 
 def identify_router(where: Mapping[str, Path], names: Sequence[str]) -> RouterIdentity:
-    """The identity of routers, of whose tensors only one is in memory at a time.
+    """The identity of routers; holds one tensor in memory at a time.
 
     Args:
         where: tensor name -> shard.
@@ -158,10 +158,10 @@ def identify_router(where: Mapping[str, Path], names: Sequence[str]) -> RouterId
 
 
 def differ_by_rounding(one: Any, two: Any) -> bool:
-    """Whether two samples could be of one router, stored in two dtypes.
+    """Whether two samples could be of the same router in two dtypes.
 
-    They are near each other, and rounding one of them to a 16-bit dtype gives the other: a router
-    that was trained on, or scaled a little, is near as well.
+    They must be near each other, and rounding one of them to a 16-bit dtype must give the other: a
+    router after further training or slight scaling is also near.
     """
     if not (isinstance(one, list) and isinstance(two, list) and len(one) == len(two) > 0):
         return False

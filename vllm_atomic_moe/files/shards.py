@@ -1,4 +1,4 @@
-"""A checkpoint's shards, open together: what reads tensors in an order of its own."""
+"""A checkpoint's shards, open together, to read tensors in any order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_atomic_moe.files.tensors import open_safetensors
 
 
 class Shards:
-    """A checkpoint's shards, each memory-mapped from its first use on.
+    """A checkpoint's shards, each memory-mapped at its first use.
 
     Threads may read; a file cannot be closed while one does.
 

@@ -1,14 +1,15 @@
 """The statistics file: sums over calibration tokens, nothing larger than [D, E, I].
 
-A few numbers per atom and per expert carry every method (see `scoring/`). Because they are sums,
-statistics of shards of one run add up to those of the whole run. Sums are per domain, so that one
-run can make masks for some of its domains.
+A few numbers per atom and per expert suffice for every method (see `scoring/`). Because they are
+sums, statistics of shards of one run add up to those of the whole run. Sums are per domain, so that
+one run can make masks for some of its domains.
 
 Legend: D domains, E experts, H hidden size, I full intermediate size, K experts per token, S rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,7 @@ from vllm_atomic_moe.files.tensors import (
     check_tensor,
     json_object,
     model_shape,
+    open_safetensors,
     read_layers,
     shorten,
     write_safetensors,
@@ -46,7 +48,11 @@ AXES = {
 SUMS = tuple(name for name, axes in AXES.items() if "D" in axes)
 NORMS = tuple(name for name in AXES if name not in SUMS)
 SIGNED = ("contribution",)
-# Methods that score atoms by tokens do not trust an expert that saw fewer.
+# Sums that a calibration leaves out, and the flag that makes it.
+OPTIONAL = {"g2": "--no-gradients"}
+# What calibration metadata say of the files that the text came from.
+FILES = ("corpora", "field")
+# Methods that score atoms by tokens do not trust an expert with fewer tokens.
 MIN_TOKENS = 32
 
 
@@ -66,7 +72,7 @@ class LayerSums:
         gate_norm, up_norm, down_norm: [E, I], L2 norms of every atom's vectors (not sums).
         sets: int16 [S, 1+K], the top-k sets that tokens chose: the domain's index, then the expert
             ids, ascending; rows are unique and sorted.
-        set_counts: int64 [S], how many tokens chose each set.
+        set_counts: int64 [S], number of tokens that chose each set.
         g2: [D, E, I], Σ (∂ℓ/∂h)²; None after `--no-gradients`.
     """
 
@@ -86,7 +92,7 @@ class LayerSums:
     def zeros(
         cls, shape: tuple[int, int, int], gradients: bool, device: torch.device | str = "cpu"
     ) -> LayerSums:
-        """No tokens yet: all zero, the table of sets empty.
+        """Sums of no tokens: all zero, the table of sets empty.
 
         Args:
             shape: (D, E, I).
@@ -96,7 +102,7 @@ class LayerSums:
         tensors = {
             name: torch.zeros(_shape(axes, shape), dtype=torch.float64, device=device)
             for name, axes in AXES.items()
-            if gradients or name != "g2"
+            if gradients or name not in OPTIONAL
         }
         sets = torch.zeros(0, 1, dtype=torch.int16)
         return cls(**tensors, sets=sets, set_counts=torch.zeros(0, dtype=torch.int64))
@@ -118,11 +124,12 @@ class Statistics:
 
     Attributes:
         model: `CheckpointInfo.identity()` of the calibrated model.
-        calibration: how the sums came about: `domains` (names, in the order of D), `corpora`
+        calibration: how the sums were made: `domains` (names, in the order of D), `corpora`
             (name, sha256, domain, documents and tokens of every file), `tokens` (run through the
             model), `experts_per_token` (K), `expert_groups` (the router's, null if it has none;
-            version 0.1 does not tell), `seq_len`, `samples`, `seed`, `dtype`, `gradients`; and for
-            a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
+            version 0.1 does not tell), `seq_len`, `samples`, `seed`, `dtype`, `gradients`, `field`,
+            `windows_sha256` (domain -> digest of all its windows; version 0.1 does not tell); and
+            for a part of a run `shards`, {"of": N, "here": [1-based numbers]}.
         sums: MoE layer index -> sums.
     """
 
@@ -161,11 +168,11 @@ class Statistics:
         """Read and check the statistics file at `path`.
 
         Raises:
-            ValueError: the file is broken, of another format or version, its tensors do not have
-                the shapes its own metadata promises, or a sum is not what a sum can be.
+            ValueError: the file is broken or of another format or version, its tensors do not have
+                the shapes of its own metadata, or a sum is negative or not finite.
         """
-        required = tuple(field.name for field in fields(LayerSums) if field.name != "g2")
-        metadata, layers = read_layers(path, FORMAT, FORMAT_VERSION, required, ("g2",))
+        required = tuple(field.name for field in fields(LayerSums) if field.name not in OPTIONAL)
+        metadata, layers = read_layers(path, FORMAT, FORMAT_VERSION, required, tuple(OPTIONAL))
         sums = {layer: LayerSums(**tensors) for layer, tensors in layers.items()}
         model = json_object(path, metadata, "model")
         calibration = json_object(path, metadata, "calibration")
@@ -194,7 +201,7 @@ class Statistics:
         """The statistics of some of the domains, as if only those had been calibrated.
 
         Raises:
-            ValueError: a domain is not there, or is named twice.
+            ValueError: a domain is unknown, or named twice.
         """
         for domain in domains:
             if domain not in self.domains or list(domains).count(domain) > 1:
@@ -208,13 +215,37 @@ class Statistics:
         corpora = [
             corpus for corpus in self.calibration.get("corpora", ()) if corpus["domain"] in domains
         ]
+        digests = self.calibration.get("windows_sha256") or {}
         calibration = {
             **self.calibration,
             "domains": list(domains),
             "corpora": corpora,
             "tokens": int(counted) // int(self.calibration["experts_per_token"]),
         }
+        if digests:
+            calibration["windows_sha256"] = {domain: digests[domain] for domain in domains}
         return replace(self, calibration=calibration, sums=layers)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file says that it is one of statistics.
+
+    Raises:
+        ValueError: it is not a complete safetensors file.
+    """
+    with open_safetensors(path) as (metadata, _):
+        return metadata.get("format") == FORMAT
+
+
+def data_digest(calibration: Mapping[str, Any]) -> str | None:
+    """Sixteen hex digits for the windows of all domains, whatever files and order they came in.
+
+    None if the calibration, of version 0.1, does not tell.
+    """
+    digests = calibration.get("windows_sha256")
+    if not digests:
+        return None
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def merge(shards: Sequence[Statistics]) -> Statistics:
@@ -233,7 +264,7 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
         here = shard.calibration["shards"]["here"]
         if twice := sorted(set(here) & set(done)):
             of = shard.calibration["shards"]["of"]
-            raise ValueError(f"shard {twice[0]}/{of} is there twice; give every shard once")
+            raise ValueError(f"shard {twice[0]}/{of} occurs twice; give every shard once")
         done += here
     calibration = dict(first.calibration)
     calibration["tokens"] = sum(shard.calibration["tokens"] for shard in shards)
@@ -245,9 +276,16 @@ def merge(shards: Sequence[Statistics]) -> Statistics:
 
 
 def _check_description(calibration: Mapping[str, Any]) -> None:
-    """Refuse metadata that `merge` and `select` could not add up."""
+    """Refuse metadata that `merge` and `select` cannot use."""
     shards, corpora = calibration.get("shards"), calibration.get("corpora", [])
+    digests = calibration.get("windows_sha256")
     sound = {
+        "windows_sha256": digests is None
+        or (
+            isinstance(digests, dict)
+            and digests.keys() == set(calibration["domains"])
+            and all(isinstance(digest, str) for digest in digests.values())
+        ),
         "tokens": isinstance(calibration.get("tokens"), int),
         "corpora": isinstance(corpora, list)
         and all(isinstance(corpus, dict) and "domain" in corpus for corpus in corpora),
@@ -277,11 +315,19 @@ def _check_mergeable(first: Statistics, other: Statistics) -> None:
         ("model", first.model, other.model),
         ("calibration", first.calibration, other.calibration),
     ):
-        for key in dict.fromkeys([*one, *two]):
+        # The same windows may come from other files; a setting that differs says more than both.
+        last = ("windows_sha256", *FILES)
+        keys = [key for key in dict.fromkeys([*one, *two]) if key not in last] + list(last)
+        told = one.get("windows_sha256") and two.get("windows_sha256")
+        for key in keys:
             seen, wanted = two.get(key), one.get(key)
             if key == "shards":
                 seen, wanted = two[key]["of"], one[key]["of"]
-            if key != "tokens" and seen != wanted:
+            if key == "windows_sha256":
+                seen, wanted = data_digest(two), data_digest(one)
+            if key == "tokens" or (told and key in FILES):
+                continue
+            if seen != wanted:
                 raise ValueError(
                     f"{what} `{key}` is {shorten(seen)} in one file and {shorten(wanted)} in "
                     "another; merge shards of one run (same model, text and options) only"

@@ -1,7 +1,7 @@
-"""Safetensors files, read with suspicion and written whole; no other module opens one.
+"""Safetensors files, checked when read and written completely; no other module opens one.
 
-A broken file becomes one ValueError line. Files are memory-mapped; headers alone are read where
-that suffices. Our own (profiles, statistics, scores) carry the metadata strings `format` and
+A broken file raises a ValueError of one line. Files are memory-mapped; only headers are read if
+that suffices. Our own files (profiles, statistics, scores) have the metadata strings `format` and
 `format_version`.
 """
 
@@ -32,7 +32,7 @@ from vllm_atomic_moe.files.plain_files import (
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
-    """Metadata strings and the open file, whose tensors are read on demand.
+    """Metadata strings and the open file, which reads tensors on demand.
 
     Raises:
         ValueError: the file does not exist, or is not a complete safetensors file.
@@ -56,17 +56,17 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The safetensors files in a directory, by name; hidden ones (`._x` of macOS) are not ours."""
+    """The safetensors files in a directory, by name, without hidden ones (`._x` of macOS)."""
     return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
 
 
 def write_safetensors(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path
 ) -> None:
-    """Write a safetensors file, complete or not at all, with mode 0644 where modes can be set.
+    """Write a safetensors file, complete or not at all, with mode 0644 if the mount has modes.
 
-    What took long to compute is not lost to a place that cannot be written: then it goes to the
-    temporary directory, or to the working directory.
+    If the path cannot be written, the file goes to the temporary directory or the working
+    directory, so that long computations are not lost.
 
     Raises:
         ValueError: it cannot be written; one line with the path, and where the file is instead.
@@ -89,7 +89,7 @@ def write_safetensors(
 
 
 def _rescued(write: Callable[[Path], None], name: str) -> Path | None:
-    """Where a file could be written that has no room at its own place; None if nowhere."""
+    """A place to write a file that its own path has no room for, or None."""
     for place in (tempfile.gettempdir, os.getcwd):
         with suppress(OSError, ValueError):
             directory = Path(tempfile.mkdtemp(prefix="atomic-moe-", dir=place()))
@@ -103,9 +103,9 @@ def _rescued(write: Callable[[Path], None], name: str) -> Path | None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` at the end, with mode 0644, or is gone.
+    """A file to write that replaces `path` at the end, with mode 0644, or is removed.
 
-    What was written completely and cannot take that place stays, and the error names it.
+    A complete file that cannot take that place stays, and the error names it.
 
     Raises:
         ValueError: it cannot be written.
@@ -135,7 +135,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
             f"{path}: cannot be replaced ({error.strerror}); what was to be there is complete in "
             f"{temporary}: move it"
         ) from None
-    with suppress(OSError):  # the directory's entry; a mount that refuses keeps it as it can
+    with suppress(OSError):  # the directory's entry, if the mount can
         onto_disk(path.parent)
 
 
@@ -154,7 +154,7 @@ class StreamedTensor:
         dtype: as safetensors spells it (BF16, F32, BOOL, …).
         shape: its shape.
         nbytes: its size.
-        pieces: gives tensors whose bytes, one after another, are the tensor's.
+        pieces: yields tensors; their bytes in order are the tensor's.
     """
 
     name: str
@@ -167,17 +167,17 @@ class StreamedTensor:
 def stream_safetensors(
     tensors: Sequence[StreamedTensor], path: Path, on_bytes: Callable[[int], None]
 ) -> None:
-    """Write a safetensors file from pieces, onto the disk, with mode 0644.
+    """Write a safetensors file from pieces, through to the disk, with mode 0644.
 
-    The caller sees to it that nobody takes a half-written file for a finished one.
+    The caller must make sure that nobody reads a half-written file.
 
     Args:
-        tensors: what to write; widest dtype first in the file, so that all of it is aligned.
+        tensors: the tensors; the file has the widest dtype first, so that all are aligned.
         path: a file that does not exist yet.
         on_bytes: called with the bytes written since the last call.
 
     Raises:
-        ValueError: the pieces of a tensor are not as many bytes as announced.
+        ValueError: the pieces of a tensor have another number of bytes than announced.
     """
     tensors = sorted(tensors, key=lambda tensor: -_bits(tensor.dtype))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -220,8 +220,8 @@ def read_layers(
         path: the file.
         kind: the `format` wanted.
         version: the `format_version` wanted.
-        names: the tensors every layer holds; all of them.
-        optional: tensors a layer may hold besides; no others.
+        names: the tensors that every layer must hold.
+        optional: more tensors that a layer may hold.
 
     Returns:
         Metadata, and layer index -> name -> tensor, layers ascending.
@@ -248,17 +248,17 @@ def read_layers(
     return metadata, dict(sorted(layers.items()))
 
 
-def check_format(path: Path, metadata: Mapping[str, str], kind: str, version: str) -> None:
+def check_format(path: Path, metadata: Mapping[str, str], kind: str, *versions: str) -> None:
     """Refuse a file of another format or version.
 
     Raises:
-        ValueError: `format` is not `kind` or `format_version` is not `version`.
+        ValueError: `format` is not `kind` or `format_version` is not one of `versions`.
     """
-    for key, wanted in (("format", kind), ("format_version", version)):
-        if metadata.get(key) != wanted:
+    for key, wanted in (("format", (kind,)), ("format_version", versions)):
+        if metadata.get(key) not in wanted:
             seen = shorten(metadata[key]) if key in metadata else "missing"
             raise ValueError(
-                f"{path}: metadata `{key}` is {seen}, wanted {wanted!r}; "
+                f"{path}: metadata `{key}` is {seen}, wanted {' or '.join(map(repr, wanted))}; "
                 "was it made by this version of atomic-moe?"
             )
 
@@ -267,7 +267,7 @@ def json_object(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, 
     """The metadata entry `key`, a JSON object.
 
     Raises:
-        ValueError: the entry is missing or holds something else.
+        ValueError: the entry is missing or holds another value.
     """
     try:
         value = json.loads(metadata[key])
@@ -302,7 +302,7 @@ def model_shape(model: Mapping[str, Any]) -> tuple[list[int], int, int]:
 
 
 def check_layers(found: list[int], wanted: list[int]) -> None:
-    """Refuse a file whose layers are not those of its own model metadata.
+    """Refuse a file with other layers than its own model metadata says.
 
     Raises:
         ValueError: they differ.
@@ -329,6 +329,6 @@ def check_tensor(
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """A foreign value, safe for one line of a log: escaped and cut."""
+    """A foreign value, made safe for one line of a log: escaped and cut."""
     shown = repr(value)
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"

@@ -1,4 +1,4 @@
-"""Time and memory of calibration: `atomic-moe calibrate` beside HEAPr as the paper computes it.
+"""Time and memory of calibration: `atomic-moe calibrate` against HEAPr as the paper computes it.
 
 The paper's method is one forward and backward that adds up G = Σ g gᵀ, an H×H matrix per expert,
 and a second forward that adds up h². `tests/unit/test_scoring_heapr.py` shows that its scores are
@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vllm_atomic_moe.calibration.accumulator import sum_of_squares
 from vllm_atomic_moe.calibration.collect import collect
-from vllm_atomic_moe.calibration.experts import ExpertRows, find_experts, observe
+from vllm_atomic_moe.calibration.experts import ExpertRows, Routed, find_experts, observe
 from vllm_atomic_moe.calibration.free_memory import free_bytes
 from vllm_atomic_moe.calibration.kept import InMemory
 from vllm_atomic_moe.calibration.layer_reader import LayerReader
@@ -46,20 +46,20 @@ STREAMED = "calibrate --stream"
 WAYS = (PAPER, "calibrate", "calibrate --no-gradients", STREAMED)
 
 Progress = Callable[[int, int, str], None]
-"""Called with (runs done, runs in all, what comes next)."""
+"""Called with (runs done, runs in all, the next run)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPlan:
-    """What every way is given.
+    """The settings that all ways share.
 
     Attributes:
         dtype: of the model, a name of torch's.
         windows: N, of random tokens.
         seq_len: S.
-        rounds: how often every way runs.
+        rounds: how many times each way runs.
         seed: of the tokens.
-        trust_remote_code: whether Python files of the model's directory may run.
+        trust_remote_code: whether to run Python files of the model's directory.
     """
 
     dtype: str = "bfloat16"
@@ -72,14 +72,14 @@ class CalibrationPlan:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """One way, once.
+    """One run of one way.
 
     Attributes:
-        seconds: without reading weights.
-        reading_s: seconds of reading weights; 0 where the model is loaded beforehand.
-        weight_bytes: of the weights that it holds from beginning to end.
-        state_bytes: of the sums it holds.
-        peak_bytes: peak resident memory, above those weights and the process before it read any.
+        seconds: excluding the reading of weights.
+        reading_s: seconds of reading weights; 0 if the model is loaded beforehand.
+        weight_bytes: of the weights that it holds from start to end.
+        state_bytes: of the sums that it holds.
+        peak_bytes: peak resident memory, less those weights and what the process took before.
     """
 
     seconds: float
@@ -112,11 +112,11 @@ class CalibrationSummary:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """What `measure_calibration` found.
+    """The result of `measure_calibration`.
 
     Attributes:
         model: directory.
-        plan: what every way was given.
+        plan: the settings.
         ways: the paper's method first.
     """
 
@@ -216,7 +216,7 @@ def _run_in_memory(
 
 
 class TimedReader(LayerReader):
-    """A reader that knows how long it has read."""
+    """A reader that measures its time of reading."""
 
     reading_s = 0.0
 
@@ -254,12 +254,12 @@ def _tensors(layers: Mapping[int, LayerSums]) -> list[torch.Tensor]:
 
 
 def _start_peak() -> None:
-    """Let VmHWM start anew from the resident memory now."""
+    """Reset VmHWM to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident_bytes(key: str) -> int:
-    """VmRSS, the resident memory now, or VmHWM, its peak."""
+    """VmRSS, the current resident memory, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -277,16 +277,17 @@ class PaperLayer:
         self.down: dict[int, torch.Tensor] = {}
         self.with_gradients = True
 
-    def see_routing(self, module: nn.Module, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        return topk_ids_TK
+    def see_routing(self, module: nn.Module, routed: Routed) -> torch.Tensor:
+        return routed.topk_ids_TK
 
-    def see_expert(self, expert: int, rows: ExpertRows) -> None:
+    def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
         if self.with_gradients:
             rows.y.register_hook(partial(self.see_gradient, expert))
-            return
+            return rows.y
         self.count[expert] += rows.h.shape[0]
         self.h2[expert] += sum_of_squares(rows.h)
         self.down[expert] = rows.down_HI
+        return rows.y
 
     def see_gradient(self, expert: int, g: torch.Tensor) -> None:
         # Tiny gradients would vanish in a bf16 product.

@@ -1,4 +1,4 @@
-"""The card of a repository of profiles: what they are of, how they were made, what they cost."""
+"""The card of a repository of profiles: their model, how they were made, what they cost."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def write_card(model: str, directory: Path, measured: Path | None) -> Path:
     """Write README.md and its pictures beside the profiles of a directory.
 
     Args:
-        model: Hugging Face id of the model that they are for.
+        model: Hugging Face id of their model.
         directory: the profiles.
-        measured: what `atomic-moe eval --json` printed of them; None leaves perplexities out.
+        measured: the output of `atomic-moe eval --json` for them; None leaves perplexities out.
 
     Returns:
         The card.
 
     Raises:
         ValueError: the id is malformed, profiles are missing, unreadable or of different models,
-            the measurements are of other profiles, or someone else's README.md is there.
+            the measurements are of other profiles, or README.md is not a card.
     """
     _check_id(model)
     store = ProfileStore(directory)
@@ -166,7 +166,7 @@ def _profiles(profiles: Sequence[PruningProfile]) -> list[str]:
 
 
 def _calibration(profile: PruningProfile) -> str:
-    """Tokens and domains, where the metadata tell them."""
+    """Tokens and domains, if the metadata has them."""
     try:
         told = json.loads(profile.metadata["calibration"])
         return f"{told['tokens']:,} tokens: {', '.join(map(str, told['domains']))}"
@@ -200,6 +200,6 @@ def _row(*cells: object) -> str:
 
 
 def _cell(text: object) -> str:
-    """Text of a file as one cell, without marks of its own."""
+    """Text of a file as one cell, its markup escaped."""
     line = one_line(str(text)) if text != "" else ""
     return line.replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Perplexity as served: vLLM's prompt log-probabilities, dense and through the loader.
+"""Quality as served: perplexity, and likeness to dense, of prompt log-probabilities and of answers.
 
 One engine after another in this process, each over the same windows of text. It needs
 `VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (`api.evaluate` sees to it).
@@ -39,11 +39,18 @@ from vllm_atomic_moe.files.config import context_length, read_config
 from vllm_atomic_moe.files.plain_files import one_line
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.measure.incomplete import IncompleteError
+from vllm_atomic_moe.measure.likeness import Answers, Predictions, compare_answers, divergence
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL_DOMAINS = "all"
 MAX_SEQ_LEN = 2048
+# Windows that are compared with dense's, at most (rounded up to the same number of every domain),
+# by this many of the likeliest tokens, or all of a smaller vocabulary.
+COMPARED, LIKELIEST = 128, 256
+PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
+# Log-probabilities that one call gives: vLLM makes Python objects of them.
+TOLD_AT_ONCE = 2**22
 
 Progress = Callable[[int, int, str], None]
 """Called with (rows done, rows in all, profile that runs next)."""
@@ -63,6 +70,9 @@ class Row:
         perplexity: domain -> perplexity; `all` is over the tokens of all domains.
         tokens: domain -> tokens scored (the first of a window is not).
         windows: domain -> log-likelihood of each of its windows, in nats.
+        kl: domain -> mean over the scored tokens of its compared windows of the divergence from
+            dense, in nats, as `divergence` computes it; `all` is over those of all domains.
+        answers: greedy answers to the beginnings of the compared windows, beside dense's.
     """
 
     profile: str
@@ -73,6 +83,24 @@ class Row:
     perplexity: Mapping[str, float]
     tokens: Mapping[str, int]
     windows: Mapping[str, Sequence[float]]
+    kl: Mapping[str, float]
+    answers: Answers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """What one engine gave.
+
+    Attributes:
+        predictions: domain -> of each of its windows; the first, which are compared with dense's,
+            tell the likeliest tokens.
+        answers: token ids of the greedy answer to the beginning of each compared window.
+        itemsize: bytes of a number of the engine's dtype.
+    """
+
+    predictions: Mapping[str, Sequence[Predictions]]
+    answers: Sequence[Sequence[int]]
+    itemsize: int
 
 
 @contextmanager
@@ -91,22 +119,49 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
         gc.collect()
 
 
-def prompt_logprobs(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probability of every token of every prompt but its first."""
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
-        use_tqdm=False,
+def predictions(
+    llm: LLM, prompts: Sequence[Sequence[int]], likeliest: int = 0
+) -> list[Predictions]:
+    """What the engine predicts for every token of every prompt but its first.
+
+    Args:
+        llm: an engine that may tell as many log-probabilities.
+        prompts: token ids, at least two each.
+        likeliest: how many tokens to tell beside the one that comes; at most the vocabulary.
+    """
+    settings = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        prompt_logprobs=likeliest,
+        flat_logprobs=True,
+        detokenize=False,
     )
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False
+    )
+    shape = (-1, 1 + likeliest)
     return [
-        [
-            scores[token].logprob
-            for scores, token in zip(
-                output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True
-            )
-        ]
+        Predictions(
+            torch.tensor(output.prompt_logprobs.token_ids, dtype=torch.int32).view(shape),
+            torch.tensor(output.prompt_logprobs.logprobs).view(shape),
+        )
         for output in outputs
     ]
+
+
+def prompt_logprobs(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probability of every token of every prompt but its first."""
+    return [of_prompt.of_text for of_prompt in predictions(llm, prompts)]
+
+
+def greedy_answers(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """Token ids of the greedy answers, of at most so many tokens."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        SamplingParams(max_tokens=tokens, temperature=0, detokenize=False),
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def evaluate(
@@ -128,7 +183,7 @@ def evaluate(
         model: a local directory or a Hugging Face id.
         profiles: directory of profile files, or a Hub repository of them; None stands for
             MODEL/atomic_profiles.
-        data: `FILE[:DOMAIN]` arguments.
+        data: `PATH[:DOMAIN]` arguments.
         names: profiles to measure; all, if there are none.
         seq_len: tokens per window; None stands for the model's context, 2048 at most.
         samples: windows per domain at most, drawn with seed 0.
@@ -145,7 +200,7 @@ def evaluate(
     if any(file.domain == ALL_DOMAINS for file in files):
         raise ValueError(
             f"domain {ALL_DOMAINS!r} stands for all text together; give the file's domain another "
-            "name (FILE:DOMAIN)"
+            "name (PATH:DOMAIN)"
         )
     directory = resolve_model(model)
     checkpoint = describe_checkpoint(directory)
@@ -160,6 +215,7 @@ def evaluate(
         logger.warning("%s", warning)
 
     rows: list[Row] = []
+    dense: Served | None = None
     own_loader = dense_through_loader(checkpoint)
     for profile in chosen:
         on_progress(len(rows), len(chosen), profile.name)
@@ -167,36 +223,57 @@ def evaluate(
         options: dict[str, Any] = {} if stock else _load_options(store, profile)
         options |= {"dtype": dtype, "max_model_len": length + 1}
         try:
-            scores, itemsize = _score(
-                directory, text, trust_remote_code=trust_remote_code, **options
-            )
+            served = _serve(directory, text, trust_remote_code=trust_remote_code, **options)
         except Exception as error:  # vLLM raises what its parts raise.
             line = f"{profile.name}: {error}"
             if not isinstance(error, ValueError):
                 kind = type(error).__name__
                 line = f"{profile.name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
             raise IncompleteError(line, rows) from error
-        kept_bytes = profile.kept_atoms * dense_bytes(checkpoint, itemsize) // checkpoint.atoms
-        rows.append(_summarize(profile, kept_bytes, scores))
+        dense = dense or served  # It comes first.
+        of_dense = dense_bytes(checkpoint, served.itemsize)
+        kept_bytes = profile.kept_atoms * of_dense // checkpoint.atoms
+        rows.append(_summarize(profile, kept_bytes, served, dense, answer_tokens(length)))
     on_progress(len(rows), len(chosen), "")
     return rows
 
 
-def _score(
-    directory: Path, text: CalibrationText, **options: Any
-) -> tuple[dict[str, list[list[float]]], int]:
-    """Log-probabilities per domain and window under such an engine; bytes of its dtype."""
+def prompt_tokens(length: int) -> int:
+    """Tokens of the prompts that are taken from windows of `length` tokens: half, 256 at most."""
+    return min(PROMPT_TOKENS, length // 2)
+
+
+def answer_tokens(length: int) -> int:
+    """Tokens of answers to them, for which there is room where a window leaves one token free."""
+    return min(ANSWER_TOKENS, length + 1 - prompt_tokens(length))
+
+
+def _serve(directory: Path, text: CalibrationText, **options: Any) -> Served:
+    """Score the text, and answer the beginnings of some of its windows, by one engine."""
     with engine(
         directory,
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        max_logprobs=LIKELIEST,
         **options,
     ) as llm:
-        scores = {
-            domain: prompt_logprobs(llm, ids.tolist()) for domain, ids in text.windows.items()
-        }
-        return scores, llm.llm_engine.vllm_config.model_config.dtype.itemsize
+        config = llm.llm_engine.vllm_config.model_config
+        likeliest = min(LIKELIEST, config.get_vocab_size())
+        compared = -(-COMPARED // len(text.windows))
+        scored: dict[str, list[Predictions]] = {}
+        prompts: list[list[int]] = []
+        for domain, ids in text.windows.items():
+            length = ids.shape[1]
+            scored[domain] = [
+                of_window
+                for windows, told in ((ids[:compared], likeliest), (ids[compared:], 0))
+                for part in windows.split(max(1, TOLD_AT_ONCE // (length * (1 + told))))
+                for of_window in (predictions(llm, part.tolist(), told) if len(part) else ())
+            ]
+            prompts += ids[:compared, : prompt_tokens(length)].tolist()
+        answers = greedy_answers(llm, prompts, answer_tokens(length))
+        return Served(scored, answers, config.dtype.itemsize)
 
 
 def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any]:
@@ -232,20 +309,37 @@ def _settings(profile: PruningProfile) -> str:
 
 
 def _summarize(
-    profile: PruningProfile, kept_bytes: int, scores: Mapping[str, Sequence[Sequence[float]]]
+    profile: PruningProfile, kept_bytes: int, served: Served, dense: Served, tokens: int
 ) -> Row:
-    windows = {domain: [*map(math.fsum, rows)] for domain, rows in scores.items()}
-    sums = {
-        domain: (math.fsum(windows[domain]), sum(map(len, rows))) for domain, rows in scores.items()
+    scores = {
+        domain: [of_window.of_text for of_window in windows]
+        for domain, windows in served.predictions.items()
     }
-    sums[ALL_DOMAINS] = tuple(map(sum, zip(*sums.values(), strict=True)))  # type: ignore[assignment]
+    windows = {domain: [*map(math.fsum, rows)] for domain, rows in scores.items()}
+    counts = {domain: sum(map(len, rows)) for domain, rows in scores.items()}
+    diverged = {
+        domain: torch.cat(
+            [
+                divergence(of_dense, of_window)
+                for of_dense, of_window in zip(dense.predictions[domain], of_domain, strict=True)
+                if of_window.ids_TA.shape[1] > 1
+            ]
+        )
+        for domain, of_domain in served.predictions.items()
+    }
+    diverged[ALL_DOMAINS] = torch.cat([*diverged.values()])
+    likelihoods = {domain: math.fsum(of_domain) for domain, of_domain in windows.items()}
+    likelihoods[ALL_DOMAINS] = math.fsum(likelihoods.values())
+    counts[ALL_DOMAINS] = sum(counts.values())
     return Row(
         profile=profile.name,
         method=DENSE if profile.name == DENSE else profile.metadata.get("method", ""),
         settings=_settings(profile),
         kept=profile.kept,
         kept_bytes=kept_bytes,
-        perplexity={domain: math.exp(-total / count) for domain, (total, count) in sums.items()},
-        tokens={domain: count for domain, (_, count) in sums.items()},
+        perplexity={it: math.exp(-total / counts[it]) for it, total in likelihoods.items()},
+        tokens=counts,
         windows=windows,
+        kl={it: float(of_token.mean()) for it, of_token in diverged.items()},
+        answers=compare_answers(dense.answers, served.answers, tokens),
     )

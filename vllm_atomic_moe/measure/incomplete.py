@@ -1,4 +1,4 @@
-"""A measurement of hours that fails near its end: what was measured is kept."""
+"""A long measurement that fails near its end keeps its results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class IncompleteError(ValueError):
     """One line that says what failed.
 
     Attributes:
-        measured: what was measured before, in the form of a whole result.
+        measured: the results until then, in the form of a whole result.
     """
 
     def __init__(self, line: str, measured: Any) -> None:

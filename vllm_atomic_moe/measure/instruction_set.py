@@ -1,4 +1,4 @@
-"""A forced instruction set holds for both contestants of the layer benchmark."""
+"""A forced instruction set applies to both contestants of the layer benchmark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import torch
 
-# By `ATOMIC_MOE_CPU_ISA`: what torch is asked for and must deny.
+# Value of `ATOMIC_MOE_CPU_ISA` -> the features that torch must deny.
 WIDER = {
     "avx512_bf16": ("_is_amx_tile_supported",),
     "avx512": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
@@ -15,9 +15,9 @@ WIDER = {
 
 
 def hide_wider_instructions() -> None:
-    """Let vLLM take its own kernels for $ATOMIC_MOE_CPU_ISA too, as on a machine with no more.
+    """Make vLLM choose its kernels for $ATOMIC_MOE_CPU_ISA too, as on a machine that has no more.
 
-    Before vLLM is imported: it asks torch then, and loads the library of what it hears.
+    Call it before vLLM is imported: vLLM then asks torch, and loads the library that fits.
     """
     for name in WIDER.get(os.environ.get("ATOMIC_MOE_CPU_ISA", ""), ()):
         setattr(torch.cpu, name, lambda: False)

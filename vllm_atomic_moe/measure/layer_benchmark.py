@@ -1,16 +1,15 @@
-"""Time of one MoE layer, pruned, beside vLLM's own dense op.
+"""Time of one pruned MoE layer against vLLM's own dense op.
 
-For every shape, pruned fraction and number of tokens three contestants answer the same routing in
+For every shape, pruned fraction and number of tokens three contestants compute the same routing in
 turn: vLLM's dense op at full width, ours at the widths that pruning leaves, and vLLM's dense op at
-the one width that holds as many bytes. The figure is a ratio within a round,
+the uniform width with as many bytes. The figure is a ratio within a round,
 
     ours ÷ (dense × mean kept width over the routed rows ÷ I),
 
-1 for a kernel whose time follows the atoms that are left. Then four profiles share one batch in
-equal parts, beside the union of their atoms under one profile: 1 for a kernel that reads what two
-profiles share once. Every round draws another routing, so
-that weights come from memory as they do in a model of many layers, unless a layer's used experts
-fit into the last-level cache three times over.
+1 for a kernel with a time in proportion to the remaining atoms. Then four profiles share one batch
+in equal parts, against the union of their atoms under one profile: 1 for a kernel that reads shared
+atoms once. Every round draws another routing, so that weights come from memory as in a model of
+many layers, unless the used experts of a layer fit into the last-level cache three times over.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, I full intermediate size.
 """
@@ -46,7 +45,7 @@ UNIFORM_STEP = 32
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         shapes: layers.
@@ -55,7 +54,7 @@ class LayerPlan:
         dtype: of weights and activations.
         rounds: timed rounds per cell at most; at least 3 are made.
         seconds: time after which a cell has enough rounds.
-        kernel: our backend; None stands for the fastest that runs.
+        kernel: our backend; None means the fastest that runs.
         seed: of weights, widths and routings.
     """
 
@@ -77,18 +76,18 @@ class LayerCell:
         shape: name of the layer.
         tokens: T.
         pruned: fraction of atoms removed.
-        routing: experts drawn alike, or by Zipf's law.
+        routing: experts drawn uniformly, or by Zipf's law.
         spread: how the kept atoms are spread over experts: around their mean (standard deviation
             about 0.15 I), or one half of the experts empty and the other whole.
         kept: mean kept width over the routed rows ÷ I.
         dense_ms: vLLM's op at full width.
         ours_ms: ours.
-        uniform_ms: vLLM's op at the width that holds as many bytes; None where that is I.
+        uniform_ms: vLLM's op at the uniform width with as many bytes; None if that is I.
         ratio: median over rounds of ours ÷ (dense × kept); None if no routed expert kept an atom.
         ratio_low, ratio_high: its quartiles.
         uniform_ratio: the same for `uniform_ms` and that width.
-        bytes_per_s: weights that ours must read at least once, over its time.
-        flop_per_s: multiply-adds of the kept atoms counted twice, over its time.
+        bytes_per_s: weights that ours must read at least once, per second.
+        flop_per_s: multiply-adds of the kept atoms, counted twice, per second.
         rounds: how many were timed.
     """
 
@@ -112,7 +111,7 @@ class LayerCell:
 
 @dataclass(frozen=True, slots=True)
 class MixCell:
-    """A batch of four profiles in equal parts, each pruned alike and unlike the others.
+    """A batch of four profiles in equal parts, each with the same fraction pruned, independently.
 
     Attributes:
         shape, tokens, pruned: as in `LayerCell`.
@@ -144,8 +143,8 @@ class LayerReport:
         threads: CPU threads.
         dense: which of vLLM's ops.
         kernel: which of ours, and why.
-        read_bytes_per_s: of summing a large tensor, the ceiling where few tokens are computed.
-        sgemm_flop_per_s: of torch's large square product in float32, the ceiling of many tokens on
+        read_bytes_per_s: of summing a large tensor, the ceiling for few tokens.
+        sgemm_flop_per_s: of torch's large square product in float32, the ceiling for many tokens on
             processors without instructions for the dtype.
         cells: one per measurement of one profile.
         mixes: one per measurement of four profiles in a batch.
@@ -166,18 +165,18 @@ def measure_layers(
 ) -> LayerReport:
     """Measure every shape at every pruned fraction and number of tokens.
 
-    Routing is drawn at random and widths are spread realistically; where half of the atoms go,
-    skewed routing and half-empty layers are measured too.
+    Routing is random and widths are spread realistically; at half of the atoms pruned, skewed
+    routing and half-empty layers are measured too.
 
     Args:
-        on_progress: called with (layers done, layers in all, what comes next).
+        on_progress: called with (layers done, layers in all, the next layer).
 
     Raises:
-        ValueError: `plan.kernel` cannot run here, or vLLM is not one for CPUs.
+        ValueError: `plan.kernel` cannot run here, or vLLM is not built for CPUs.
     """
     if not current_platform.is_cpu():
         raise ValueError(
-            "layers are measured beside vLLM's CPU op, this vLLM is built for "
+            "layers are measured against vLLM's CPU op, this vLLM is built for "
             f"{current_platform.device_name}; run `python -m tests.gpu.bench_kernels` there"
         )
     backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
@@ -219,7 +218,7 @@ def _layers(plan: LayerPlan) -> Iterator[tuple[LayerShape, float, Spread]]:
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """One routing, answered by all.
+    """One routing, computed by all contestants.
 
     Attributes:
         dense, ours, uniform: seconds.
@@ -274,7 +273,7 @@ class _Trio:
         return self._cell(tokens, routing, rounds)
 
     def _round(self, x_TH: torch.Tensor, routing: Routing, turn: int) -> _Round:
-        """One routing for all three; who begins changes with `turn`."""
+        """One routing for all three, in an order that changes with `turn`."""
         ids_TK = draw_routing(self.shape, len(x_TH), routing, self.generator)
         arguments = (x_TH, torch.full(ids_TK.shape, 1 / self.shape.top_k), ids_TK)
         contestants: list[Callable[..., object]] = [self.dense, self._ours]
@@ -426,7 +425,7 @@ def draw_mask(
 def draw_routing(
     shape: LayerShape, tokens: int, routing: Routing, generator: torch.Generator
 ) -> torch.Tensor:
-    """int32 [T, K]: different experts for a token, alike or by Zipf's law (1, 1/2, 1/3, …)."""
+    """int32 [T, K]: distinct experts per token, uniformly or by Zipf's law (1, 1/2, 1/3, …)."""
     chances_E = torch.ones(shape.experts)
     if routing == "skewed":
         order = torch.randperm(shape.experts, generator=generator)
@@ -472,7 +471,7 @@ def timed(function: Callable[..., object], arguments: tuple[Any, ...]) -> float:
 
 
 def processor_name() -> str:
-    """What the processor calls itself, and the widest instructions for experts it has."""
+    """The processor's name, and its widest instructions that experts use."""
     with open("/proc/cpuinfo") as lines:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     extensions = {

@@ -20,8 +20,8 @@ from typing import Any
 from vllm_atomic_moe.files.profiles import DENSE, PruningProfile
 from vllm_atomic_moe.files.tensors import replaced_file
 
-# Both keep nothing, and neither is a shade of the scale, whose lowest is a dark purple: chosen as
-# far from all of its colors and from each other as can be, for color-blind eyes too.
+# Colors of the two kinds of experts that keep nothing. They are far from each other and from every
+# color of the scale, which starts at dark purple, for color-blind eyes too.
 ZERO_WIDTH = (1.0, 1.0, 1.0)
 NOT_ROUTABLE = (0.84, 0.15, 0.16)
 COLOUR_MAP = "viridis"
@@ -41,7 +41,7 @@ LINES = (
     ("#56B4E9", "P"),
     ("#000000", "X"),
 )
-# Profiles of one method whose kept fractions are closer than this were made for the same ratio.
+# Profiles of one method with kept fractions closer than this were made for the same ratio.
 SAME_KEPT = 0.005
 # Above this ratio of the largest to the smallest perplexity a linear axis hides the good methods.
 LOG_FROM = 3.0
@@ -55,8 +55,8 @@ class PerplexityPoint:
         method: how it was made. "" is not known, `dense` is the reference.
         kept: fraction of atoms kept.
         perplexity: measured.
-        settings: what the method was told, but ratio and seed; profiles of one method and settings
-            are one line.
+        settings: of the method, except ratio and seed; profiles of one method and settings are one
+            line.
         name: of the profile.
     """
 
@@ -94,7 +94,7 @@ class ServerPoint:
     Attributes:
         profile: its name.
         kept: fraction of atoms kept.
-        phase: what was asked.
+        phase: of the load generator.
         ratio: throughput over that of the dense server.
     """
 
@@ -146,7 +146,7 @@ def plot_widths(profiles: Sequence[PruningProfile], path: Path) -> None:
 
 
 def _panel_height(profile: PruningProfile, width: float) -> float:
-    """Inches for square cells, within what can be read and what fits a page."""
+    """Inches of a square cell, so that it is legible and the figure fits a page."""
     layers, experts = len(profile.keep), next(iter(profile.keep.values())).shape[0]
     return min(max(width * layers / experts, 1.2), 0.75 * width)
 
@@ -213,7 +213,7 @@ def _scale_ticks(size: int) -> list[float]:
 
 
 def _shorten(name: str, inches: float) -> str:
-    """A name cut in the middle to what stands over a panel of this width."""
+    """A name, cut in the middle to fit above a panel of this width."""
     limit = int(inches * 11)
     if len(name) <= limit:
         return name
@@ -252,7 +252,7 @@ def plot_perplexity(points: Sequence[PerplexityPoint], path: Path) -> None:
 
 
 def _lines(points: Sequence[PerplexityPoint]) -> list[tuple[str, list[list[PerplexityPoint]]]]:
-    """Per line its label and groups of points, most kept first; the line that ends worst first.
+    """Label and groups of points of each line, most kept first; the line that ends worst is first.
 
     So the legend beside the plot reads in the order of the lines' ends. A method with several
     settings has several lines, which carry the name of their first profile.
@@ -277,9 +277,9 @@ def _median(group: Sequence[PerplexityPoint]) -> float:
 
 
 def _verbatim(label: str) -> str:
-    """A label that matplotlib shows as it is: no formula between dollars, none left out.
+    """A label that matplotlib shows literally: no formula between dollars, none left out.
 
-    Legends leave out what begins with an underscore, so a space without width stands before it.
+    Legends omit labels that start with an underscore, so a zero-width space comes before it.
     """
     return ("\u200b" if label.startswith("_") else "") + label.replace("$", r"\$")
 

@@ -1,8 +1,8 @@
 """What pruning costs: every method and the baselines at several ratios, on the same held-out text.
 
-The profiles are made from one statistics file and measured as served. The held-out text is read by
-nothing but the measurement. An interval says how much of a figure is the choice of the text:
-windows are drawn anew with replacement, domain by domain, the same for a profile and for dense.
+The profiles are made from one statistics file and measured as served. Only the measurement reads
+the held-out text. An interval says how much a figure depends on the choice of the text: windows are
+resampled with replacement, domain by domain, the same for a profile and for dense.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_atomic_moe.scoring.score_file import Scores
 RATIOS = (0.2, 0.4, 0.6)
 SEEDS = (0, 1, 2)
 RESAMPLES, CONFIDENCE = 2000, 0.95
-# What else of a method is measured: name -> method, options. `floor` is an eighth of full width.
+# Variants of the methods: name -> method, options. `floor` is an eighth of the full width.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "heapr by frequency": ("heapr", {"weight_by_frequency": True}),
     "heapr, a floor of an eighth": ("heapr", {"min_width": "floor"}),
@@ -66,7 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What one line of the report has in one column.
+    """One cell of the report.
 
     Attributes:
         label: of the line.
@@ -215,7 +215,7 @@ def measure_quality(
     Args:
         model: a local directory or a Hugging Face id.
         source: statistics file of that model.
-        data: `FILE[:DOMAIN]` arguments, held-out text.
+        data: `PATH[:DOMAIN]` arguments, held-out text.
         output: directory; the profiles go to `profiles/` in it.
         ratios: fractions to remove.
         on_progress: as in `evaluate`.

@@ -1,9 +1,9 @@
-"""Throughput, load time and memory of real servers: vLLM's own loader beside every profile.
+"""Throughput, load time and memory of real servers: vLLM's own loader against every profile.
 
 Starts one server after another with the same flags. vLLM's load generator (`vllm bench serve`)
-drives each over the same random prompts, so its definitions of throughput, TTFT (time to first
-token) and TPOT (time per output token) hold. Ratios are against the dense server of the same run.
-One more server, the first, loads all profiles and makes one after another active.
+drives each with the same random prompts, so its definitions of throughput, TTFT (time to first
+token) and TPOT (time per output token) apply. Ratios are against the dense server of the same run.
+One more server, the first, loads all profiles and activates one after another.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ from vllm_atomic_moe.measure.server_report import (
 )
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
-# What the benchmark itself says to the server; anything else may be in `serve_arguments`.
+# Flags that the benchmark sets itself; `serve_arguments` may hold any others.
 OWN_FLAGS = ("--load-format", "--model-loader-extra-config", "--host", "--port", "--api-key")
-# The GPU worker says what a load took. The CPU worker does not: its load begins with one line and
-# ends before the first of several.
+# The GPU worker logs how long a load took. The CPU worker does not: its load starts with one line
+# and ends before the first of several others.
 LOADED_ON_GPU = re.compile(rb"Model loading took ([\d.]+) GiB memory and ([\d.]+) seconds")
 LOAD_BEGINS = re.compile(rb"Starting to load model ")
 LOAD_ENDS = re.compile(rb"Warming up model|Explicitly set \(|Auto set \(")
 EXPERT_BYTES = re.compile(r"Expert weights: .*\((\d+) bytes\) dense, .*\((\d+) bytes\) resident")
 KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
-# Of the CPU worker, fixed or found; and of the GPU worker.
+# The CPU worker's, fixed or measured; and the GPU worker's.
 KV_GIB = re.compile(
     r"(?:Explicitly set|Auto set) \(([\d.]+)/|Available KV cache memory: ([\d.]+) GiB"
 )
 
 Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what comes next)."""
+"""Called with (steps done, steps in all, the next step)."""
 
 
 def measure_servers(
@@ -81,14 +81,14 @@ def measure_servers(
     serve_arguments: Sequence[str] = (),
     progress: Progress = lambda done, total, what: None,
 ) -> ServerReport:
-    """Serve `model` dense and with each profile, one server after another, and load each alike.
+    """Serve `model` dense and with each profile, one server after another, under the same load.
 
     Args:
         model: checkpoint directory.
         profiles: directory of profile files.
-        names: profiles to measure; all, if there are none.
-        rounds: how often all servers are started in turn.
-        plan: what every server is asked.
+        names: profiles to measure; all, if it is empty.
+        rounds: how many times all servers are started in turn.
+        plan: the requests to every server.
         serve_arguments: more flags for every `vllm serve`.
         progress: called before every step and at the end.
 
@@ -186,7 +186,7 @@ class _Bench:
         )
 
     def change(self, profiles: Sequence[str], report: Callable[[str], None]) -> Changes:
-        """Start a server with `profiles`, and make one after another active."""
+        """Start a server with `profiles`, and activate one after another."""
         report(f"changing between {', '.join(profiles)}")
         key = secrets.token_hex(16)
         plugins = os.environ.get("VLLM_PLUGINS", "atomic_moe")
@@ -219,7 +219,7 @@ class _Bench:
                     pass
         port = free_port()
         command = [*VLLM, "serve", str(self.model), f"--host={HOST}", f"--port={port}"]
-        # The prompts of a phase come again in its next repeat.
+        # A phase repeats its prompts.
         command += ["--no-enable-prefix-caching", *self.serve_arguments]
         if extra:
             options = json.dumps({"profiles": str(self.profiles), **extra})
@@ -272,7 +272,7 @@ class _Bench:
 
 
 def _environment() -> dict[str, str]:
-    # The figures stand in vLLM's INFO lines, whatever this process itself logs.
+    # The figures are in vLLM's INFO lines, whatever this process itself logs.
     return {
         **asking_directly(os.environ),
         "VLLM_LOGGING_LEVEL": "INFO",

@@ -1,7 +1,7 @@
 """A vLLM server as a child process: started, watched from outside, and always ended.
 
-The server and all that it starts form one process group of their own; on leaving `running`, also by
-an exception or Ctrl-C, that group is ended, and nothing else is.
+The server and everything it starts form a process group of their own. Leaving `running`, also by an
+exception or Ctrl-C, ends that group and nothing else.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOST = "127.0.0.1"
-# Through no proxy of the environment.
+# Ignores proxies that the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 POLL_S = 0.1
 SAMPLE_S = 0.025
 END_TIMEOUT_S = 30.0
 LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
-# What the API server says when its engine did not start; the cause stands further up.
+# The API server's message when its engine did not start; the cause is further up.
 CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed")
 
 
 class Sample(NamedTuple):
-    """A server at one moment of its start.
+    """A server at one moment during its start.
 
     Attributes:
         seconds: on the monotonic clock.
-        log_bytes: size of its log; tells what it had printed by then.
+        log_bytes: size of its log, which tells what it had printed.
         anonymous_bytes: anonymous memory (RssAnon) of its largest process, which holds the weights.
     """
 
@@ -66,7 +66,7 @@ class Server:
 
     def _watch(self) -> None:
         while True:
-            # The log last: it may only be newer than the memory.
+            # The log last: it may be newer than the memory, never older.
             memory = max(map(_anonymous_bytes, processes_of_group(self.process.pid)), default=0)
             self.samples.append(Sample(time.monotonic(), self.log.stat().st_size, memory))
             if self._stop.wait(SAMPLE_S):
@@ -74,14 +74,14 @@ class Server:
 
 
 def free_port() -> int:
-    """A TCP port on which nobody listens now."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 def asking_directly(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for child processes that ask servers on this machine: through no proxy."""
+    """An environment for child processes that ask servers on this machine without a proxy."""
     told = [environment.get(name, "") for name in ("NO_PROXY", "no_proxy")]
     without = ",".join(dict.fromkeys(filter(None, [*told, HOST, "localhost"])))
     return {**environment, "NO_PROXY": without, "no_proxy": without}
@@ -146,7 +146,7 @@ def _wait_until_healthy(server: Server, deadline: float) -> None:
 
 
 def failure_in(log: str) -> str:
-    """The line of a server's log that says best why it failed."""
+    """The line of a server's log that best explains why it failed."""
     lines = [LOG_PREFIX.sub("", line).strip() for line in log.splitlines() if line.strip()]
     for pattern in (r"atomic-pruned: .*", r"\b\w+(?:Error|Exception): .*", r"\berror: .*"):
         for line in reversed(lines):
@@ -157,20 +157,20 @@ def failure_in(log: str) -> str:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started with a session of its own, and all of its group."""
+    """End a process that was started in a session of its own, and its whole group."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
         deadline = time.monotonic() + END_TIMEOUT_S
         while time.monotonic() < deadline:
-            # Reaps the leader; orphans that nobody reaps are no members any more.
+            # Reaps the leader; unreaped orphans no longer belong to the group.
             if process.poll() is not None and not processes_of_group(process.pid):
                 return
             time.sleep(POLL_S)
 
 
 def processes_of_group(group: int) -> list[int]:
-    """Ids of the living processes of a process group; none where there is no /proc."""
+    """Ids of the living processes of a process group; empty without /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""What the server benchmark asks, what it finds, and the medians, spreads and ratios of that."""
+"""The server benchmark's requests and results, with their medians, spreads and ratios."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Phase:
     Attributes:
         name: of the phase.
         input_tokens: of every prompt; random tokens.
-        output_tokens: of every answer; the end-of-sequence token does not end it.
+        output_tokens: of every answer; the end-of-sequence token is ignored.
         concurrency: requests in flight.
         requests: in all.
     """
@@ -39,7 +39,7 @@ PHASES = (
 
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
-    """What every server is asked.
+    """The requests to every server.
 
     Attributes:
         phases: in this order.
@@ -99,7 +99,7 @@ class ServerRun:
         load_s: the whole load: building the model, reading the weights from the page cache, and
             repacking them.
         start_s: from the start of the process to a healthy server.
-        dense_bytes: of all routed experts; None for `dense`, whose loader does not say.
+        dense_bytes: of all routed experts; None for `dense`: its loader does not say.
         resident_bytes: of the routed experts in memory; None as above.
         peak_bytes: peak anonymous memory of the largest process during the load.
         rest_bytes: the same memory after the load, before the KV cache; on a GPU the model's
@@ -179,15 +179,14 @@ class ProfileSummary:
     Attributes:
         profile: its name; `dense` comes first.
         kept: fraction of atoms kept.
-        bound: 1 / kept, the throughput ratio if the experts were all that takes time; None if
-            nothing is kept.
+        bound: 1 / kept, the throughput ratio if only the experts took time; None if nothing is
+            kept.
         resident_bytes: of routed experts.
         load_s, start_s: see `ServerRun`.
         load_ratio: median of load_s over that of dense.
         peak_bytes, rest_bytes: see `ServerRun`; the highest and the median.
         freed: bytes by which rest_bytes is below that of dense, over the pruned bytes; None if
-            nothing is pruned. Several ranks free memory in several processes, of which this sees
-            the largest.
+            nothing is pruned. With several ranks it covers the largest process only.
         kv_tokens, kv_gib: see `ServerRun`, of the first server.
         kv_tokens_gained: over dense.
         phases: in the plan's order.
@@ -211,12 +210,12 @@ class ProfileSummary:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """What `measure_servers` found.
+    """The result of `measure_servers`.
 
     Attributes:
         model: directory.
-        serve_arguments: what every server was told besides.
-        plan: what every server was asked.
+        serve_arguments: more flags of every server.
+        plan: the requests.
         profiles: summaries, dense first.
         runs: every server, in order.
         changes: between the measured profiles; None if there is only one.

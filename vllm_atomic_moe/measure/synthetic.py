@@ -1,7 +1,7 @@
 """A random checkpoint, nearly all of it experts, to measure loading, serving and calibration.
 
-It is a bf16 Qwen3-MoE with profiles of ragged widths. Its text means nothing; its sizes, and so the
-time and memory that it takes, are those of a real model.
+It is a bf16 Qwen3-MoE with profiles of ragged widths. Its text is meaningless; its sizes, and so
+its time and memory, are those of a real model.
 
 Legend: E experts, H hidden size, I full intermediate size.
 """
@@ -54,7 +54,7 @@ def make_checkpoint(
     """Write a checkpoint, one shard per layer, and its `atomic_profiles/`.
 
     Args:
-        directory: where to write it; made if it is not there.
+        directory: where to write it; created if missing.
         sizes: of the model.
         ratios: name of each profile -> fraction of the atoms that it prunes.
     """
@@ -94,7 +94,7 @@ def make_checkpoint(
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """One word per token, so that any sequence of tokens survives being text."""
+    """One word per token, so that any sequence of tokens survives a round trip through text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -111,7 +111,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def _write_shards(directory: Path, shapes: dict[str, torch.Size], sizes: Sizes) -> None:
-    """One shard per layer and one for the rest, drawn when its turn comes."""
+    """One shard per layer and one for the rest, each drawn when it is needed."""
     shards: dict[str, dict[str, torch.Size]] = {}
     for name, shape in shapes.items():
         shard = f"model-{name.split('.')[2] if 'layers' in name else 'rest'}.safetensors"
@@ -141,7 +141,7 @@ def _as_stored(name: str, shape: torch.Size, sizes: Sizes) -> dict[str, torch.Si
 
 
 def _draw(shape: torch.Size) -> torch.Tensor:
-    """Weights under which activations stay of the order of one: norms are ones."""
+    """Weights that keep activations near one; norms are ones."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.empty(shape).normal_(std=shape[1] ** -0.5).bfloat16()
@@ -150,15 +150,15 @@ def _draw(shape: torch.Size) -> torch.Tensor:
 def _write_profile(model: CheckpointInfo, name: str, ratio: float, directory: Path) -> None:
     """Write a profile that prunes about `ratio` of the atoms.
 
-    Widths spread as pruning spreads them: normally, by expert. A lower ratio's atoms include a
-    higher ratio's.
+    Widths vary by expert, normally distributed, as after pruning. The atoms of a lower ratio
+    include those of a higher one.
     """
     generator = torch.Generator().manual_seed(0)
     share = 1 - ratio
     keep = {}
     for layer in model.layers:
         drawn_E1 = torch.randn(model.num_experts, 1, generator=generator)
-        # Centred, and cut on both sides alike, so that the mean stays.
+        # Centered, and cut equally on both sides, to keep the mean.
         limit = min(share, ratio)
         spread_E1 = (SPREAD * share * (drawn_E1 - drawn_E1.mean())).clamp(-limit, limit)
         width_E1 = share + spread_E1

@@ -1,6 +1,6 @@
-"""Time of one MoE layer of quantized rows or another activation, beside our own plain SiLU layer.
+"""Time of an MoE layer of quantized rows or another activation, against our own plain SiLU layer.
 
-All keep the same atoms and answer the same routing in turn; the figure is the ratio of their times
+All keep the same atoms and compute the same routing in turn; the figure is the ratio of their times
 within a round.
 
 Legend: T tokens, E experts, H hidden size, I full intermediate size, G scale rows and C scale
@@ -82,7 +82,7 @@ def measure_variants(
 
     Args:
         plan: what to measure.
-        on_progress: called with (layers done, layers in all, what comes next).
+        on_progress: called with (layers done, layers in all, the next layer).
     """
     backend = choose_backend(torch.device("cpu"), plan.dtype, plan.kernel)
     cells: list[VariantCell] = []
@@ -162,7 +162,7 @@ def random_layer(
     backend: Backend,
     generator: torch.Generator,
 ) -> PackedExperts:
-    """A layer of random rows, all experts alike."""
+    """A layer of random rows, the same for all experts."""
     packed = PackedExperts(layout, shape.hidden, dtype, storage=backend.storage, row_format=rows)
     for projection in PROJECTIONS:
         size = (shape.intermediate, shape.hidden)

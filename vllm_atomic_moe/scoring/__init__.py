@@ -1,6 +1,6 @@
 """Scoring: statistics become scores, scores become masks.
 
-Pure functions. `method.py` says what a method is, `methods/` has one a file, and `known_methods()`
+Pure functions. `method.py` defines a method, each file of `methods/` has one, and `known_methods()`
 lists them together with those of installed packages.
 
 Legend: E experts, I full intermediate size, K experts per token.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_atomic_moe.files.registry import Registry, load_registry
-from vllm_atomic_moe.files.statistics import LayerSums
+from vllm_atomic_moe.files.statistics import OPTIONAL, LayerSums
 from vllm_atomic_moe.files.tensors import shorten
 from vllm_atomic_moe.scoring.budget import check_ratio
 from vllm_atomic_moe.scoring.masks import LayerScores, Masks
@@ -23,7 +23,7 @@ from vllm_atomic_moe.scoring.method import Method, Option
 from vllm_atomic_moe.scoring.router import RouterNeeds
 
 ENTRY_POINTS = "atomic_moe.methods"
-# What the command and the function call something else already.
+# Names that the command and the function use for something else.
 RESERVED = (
     *("source", "statistics", "ratio", "output", "method", "name", "domain", "on_warning"),
     *("as_json", "json", "help"),
@@ -36,7 +36,7 @@ FOREIGN = Method(lambda *_: LayerScores(torch.empty(0)), "atoms, by another tool
 def known_methods() -> Registry[Method]:
     """Every method by name: ours, and those that installed packages register."""
     package = f"{__name__}.methods"
-    return load_registry("method", ENTRY_POINTS, package, "METHOD", Method, _check_options)
+    return load_registry("method", ENTRY_POINTS, package, "METHOD", Method, _check_method)
 
 
 def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,14 +45,14 @@ def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Its options of masks may be among those given.
 
     Raises:
-        ValueError: no such method, an option it does not have, or a value of another type.
+        ValueError: an unknown method, an option it does not have, or a value of another type.
     """
     kind = known_methods().find(method)
     return _override(method, kind.options, given, beside=kind.selection)
 
 
 def selection_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the method's masks, likewise; an unknown method's scores rank atoms.
+    """Options of the method's masks, likewise; scores of an unknown method rank atoms.
 
     Raises:
         ValueError: an option it does not have, or a value of another type.
@@ -72,15 +72,21 @@ def score_layers(
     Args:
         method: a key of `known_methods().entries`.
         sums: layer index -> sums; not modified.
-        options: what `method_options` returned.
+        options: from `method_options`.
 
     Raises:
-        ValueError: the method needs sums that are not there.
+        ValueError: the method needs sums that are missing.
     """
     own = {name: value for name, value in options.items() if name != "allow_unseen"}
     kind = known_methods().find(method)
     scores: dict[int, LayerScores] = {}
     for layer, of_layer in sums.items():
+        for name in kind.needs:
+            if getattr(of_layer, name) is None:
+                raise ValueError(
+                    f"the statistics lack {name}, which {method} needs (made with "
+                    f"{OPTIONAL[name]}); calibrate without that flag"
+                )
         scores[layer] = kind.score_layer(of_layer, layer, **own)
         if options.get("allow_unseen") is False:
             scores[layer] = scores[layer].protect(of_layer.few_tokens)
@@ -100,8 +106,8 @@ def select_masks(
         method: the method that made the scores.
         scores: not modified.
         ratio: 0 <= ratio < 1.
-        router: what must stay where experts go whole.
-        options: what `selection_options` returned.
+        router: what must stay if whole experts are removed.
+        options: from `selection_options`.
 
     Raises:
         ValueError: the ratio is out of range, the scores hold NaN, or the budget cannot be met.
@@ -121,7 +127,7 @@ def select_masks(
 def _override(
     method: str, known: Mapping[str, Option], given: Mapping[str, Any], beside: Mapping[str, Option]
 ) -> dict[str, Any]:
-    """The defaults of `known`, overridden; options of `beside` are left alone."""
+    """The defaults of `known`, overridden; options of `beside` are ignored."""
     options: dict[str, Any] = {name: option.default for name, option in known.items()}
     for name, value in given.items():
         if value is None or name in beside:
@@ -138,8 +144,13 @@ def _override(
     return options
 
 
-def _check_options(method: Method, others: Mapping[str, Method]) -> None:
-    """Refuse options that cannot stand on one command line with those of the other methods."""
+def _check_method(method: Method, others: Mapping[str, Method]) -> None:
+    """Refuse options that conflict with those of other methods on one command line, and unknown
+    needs.
+    """
+    for name in method.needs:
+        if name not in OPTIONAL:
+            raise ValueError(f"it needs {name!r}; wanted names among {', '.join(OPTIONAL)}")
     for name, option in {**method.options, **method.selection}.items():
         if not name.isidentifier() or name in RESERVED:
             raise ValueError(f"its option {name!r} cannot have that name")

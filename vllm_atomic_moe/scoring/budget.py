@@ -1,7 +1,7 @@
-"""Budget: how many atoms go, and which.
+"""Budget: how many atoms are removed, and which.
 
-Among equal scores, the lower layer goes first, then the lower expert, then the lower atom. So masks
-are the same on every machine, and nested in the ratio (at alignment 1).
+Of equal scores, the lower layer is removed first, then the lower expert, then the lower atom. So
+masks are the same on every machine, and nested in the ratio (at alignment 1).
 
 Legend: L layers, E experts, I full intermediate size, F_e kept width of an expert.
 """
@@ -24,11 +24,11 @@ def prune_atoms(
     align: int = 1,
     min_width: int = 0,
 ) -> Masks:
-    """Remove the atoms with the lowest scores; an expert without any stays routable.
+    """Remove the atoms with the lowest scores; an expert without atoms stays routable.
 
     Args:
         scores: layer index -> scores, layers ascending; not modified.
-        ratio: fraction of atoms to remove; round(ratio · atoms) go, counted by `scope`.
+        ratio: fraction of atoms to remove: round(ratio · atoms), counted by `scope`.
         scope: "global", all layers compete; "layer", every layer loses the same; "expert", every
             expert does.
         align: every width becomes a multiple of it (see `align_widths`); by "expert" the same one,
@@ -36,7 +36,7 @@ def prune_atoms(
         min_width: atoms that every expert keeps, rounded up to a multiple of `align`.
 
     Raises:
-        ValueError: an option is out of range, or more atoms would have to go than may.
+        ValueError: an option is out of range, or too few atoms may be removed.
     """
     atoms = {layer: of_layer.atoms for layer, of_layer in scores.items()}
     size = next(iter(atoms.values())).shape[1]
@@ -91,7 +91,7 @@ def check_align(align: int, size: int) -> None:
 def align_masks(
     atoms: Mapping[int, torch.Tensor], keep: Mapping[int, torch.Tensor], align: int
 ) -> dict[int, torch.Tensor]:
-    """Round every width to a multiple of `align`, moving the fewest, least important atoms.
+    """Round every width to a multiple of `align`, changing the fewest, least important atoms.
 
     The total of kept atoms changes by at most half a unit, and that of each layer by at most one:
     each layer carries its rounding error to the next.
@@ -115,11 +115,11 @@ def align_masks(
 def align_widths(
     widths_E: torch.Tensor, score_EI: torch.Tensor, align: int, carry: int = 0
 ) -> torch.Tensor:
-    """Neighboring multiples of `align`, whose sum is the one nearest to the widths' plus `carry`.
+    """Neighboring multiples of `align` with the sum nearest to that of the widths plus `carry`.
 
-    With r the width's remainder, rounding up moves align − r atoms and rounding down r. So the
-    largest remainders go up, which moves the fewest. Among equal remainders, those go up whose
-    atoms between the two multiples score highest.
+    With r the width's remainder, rounding up changes align − r atoms and rounding down r. So the
+    largest remainders are rounded up, which changes the fewest. Of equal remainders, those with the
+    highest scores between the two multiples are rounded up.
 
     Returns:
         int64 [E].
@@ -146,7 +146,7 @@ def top_atoms(score_EI: torch.Tensor, widths_E: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(width: int, align: int) -> int:
-    """The multiple nearest to a width, up of two; not 0, which would prune whole experts."""
+    """The multiple nearest to a width, the upper of two; not 0, which would prune whole experts."""
     return max((2 * width + align) // (2 * align), min(width, 1)) * align
 
 
@@ -155,7 +155,7 @@ def _top(score_EI: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _rank(score_EI: torch.Tensor) -> torch.Tensor:
-    """Position of every atom among those of its expert, lowest score first: int64 [E, I]."""
+    """Rank of every atom in its expert, lowest score first: int64 [E, I]."""
     return score_EI.argsort(dim=1, stable=True).argsort(dim=1)
 
 

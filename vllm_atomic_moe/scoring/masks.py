@@ -13,11 +13,11 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerScores:
-    """Scores of one layer, higher = more important; +inf stays, whatever else goes.
+    """Scores of one layer, higher = more important; +inf is never removed.
 
     Attributes:
         atoms: float32 [E, I]; methods that score whole experts give all atoms the expert's score.
-        experts: float32 [E] from methods that score experts beside atoms (tenp), else None.
+        experts: float32 [E] from methods that also score experts (tenp), else None.
     """
 
     atoms: torch.Tensor
@@ -25,7 +25,7 @@ class LayerScores:
 
     @classmethod
     def whole(cls, score_E: torch.Tensor, size: int) -> LayerScores:
-        """Every one of `size` atoms carries the score of its expert."""
+        """Give all `size` atoms the score of their expert."""
         return cls(score_E.float()[:, None].expand(-1, size).contiguous())
 
     def protect(self, experts_E: torch.Tensor) -> LayerScores:
@@ -47,7 +47,7 @@ class Masks:
 
     Attributes:
         keep: layer index -> bool [E, I], True where an atom stays.
-        routable: layer index -> bool [E], where whole experts leave the router.
+        routable: layer index -> bool [E], False for experts that leave the router.
         metadata: strings for the profile (method, ...), from a file.
         warnings: about the file, one line each.
     """
@@ -59,6 +59,6 @@ class Masks:
 
     @classmethod
     def whole(cls, routable: Mapping[int, torch.Tensor], size: int) -> Masks:
-        """Experts of `size` atoms that stay or go whole."""
+        """Masks of experts of `size` atoms that are kept or removed whole."""
         keep = {layer: mask[:, None].expand(-1, size) for layer, mask in routable.items()}
         return cls({layer: mask.contiguous() for layer, mask in keep.items()}, routable)

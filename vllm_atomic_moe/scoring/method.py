@@ -1,4 +1,4 @@
-"""What a method of pruning is. `methods/` has ours; installed packages bring others.
+"""The definition of a pruning method. `methods/` has ours; installed packages add others.
 
 Legend: E experts, I full intermediate size.
 """
@@ -22,14 +22,14 @@ class Option:
     """An option of a method; `weight_by_frequency` is `--weight-by-frequency` on the command line.
 
     Attributes:
-        default: what it is where it is not given; None leaves it to the method.
+        default: the value if it is not given; None leaves it to the method.
         help: one sentence, without the method's name.
-        kind: bool, int, float or str; None stands for the type of `default`.
-        shown: the default for people, where `default` is None.
-        metavar: the value for people; None stands for the kind.
+        kind: bool, int, float or str; None means the type of `default`.
+        shown: the default in help texts, if `default` is None.
+        metavar: the value in help texts; None means the kind.
 
     Raises:
-        ValueError: the kind is another, or not that of the default.
+        ValueError: the kind is none of these, or not that of the default.
     """
 
     default: Value | None
@@ -55,7 +55,7 @@ class Option:
         return type(value) in kinds
 
 
-# Methods that score atoms by tokens have this option, and are protected unless it is set.
+# Methods that score atoms by tokens have this option; they protect such experts unless it is set.
 UNSEEN: Mapping[str, Option] = MappingProxyType(
     {
         "allow_unseen": Option(
@@ -94,14 +94,15 @@ class Method:
 
     Attributes:
         score_layer: (`LayerSums` of the layer, layer index, **options) -> LayerScores of that layer
-            alone; higher = more important, +inf stays, NaN is refused.
-        help: one line: what it scores.
+            alone; higher = more important, +inf is never removed, NaN is refused.
+        help: one line that says what it scores.
         select: (LayerScores by layer, ratio, **selection) -> Masks; with `whole_experts`,
             (LayerScores by layer, ratio, RouterNeeds, **selection) -> Masks.
-        options: options of `score_layer` by name; a method that has `UNSEEN` among them keeps
-            experts with few tokens whole unless it is set, and `score_layer` is not given it.
+        options: options of `score_layer` by name; a method with `UNSEEN` keeps experts with few
+            tokens whole unless it is set, and `score_layer` does not get it.
         selection: options of `select` by name.
-        whole_experts: it removes whole experts, and the router must be left what it needs.
+        whole_experts: whether it removes whole experts; then the router keeps what it needs.
+        needs: sums that `score_layer` reads and that a calibration may leave out.
     """
 
     score_layer: Callable[..., LayerScores]
@@ -110,3 +111,4 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     selection: Mapping[str, Option] = field(default_factory=lambda: ATOM_SELECTION)
     whole_experts: bool = False
+    needs: tuple[str, ...] = ()

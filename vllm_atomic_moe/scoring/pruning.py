@@ -37,8 +37,8 @@ def score_statistics(
     Args:
         statistics: from calibration; not modified.
         method: a key of `scoring.known_methods().entries`.
-        given: the method's options by name, those of masks are left alone; None means "not given".
-        domains: score by these domains only; by all, if None.
+        given: the method's options by name, those of masks are ignored; None means "not given".
+        domains: score by these domains only; None means all.
 
     Raises:
         ValueError: no method is given, the method or domain does not exist, the method lacks an
@@ -67,13 +67,13 @@ def load_scores(
 
     Args:
         path: either kind of file.
-        method: wanted for statistics; for scores None or the method they were made with.
-        given: the method's options by name, of scores for statistics only, those of masks are left
-            alone; None means "not given".
+        method: required for statistics; for scores None or the method that made them.
+        given: the method's options by name, those of scores for statistics only, those of masks
+            are ignored; None means "not given".
         domains: score by these domains only, for statistics only.
 
     Raises:
-        ValueError: the file is neither or invalid, or method and options do not fit it.
+        ValueError: the file is neither, or invalid, or method and options do not fit it.
     """
     with open_safetensors(path) as (metadata, _):
         kind = metadata.get("format")
@@ -107,13 +107,12 @@ def make_profile(
     Args:
         scores: not modified.
         ratio: fraction of atoms (of experts, for whole-expert methods) to remove, 0 <= ratio < 1.
-        name: of the profile; METHOD-PERCENT if None, as in heapr-25.
-        given: the method's options by name, those of scores are left alone; None means "not
-            given".
+        name: of the profile; None means METHOD-PERCENT, as in heapr-25.
+        given: the method's options by name, those of scores are ignored; None means "not given".
 
     Raises:
-        ValueError: the ratio is out of range, the method has no such option, the budget cannot be
-            met, the name is not allowed, or the method is of a package that is not installed.
+        ValueError: the ratio is out of range, the method lacks an option, the budget cannot be
+            met, the name is not allowed, or the package of the method is not installed.
     """
     if scores.package and scores.method not in known_methods().entries:
         raise ValueError(
@@ -131,9 +130,9 @@ def make_profile(
 
 
 def unknown_groups(scores: Scores, profile: PruningProfile) -> str | None:
-    """One line if a profile masks a router of which it is not known whether it has groups.
+    """One line if a profile masks a router and the calibration does not tell if it has groups.
 
-    Statistics of earlier versions do not tell; `make_profile` then takes it to have none.
+    Statistics of earlier versions do not tell; `make_profile` then assumes none.
     """
     if not profile.masks_routing or "expert_groups" in scores.calibration:
         return None
@@ -145,7 +144,7 @@ def unknown_groups(scores: Scores, profile: PruningProfile) -> str | None:
 
 
 def _router_needs(scores: Scores) -> RouterNeeds:
-    """What calibration noted of the router; methods that prune atoms do without."""
+    """The router's needs, from the calibration; methods that prune atoms do not use them."""
     if not known_methods().entries.get(scores.method, FOREIGN).whole_experts:
         return RouterNeeds(1)
     top_k, told = (scores.calibration.get(key) for key in ("experts_per_token", "expert_groups"))

@@ -1,4 +1,4 @@
-"""What a method that prunes whole experts must leave the router.
+"""The experts that a router needs, which methods that prune whole experts must keep.
 
 Legend: E experts, K experts per token.
 """
@@ -15,11 +15,11 @@ from vllm_atomic_moe.files.router import ExpertGroups
 
 @dataclass(frozen=True, slots=True)
 class RouterNeeds:
-    """Which experts a router cannot do without, whatever else is pruned whole.
+    """The experts that a router cannot do without.
 
     Attributes:
         experts_per_token: K.
-        groups: its expert groups; None where it chooses among all experts.
+        groups: its expert groups; None if it chooses among all experts.
     """
 
     experts_per_token: int
@@ -32,7 +32,7 @@ class RouterNeeds:
             order_E: int64 [E], the experts from the best to the worst.
 
         Returns:
-            bool [E], by expert. What stays passes `ExpertGroups.fault`, with or without others.
+            bool [E], by expert. These pass `ExpertGroups.fault`, with or without others.
         """
         experts, number, least = order_E.numel(), 1, self.experts_per_token
         if self.groups is not None:

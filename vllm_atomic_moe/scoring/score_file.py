@@ -1,6 +1,6 @@
 """The score file: `layers.{i}.score` float32 [E, I] per MoE layer, higher = more important.
 
-Methods that score experts beside atoms (tenp) add `layers.{i}.expert_score` float32 [E].
+Methods that also score experts (tenp) add `layers.{i}.expert_score` float32 [E].
 
 Legend: E experts, I full intermediate size.
 """
@@ -69,7 +69,7 @@ class Scores:
 
         Raises:
             ValueError: the file is broken, of another format or version, or its tensors do not
-                have the shapes its own metadata promises.
+                have the shapes of its own metadata.
         """
         metadata, layers = read_layers(path, FORMAT, FORMAT_VERSION, ("score",), ("expert_score",))
         if not metadata.get("method"):
@@ -102,7 +102,7 @@ class Scores:
         return tensors
 
     def metadata(self) -> dict[str, str]:
-        """What a profile made from these scores inherits."""
+        """Metadata that a profile made from these scores inherits."""
         options = {"method_options": json.dumps(dict(self.options))} if self.options else {}
         package = {"method_package": self.package} if self.package else {}
         return {

@@ -1,4 +1,4 @@
-"""Whole experts: those with the lowest scores go, and every layer keeps what its router needs.
+"""Remove whole experts with the lowest scores, and keep what every layer's router needs.
 
 Legend: E experts.
 """
@@ -20,23 +20,23 @@ def prune_experts(
 ) -> Masks:
     """Remove the experts with the lowest scores.
 
-    Of equal scores the one in the lower layer, then the lower expert goes first.
+    Of equal scores the lower layer is removed first, then the lower expert.
 
     Args:
         scores: layer index -> scores, layers ascending; not modified.
-        ratio: fraction of experts to remove; round(ratio · experts) go, counted by `scope`.
+        ratio: fraction of experts to remove: round(ratio · experts), counted by `scope`.
         router: what must stay.
         scope: "global", all layers compete; "layer", every layer loses the same; "group", every
             group of a router does (a router without groups is one).
 
     Raises:
-        ValueError: another scope, or more experts would have to go than may.
+        ValueError: another scope, or too few experts may be removed.
     """
     if scope not in WHOLE_SCOPES:
         raise ValueError(f"scope {scope!r}: experts go whole; wanted {', '.join(WHOLE_SCOPES)}")
     score_LE = torch.stack([of_layer.atoms[:, 0] for of_layer in scores.values()])
     size = next(iter(scores.values())).atoms.shape[1]
-    # Of equal scores the lower expert goes first, so the best are the last of the ascending order.
+    # Of equal scores the lower expert is removed first, so the best are last in ascending order.
     fixed_LE = torch.stack(
         [router.must_stay(score_E.argsort(stable=True).flip(0)) for score_E in score_LE]
     )

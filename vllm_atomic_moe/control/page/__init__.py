@@ -1,7 +1,7 @@
-"""The operator's page: static files that hold nothing of the server, so that they need no key.
+"""The operator's page: static files with nothing about the server, so that they need no key.
 
-What the page shows it asks of the admin endpoint, with the key that its user gives; the browser
-keeps that key for the tab only.
+The page asks the admin endpoint for what it shows, with the key that its user enters; the browser
+keeps the key for the tab only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 HEADERS = {
-    # Nothing inline, nothing from other hosts, no text that becomes markup, no frame around it.
+    # No inline code, no other hosts, no text that becomes markup, no frame around the page.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
@@ -43,7 +43,7 @@ async def get_page() -> Response:
 
 @router.api_route("/page/{name}", methods=["GET", "HEAD"])
 async def get_file(name: str) -> Response:
-    """One of the files that the page consists of; 404 for any other name."""
+    """One of the page's files; 404 for any other name."""
     return _answer(name)
 
 

@@ -1,9 +1,9 @@
-// The server: the admin endpoint with the admin key, the API under /v1 with its own. Both keys live
+// The server: the admin endpoint with the admin key, the API under /v1 with its own key. Both keys are
 // in the session storage of the tab, and neither is ever sent to the other's routes.
 
 const ADMIN = "atomic-moe-admin-key";
 const SERVING = "atomic-moe-serving-key";
-// More than all of a change's own time-outs.
+// More than the sum of a change's own timeouts.
 const ANSWER_TIMEOUT_MS = 180_000;
 
 /** An answer that is not a success, or none: then `status` is 0. */
@@ -94,7 +94,7 @@ function parsed(text, status) {
   try {
     return JSON.parse(text);
   } catch {
-    throw new ApiError(status, "", "the answer is not of a vLLM server");
+    throw new ApiError(status, "", "the answer is not from a vLLM server");
   }
 }
 

@@ -1,4 +1,4 @@
-// The same prompt, answered by two profiles side by side.
+// Two profiles answer the same prompt side by side.
 
 import { models, servingKey, stream } from "./api.js";
 import { byId, element, say, setOptions, setText } from "./dom.js";
@@ -118,14 +118,14 @@ function request() {
 class Side {
   text = "";
   #article;
-  #begun = 0; // when it was asked, and when its first and latest tokens came
+  #begun = 0; // times of the request and of its first and latest tokens
   #first = 0;
   #latest = 0;
   #atFirst = 0; // tokens of the first event
   #tokens = 0;
   #profile = "";
   #trouble = "";
-  complete = false; // the whole answer is there
+  complete = false; // the answer is complete
 
   constructor(article) {
     this.#article = article;

@@ -1,4 +1,4 @@
-// The operator's page: signs in, asks the server for its status once a second, shows it.
+// The operator's page: signs in, asks the server for its status once a second, and shows it.
 
 import { admin, adminKey, servingKey } from "./api.js";
 import { Compare } from "./compare.js";
@@ -10,9 +10,9 @@ const POLL_MS = 1000;
 const SLOW_MS = 3000;
 
 let timer = null;
-let turn = null; // the question that is under way
+let turn = null; // the open question
 let away = false;
-let shown = null; // generation of the profiles that are shown; null: to be asked for
+let shown = null; // generation of the shown profiles; null: ask for them
 
 const compare = new Compare();
 const widths = new Widths((name) => table.select(name));
@@ -44,13 +44,13 @@ byId("login-form").addEventListener("submit", async (event) => {
 
 byId("sign-out").addEventListener("click", () => {
   signOut("");
-  location.reload(); // nothing of what was shown stays in memory
+  location.reload(); // nothing stays in memory
 });
 
 function open() {
   byId("login").hidden = true;
   byId("console").hidden = false;
-  shown = null; // it may be another server by now
+  shown = null; // it may be another server now
   poll();
 }
 
@@ -119,7 +119,7 @@ function reached() {
 function lost(words) {
   away = true;
   setState("no answer");
-  say(byId("trouble"), `${words} What you see is what it said last; asking again every second.`);
+  say(byId("trouble"), `${words} The page shows its last answer and asks again every second.`);
 }
 
 function setState(words) {

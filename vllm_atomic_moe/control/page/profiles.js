@@ -1,4 +1,4 @@
-// The table of profiles: what they keep, what they do now, and the buttons that change it.
+// The table of profiles: kept atoms, live requests, and the buttons for changes.
 
 import { admin } from "./api.js";
 import { byId, bytes, count, element, fill, percent, say, setText } from "./dom.js";
@@ -20,19 +20,19 @@ const STATES = {
   loaded: "requests may name it",
   servable: "all of its atoms are in memory: it can be loaded",
   "not in memory": "it needs a restart that lists it in `resident`",
-  "file gone": "loaded from a file that is not in the directory any more",
+  "file gone": "loaded from a file that is no longer in the directory",
 };
 
 export class ProfileTable {
   #rows = new Map(); // name -> {row, cells, buttons, history, state}
-  #profiles = new Map(); // name -> what the directory says; those that are loaded with widths
+  #profiles = new Map(); // name -> the directory's answer; loaded ones with widths
   #selected = null;
   #status = null;
   #busy = false;
   #reachable = true;
   #events;
 
-  /** `changed()` after every change made here, `selected(name, profile)` when one is chosen. */
+  /** Calls `changed()` after every change made here, `selected(name, profile)` at a choice. */
   constructor(events) {
     this.#events = events;
     byId("refusal-close").addEventListener("click", () => this.#refuse(""));
@@ -47,7 +47,7 @@ export class ProfileTable {
       try {
         found.set(name, await admin("GET", `profiles/${name}`));
       } catch (error) {
-        if (error.status !== 404 && error.status !== 409) throw error; // it vanished meanwhile
+        if (error.status !== 404 && error.status !== 409) throw error; // else it was removed
       }
     }
     this.#profiles = found;

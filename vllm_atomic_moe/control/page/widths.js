@@ -1,8 +1,8 @@
-// The heat map: layers down, experts to the right, the darker the wider.
+// The heat map: layers down, experts to the right; darker is wider.
 
 import { byId, count, element, percent, setOptions, setText } from "./dom.js";
 
-const LEFT = 34; // pixels for the layers' numbers
+const LEFT = 34; // pixels for the numbers of layers
 const TOP = 18; // and for the experts'
 const LEVELS = 64; // of color
 
@@ -11,7 +11,7 @@ export class Widths {
   #layers = []; // [layer, width of every expert]
   #full = 0; // intermediate size
   #cell = { width: 0, height: 0 };
-  #at = null; // [row, expert] that is pointed to
+  #at = null; // [row, expert] under the pointer
   #canvas = byId("map-canvas");
 
   /** `choose(name)` is called when another profile is chosen here. */
@@ -28,7 +28,7 @@ export class Widths {
     new ResizeObserver(() => this.#draw()).observe(byId("map"));
   }
 
-  /** Show a profile: what `GET profiles/{name}` answers, or undefined where its file is gone. */
+  /** Show a profile: the answer to `GET profiles/{name}`, or undefined if its file is gone. */
   show(name, profile, names = []) {
     setOptions(byId("widths-profile"), names, name);
     byId("widths-profile").value = name;
@@ -49,7 +49,7 @@ export class Widths {
         ? `${this.#layers.length} layers of ${experts} experts of ${count(this.#full)} atoms: ` +
             `${percent(profile.kept)} kept, ${count(all.filter((width) => !width).length)} of ` +
             `${count(all.length)} experts have width 0`
-        : "Its file is not in the directory any more.",
+        : "Its file is no longer in the directory.",
     );
     this.#canvas.setAttribute("aria-label", `Widths of ${name}, layers by experts`);
     this.#pointTo(null);

@@ -1,4 +1,4 @@
-"""Exporting: a checkpoint and a profile become a checkpoint that holds the profile's atoms only.
+"""Export a checkpoint that holds the atoms of one profile only.
 
 `files/export_format.py` describes an exported checkpoint. `rows` reads experts in any known layout,
 `place` prepares the directory, `export` runs the conversion. Nothing here imports vllm or

@@ -1,6 +1,6 @@
 """Quantized experts of a checkpoint as packed codes and the tables that decode them.
 
-Codes and scales keep their bits. Every expert is read by itself, tables without the codes.
+Codes and scales keep their bits. Each expert is read separately, and its tables without the codes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_atomic_moe.files.quantization import IGNORED, Scheme, stored_tables
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
-# (one of PACKED_ROWS, expert, whether codes are wanted) -> the expert's rows.
+# (one of PACKED_ROWS, expert, whether to read codes) -> the expert's rows.
 Rows = Callable[[str, int, bool], Encoded]
 
 
@@ -35,9 +35,9 @@ class LayerCodes:
     """The experts of one layer, quantized.
 
     Attributes:
-        scheme: how the checkpoint says it.
-        row_format: how packed rows are then encoded.
-        rows: gives the rows of one expert.
+        scheme: the checkpoint's quantization.
+        row_format: the encoding of the packed rows.
+        rows: returns the rows of one expert.
     """
 
     scheme: Scheme
@@ -78,10 +78,10 @@ class LayerCodes:
 
 
 def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerCodes:
-    """How the experts of one layer are stored, as `find_rows` of plain ones.
+    """How the experts of one layer are stored, like `find_rows` for plain ones.
 
     Raises:
-        ValueError: a part of an expert is missing, or none of the scheme's.
+        ValueError: a part of an expert is missing, or does not belong to the scheme.
     """
     scheme, sizes = info.scheme(layer), (info.hidden_size, info.intermediate_size)
     form = row_format(scheme, *sizes)
@@ -138,7 +138,7 @@ def _stored(
 
 
 def _parts(names: LayerNames, part: str, expert: int) -> tuple[bool, Mapping[str, str]]:
-    """Whether tensors are of all experts, and what there is of one projection -> name."""
+    """Whether tensors hold all experts, and part of one projection -> name."""
     projection = part.removesuffix("_t")
     if found := names.known.get((projection, expert)):
         return False, found
@@ -147,5 +147,5 @@ def _parts(names: LayerNames, part: str, expert: int) -> tuple[bool, Mapping[str
 
 
 def _of_expert(whole: torch.Tensor, part: str, expert: int) -> torch.Tensor:
-    """One expert's of all experts'; gate and up alternate."""
+    """One expert's part of a tensor of all experts; gate and up alternate."""
     return whole[expert] if part == "down_t" else whole[expert][("gate", "up").index(part) :: 2]

@@ -11,9 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
 
 from vllm_atomic_moe.convert.exporting.packed import plan_packed
 from vllm_atomic_moe.convert.exporting.place import (
@@ -59,6 +64,7 @@ class ExportResult:
         experts: experts of a layer.
         width: atoms of every expert of an ordinary checkpoint; None in one of our own.
         warnings: one line each.
+        refit: report of what was fitted anew, if anything was.
     """
 
     directory: Path
@@ -70,6 +76,20 @@ class ExportResult:
     experts: int
     width: int | None
     warnings: list[str]
+    refit: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """Down projections that were fitted anew.
+
+    Attributes:
+        down_t_PH: layer index -> columns of down_proj of the atoms that stay, experts ascending.
+        report: what the index of the shards is to say of it; JSON.
+    """
+
+    down_t_PH: Mapping[int, torch.Tensor]
+    report: Mapping[str, Any]
 
 
 def export(
@@ -78,6 +98,7 @@ def export(
     output: Path,
     *,
     plain: bool = False,
+    refit: Callable[[PruningProfile], Refitted] | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress = lambda done, total: None,
 ) -> ExportResult:
@@ -88,6 +109,7 @@ def export(
         profile: the profile file.
         output: the directory to make; an export of the same model and profile is replaced.
         plain: write an ordinary checkpoint, in the layout of the model, for every engine.
+        refit: gives down_proj's columns anew; called when nothing speaks against the export.
         shard_bytes: size of a shard at most, unless one tensor is larger.
         on_progress: called after every piece written.
 
@@ -101,10 +123,12 @@ def export(
     info = describe_checkpoint(directory)
     chosen = PruningProfile.read(profile)
     warnings = chosen.check(info)
+    notes: dict[str, Any] = {}
     files = plan_files(directory)
     with Shards(directory) as source:
         settings = config_file(directory).name
-        plan = (plan_plain if plain else plan_packed)(directory, source, info, chosen)
+        make_plan = partial(plan_plain if plain else plan_packed, directory, source, info, chosen)
+        plan = make_plan()
         if not plain:
             files[f"atomic_profiles/{chosen.name}.safetensors"] = profile
         shards = split_shards(plan, shard_bytes)
@@ -113,7 +137,12 @@ def export(
             check_replaced(output, info, chosen, plan, {*shards, index, *files, settings})
             copied = sum(path.stat().st_size for path in files.values())
             check_space(output, sum(tensor.nbytes for tensor in plan.tensors) + copied)
-            write_weights(work, shards, plan, on_progress)
+            if refit is not None:
+                refitted = refit(chosen)
+                plan = make_plan(refitted=refitted.down_t_PH)
+                shards = split_shards(plan, shard_bytes)
+                notes = {"refit": dict(refitted.report)}
+            write_weights(work, shards, plan, on_progress, notes)
             for name, path in sorted(files.items()):
                 _write_file(work / name, path)
             # Last: without it nothing takes the directory for a checkpoint.
@@ -132,6 +161,7 @@ def export(
         experts=plan.experts,
         width=plan.width,
         warnings=warnings,
+        refit=notes.get("refit"),
     )
 
 
@@ -175,6 +205,7 @@ def write_weights(
     shards: dict[str, list[StreamedTensor]],
     plan: Plan,
     on_progress: Progress = lambda done, total: None,
+    notes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """The shards and their index, which says what they are.
 
@@ -183,6 +214,7 @@ def write_weights(
         shards: as `split_shards` gives them.
         plan: the checkpoint.
         on_progress: called after every piece written.
+        notes: as of `export`.
 
     Raises:
         ValueError: the source changed while it was read.
@@ -201,7 +233,8 @@ def write_weights(
     weight_map = {
         tensor.name: Path(name).name for name, tensors in shards.items() for tensor in tensors
     }
-    index = {"metadata": {**plan.metadata, "total_size": total}, "weight_map": weight_map}
+    metadata = {**notes, **plan.metadata, "total_size": total}
+    index = {"metadata": metadata, "weight_map": weight_map}
     _write_file(work / plan.folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from vllm_atomic_moe.convert.exporting.codes import find_codes
 from vllm_atomic_moe.convert.exporting.plan import Plan, copied
 from vllm_atomic_moe.convert.exporting.rows import (
     PLAIN_DTYPES,
+    LayerRows,
     find_biases,
     find_rows,
     natural,
+    refitted_rows,
     split_names,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
@@ -32,21 +35,39 @@ from vllm_atomic_moe.files.export_format import (
     ROW_FORMATS,
     packed_offsets,
 )
-from vllm_atomic_moe.files.layouts import PACKED_ROWS, expert_tensor, packed_name
+from vllm_atomic_moe.files.layouts import (
+    PACKED_ROWS,
+    PACKED_TABLES,
+    expert_tensor,
+    packed_name,
+)
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
+# Of rows that were fitted anew, where the model's are quantized.
+REFITTED_DTYPE = "BF16"
+
 
 def plan_packed(
-    directory: Path, source: Shards, info: CheckpointInfo, profile: PruningProfile
+    directory: Path,
+    source: Shards,
+    info: CheckpointInfo,
+    profile: PruningProfile,
+    refitted: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> Plan:
     """The checkpoint that holds the packed rows of a profile.
+
+    Args:
+        directory, source, info: the model.
+        profile: the profile.
+        refitted: layer index -> down_proj's columns of the atoms that stay, [P, H], where they are
+            not the model's.
 
     Raises:
         ValueError: the experts are not stored in a way that is understood.
     """
-    tensors = plan_tensors(source, info, profile)
+    tensors = plan_tensors(source, info, profile, refitted)
     formats = row_formats(info, tensors)
     metadata = {
         "format": EXPORT_FORMAT,
@@ -59,9 +80,12 @@ def plan_packed(
 
 
 def plan_tensors(
-    source: Shards, info: CheckpointInfo, profile: PruningProfile
+    source: Shards,
+    info: CheckpointInfo,
+    profile: PruningProfile,
+    refitted: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> list[StreamedTensor]:
-    """All tensors of the export, in the order of their names.
+    """All tensors of the export, in the order of their names; arguments as of `plan_packed`.
 
     Raises:
         ValueError: the experts are not stored in a way that is understood.
@@ -70,10 +94,18 @@ def plan_tensors(
     planned = [copied(source, name) for name in others]
     for layer, names in experts.items():
         find = find_rows if info.scheme(layer).kind == "plain" else find_codes
-        for found in (find(source, info, layer, names), find_biases(source, info, layer, names)):
-            if found is not None:
-                naming = partial(packed_name, info.blocks[layer])
-                planned += found.packed(naming, profile.keep[layer], info.hidden_size)
+        rows = find(source, info, layer, names)
+        naming = partial(packed_name, info.blocks[layer])
+        of_layer = [*rows.packed(naming, profile.keep[layer], info.hidden_size)]
+        if layer in refitted:
+            dtype = rows.dtype if isinstance(rows, LayerRows) else REFITTED_DTYPE
+            own = [naming("down_t", of) for of in ("weight", *PACKED_TABLES)]
+            of_layer = [tensor for tensor in of_layer if tensor.name not in own]
+            of_layer.append(refitted_rows(naming, dtype, refitted[layer]))
+        biases = find_biases(source, info, layer, names)
+        if biases is not None:
+            of_layer += biases.packed(naming, profile.keep[layer], info.hidden_size)
+        planned += of_layer
         planned += _index(info.blocks[layer], profile.keep[layer])
     return sorted(planned, key=lambda tensor: natural(tensor.name))
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -51,12 +53,14 @@ class Block:
         routers: names of its router's tensors.
         routable_E: bool [E], R of them True.
         keep_EI: bool [E, I], F of every row that stays.
+        down_t_PH: columns of down_proj that were fitted anew, of all atoms that stay.
     """
 
     names: LayerNames
     routers: list[str]
     routable_E: torch.Tensor
     keep_EI: torch.Tensor
+    down_t_PH: torch.Tensor | None = None
 
     @property
     def experts(self) -> list[int]:
@@ -65,9 +69,13 @@ class Block:
 
 
 def plan_plain(
-    directory: Path, source: Shards, info: CheckpointInfo, profile: PruningProfile
+    directory: Path,
+    source: Shards,
+    info: CheckpointInfo,
+    profile: PruningProfile,
+    refitted: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> Plan:
-    """The ordinary checkpoint of a profile.
+    """The ordinary checkpoint of a profile; arguments as of `plan_packed`.
 
     Raises:
         ValueError: the profile or the model does not allow one; one line that says why, and which
@@ -77,13 +85,18 @@ def plan_plain(
         raise ValueError(
             f"{directory}: holds packed rows of an earlier export; --plain needs the original model"
         )
+    if profile.compensation:
+        raise ValueError(
+            f"profile {profile.name!r} is compensated, which an ordinary checkpoint cannot say; "
+            "use one that is not, with --refit"
+        )
     experts, width = one_shape(info, profile)
     config = read_config(directory)
-    if width < info.intermediate_size:
+    if width < info.intermediate_size or refitted:
         _check_plain_weights(info, profile)
         check_width_is_named(directory, config, info, list(source.where))
     num_layers = config.get("num_hidden_layers", 1 << 30)
-    blocks = _blocks(source, info, profile, num_layers, experts, width)
+    blocks = _blocks(source, info, profile, num_layers, experts, width, refitted)
     for name in (name for block in blocks for name in block.names.all_of("weight").values()):
         if source.shape(name)[0] == info.num_experts * info.intermediate_size:
             raise ValueError(
@@ -181,6 +194,7 @@ def _blocks(
     num_layers: int,
     experts: int,
     width: int,
+    refitted: Mapping[int, torch.Tensor],
 ) -> list[Block]:
     """The decoder's MoE blocks, and those of a prediction head.
 
@@ -209,6 +223,7 @@ def _blocks(
     for block, of_block in names.items():
         routers = router_names(source.where, {layers.get(block, num_layers): block})
         [of_router] = routers.values()
+        down_t_PH = refitted.get(layers.get(block, -1))
         if block in layers:
             layer = layers[block]
             routable_E, keep_EI = profile.routable_experts(layer), profile.keep[layer]
@@ -219,7 +234,7 @@ def _blocks(
             keep_EI = _largest_atoms(source, info, of_block, width)
         else:
             raise ValueError(f"{block}: experts outside of the decoder; they are not exported")
-        blocks.append(Block(of_block, of_router, routable_E, keep_EI))
+        blocks.append(Block(of_block, of_router, routable_E, keep_EI, down_t_PH))
     return blocks
 
 
@@ -263,14 +278,18 @@ def _experts(
     atoms = {expert: block.keep_EI[expert].nonzero().flatten() for expert in position}
     narrow = width < info.intermediate_size
     weights = block.names.all_of("weight")
+    fused = weights and all(expert is None for _, expert in weights)
     transposed = False
-    if narrow and weights and all(expert is None for _, expert in weights):
+    if fused and (narrow or block.down_t_PH is not None):
         transposed = are_transposed(source, info, {part: n for (part, _), n in weights.items()})
     interleaved = bool(block.names.all_of("bias"))
     tensors: list[StreamedTensor] = []
     for (part, expert), quantities in known.items():
         for quantity, name in quantities.items():
-            if expert is None:
+            if block.down_t_PH is not None and (part, quantity) == ("down", "weight"):
+                if expert is None or expert in position:
+                    tensors.append(_refitted(source, name, block, expert, transposed, position))
+            elif expert is None:
                 axis = _atom_axis(part, quantity, transposed) if narrow else None
                 tensors.append(_fused(source, name, part, axis, atoms, interleaved))
             elif expert in position:
@@ -320,6 +339,28 @@ def _fused(
         shape[axis] = len(columns(next(iter(atoms.values()))))
     nbytes = source.tensor(name)[0].nbytes * math.prod(shape) // before * len(atoms)
     return StreamedTensor(name, source.dtype(name), (len(atoms), *shape), nbytes, pieces)
+
+
+def _refitted(
+    source: Shards,
+    name: str,
+    block: Block,
+    expert: int | None,
+    transposed: bool,
+    position: Mapping[int, int],
+) -> StreamedTensor:
+    """The down projection of one expert, or of all, from columns that were fitted anew."""
+    assert block.down_t_PH is not None
+    columns = block.down_t_PH.to(PLAIN_DTYPES[source.dtype(name)])
+    rows_RFH = columns.view(len(block.experts), -1, columns.shape[1])
+    if expert is not None:
+        name = _renumbered(name, expert, position[expert])
+        matrix = rows_RFH[position[expert]].t()
+    else:
+        matrix = rows_RFH if transposed else rows_RFH.transpose(1, 2)
+    shape = tuple(matrix.shape)
+    pieces = [matrix.contiguous()]
+    return StreamedTensor(name, source.dtype(name), shape, pieces[0].nbytes, partial(iter, pieces))
 
 
 def _narrow(

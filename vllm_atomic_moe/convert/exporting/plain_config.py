@@ -1,4 +1,4 @@
-"""config.json of an ordinary checkpoint: what it must say anew, and where it cannot."""
+"""config.json of an ordinary checkpoint: its new numbers, and models that cannot have them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vllm_atomic_moe.files.config import (
     quantization_settings,
 )
 
-# Name the width of routed experts alone.
+# Keys of the width of routed experts only.
 ROUTED_WIDTH = (
     *("moe_intermediate_size", "expert_hidden_dim", "expert_intermediate_size"),
     *("moe_ffn_hidden_size", "expert_ffn_hidden_size", "expert_dim"),
 )
-# Names it too, where there is none of these; dense layers go by it as well.
+# Key of that width without these; it is also the width of dense layers.
 ANY_WIDTH = "intermediate_size"
-# Name the width of shared experts alone; without one it is a multiple of the routed width.
+# Keys of the width of shared experts only; without one it is a multiple of the routed width.
 SHARED_WIDTH = (
     *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
     *("shared_intermediate_size", "share_expert_dim"),
@@ -33,23 +33,23 @@ EXPERT_BY_NUMBER = re.compile(r"\bexperts\\*\.\d+")
 
 
 def whole_experts(info: CheckpointInfo) -> str:
-    """Options of `prune` that leave as many experts everywhere."""
+    """Options of `prune` that keep the same number of experts everywhere."""
     return f"whole experts: --method reap --scope {'group' if info.groups else 'layer'}"
 
 
 def check_width_is_named(
     directory: Path, config: Mapping[str, Any], info: CheckpointInfo, names: Sequence[str]
 ) -> None:
-    """Refuse a model of which config.json cannot say another width of routed experts.
+    """Refuse a model if its config.json cannot give routed experts another width.
 
     Args:
         directory: the checkpoint.
-        config: as `read_config` gives it.
+        config: from `read_config`.
         info: the checkpoint.
         names: of all tensors.
 
     Raises:
-        ValueError: one line with what else has the routed width, and the remedy.
+        ValueError: one line with the other use of the routed width, and the remedy.
     """
     whole = f"prune {whole_experts(info)}"
     keys = _routed_width_keys(config, info)
@@ -74,17 +74,17 @@ def check_width_is_named(
 def changed_config(
     directory: Path, config: Mapping[str, Any], info: CheckpointInfo, experts: int, width: int
 ) -> bytes:
-    """config.json with another number of experts, or another width of theirs.
+    """config.json with another number or another width of experts.
 
     Args:
         directory: the checkpoint.
-        config: as `read_config` gives it.
+        config: from `read_config`.
         info: the checkpoint.
-        experts: how many stay of a layer.
+        experts: kept experts of a layer.
         width: atoms of each.
 
     Raises:
-        ValueError: it does not say how many experts there are, or lists single ones.
+        ValueError: it lacks the number of experts, or lists single experts.
     """
     path = config_file(directory)
     if path.name == MISTRAL:

@@ -1,4 +1,4 @@
-"""What an export is made of, before anything is written."""
+"""The plan of an export, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Plan:
     Attributes:
         tensors: all of its tensors, in the order of their names.
         config: its config.json.
-        metadata: what the index of its shards says of it.
-        folder: where its shards go, relative to the checkpoint.
-        experts: experts of a layer.
-        width: atoms of every expert; None where experts have widths of their own.
+        metadata: of the index of its shards.
+        folder: of its shards, relative to the checkpoint.
+        experts: number of experts of a layer.
+        width: atoms of every expert; None if widths differ.
     """
 
     tensors: Sequence[StreamedTensor]
@@ -32,7 +32,7 @@ class Plan:
 
 
 def copied(source: Shards, name: str, new_name: str | None = None) -> StreamedTensor:
-    """A tensor as it is, under its own name or a new one."""
+    """An unchanged tensor, under its own name or a new one."""
     shape, nbytes = tuple(source.shape(name)), source.tensor(name).nbytes
     return StreamedTensor(
         new_name or name,

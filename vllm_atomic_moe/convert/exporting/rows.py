@@ -108,6 +108,20 @@ class LayerBiases:
             )
 
 
+def refitted_rows(naming: Naming, dtype: str, down_t_PH: torch.Tensor) -> StreamedTensor:
+    """Rows of down_t that were fitted anew.
+
+    Args:
+        naming: as of `packed`.
+        dtype: key of PLAIN_DTYPES, to write them in.
+        down_t_PH: of the atoms that stay, any float dtype.
+    """
+    rows = down_t_PH.to(PLAIN_DTYPES[dtype])
+    return StreamedTensor(
+        naming("down_t", "weight"), dtype, tuple(rows.shape), rows.nbytes, lambda: iter([rows])
+    )
+
+
 def among(stored_EI: torch.Tensor | None, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
     """Where the atoms in `keep_I` are among those stored of an expert: int64 [F_e]."""
     rows = keep_I.nonzero().flatten()

@@ -1,8 +1,8 @@
-"""Other tools' pruning files become profiles: `formats/` has one format a file.
+"""Make profiles from other tools' pruning files; each file of `formats/` has one format.
 
-This file is the frame around them: the name, the metadata, and the check that every profile passes
-before a server sees it. A reader turns a file into masks for one checkpoint and refuses what does
-not fit by its position in the file: a line, a key, an index.
+This file adds the name and the metadata, and checks the profile as a server would. A reader turns a
+file into masks for one checkpoint; its errors name the position in the file: a line, a key, an
+index.
 
 Legend: E experts, I full intermediate size, K experts per token.
 """
@@ -45,7 +45,7 @@ def import_profile(
     ratio: float | None = None,
     name: str | None = None,
 ) -> tuple[PruningProfile, list[str]]:
-    """Read another tool's file as a profile for `model`; nothing is written.
+    """Read another tool's file as a profile for `model`; writes nothing.
 
     Args:
         format_name: a key of `known_importers().entries`.

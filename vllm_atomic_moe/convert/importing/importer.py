@@ -1,4 +1,4 @@
-"""What an importer is. `formats/` has ours; installed packages bring others."""
+"""The definition of an importer. `formats/` has ours; installed packages add others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Importer:
 
     Attributes:
         read: (file, `CheckpointInfo` of the model) -> Masks; with `needs_ratio`, (file, model,
-            ratio) -> Masks. It raises ValueError, with the place in the file, for what does not fit
-            the model.
-        help: one line: whose file it is.
-        needs_ratio: the file ranks, and --ratio says which fraction of this goes ("all atoms"); ""
-            for formats that carry their own selection.
+            ratio) -> Masks. If the file does not fit the model, it raises ValueError with the place
+            in the file.
+        help: one line that says whose file it is.
+        needs_ratio: what --ratio is a fraction of ("all atoms"), for files that rank; "" for
+            formats with their own selection.
     """
 
     read: Callable[..., Masks]

@@ -1,4 +1,4 @@
-"""What the readers share: how they read keys, expert ids and JSON, and keep whole experts.
+"""Shared by the readers: keys, expert ids, JSON, and masks of whole experts.
 
 Legend: E experts, I full intermediate size.
 """
@@ -29,7 +29,7 @@ def keep_experts(
     *,
     leave_routable: bool = False,
 ) -> Masks:
-    """Masks that keep whole experts: `kept` in the layers it names, all of them in the others.
+    """Masks that keep whole experts: `kept` in the layers it has, all experts in the others.
 
     Args:
         kept: MoE layer index -> experts that stay.
@@ -75,7 +75,7 @@ def layer_index(key: Any, model: CheckpointInfo, where: str) -> int:
 
 
 def layer_keys(found: Iterable[Any], model: CheckpointInfo, path: Path) -> dict[int, Any]:
-    """The keys of a file by the decoder layer that they name.
+    """The keys of a file by their decoder layer.
 
     Raises:
         ValueError: a key names no MoE layer, or two name one.
@@ -105,7 +105,7 @@ def expert_ids(value: Any, model: CheckpointInfo, where: str) -> list[int]:
         check_expert(expert, model, f"{where}[{position}]")
         if expert in first:
             raise ValueError(
-                f"{where}[{position}]: expert {expert} is there already, at [{first[expert]}]; "
+                f"{where}[{position}]: expert {expert} occurs twice, first at [{first[expert]}]; "
                 "wanted every expert once"
             )
         first[expert] = position
@@ -155,14 +155,14 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     """A JSON object without duplicate keys.
 
     Raises:
-        ValueError: the text is something else.
+        ValueError: the text is not a JSON object.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
         for key, item in pairs:
             if key in value:
-                raise ValueError(f"key {shorten(key)} stands there twice")
+                raise ValueError(f"key {shorten(key)} occurs twice")
             value[key] = item
         return value
 

@@ -1,7 +1,7 @@
 """The backends that compute packed experts, and the choice among them.
 
-Each is a module of this package with the names of `BackendModule`, imported when it is first asked
-for. Importable without vLLM.
+Each is a module of this package with the names of `BackendModule`, imported at its first use.
+Importable without vLLM.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S slots, W words.
 """
@@ -18,8 +18,8 @@ import torch
 
 from vllm_atomic_moe.experts.packing import Storage
 
-# By device type, the fastest first; modules of this package. The reference runs everywhere, so that
-# what stands behind it is taken only when named.
+# Modules of this package by device type, the fastest first. The reference runs everywhere, so those
+# after it are used only by name.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference", "triton_deterministic"),
@@ -27,7 +27,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 
 class BackendModule(Protocol):
-    """What a backend's module holds.
+    """The names that a backend's module must have.
 
     Attributes:
         STORAGE: the order in which it keeps the packed rows.
@@ -36,7 +36,7 @@ class BackendModule(Protocol):
     STORAGE: Storage
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run there, as half a sentence; None where it can. May compile."""
+        """Why it cannot run there, as a clause, or None. May compile."""
 
     def fused_experts(
         self,
@@ -53,7 +53,7 @@ class BackendModule(Protocol):
         activation: str,
         rows: str,
     ) -> torch.Tensor:
-        """As the op of this name, into a new tensor."""
+        """Like the op of this name; returns a new tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Backend:
 
     Attributes:
         name: the op's last argument.
-        reason: why this one, for the log.
+        reason: why it was chosen, for the log.
         fallback: whether a faster one cannot run here.
     """
 

@@ -1,10 +1,10 @@
 """The slow oracle: one expert after another in plain PyTorch, on any device and dtype.
 
 Faster backends are compared with this one; keep it obvious. It computes in float32, expert by
-expert: matmuls of 16-bit numbers take ages on CPUs without instructions for them.
+expert: 16-bit matmuls are very slow on CPUs without instructions for them.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S slots, W words, P packed rows,
-n rows routed to an expert, F its atoms that any of them uses.
+n rows routed to an expert, F the expert's atoms that any of these rows uses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def fused_experts(
 ) -> torch.Tensor:
     """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H].
 
-    Codes are decoded to x's dtype, as a checkpoint of plain weights would hold them.
+    Codes are decoded to x's dtype, like the weights of a plain checkpoint.
     """
     act, row_format = Activation.parse(activation), RowFormat.parse(rows)
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)

@@ -1,10 +1,10 @@
 """The GPU backend: Triton kernels over row-major packed rows or codes, for CUDA devices.
 
 Two forms of the same result. *Two kernels* (gate and up with the activation, then down) write one
-row per token and expert, which a third sums in a fixed order: deterministic. *One kernel* does both
-GEMMs for a tile of atoms and adds into the output atomically: fewer waits when an expert has a row
-or two, as in decoding. What is launched and allocated depends on shapes alone, so that CUDA graphs
-capture it; slots and their bits are read on the device, so replays follow both.
+row per token and expert, which a third kernel sums in a fixed order: deterministic. *One kernel*
+does both GEMMs for a tile of atoms and adds to the output atomically: fewer waits if an expert has
+a row or two, as in decoding. Launches and allocations depend on shapes alone, so that CUDA graphs
+capture them; the device reads slots and bits, so replays follow both.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, P packed rows,
 S slots, W words of all experts, B row blocks, U words of the widest expert.
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from vllm_atomic_moe.experts.backends.triton_rows import Rows
 
 STORAGE = RowStorage()
-# Mean routed rows per expert up to which one kernel is taken. By arithmetic, not yet measured: the
-# atomic additions for a row take about a tenth of the time of reading its expert's weights.
+# Use one kernel up to this mean number of routed rows per expert. By arithmetic, not yet measured:
+# the atomic additions of a row take about a tenth of the time of reading its expert's weights.
 ONE_KERNEL_ROWS = 1
 
 
 class Tiles(NamedTuple):
-    """Block sizes of one launch. Shared memory stays below 99 KiB, what the smallest devices have.
+    """Block sizes of one launch. Shared memory stays below the 99 KiB of the smallest devices.
 
     Attributes:
         rows: routed rows of a block, at least 16.
@@ -52,9 +52,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Mean routed rows per expert up to which the tiles are used, for 16-bit dtypes. Blocks are larger
-# than the mean because routing is uneven. Not yet measured on a device: CONTRIBUTING, "Kernels",
-# says how to tune them.
+# Tiles by the largest mean number of routed rows per expert that they serve, for 16-bit dtypes.
+# Blocks are larger than the mean because routing is uneven. Not yet measured on a device:
+# CONTRIBUTING, "Kernels", says how to tune them.
 TILES = (
     (1, Tiles(16, 32, 128, 128, 64, warps=4, stages=4)),
     (8, Tiles(16, 32, 128, 64, 64, warps=4, stages=4)),
@@ -63,7 +63,7 @@ TILES = (
     (None, Tiles(128, 64, 64, 128, 64, warps=8, stages=3)),
 )
 ROW_BLOCKS_PER_GROUP = 8
-# With this many experts to a routed row, rows are not sorted: each is a block of its own, as in
+# With at least this many experts per routed row, rows are not sorted: each is its own block, as in
 # vLLM's fused_moe.
 UNSORTED_EXPERTS_PER_ROW = 4
 
@@ -71,7 +71,7 @@ UNSORTED_EXPERTS_PER_ROW = 4
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot run there, as one clause, or None.
 
-    Triton's interpreter (`TRITON_INTERPRET=1`) stands in for a GPU in tests, on the CPU.
+    In tests on the CPU, Triton's interpreter (`TRITON_INTERPRET=1`) replaces a GPU.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -92,9 +92,9 @@ class _Routing(NamedTuple):
 
     Attributes:
         rows: int32 [blocks · rows of a block]; not read when blocks are single rows.
-        experts: [blocks], negative or foreign where there is nothing to do; with slots when blocks
+        experts: [blocks], negative or another rank's for blocks without work; with slots if blocks
             are single rows.
-        constants: of the kernels, among them SORTED, false when block n is routed row n.
+        constants: of the kernels, such as SORTED, which is false if block n is routed row n.
     """
 
     rows: torch.Tensor
@@ -122,8 +122,8 @@ def fused_experts(
 ) -> torch.Tensor:
     """Arguments and result as those of the op; weights are gate (if any), up, down_t [P, H].
 
-    Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; in a server
-    `triton_deterministic` is the way to that.
+    Bit-identical from call to call under `torch.use_deterministic_algorithms(True)`; a server uses
+    `triton_deterministic` for that.
     """
     one_kernel = rows_per_expert(topk_ids_TK, offsets_E1) <= ONE_KERNEL_ROWS
     one_kernel &= not torch.are_deterministic_algorithms_enabled()
@@ -139,10 +139,10 @@ def rows_per_expert(topk_ids_TK: torch.Tensor, offsets_E1: torch.Tensor) -> int:
 
 
 def choose_tiles(rows: int, dtype: torch.dtype, plain: bool = True) -> Tiles:
-    """The table's entry for so many rows per expert.
+    """The table's entry for this many rows per expert.
 
-    For float32 with half the steps, which take the same shared memory; for codes smaller ones,
-    since what decoding needs does not fit into registers beside the largest.
+    For float32 with half the steps, which take the same shared memory; for codes with smaller
+    tiles, since the largest leave too few registers for decoding.
     """
     tiles = next(tiles for most, tiles in TILES if most is None or rows <= most)
     if not plain:
@@ -191,7 +191,7 @@ class _Experts(NamedTuple):
     """Weights, biases and activation, as the GEMM kernels take them.
 
     Attributes:
-        gate: None without one.
+        gate: None if there is none.
         constants: of the kernels, for the activation.
     """
 

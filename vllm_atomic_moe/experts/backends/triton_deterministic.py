@@ -1,4 +1,4 @@
-"""The Triton backend, always in two kernels: the same bits from call to call. Taken when named."""
+"""The Triton backend, always in two kernels: the same bits from call to call. Used by name only."""
 
 from __future__ import annotations
 

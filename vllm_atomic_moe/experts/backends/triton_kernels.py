@@ -3,16 +3,15 @@
 
 Routed rows are the N = T·K pairs (token, expert), numbered token·K + k. A program of the GEMMs
 works on one block of routed rows that share an expert. Grids are upper bounds known on the host;
-what an expert really has (its tokens, its atoms) is read from device tensors, and a program
-without work returns after reading a few integers.
+programs read an expert's tokens and atoms from device tensors, and a program without work returns
+after reading a few integers.
 
-Atoms number an expert's packed rows from its first one. A tile of atoms is whole 32-bit words of
-the slots' bits. The *union* of a row block is the OR of its rows' words: gate and up are read for
-its atoms alone, down for its words that are not zero. Rows may be of different slots, so that each
-masks its activations by its own words.
+Atom numbers count an expert's packed rows from its first one. A tile of atoms is whole 32-bit words
+of the slots' bits. The *union* of a row block is the OR of its rows' words: gate and up are read
+only for its atoms, down for its nonzero words. Rows may have different slots, so each masks its
+activations by its own words.
 
-Weights are `triton_rows.Rows`, one for every projection: plain, or codes that are decoded as they
-are loaded.
+Weights are `triton_rows.Rows`, one per projection: plain, or codes that are decoded when loaded.
 
 Legend: T tokens, K experts per token, N routed rows, E experts, H hidden size, P packed rows,
 S slots, W words of all experts, B row blocks, U words of the widest expert. Lower case for what a
@@ -24,16 +23,15 @@ from triton import language as tl
 
 from vllm_atomic_moe.experts.backends.triton_rows import load_factor, load_rows, scale_rows
 
-# They change from call to call or layer to layer; their divisibility must not compile a kernel
-# anew.
+# They change from call to call or layer to layer; their divisibility must not recompile a kernel.
 _VARYING = ["num_rows", "num_blocks", "num_words", "num_unions"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def sort_rows_kernel(
     ids_ptr,  # [N], with slots
-    rows_ptr,  # out [num_blocks · BLOCK_N]: routed rows by expert; num_rows where there is none
-    experts_ptr,  # out [num_blocks]: the expert of each block; -1 where there is none
+    rows_ptr,  # out [num_blocks · BLOCK_N]: routed rows by expert, padded with num_rows
+    experts_ptr,  # out [num_blocks]: the expert of each block, or -1
     num_rows,
     num_blocks,
     E: tl.constexpr,
@@ -43,8 +41,8 @@ def sort_rows_kernel(
 ):
     """Stable sort of routed rows by expert, whatever their slots; experts padded to whole blocks.
 
-    One program an expert and a last one for the blocks that stay empty. Each counts all rows by
-    itself, so that one launch does it, without atomics: the order is always the same.
+    One program per expert, and a last one for the empty blocks. Each counts all rows by itself, so
+    that one launch without atomics suffices: the order is always the same.
     """
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -91,7 +89,7 @@ def _block_and_tile(num_blocks, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _routed_rows(rows_ptr, block, num_rows, BLOCK_N: tl.constexpr, SORTED: tl.constexpr):
-    """The block's routed rows, `num_rows` where there is none; unsorted, a block is one row."""
+    """The block's routed rows, padded with `num_rows`; unsorted, a block is one row."""
     lanes_n = tl.arange(0, BLOCK_N)
     if SORTED:
         rows_n = tl.load(rows_ptr + block * BLOCK_N + lanes_n)
@@ -102,7 +100,7 @@ def _routed_rows(rows_ptr, block, num_rows, BLOCK_N: tl.constexpr, SORTED: tl.co
 
 @triton.jit
 def _block_expert(experts_ptr, block, SORTED: tl.constexpr):
-    """The expert of a block; unsorted, of the one row's id, which carries a slot."""
+    """The expert of a block; unsorted, from the row's id, which carries a slot."""
     expert = tl.load(experts_ptr + block)
     if not SORTED:
         expert = expert >> 4
@@ -111,28 +109,28 @@ def _block_expert(experts_ptr, block, SORTED: tl.constexpr):
 
 @triton.jit
 def _first_row_and_width(offsets_ptr, expert):
-    """The expert's first packed row, int64, and how many it has, int32."""
+    """The expert's first packed row, int64, and its number of rows, int32."""
     first = tl.load(offsets_ptr + expert)
     return first, (tl.load(offsets_ptr + expert + 1) - first).to(tl.int32)
 
 
 @triton.jit
 def _row_words(bits_ptr, words_ptr, ids_ptr, expert, rows_n, live_n, num_words):
-    """Where the expert's words begin in the slot of every row."""
+    """Start of the expert's words in the slot of every row."""
     slots_n = tl.load(ids_ptr + rows_n, mask=live_n, other=0) & 15
     return bits_ptr + slots_n * num_words + tl.load(words_ptr + expert)
 
 
 @triton.jit
 def _tile_words(words_ptrs_n, live_n, u: tl.constexpr, atoms_left):
-    """Word u of a tile of every row; zero where the expert has none, but another begins."""
+    """Word u of a tile of every row; zero past the expert's end, where the next one starts."""
     inside_n = tl.full(live_n.shape, u * 32, tl.int32) < atoms_left
     return tl.load(words_ptrs_n + u, mask=live_n & inside_n, other=0)
 
 
 @triton.jit
 def _union(words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
-    """The union of a tile: the word that holds the bit of every atom [BLOCK_F]; is any set?"""
+    """The union of a tile: the word with each atom's bit [BLOCK_F], and whether any is set."""
     lanes_f = tl.arange(0, BLOCK_F)
     union_f = tl.zeros([BLOCK_F], tl.int32)
     any_bits = 0
@@ -145,7 +143,7 @@ def _union(words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
-    """Zero where the row's slot does not use the atom, whatever stood there."""
+    """Zero the atoms that the row's slot does not use, whatever their values."""
     lanes_f = tl.arange(0, BLOCK_F)
     used_nf = tl.zeros(h_nf.shape, tl.int32)
     for u in tl.static_range(BLOCK_F // 32):
@@ -157,7 +155,7 @@ def _mask_rows(h_nf, words_ptrs_n, live_n, atoms_left, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """2σ(2x) − 1, and near zero, where that loses digits, a polynomial."""
+    """2σ(2x) − 1; near zero, where that loses digits, a polynomial."""
     square = x * x
     near = x + x * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
     return tl.where(square < 0.04, near, 2 * tl.sigmoid(2 * x) - 1)
@@ -165,7 +163,7 @@ def _tanh(x):
 
 @triton.jit
 def _activate(gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """h of what gate and up give; kinds and numbers are those of `Activation`, LIMIT 0 for none."""
+    """h from the outputs of gate and up; arguments as in `Activation`, LIMIT 0 for none."""
     if KIND == "relu2":
         positive = tl.maximum(up, 0.0)
         h = positive * positive
@@ -233,7 +231,7 @@ def _activations(
             gate_nf = tl.dot(x_nh, tl.trans(gate_fh), gate_nf, input_precision="ieee")
         up_fh = load_rows(up, packed_f, kept_f, up_scales_f, up_factor, start, H, DTYPE, BLOCK_H)
         up_nf = tl.dot(x_nh, tl.trans(up_fh), up_nf, input_precision="ieee")
-    if gate is not None:  # noqa: SIM102 (known when it is compiled)
+    if gate is not None:  # noqa: SIM102 (known at compile time)
         if gate.bias is not None:
             gate_nf += tl.load(gate.bias + packed_f, mask=kept_f, other=0.0)[None, :]
     if up.bias is not None:
@@ -274,7 +272,7 @@ def gate_up_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """First kernel of two. A program: a row block and a tile of its expert's atoms."""
+    """First of two kernels. A program: a row block and a tile of its expert's atoms."""
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
     expert = _block_expert(experts_ptr, block, SORTED)
     if (expert < 0) | (expert >= E):
@@ -309,7 +307,7 @@ def gate_up_kernel(
 def down_kernel(
     h_ptr,  # [N, 32 U], rows stride_h apart
     down_t,
-    y_ptr,  # out [N, H]: what each routed row adds to its token
+    y_ptr,  # out [N, H]: the addend of each routed row to its token
     unions_ptr,  # [B, num_unions]
     offsets_ptr,  # [E+1]
     weights_ptr,  # [N]
@@ -328,10 +326,10 @@ def down_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Second kernel of two. A program: a row block and a tile of H, over its union.
+    """Second of two kernels. A program: a row block and a tile of H, over its union.
 
-    Steps without atoms are jumped over rather than branched around: loads behind a branch are not
-    pipelined. 64 words at a time, one bit each says whether any atom of the word is used.
+    The loop jumps over steps without atoms instead of branching: loads behind a branch are not
+    pipelined. It takes 64 words at a time; one bit per word says whether any atom is used.
     """
     STEP_WORDS: tl.constexpr = BLOCK_F // 32
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
@@ -356,7 +354,7 @@ def down_kernel(
         words = tl.sum(used_u << lanes_u)
         steps = tl.sum(tl.max(tl.reshape(used_u, [64 // STEP_WORDS, STEP_WORDS]), 1))
         for _ in range(steps.to(tl.int32)):
-            # A float's exponent tells which bit is the lowest; the step is what it stands in.
+            # A float's exponent gives the lowest set bit, and so the step that it is in.
             lowest = (words & -words).to(tl.float32).to(tl.int32, bitcast=True)
             word = (((lowest >> 23) & 255) - 127) // STEP_WORDS * STEP_WORDS
             step_words = (words >> word).to(tl.int32)
@@ -392,7 +390,7 @@ def sum_rows_kernel(
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum over a token's experts in their order, in float32; skipped ids have no row in y."""
+    """Sum over a token's experts in order, in float32; skipped ids have no row in y."""
     token = tl.program_id(0).to(tl.int64)
     columns_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_d = tl.zeros([BLOCK_D], tl.float32)
@@ -459,8 +457,8 @@ def fused_kernel(
 ):
     """Both GEMMs for a row block and a tile of its expert's atoms, added into the output.
 
-    Atomic additions: the order, and with it the last bit, changes from run to run. The first tile
-    of an expert, or of one without atoms, also adds its bias.
+    Atomic additions: their order, and so the last bit, changes from run to run. The first tile of
+    an expert, even of one without atoms, also adds its bias.
     """
     block, tile = _block_and_tile(num_blocks, num_tiles, GROUP)
     expert = _block_expert(experts_ptr, block, SORTED)
@@ -469,7 +467,7 @@ def fused_kernel(
     first, width = _first_row_and_width(offsets_ptr, expert)
     rows_n = _routed_rows(rows_ptr, block, num_rows, BLOCK_N, SORTED)
     live_n = rows_n < num_rows
-    if down_t.bias is not None:  # noqa: SIM102 (known when it is compiled, unlike the tile)
+    if down_t.bias is not None:  # noqa: SIM102 (known at compile time, unlike the tile)
         if tile == 0:
             _add_bias(
                 out_ptr, down_t.bias + expert.to(tl.int64) * H, weights_ptr, rows_n, live_n, H,

@@ -1,12 +1,12 @@
 # mypy: disallow-untyped-defs=False
-"""The packed rows of one projection in the Triton kernels: what these are handed, how they read it.
+"""The packed rows of one projection as arguments of the Triton kernels, and how kernels read them.
 
-Codes are decoded to the dtype of the activations, as a checkpoint of plain weights would hold them,
-by integer operations alone: no type or instruction of 8 or 4 bits is asked of the device.
+Codes are decoded to the dtype of the activations, like the weights of a plain checkpoint, with
+integer operations alone: the device needs no 8-bit or 4-bit floating-point types or instructions.
 
 Legend: E experts, H hidden size, P packed rows, G scale rows of a layer, C scale columns. Lower
-case for what a program holds of them: f atoms, h columns, b numbers that these are stored as,
-s scales of these.
+case for what a program holds of them: f atoms, h columns, b stored numbers of these columns,
+s scales of these columns.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from triton import language as tl
 
 from vllm_atomic_moe.experts.formats import TABLES, RowFormat
 
-# What tiles of any width divide: the columns of a scale that a whole row shares.
+# Columns of a scale that a whole row shares: divisible by tiles of any width.
 WHOLE_ROW = 1 << 30
 
 
 class Rows(NamedTuple):
-    """The packed rows of one projection, as the kernels take them; None for what there is not.
+    """The packed rows of one projection, as the kernels take them; absent parts are None.
 
     Attributes:
         stored: weights, or codes as `RowStorage` keeps them, [P, ·].
         bias: float32, of gate and up by atom [P], of down by expert [E, H].
-        width: bytes of a row of codes. Given, not computed, so that it is known what it divides by.
+        width: bytes of a row of codes. An argument, so that the compiler knows its divisibility.
         scales: [G, C]; 8-bit floats as uint8.
         scale_columns: C.
-        rows: int32 [P], the scale row of every packed row; None where that is its own number.
+        rows: int32 [P], the scale row of every packed row; None if it is the row's own number.
         zeros: uint8 [G, C].
         factors: float32 [E].
         CODE, FACTOR: as in `RowFormat`.
-        SCALE: e8m0 and e4m3, where scales are that, else empty.
+        SCALE: e8m0 or e4m3 for scales of these types, else empty.
         COLUMNS: of a block of scales.
     """
 
@@ -83,7 +83,7 @@ def rows_of(
 
 @triton.jit
 def load_factor(weights, expert):
-    """What acts on the scales of an expert."""
+    """The factor on the scales of an expert."""
     factor = 1.0
     if weights.factors is not None:
         factor = tl.load(weights.factors + expert)
@@ -101,10 +101,10 @@ def scale_rows(weights, packed_f, kept_f):
 
 @triton.jit
 def _small_float(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """What floats of so many bits and a sign mean, as float32; infinities and NaN left aside.
+    """Floats with this many bits and a sign, as float32, except infinities and NaN.
 
-    Their bits in those of a float32, whose exponent has another bias: a power of two too small,
-    subnormals included.
+    Their bits are placed into a float32, whose exponent has another bias: the result is too small
+    by a power of two, subnormals included.
     """
     SIGN: tl.constexpr = 1 << (EXPONENT + MANTISSA)
     POWER: tl.constexpr = 2.0 ** (128 - (1 << (EXPONENT - 1)))
@@ -115,7 +115,7 @@ def _small_float(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 @triton.jit
 def _meaning(codes, CODE: tl.constexpr):
-    """What codes, integers of 32 bits, say before scaling: float32."""
+    """Values of codes (32-bit integers) before scaling: float32."""
     if CODE == "e4m3":
         values = _small_float(codes, 4, 3)
     elif CODE == "e2m1":
@@ -133,7 +133,7 @@ def _meaning(codes, CODE: tl.constexpr):
 def _scale_columns(start, COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr):
     """The scale column of every run of a tile's columns: [s].
 
-    A run is the largest power of two that both the tile and a block of scales are made of.
+    A run is the largest power of two that divides both the tile and a block of scales.
     """
     RUN: tl.constexpr = BLOCK_H if COLUMNS % BLOCK_H == 0 else COLUMNS & -COLUMNS
     first = tl.multiple_of(start // RUN, BLOCK_H // RUN)
@@ -142,7 +142,7 @@ def _scale_columns(start, COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _spread(table_fs, BLOCK_H: tl.constexpr):
-    """Each number for its run of columns: [f, BLOCK_H]."""
+    """Each number, repeated for its run of columns: [f, BLOCK_H]."""
     F: tl.constexpr = table_fs.shape[0]
     S: tl.constexpr = table_fs.shape[1]
     table_fsr = tl.broadcast_to(table_fs[:, :, None], [F, S, BLOCK_H // S])
@@ -161,10 +161,10 @@ def load_rows(
     DTYPE: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """BLOCK_H columns, from `start` on, of packed rows: [f, BLOCK_H], rounded to DTYPE.
+    """BLOCK_H columns of packed rows from `start`: [f, BLOCK_H], rounded to DTYPE.
 
-    `start` is a multiple of BLOCK_H. Where rows are not kept and beyond H, weights are zero, codes
-    something finite.
+    `start` is a multiple of BLOCK_H. For rows that are not kept and columns beyond H, weights are
+    zero and codes have finite values.
     """
     CODE: tl.constexpr = weights.CODE
     SHARE: tl.constexpr = 1 if CODE == "plain" or CODE == "e4m3" else 2
@@ -196,6 +196,6 @@ def load_rows(
         if weights.FACTOR == "times":
             scales_fs *= factor
         elif weights.FACTOR == "over":
-            scales_fs = tl.div_rn(scales_fs, factor)  # `/` is not the nearest
+            scales_fs = tl.div_rn(scales_fs, factor)  # `/` does not round to nearest
         tile_fh = (values_fh * _spread(scales_fs, BLOCK_H)).to(DTYPE)
     return tile_fh

@@ -1,1 +1,1 @@
-"""The methods of pruning, one a file, which has the method's name and its `METHOD`."""
+"""The pruning methods. Each file has the name of its method, and its `METHOD`."""

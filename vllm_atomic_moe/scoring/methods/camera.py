@@ -1,4 +1,4 @@
-"""CAMERA: the energy an atom puts out.
+"""CAMERA: the output energy of an atom.
 
 Legend: D domains, E experts, I full intermediate size.
 """
@@ -17,10 +17,10 @@ def score_camera(sums: LayerSums, layer: int) -> LayerScores:
 
     Args:
         sums: `count` [D, E], `h2` [D, E, I], `down_norm` [E, I].
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
     """
     rows_E1 = sums.count.sum(dim=0).clamp_min(1).unsqueeze(1)
     return LayerScores((sums.h2.sum(dim=0) / rows_E1 * sums.down_norm.square()).float())
 
 
-METHOD = Method(score_camera, "atoms, by the energy they put out", options=UNSEEN)
+METHOD = Method(score_camera, "atoms, by the energy of their output", options=UNSEEN)

@@ -1,4 +1,4 @@
-"""Frequency: whole experts, by how many tokens chose them; the plainest count there is.
+"""Frequency: whole experts, by the number of tokens that chose them.
 
 Legend: D domains, E experts, I full intermediate size.
 """
@@ -16,7 +16,7 @@ def score_frequency(sums: LayerSums, layer: int) -> LayerScores:
 
     Args:
         sums: `count` [D, E], `h2` [D, E, I] for its shape.
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
     """
     rows_E = sums.count.sum(dim=0)
     return LayerScores.whole(rows_E / rows_E.sum().clamp_min(1), sums.h2.shape[2])

@@ -2,7 +2,7 @@
 
 The paper's score of atom k of an expert is ½ · mean(h_k²) · w_kᵀ Ḡ w_k with Ḡ = mean(g gᵀ),
 g = ∂ℓ/∂(expert output) and w_k the atom's column of down_proj: an H×H matrix per expert. Since
-w_kᵀ g = ∂ℓ/∂h_k, the second factor is mean((∂ℓ/∂h_k)²), and two sums per atom are enough.
+w_kᵀ g = ∂ℓ/∂h_k, the second factor is mean((∂ℓ/∂h_k)²), and two sums per atom suffice.
 
 Legend: D domains, E experts, I full intermediate size.
 """
@@ -21,18 +21,11 @@ def score_heapr(sums: LayerSums, layer: int, weight_by_frequency: bool) -> Layer
 
     Args:
         sums: `count` [D, E], `h2` [D, E, I], `g2` [D, E, I].
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
         weight_by_frequency: multiply by the fraction of routed rows that the expert gets, so that
-            the score is the loss increase over all tokens instead of over those routed to it.
-
-    Raises:
-        ValueError: the statistics were made without gradients.
+            the score is the loss increase over all tokens, not over those routed to it.
     """
-    if sums.g2 is None:
-        raise ValueError(
-            "the statistics hold no gradients (made with --no-gradients), which heapr needs; "
-            "calibrate without that flag"
-        )
+    assert sums.g2 is not None, "METHOD.needs says so"
     count_E1 = sums.count.sum(dim=0).unsqueeze(1)
     h2_EI, g2_EI = sums.h2.sum(dim=0), sums.g2.sum(dim=0)
     rows_E1 = count_E1.clamp_min(1)
@@ -49,4 +42,5 @@ METHOD = Method(
         "weight_by_frequency": Option(False, "Weight scores by how often the expert is routed to."),
         **UNSEEN,
     },
+    needs=("g2",),
 )

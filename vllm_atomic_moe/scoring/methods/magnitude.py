@@ -15,7 +15,7 @@ def score_magnitude(sums: LayerSums, layer: int) -> LayerScores:
 
     Args:
         sums: `gate_norm`, `up_norm`, `down_norm` [E, I].
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
     """
     return LayerScores((sums.gate_norm * sums.up_norm * sums.down_norm).float())
 

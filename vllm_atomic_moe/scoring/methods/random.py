@@ -1,4 +1,4 @@
-"""Random scores of atoms: the baseline that every method has to beat.
+"""Random scores of atoms: the baseline that every method must beat.
 
 Legend: E experts, I full intermediate size.
 """
@@ -15,7 +15,7 @@ from vllm_atomic_moe.scoring.method import Method, Option
 
 
 def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
-    """Uniform scores in [0, 1), the same for the same seed and layer whatever else is scored.
+    """Uniform scores in [0, 1) that depend on seed and layer only.
 
     Args:
         sums: only the shape of `h2` [D, E, I] is used.
@@ -26,7 +26,7 @@ def score_random(sums: LayerSums, layer: int, seed: int) -> LayerScores:
 
 
 def generator_of(seed: int, layer: int) -> torch.Generator:
-    """The same for the same seed and layer, whatever else is scored."""
+    """A generator that depends on seed and layer only."""
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 

@@ -16,7 +16,7 @@ from vllm_atomic_moe.scoring.whole import prune_experts
 
 
 def score_random_experts(sums: LayerSums, layer: int, seed: int) -> LayerScores:
-    """Uniform scores in [0, 1), the same for the same seed and layer whatever else is scored.
+    """Uniform scores in [0, 1) that depend on seed and layer only.
 
     Args:
         sums: only the shape of `h2` [D, E, I] is used.

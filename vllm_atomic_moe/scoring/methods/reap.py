@@ -1,4 +1,4 @@
-"""REAP: whole experts, by the weighted norm of what they put out.
+"""REAP: whole experts, by the weighted norm of their output.
 
 Legend: D domains, E experts, I full intermediate size.
 """
@@ -16,7 +16,7 @@ def score_reap(sums: LayerSums, layer: int) -> LayerScores:
 
     Args:
         sums: `count` [D, E], `output_norm` [D, E], `h2` for its shape.
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
     """
     rows_E = sums.count.sum(dim=0).clamp_min(1)
     return LayerScores.whole(sums.output_norm.sum(dim=0) / rows_E, sums.h2.shape[2])
@@ -24,7 +24,7 @@ def score_reap(sums: LayerSums, layer: int) -> LayerScores:
 
 METHOD = Method(
     score_reap,
-    "whole experts, by the weighted norm of what they put out",
+    "whole experts, by the weighted norm of their output",
     prune_experts,
     selection=EXPERT_SELECTION,
     whole_experts=True,

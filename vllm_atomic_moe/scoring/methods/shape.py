@@ -1,9 +1,9 @@
 """SHAPE (arXiv 2606.09886): whole experts, by how they cooperate.
 
-A layer is a cooperative game whose coalitions are the top-k sets that tokens chose. v(A) says how
-often exactly A was chosen, N(B) how often a chosen set contained B. What expert i adds to a set A
-is v(A) − α_i·N(A∖i), with α_i the least of v(A)/N(A∖i) over the sets that contain i, and its score
-φ_i the sum over these sets.
+A layer is a cooperative game; its coalitions are the top-k sets that tokens chose. v(A) is the
+number of times that exactly A was chosen, N(B) the number of chosen sets that contained B. The gain
+of expert i in a set A is v(A) − α_i·N(A∖i), where α_i is the least v(A)/N(A∖i) over the sets with
+i, and its score φ_i is the sum over these sets.
 
 Legend: E experts, K experts per token, S observed sets, L layers.
 """
@@ -26,7 +26,7 @@ def score_shape(sums: LayerSums, layer: int) -> LayerScores:
 
     Args:
         sums: `sets` [S, 1+K] and `set_counts` [S]; `h2` [D, E, I] for its shape.
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
 
     Raises:
         ValueError: K is 1, so that no experts cooperate.
@@ -44,30 +44,30 @@ def score_shape(sums: LayerSums, layer: int) -> LayerScores:
     gain_SK = v_S[:, None] - alpha_E[sets_SK] * rest_SK
     phi_E = torch.zeros(experts, dtype=torch.float64)
     phi_E.index_add_(0, sets_SK.flatten(), gain_SK.flatten())
-    phi_E = phi_E.clamp_min(0)  # No gain is negative but by rounding.
+    phi_E = phi_E.clamp_min(0)  # Gains are negative only by rounding.
     return LayerScores.whole(phi_E / phi_E.sum().clamp_min(torch.finfo(phi_E.dtype).tiny), size)
 
 
 def prune_shape(
     scores: Mapping[int, LayerScores], ratio: float, router: RouterNeeds, scope: str = "global"
 ) -> Masks:
-    """Per layer the shortest prefix, by φ, that reaches α of the layer's total.
+    """Keep the shortest prefix of each layer, by φ, that reaches α of the layer's total.
 
-    What the router needs stays as well.
+    It also keeps what the router needs.
 
-    The one α of all layers is the one at which 1 − `ratio` of all experts stay. An expert joins its
-    layer's prefix as soon as α exceeds what those before it sum up to; so sorting the experts of
-    all layers by that sum finds the α that bisection would. Of equal sums the lower layer's expert
-    stays; of equal scores the lower expert.
+    All layers share the α at which 1 − `ratio` of all experts stay. An expert joins its layer's
+    prefix when α exceeds the sum of those before it; so sorting the experts of all layers by that
+    sum finds the α that bisection would. Of equal sums the lower layer's expert stays; of equal
+    scores the lower expert.
 
     Args:
         scores: layer index -> scores, layers ascending; not modified.
         ratio: fraction of experts to remove.
         router: what must stay.
-        scope: "global", what is said above; else as of `prune_experts`, with φ as the score.
+        scope: "global" as above; else as in `prune_experts`, with φ as the score.
 
     Raises:
-        ValueError: another scope, or more experts would have to go than may.
+        ValueError: another scope, or too few experts may be removed.
     """
     if scope != "global":
         return prune_experts(scores, ratio, router, scope)
@@ -77,7 +77,7 @@ def prune_shape(
         phi_E = of_layer.atoms[:, 0].double()
         order_E = phi_E.argsort(descending=True, stable=True)
         before_E = phi_E[order_E].cumsum(0) - phi_E[order_E]
-        # A layer whose scores are all zero is reached by the empty prefix.
+        # The empty prefix reaches a layer with only zero scores.
         joins_E = before_E / phi_E.sum() if phi_E.sum() > 0 else torch.ones_like(before_E)
         joins_E[router.must_stay(order_E)[order_E]] = -1
         joins.append(joins_E)
@@ -100,7 +100,7 @@ def prune_shape(
 
 
 def _join_domains(sets_SK: torch.Tensor, v_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sets without their domain, each once, with their counts added."""
+    """Unique sets of all domains together, with their counts added."""
     unique_SK, position_S = torch.unique(sets_SK, dim=0, return_inverse=True)
     return unique_SK, torch.zeros(len(unique_SK), dtype=v_S.dtype).index_add_(0, position_S, v_S)
 

@@ -27,7 +27,7 @@ def score_tenp(sums: LayerSums, layer: int) -> LayerScores:
 
     Args:
         sums: `count` [D, E], `output_change` [D, E], `contribution` [D, E, I].
-        layer: not used; all layers are scored alike.
+        layer: not used; all layers are scored in the same way.
     """
     change_DE = sums.output_change
     lengths_D1 = change_DE.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -43,18 +43,18 @@ def prune_tenp(
     trapezoid: str = "1:2",
     align: int = 1,
 ) -> Masks:
-    """Keep the most important experts whole and narrow the others alike.
+    """Keep the most important experts whole and narrow the others equally.
 
-    Exactly round(ratio · atoms) atoms go. Where the narrow width is not a whole number, the
-    experts that rank higher in their layer keep one more atom. Of equal scores the lower index goes
-    first.
+    Exactly round(ratio · atoms) atoms are removed. If the narrow width is not a whole number, the
+    experts that rank higher in their layer keep one more atom. Of equal scores the lower index is
+    removed first.
 
     Args:
         scores: layer index -> scores with `experts`, layers ascending; not modified.
         ratio: fraction of atoms to remove.
-        alpha: fraction of all experts that stay whole, 0 <= α <= ρ; None stands for ρ/2.
-        trapezoid: FIRST:LAST, how many whole experts the first and the last layer get in
-            proportion, linear between.
+        alpha: fraction of all experts that stay whole, 0 <= α <= ρ; None means ρ/2.
+        trapezoid: FIRST:LAST, the proportion of whole experts in the first and the last layer,
+            linear in between.
         align: every width becomes a multiple of it.
 
     Raises:
@@ -73,7 +73,7 @@ def prune_tenp(
     weights = _trapezoid_weights(trapezoid, len(scores))
     total = len(scores) * experts * size
     stay = total - round(ratio * total)
-    # At α = ρ rounding could ask for more whole experts than atoms stay for.
+    # At α = ρ rounding could ask for more whole experts than the kept atoms allow.
     whole_experts = min(round(alpha * len(scores) * experts), stay // size)
     whole_L = share_out(whole_experts, weights, experts)
     ranks = {layer: _rank_from_top(layer, of_layer) for layer, of_layer in scores.items()}
@@ -92,8 +92,8 @@ def prune_tenp(
 def share_out(total: int, weights: Sequence[float], most: int) -> list[int]:
     """Whole numbers in proportion to the weights that sum to `total`, none above `most`.
 
-    Largest remainder (of equal ones the deeper layer's); what a full layer cannot take is shared
-    out among the others in the same way.
+    Largest remainder (of equal ones the deeper layer's); what exceeds a full layer is distributed
+    among the others in the same way.
     """
     shares = [0] * len(weights)
     while rest := total - sum(shares):
@@ -121,10 +121,10 @@ def _trapezoid_weights(trapezoid: str, layers: int) -> list[float]:
 
 
 def _rank_from_top(layer: int, of_layer: LayerScores) -> torch.Tensor:
-    """Position of every expert in its layer, most important first: int64 [E]."""
+    """Rank of every expert in its layer, most important first: int64 [E]."""
     if of_layer.experts is None:
         raise ValueError(
-            f"layers.{layer}.expert_score is missing; tenp scores experts beside atoms, score again"
+            f"layers.{layer}.expert_score is missing; tenp scores experts too, score again"
         )
     return of_layer.experts.argsort(stable=True).flip(0).argsort()
 
@@ -142,13 +142,13 @@ def _check_protected(layer: int, of_layer: LayerScores, whole: int, ratio: float
 def _narrow_widths(
     ranks: Sequence[torch.Tensor], whole_L: Sequence[int], budget: int, size: int
 ) -> list[torch.Tensor]:
-    """Widths of all experts, int64 [E] per layer; the narrowed ones share `budget` atoms alike."""
+    """Widths of all experts, int64 [E] per layer; narrowed ones share `budget` atoms equally."""
     ranks_LE = torch.stack(list(ranks))
     whole_LE = ranks_LE < torch.tensor(whole_L)[:, None]
     narrow = (~whole_LE).flatten().nonzero().flatten()
     widths_LE = torch.full_like(ranks_LE, size)
     if len(narrow):
-        # Rank first, layer second: the atom too many goes to the best narrowed expert of a layer.
+        # Rank first, layer second: an extra atom goes to the best narrowed expert of a layer.
         order = narrow[ranks_LE.flatten()[narrow].argsort(stable=True)]
         base, extra = divmod(budget, len(narrow))
         flat = widths_LE.view(-1)

@@ -1,1 +1,1 @@
-"""The formats of other tools, one a file, which has the format's name and its `IMPORTER`."""
+"""The formats of other tools. Each file has the name of its format, and its `IMPORTER`."""

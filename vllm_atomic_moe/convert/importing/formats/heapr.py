@@ -1,8 +1,8 @@
 """`heapr`: the score file of the HEAPr authors' tool (arXiv 2509.22299), saved by torch.
 
-A dictionary, decoder layer -> flat float tensor [E·I], expert after expert: the loss that removing
-the atom costs, so the lowest go first, over all layers together. The tool writes -1 for the atoms
-of an expert that no calibration token reached; they are then the first to go, and so they are here.
+A dictionary, decoder layer -> flat float tensor [E·I], expert after expert: the loss increase of
+removing the atom, so the lowest are removed first, over all layers together. The tool writes -1 for
+the atoms of an expert that no calibration token reached; it removes them first, and so do we.
 
 The file is unpickled with `weights_only`: tensors and plain containers, no code.
 
@@ -30,10 +30,10 @@ UNSEEN = -1.0
 
 
 def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
-    """The `ratio` of atoms with the lowest scores goes, as `atomic-moe prune` would do it.
+    """Remove the `ratio` of atoms with the lowest scores, as `atomic-moe prune` does.
 
     Raises:
-        ValueError: the file needs more than tensors and containers, a layer is missing or there
+        ValueError: the file needs more than tensors and containers, a layer is missing or occurs
             twice, a tensor has another size or holds NaN.
     """
     data = _load(path)
@@ -44,7 +44,7 @@ def read_heapr(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
     check_every_layer(scores, model, path)
     layers = {layer: LayerScores(score_EI) for layer, score_EI in scores.items()}
     profile = make_profile(Scores(METHOD, {}, model.identity(), {}, layers), ratio, METHOD)
-    # Where the scores came from is in the file's name at best; an empty object would say "none".
+    # The file does not say how the scores were made; an empty object would mean "no options".
     metadata = {key: value for key, value in profile.metadata.items() if key != "calibration"}
     return Masks(profile.keep, profile.routable, metadata, _warnings(scores))
 
@@ -55,7 +55,7 @@ def _load(path: Path) -> dict[Any, Any]:
             warnings.simplefilter("ignore")
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign pickle can fail in any way
-        # torch's own message recommends to load the file with its code; that is not passed on.
+        # torch's own message recommends running the file's code, so it is not passed on.
         raise ValueError(
             f"{path}: not a file of tensors that torch loads without running code "
             f"({type(error).__name__}); save a plain dictionary, layer -> tensor, with torch.save"

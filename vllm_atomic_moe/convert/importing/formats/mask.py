@@ -1,10 +1,10 @@
-"""`mask`: any safetensors file of masks, True (or 1) where something stays.
+"""`mask`: any safetensors file of masks, True (or 1) for what stays.
 
-Every tensor's name says which decoder layer it is of: `layers.3.mask`,
-`model.layers.3.mlp.experts.mask`, `3`. Its shape says the rest: [E, I] or flat [E·I], atoms; [E],
-whole experts, and those that go leave the router. Or one tensor [I] per expert, whose name has the
-expert too: `model.layers.3.mlp.experts.7.mask`. Every MoE layer, and every expert of a layer that
-is given by experts, has to be there once.
+Every tensor's name has its decoder layer: `layers.3.mask`, `model.layers.3.mlp.experts.mask`, `3`.
+Its shape tells the rest: [E, I] or flat [E·I], atoms; [E], whole experts, and the removed ones
+leave the router. Or one tensor [I] per expert, with the expert in its name:
+`model.layers.3.mlp.experts.7.mask`. Every MoE layer, and every expert of a layer that is given by
+experts, must occur once.
 
 Legend: E experts, I full intermediate size.
 """
@@ -28,7 +28,7 @@ from vllm_atomic_moe.files.tensors import open_safetensors, shorten
 from vllm_atomic_moe.scoring.masks import Masks
 
 EXPERT = re.compile(r"(?<![A-Za-z])experts?[._]?([0-9]{1,9})(?![0-9])")
-# A name with one of these speaks of what goes, and would be read the wrong way round.
+# A name with one of these means what is removed, so that it would be read inverted.
 INVERTED = re.compile(r"(?<![a-z])(prun|drop|remov|discard|delet|zero|masked)[a-z]*", re.IGNORECASE)
 
 Slot = tuple[int, int | None]
@@ -36,16 +36,17 @@ Slot = tuple[int, int | None]
 
 
 def read_mask(path: Path, model: CheckpointInfo) -> Masks:
-    """What is True stays.
+    """Keep what is True.
 
     Raises:
-        ValueError: a name says no layer, several, or what goes; two tensors say one thing; a layer
-            or an expert is missing; a tensor is neither bool nor 0 and 1, or of another shape.
+        ValueError: a name has no layer, several, or means what is removed; two tensors cover the
+            same; a layer or an expert is missing; a tensor is neither bool nor 0 and 1, or has
+            another shape.
     """
     with open_safetensors(path) as (metadata, file):
         if metadata.get("format") == FORMAT:
             raise ValueError(f"{path}: is a profile already; use it as it is, no import is needed")
-        # All names before any tensor: a checkpoint given by mistake is not read.
+        # Check all names before reading a tensor, in case it is a checkpoint by mistake.
         names = _slots(list(file.keys()), model, path)
         tensors = {name: file.get_tensor(name) for name in names.values()}
     keep: dict[int, torch.Tensor] = {}
@@ -67,7 +68,7 @@ def read_mask(path: Path, model: CheckpointInfo) -> Masks:
 
 
 def _slots(tensor_names: list[str], model: CheckpointInfo, path: Path) -> dict[Slot, str]:
-    """What every tensor is of; every MoE layer is there."""
+    """The layer and expert of every tensor; every MoE layer must occur."""
     names: dict[Slot, str] = {}
     for name in tensor_names:
         slot = _slot(name, model, path)
@@ -125,7 +126,7 @@ def _by_expert(
     model: CheckpointInfo,
     path: Path,
 ) -> torch.Tensor:
-    """Bool [E, I] out of one tensor [I] per expert."""
+    """Bool [E, I] from one tensor [I] per expert."""
     rows = []
     for expert in range(model.num_experts):
         name = names.get((layer, expert))

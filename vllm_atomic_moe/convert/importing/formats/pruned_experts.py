@@ -2,10 +2,10 @@
 
     {"version": 1, "pruned_experts": [[layer, expert], ...], ...}
 
-Version 1 takes the pruned experts from the router before top-k. Version 2 says which in
-`routing_mode`: `pre_topk_mask` is that, `post_topk_drop` lets the router choose them and drops
-what they would have added, nothing renormalized. That is what an expert of width zero does here.
-Other keys (model, workload, ...) are notes for people.
+Version 1 removes the pruned experts from the router before top-k. Version 2 has a `routing_mode`:
+`pre_topk_mask` does the same, `post_topk_drop` lets the router choose them and drops their output
+without renormalization, as an expert of width zero does here. Other keys (model, workload, ...) are
+notes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BEFORE_TOPK, AFTER_TOPK = "pre_topk_mask", "post_topk_drop"
 
 
 def read_pruned_experts(path: Path, model: CheckpointInfo) -> Masks:
-    """The experts that are not listed stay.
+    """Keep the experts that are not listed.
 
     Raises:
         ValueError: an unknown version or routing mode, or an entry that is not a pair of a MoE
@@ -52,7 +52,7 @@ def read_pruned_experts(path: Path, model: CheckpointInfo) -> Masks:
         check_expert(expert, model, where)
         if (layer, expert) in first:
             raise ValueError(
-                f"{where}: {pair} is there already, at [{first[layer, expert]}]; "
+                f"{where}: {pair} occurs twice, first at [{first[layer, expert]}]; "
                 "wanted every pair once"
             )
         first[layer, expert] = position

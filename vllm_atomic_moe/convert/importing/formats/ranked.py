@@ -3,7 +3,7 @@
     {"0": [106, 65, 113, ...]}
     {"1": [86, 48, 18, ...]}
 
-One layer a line, best expert first. With --ratio, the fraction of experts removed, the first
+One layer per line, best expert first. With --ratio, the fraction of experts removed, the first
 floor(E · (1 − ratio)) of every layer stay, the same number in each. A list may end after those.
 """
 
@@ -27,17 +27,17 @@ from vllm_atomic_moe.scoring.masks import Masks
 
 
 def read_ranked(path: Path, model: CheckpointInfo, ratio: float) -> Masks:
-    """The best-ranked experts of every layer stay, the others leave the router.
+    """Keep the best-ranked experts of every layer; the others leave the router.
 
     Raises:
         ValueError: a line is not an object of layers and expert lists, a layer is missing or occurs
             twice, or a list is shorter than what stays.
     """
-    # In decimals, as people mean it: of 10 experts a ratio of 0.9 leaves 1 (in floats it is 0).
+    # Decimal arithmetic: of 10 experts a ratio of 0.9 leaves 1 (binary floats give 0).
     count = math.floor(model.num_experts * (1 - Fraction(str(ratio))))
     kept: dict[int, list[int]] = {}
     lines: dict[int, int] = {}
-    # Not splitlines(): it also splits at characters that may stand inside a JSON string.
+    # Not splitlines(): it also splits at characters that a JSON string may contain.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue

@@ -23,12 +23,12 @@ from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.tensors import shorten
 from vllm_atomic_moe.scoring.masks import Masks
 
-# What the tool calls its own method; its baselines go by their names.
+# The tool's word for its own method; its baselines have their own names.
 SHAPLEY = "shapley"
 
 
 def read_shape(path: Path, model: CheckpointInfo) -> Masks:
-    """The experts listed stay, the others of that layer leave the router.
+    """Keep the listed experts; the others of that layer leave the router.
 
     Raises:
         ValueError: a key is not a MoE layer, a value not a list of experts, two keys name one
@@ -51,7 +51,7 @@ def read_shape(path: Path, model: CheckpointInfo) -> Masks:
 def _check_counts(
     notes: dict[str, Any], kept: dict[int, list[int]], model: CheckpointInfo, path: Path
 ) -> None:
-    """A file cut short, or one for a model with another number of experts, shows here."""
+    """Detect a truncated file, or one for a model with another number of experts."""
     counts = {
         "selected_experts": sum(map(len, kept.values())),
         "total_experts": len(kept) * model.num_experts,

@@ -1,9 +1,9 @@
-"""The CPU backend: weights in tiles, prepacked once, and a C++ library (experts.cpp).
+"""The CPU backend: weights in tiles, packed once, and a C++ library (experts.cpp).
 
-One flat tensor holds the experts one after another, each padded to an even number of atoms with
-zeros; behind the last one stand 64 bytes that vectors may read. That is all the padding there is.
-Codes lie as weights do, 4-bit ones two a byte along the dimension that is summed over; scales stay
-in their tables. experts.cpp describes the layout of an expert; every instruction set shares it.
+One flat tensor holds the experts one after another, each padded with zeros to an even number of
+atoms; 64 bytes that vectors may read follow the last one. There is no other padding. Codes have the
+layout of weights, two 4-bit codes per byte along the summed dimension; scales stay in their tables.
+experts.cpp describes the layout of an expert, the same for every instruction set.
 `python -m vllm_atomic_moe.experts.backends.cpu` builds the libraries ahead.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S stored rows, F atoms of an
@@ -51,7 +51,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _load() -> Library | str:
-    """The fastest library that works here, or why none does."""
+    """The fastest library that works here, or the reason why none does."""
     reasons = []
     for variant in cpu_library.usable_variants():
         try:
@@ -71,11 +71,11 @@ def _load() -> Library | str:
 class TiledStorage:
     """Packed rows in tiles: one tensor "packed" of 3 · H · padded P numbers and 64 bytes.
 
-    Without a gate it is 2 · H · padded P. Codes are bytes, of 8 bits one each, of 4 bits two.
+    Without a gate it is 2 · H · padded P. A byte holds one 8-bit code or two 4-bit codes.
     """
 
     def __init__(self, library: Library | None = None) -> None:
-        """`library` packs; None stands for the fastest that works here."""
+        """`library` packs; None means the fastest that works here."""
         self._library = library
 
     def allocate(
@@ -87,7 +87,7 @@ class TiledStorage:
         gated: bool = True,
         row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
-        """Uninitialized weights; `write` fills an expert's padding too.
+        """Uninitialized weights; `write` also fills an expert's padding.
 
         Raises:
             ValueError: the hidden size is odd.
@@ -172,7 +172,7 @@ def _library() -> Library:
 
 # Of the self-check's relative errors.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-# What the self-check computes: plain weights, and codes of either size in blocks of 16 atoms.
+# Formats of the self-check: plain weights, and codes of both sizes in blocks of 16 atoms.
 _CHECKED = (
     PLAIN,
     RowFormat("e4m3", Block(16, 32), Block(16, 32)),
@@ -181,9 +181,9 @@ _CHECKED = (
 
 
 def _check(library: Library) -> None:
-    """Compare a small problem with the reference: a compiler may be wrong, and so may an emulator.
+    """Compare a small problem with the reference: compilers and emulators can be wrong.
 
-    Nothing follows torch's default device and dtype, which are the model's while it is loaded.
+    It ignores torch's default device and dtype, which are the model's while it loads.
 
     Raises:
         VariantError: they differ.
@@ -239,7 +239,7 @@ def _check(library: Library) -> None:
 
 
 def _encoded(rows_IH: torch.Tensor, row_format: RowFormat, projection: Projection) -> Encoded:
-    """Some codes and scales that depend on the numbers; plain rows as they are."""
+    """Codes and scales derived from the numbers; plain rows unchanged."""
     if row_format.plain:
         return Encoded(rows_IH)
     atoms, columns = row_format.block(projection)
@@ -250,16 +250,16 @@ def _encoded(rows_IH: torch.Tensor, row_format: RowFormat, projection: Projectio
 
 
 def _first_atom(offsets_E1: torch.Tensor, expert: int) -> int:
-    """How many atoms lie before an expert, each expert padded to an even number of them."""
+    """Number of atoms before an expert; each expert is padded to an even number."""
     odd_widths = offsets_E1[: expert + 1].diff() % 2
     return int(offsets_E1[expert] + odd_widths.sum())
 
 
 def _advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for 2 MiB pages, before the first write: reading weights then misses the TLB less."""
+    """Ask for 2 MiB pages before the first write, for fewer TLB misses when reading weights."""
     page = 2 << 20
     start = -(-tensor.data_ptr() // page) * page
     size = tensor.data_ptr() + tensor.nbytes - start
-    if size > 0:  # only advice: what the kernel answers does not matter
+    if size > 0:  # only advice: the kernel's answer does not matter
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""Build every library for this architecture, so that no compiler is needed later."""
+"""Build all libraries for this architecture, so that no compiler is needed later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> int:
     """Build every variant.
 
     Returns:
-        0, or 1 where none was built; an old compiler may not know the newest variant.
+        0, or 1 if none was built; an old compiler may not support the newest variant.
     """
     built = 0
     for variant in variants_of_machine():

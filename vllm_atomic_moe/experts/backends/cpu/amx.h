@@ -17,7 +17,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// GCC's AMX intrinsics do not say what memory they read: what was written there must be, by now.
+// GCC's AMX intrinsics do not declare what memory they read: finish earlier writes to it.
 inline void finish_writing(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
 // As `multiply`, for up to 16 rows at equal distances. Tiles: 0-3 products of 16 columns each,
@@ -39,7 +39,7 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
   finish_writing(&config);
   finish_writing(panel.units);  // which may be decoded codes
   _tile_loadconfig(&config);
-  // Tile numbers are part of the instructions.
+  // Instructions contain the tile numbers.
   const auto each_group = [&](const auto& zero, const auto& one, const auto& two,
                               const auto& three) {
     zero();
@@ -74,7 +74,7 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
       _tile_dpbf16ps(2, 4, 5);
     }
     _tile_loadd(7, units + 16 * last, stride);
-    // Statements, not expressions: so some compilers' macros want it.
+    // Statements, not expressions, for the macros of some compilers.
     switch (last) {
       case 0:
         _tile_dpbf16ps(0, 4, 7);
@@ -93,7 +93,7 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
   const int64_t whole = panel.steps / kAmxUnits * kAmxUnits, rest = panel.steps - whole;
   for (int64_t at = 0; at < whole; at += kAmxUnits)
     step(rows[0] + 2 * at, row_stride, panel.units + at * panel.columns);
-  if (rest) {  // padded with zeros: beyond the rows and the panel lies other data
+  if (rest) {  // padded with zeros: other data follows the rows and the panel
     alignas(64) uint32_t padded_rows[kAmxRows * kAmxUnits] = {},
                          padded[kAmxUnits * kPanelColumns] = {};
     for (int r = 0; r < count; ++r)

@@ -1,4 +1,4 @@
-"""What C++ takes of a layer beside tensors of a call, and what it trusts of them.
+"""The C++ arguments of a layer besides the tensors of a call, and the checks of both.
 
 Legend: E experts, G scale rows of a layer, C scale columns, P packed rows, W words.
 """
@@ -18,7 +18,7 @@ from vllm_atomic_moe.experts.packing import (
     projections_of,
 )
 
-# Of scales, by the number that C++ knows them by.
+# Dtypes of scales, in the order of their numbers in C++.
 SCALE_DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -26,7 +26,7 @@ SCALE_DTYPES = (
     torch.float8_e8m0fnu,
     torch.float8_e4m3fn,
 )
-# Bytes behind the last weight that vectors may read.
+# Bytes after the last weight that vectors may read.
 SLACK_BYTES = 64
 
 
@@ -49,12 +49,12 @@ class Quantized(ctypes.Structure):
 
 
 def bits_of(row_format: RowFormat, dtype: torch.dtype) -> int:
-    """Of one weight that is stored: a code, or a plain one of `dtype`."""
+    """Bits of one stored weight: a code, or a plain weight of `dtype`."""
     return row_format.bits or 8 * dtype.itemsize
 
 
 def quantized(scales: Sequence[torch.Tensor], row_format: RowFormat) -> Quantized:
-    """What C++ takes beside codes; valid as long as the scales are."""
+    """The C++ arguments for codes; valid as long as the scales."""
     found = Quantized(
         CODES.index(row_format.code) - 1,
         SCALE_DTYPES.index(scales[0].dtype),
@@ -82,7 +82,7 @@ def check_layer(
     row_format: RowFormat,
     scales: Sequence[torch.Tensor],
 ) -> None:
-    """What C++ trusts blindly, and only a bug of ours could break; once per layer, for time."""
+    """Check what C++ trusts and only a bug of ours can break; once per layer, to save time."""
     for tensor in (packed, bits_SW, words_E1, offsets_E1, *biases, *scales):
         assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"

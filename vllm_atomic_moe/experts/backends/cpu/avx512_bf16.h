@@ -17,6 +17,7 @@ struct PairedBFloat16 {
   using Scales = NoScales;
   static constexpr int kPerUnit = 2;
   static constexpr int kAhead = 0;
+  static constexpr int kConstants = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,

@@ -32,60 +32,53 @@ void gate_up_tile(Plan<D>& plan, const Call& call, int64_t ranges, const Tile& t
   const Expert& expert = plan.experts[tile.expert];
   const int64_t half = std::min<int64_t>(kTileAtoms, expert.atoms - tile.index * kTileAtoms);
   const int sides = call.activation.sides();
-  const Weights<D> weights = tile_weights(plan, call, tile, scratch);
+  Weights<D> weights = tile_weights(plan, call, tile, scratch);
   const int64_t first_atom = call.offsets_E1[expert.id] + tile.index * kTileAtoms;
   const float* up_bias = call.up_bias ? call.up_bias + first_atom : kNoBias;
   const float* gate_bias = call.gate_bias ? call.gate_bias + first_atom : up_bias;
   const int32_t* words = call.bits_SW + call.words_E1[expert.id] + tile.index;
-  const int64_t* bounds = plan.blocks_ER1.data() + tile.expert * (ranges + 1);
-  alignas(64) float product[kMostRows * kPanelColumns];
-  for (int64_t index = bounds[0]; index < bounds[ranges]; ++index) {
-    const Block& block = plan.blocks[index];
-    const uint32_t by_any = plan.words[block.words + tile.index];
-    if (!by_any) continue;
-    weights.multiply(&plan.rows_N[block.first], block.count, 0, call.H, product, true);
-    for (int r = 0; r < block.count; ++r) {
-      const int64_t row = block.first + r;
-      const uint32_t used = words[plan.slots_N[row] * call.W] & by_any;
-      auto* hidden =
-          plan.hidden_NF.data() + row * plan.hidden_stride + tile.index * kTileAtoms;
-      const float *gate = product + r * kPanelColumns, *up = gate + (sides - 1) * half;
-      with_kind(call.activation, [&](auto kind) {
-        for (int j = 0; j < kTileAtoms; j += kWidth) {
-          const Vec h =
-              activate<decltype(kind)::value>(call.activation, Vec::loadu(gate + j) + Vec::loadu(gate_bias + j),
-                             Vec::loadu(up + j) + Vec::loadu(up_bias + j));
-          store_row(hidden + j, Vec::blendv(Vec(0.f), h, lane_mask(used >> j)));
-        }
-      });
-    }
+  const Segment all{0, call.H};
+  const auto segments_of = [&](const Block& block) {
+    return std::span(&all, plan.words[block.words + tile.index] ? 1 : 0);
+  };
+  const auto row_at = [&](int64_t row) { return plan.rows_N[row]; };
+  alignas(64) float products[kBatchRows * kPanelColumns];
+  auto blocks = plan.blocks_of(tile.expert * (ranges + 1), ranges);
+  while (!blocks.empty()) {
+    const auto batch = weights.batch(blocks);
+    blocks = blocks.subspan(batch.size());
+    weights.multiply(batch, row_at, segments_of, products);
+    const float* product = products;
+    for (const Block& block : batch)
+      for (int64_t row = block.first; row < block.first + block.count;
+           ++row, product += kPanelColumns) {
+        const uint32_t by_any = plan.words[block.words + tile.index];
+        if (!by_any) continue;
+        const uint32_t used = words[plan.slots_N[row] * call.W] & by_any;
+        auto* hidden =
+            plan.hidden_NF.data() + row * plan.hidden_stride + tile.index * kTileAtoms;
+        const float *gate = product, *up = gate + (sides - 1) * half;
+        with_kind(call.activation, [&](auto kind) {
+          for (int j = 0; j < kTileAtoms; j += kWidth) {
+            const Vec h = activate<decltype(kind)::value>(
+                call.activation, Vec::loadu(gate + j) + Vec::loadu(gate_bias + j),
+                Vec::loadu(up + j) + Vec::loadu(up_bias + j));
+            store_row(hidden + j, Vec::blendv(Vec(0.f), h, lane_mask(used >> j)));
+          }
+        });
+      }
   }
 }
 
 // Adds 64 columns of an expert's bias, weighted, to the sums of the tokens of some blocks.
 template <class D>
 void add_bias(const Plan<D>& plan, const float* bias, int64_t columns, int64_t begin,
-              const int64_t* bounds, float* sums) {
-  for (int64_t index = bounds[0]; index < bounds[1]; ++index)
-    for (int r = 0; r < plan.blocks[index].count; ++r) {
-      const int64_t row = plan.blocks[index].first + r;
+              std::span<const Block> blocks, float* sums) {
+  for (const Block& block : blocks)
+    for (int64_t row = block.first; row < block.first + block.count; ++row) {
       float* sum = sums + (plan.tokens_N[row] - begin) * kPanelColumns;
       for (int64_t j = 0; j < columns; ++j) sum[j] += plan.weights_N[row] * bias[j];
     }
-}
-
-// The atoms of one stretch that some blocks use: from the first to the last of them.
-template <class D>
-Segment used_of_stretch(const Plan<D>& plan, const int64_t* bounds, int64_t stretch) {
-  int64_t first = stretch + kStretchAtoms, end = 0;
-  for (int64_t index = bounds[0]; index < bounds[1]; ++index)
-    for (int64_t s = plan.blocks[index].first_segment; s < plan.blocks[index].last_segment; ++s) {
-      const Segment& segment = plan.segments[s];
-      if (segment.first < stretch || segment.first >= stretch + kStretchAtoms) continue;
-      first = std::min(first, segment.first);
-      end = std::max(end, segment.first + segment.count);
-    }
-  return {first, std::max<int64_t>(0, end - first)};
 }
 
 // 64 columns of the output of one range of tokens: experts in ascending order, whoever computes.
@@ -96,42 +89,44 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
   const int64_t columns = std::min<int64_t>(kPanelColumns, call.H - column);
   alignas(64) float sums[kTokenRange * kPanelColumns];
   std::fill_n(sums, (end - begin) * kPanelColumns, 0.f);
-  alignas(64) float product[kMostRows * kPanelColumns];
+  alignas(64) float products[kBatchRows * kPanelColumns];
+  const auto row_at = [&](int64_t row) {
+    return plan.hidden_NF.data() + row * plan.hidden_stride;
+  };
   for (size_t which = 0; which < plan.experts.size(); ++which) {
     const Expert& expert = plan.experts[which];
-    const int64_t* bounds = plan.blocks_ER1.data() + which * (ranges + 1) + range;
-    if (bounds[0] == bounds[1]) continue;
+    const auto all_blocks = plan.blocks_of(which * (ranges + 1) + range, 1);
+    if (all_blocks.empty()) continue;
     Weights<D> weights = down_weights(plan, call, expert, column, scratch);
-    if (call.quantized && which + 1 < plan.experts.size()) {
-      const Expert& next = plan.experts[which + 1];
-      prefetch_down(*call.quantized, next.first_scale_row, next.scale_rows, column);
+    if (call.quantized) {  // the next expert's, or those of the first one and the next block
+      const bool last = which + 1 == plan.experts.size();
+      const Expert& next = plan.experts[last ? 0 : which + 1];
+      const int64_t next_column = last ? column + kPanelColumns : column;
+      if (next_column < call.H)
+        prefetch_down(*call.quantized, next.first_scale_row, next.scale_rows, next_column);
     }
     if (call.down_bias)
-      add_bias(plan, call.down_bias + expert.id * call.H + column, columns, begin, bounds, sums);
+      add_bias(plan, call.down_bias + expert.id * call.H + column, columns, begin, all_blocks, sums);
     for (int64_t stretch = 0; stretch < expert.atoms; stretch += kStretchAtoms) {
-      const Segment used = used_of_stretch(plan, bounds, stretch);
-      if (!used.count) continue;
-      weights.prepare(used.first, used.count);
-      for (int64_t index = bounds[0]; index < bounds[1]; ++index) {
-        const Block& block = plan.blocks[index];
-        bool fresh = true;
-        for (int64_t s = block.first_segment; s < block.last_segment; ++s) {
-          const Segment& segment = plan.segments[s];
-          if (segment.first < stretch || segment.first >= stretch + kStretchAtoms) continue;
-          const typename D::Row* hidden[kMostRows];
-          for (int r = 0; r < block.count; ++r)
-            hidden[r] = plan.hidden_NF.data() + (block.first + r) * plan.hidden_stride +
-                        segment.first;
-          weights.multiply(hidden, block.count, segment.first, segment.count, product, fresh);
-          fresh = false;
-        }
-        if (fresh) continue;
-        for (int r = 0; r < block.count; ++r) {
-          float* sum = sums + (plan.tokens_N[block.first + r] - begin) * kPanelColumns;
-          const Vec weight(plan.weights_N[block.first + r]);
-          for (int j = 0; j < kPanelColumns; j += kWidth)
-            fmadd(weight, Vec::loadu(product + r * kPanelColumns + j), Vec::loadu(sum + j))
-                .store(sum + j);
+      const auto segments_of = [&](const Block& block) {
+        return overlapping(plan.segments_of(block), {stretch, kStretchAtoms});
+      };
+      auto blocks = all_blocks;
+      while (!blocks.empty()) {
+        const auto batch = weights.batch(blocks);
+        blocks = blocks.subspan(batch.size());
+        weights.multiply(batch, row_at, segments_of, products);
+        const float* product = products;
+        for (const Block& block : batch) {
+          const bool used = !segments_of(block).empty();
+          for (int64_t row = block.first; row < block.first + block.count;
+               ++row, product += kPanelColumns) {
+            if (!used) continue;
+            float* sum = sums + (plan.tokens_N[row] - begin) * kPanelColumns;
+            const Vec weight(plan.weights_N[row]);
+            for (int j = 0; j < kPanelColumns; j += kWidth)
+              fmadd(weight, Vec::loadu(product + j), Vec::loadu(sum + j)).store(sum + j);
+          }
         }
       }
     }
@@ -169,7 +164,8 @@ ScratchSizes make_scratch(Plan<D>& plan, const Call& call) {
       elements = std::max({elements, call.H, std::min(expert.atoms, kStretchAtoms)});
   }
   const ScratchSizes sizes{rows * call.quantized->table_columns(),
-                           elements / Decoded<D>::kPerUnit * kPanelColumns};
+                           std::min(elements, kDecodedAtOnce<D>) / Decoded<D>::kPerUnit *
+                               kPanelColumns};
   grow(plan.scratch, sizes.of_thread() * call.threads.count + kAligned);
   plan.table_rows_H.resize(call.H);
   for (int64_t h = 0; h < call.H; ++h) plan.table_rows_H[h] = h / tables[1].columns;

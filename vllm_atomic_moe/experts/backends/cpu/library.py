@@ -1,10 +1,10 @@
 """The compiled half of the CPU backend: experts.cpp as a shared library, built once and cached.
 
-Built at first use with $CXX (or g++, or clang++) and torch's own headers into $ATOMIC_MOE_CACHE, or
-the user's cache directory, under a name that follows from the source, the compiler, the flags, the
-OpenMP runtime, and the versions of torch and libc. Images build ahead with
+Built at the first use with $CXX (or g++, or clang++) and torch's own headers, into
+$ATOMIC_MOE_CACHE or the user's cache directory, under a name that depends on the source, the
+compiler, the flags, the OpenMP runtime, and the versions of torch and libc. Images build ahead with
 `python -m vllm_atomic_moe.experts.backends.cpu`; with the libraries in the cache no compiler is
-needed, and nothing is written. What is loaded from the cache runs: nobody else may write there.
+needed, and nothing is written. Libraries from the cache run code: nobody else may write there.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S stored rows, F atoms of an
 expert, W words.
@@ -50,7 +50,7 @@ SOURCES = tuple(
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
 BUILD_SECONDS = 300
 CGROUP = Path("/sys/fs/cgroup")
-# By the number that C++ knows them by.
+# In the order of their numbers in C++.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -65,7 +65,7 @@ class Variant:
     Attributes:
         name: of the instruction set; part of the library's file name.
         cpu_flags: what /proc/cpuinfo must list for the library to run.
-        compiler_flags: beside COMMON_FLAGS.
+        compiler_flags: in addition to COMMON_FLAGS.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Variant:
 
 
 def _capability(name: str) -> tuple[str, str]:
-    """What tells torch's headers which vectors to use."""
+    """Flags that select the vectors of torch's headers."""
     return f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"
 
 
@@ -101,18 +101,18 @@ VARIANTS = (
 
 
 def variants_of_machine() -> list[Variant]:
-    """What some processor of this machine's architecture can run, the fastest first."""
+    """Variants that processors of this architecture can run, the fastest first."""
     arm = platform.machine() in ("aarch64", "arm64")
     return [variant for variant in VARIANTS if (variant.name == "neon") == arm]
 
 
 def usable_variants() -> list[Variant]:
-    """What this processor can run, the fastest first.
+    """Variants that this processor can run, the fastest first.
 
     $ATOMIC_MOE_CPU_ISA names the widest instruction set to use, for tests on wider machines.
 
     Raises:
-        ValueError: there is none of that name here.
+        ValueError: that name is unknown here.
     """
     flags = cpu_flags()
     usable = [variant for variant in VARIANTS if variant.cpu_flags <= flags]
@@ -129,7 +129,7 @@ def usable_variants() -> list[Variant]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """What this machine's processor can do; empty where the kernel does not say."""
+    """Features of this machine's processor; empty if the kernel does not tell."""
     try:
         found = re.search(
             r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
@@ -140,7 +140,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def load(variant: Variant) -> Library:
-    """The library of one variant; one that cannot be loaded is compiled anew, once.
+    """The library of one variant; if it cannot be loaded, it is compiled again, once.
 
     Raises:
         VariantError: it can be neither loaded nor compiled.
@@ -171,7 +171,7 @@ def build(variant: Variant, again: bool = False) -> Path:
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     library = _cache_directory() / f"cpu_experts-{variant.name}-{digest}.so"
     try:
-        # Others may read: an image's libraries are built by root and used by anyone.
+        # Readable for others: root builds an image's libraries and any user loads them.
         library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         _check_owner(library.parent)
         if library.exists() and not again:
@@ -237,8 +237,8 @@ def _compile(command: list[str]) -> None:
 def _openmp() -> list[str]:
     """Linker arguments for torch's own OpenMP runtime, whose threads vLLM has bound to cores.
 
-    A process must have one. Torch's may have a name of its own, so it is linked by path; GNU's
-    entry points, which experts.cpp calls, other runtimes have too.
+    A process must have only one. Torch's may have its own name, so it is linked by path; other
+    runtimes also have GNU's entry points, which experts.cpp calls.
     """
     package = Path(torch.__file__).parent
     patterns = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
@@ -259,7 +259,7 @@ class Library:
             OSError: it cannot be loaded.
             VariantError: it brings a second OpenMP runtime.
         """
-        # Layers by addresses, sizes and dtype: memory of one that is gone may serve another.
+        # Checked layers by addresses, sizes and dtype, since freed memory may be reused.
         self._checked: dict[tuple[object, ...], Quantized | None] = {}
         before = _openmp_runtimes()
         self.functions = ctypes.CDLL(str(path))
@@ -298,18 +298,18 @@ class Library:
         gated: bool = True,
         row_format: RowFormat = PLAIN,
     ) -> None:
-        """Put rows_SH[atoms_F] where the projection of the expert at `first_atom` lies.
+        """Copy rows_SH[atoms_F] to the projection of the expert at `first_atom`.
 
         Args:
             packed: the flat tensor of all experts.
             first_atom: atoms before the expert, padding included.
-            rows_SH: of packed's dtype, any strides; codes one a byte.
+            rows_SH: of packed's dtype, any strides; one code per byte.
             atoms_F: int64, indices into rows_SH.
             gated: whether there is a gate_proj.
             row_format: of the rows.
 
         Raises:
-            MemoryError: there is none for what is gathered.
+            MemoryError: not enough for the gathered rows.
         """
         dtypes = DTYPES if row_format.plain else (torch.uint8,)
         atoms = first_atom + len(atoms_F)
@@ -356,10 +356,10 @@ class Library:
         scales: Sequence[torch.Tensor] = (),
         rows: str = PLAIN.spec,
     ) -> torch.Tensor:
-        """Arguments as those of the op; x has packed's dtype, where that holds no codes.
+        """Arguments as those of the op; x has packed's dtype, unless that holds codes.
 
         Raises:
-            MemoryError: there is none for the intermediate activations.
+            MemoryError: not enough for the intermediate activations.
         """
         tokens, hidden_size = x_TH.shape
         ids, top_k = topk_ids_TK.shape
@@ -393,7 +393,7 @@ class Library:
         )
         wide = topk_ids_TK.dtype == torch.int64
         assert wide or topk_ids_TK.dtype == torch.int32, f"expert ids are {topk_ids_TK.dtype}"
-        # Named, so that what had to be copied lives until the call returns.
+        # Named, so that copies live until the call returns.
         x_TH = x_TH.contiguous()
         topk_weights_TK = topk_weights_TK.float().contiguous()
         topk_ids_TK = topk_ids_TK.contiguous()
@@ -419,14 +419,14 @@ class Library:
 
 @functools.cache
 def _activation_numbers(spec: str) -> tuple[bool, tuple[int, float, float, float]]:
-    """Whether there is a gate; and the kind's number, limit, alpha and beta, as C++ takes them."""
+    """Whether there is a gate; and kind, limit, alpha and beta as C++ takes them."""
     act = Activation.parse(spec)
     return act.gated, (KINDS.index(act.kind), act.limit, act.alpha, act.beta)
 
 
 @functools.cache
 def quota() -> int:
-    """Processors that the container may use, rounded up; very many where nothing limits it."""
+    """Processors that the container may use, rounded up; very many without a limit."""
     try:
         if (CGROUP / "cpu.max").exists():
             quota, period = (CGROUP / "cpu.max").read_text().split()

@@ -61,7 +61,8 @@ void pack_square(const typename Source<D>::Element* const* lines, int64_t steps,
   if (sizeof(Bits<D>) == sizeof(float) && columns == kSquare && steps == kSquare) {
     for (int row = 0; row < kSquare; row += kWidth)
       for (int step = 0; step < kSquare; step += kWidth)
-        transpose(&square[row][step], kSquare, to + step * stride + row, stride);
+        transpose([&](int i) { return Vec::loadu(&square[row + i][step]); },
+                  to + step * stride + row, stride);
     return;
   }
   for (int64_t step = 0; step < steps; ++step, to += stride)

@@ -77,6 +77,7 @@ struct Float32 {
   using Scales = NoScales;
   static constexpr int kPerUnit = 1;
   static constexpr int kAhead = 0;
+  static constexpr int kConstants = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
@@ -93,6 +94,7 @@ struct Float16 {
   using Scales = NoScales;
   static constexpr int kPerUnit = 1;
   static constexpr int kAhead = 0;
+  static constexpr int kConstants = 0;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
@@ -115,6 +117,7 @@ struct BFloat16 {
   using Scales = NoScales;
   static constexpr int kPerUnit = 2;
   static constexpr int kAhead = 0;
+  static constexpr int kConstants = 1;
 
   template <int R, int J>
   [[gnu::always_inline]] static void add_step(Native (&sum)[R][J], const Row* const* rows, int64_t at,
@@ -138,6 +141,7 @@ struct Panel {
   int64_t steps;
   int64_t columns;
   typename D::Scales scales{};
+  bool cached = false;  // all of it: decoded just now
 };
 
 // Adds steps at..at+steps of R rows times J vectors of columns to the sums, [R][64] floats. Brings in
@@ -184,10 +188,12 @@ void multiply_all_vectors(const typename D::Row* const* rows, int64_t at, int64_
     multiply_all_vectors<D, R, J / 2>(rows, at, steps, panel, product, fresh, vector, vectors, next);
 }
 
-// How many vectors of columns R rows take at once: their sums fill three quarters of the registers.
+// How many vectors of columns R rows take at once: their sums stay in registers, beside what
+// add_products holds there, what passes by, and D's constants.
+template <class D>
 constexpr int vectors_at_once(int rows) {
   int vectors = kPanelColumns / kWidth;
-  while (vectors * rows > kRegisters * 3 / 4) vectors /= 2;
+  while (vectors * rows + std::min(vectors, rows) + 1 + D::kConstants > kRegisters) vectors /= 2;
   return vectors;
 }
 
@@ -195,14 +201,15 @@ constexpr int vectors_at_once(int rows) {
 template <class D, int R>
 void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, float* product,
                    bool fresh) {
-  constexpr int J = vectors_at_once(R);
+  constexpr int J = vectors_at_once<D>(R);
   const int vectors = ceil_div(panel.columns, kWidth);
+  const bool whole = vectors <= J || panel.cached;
   int64_t chunk = panel.steps;
-  if (vectors > J)
+  if (!whole)
     chunk = std::max<int64_t>(1, kChunkBytes / int64_t(panel.columns * sizeof *panel.units));
   for (int64_t at = 0; at < panel.steps; at += chunk) {
     const auto* next = reinterpret_cast<const char*>(panel.units + (at + chunk) * panel.columns);
-    if (vectors <= J)
+    if (whole)
       next = D::kAhead ? reinterpret_cast<const char*>(panel.units) + D::kAhead : nullptr;
     multiply_all_vectors<D, R, J>(rows, at, std::min(chunk, panel.steps - at), panel, product,
                                   fresh && at == 0, 0, vectors, next);

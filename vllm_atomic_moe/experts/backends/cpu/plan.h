@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "activation.h"
@@ -90,6 +91,18 @@ struct Segment {
   int64_t first, count;  // atoms, both even, within one stretch
 };
 
+// Those of ascending segments that have elements in common with another one.
+inline std::span<const Segment> overlapping(std::span<const Segment> segments,
+                                            const Segment& with) {
+  const auto begin = std::partition_point(
+      segments.begin(), segments.end(),
+      [&](const Segment& segment) { return segment.first + segment.count <= with.first; });
+  const auto end = std::partition_point(begin, segments.end(), [&](const Segment& segment) {
+    return segment.first < with.first + with.count;
+  });
+  return {begin, end};
+}
+
 struct Tile {
   int64_t expert, index;
 };
@@ -118,6 +131,14 @@ struct Plan {
   std::vector<int32_t> table_rows_H, table_rows_F;
   std::vector<float> scratch;
   std::vector<int64_t> bounds;  // only for sorting
+
+  // Blocks of one expert: those of `ranges` ranges from blocks_ER1[at] on.
+  std::span<const Block> blocks_of(int64_t at, int64_t ranges) const {
+    return {blocks.data() + blocks_ER1[at], blocks.data() + blocks_ER1[at + ranges]};
+  }
+  std::span<const Segment> segments_of(const Block& block) const {
+    return {segments.data() + block.first_segment, segments.data() + block.last_segment};
+  }
 };
 
 // The OR of the words of the block's rows, and the stretches of atoms that it covers.

@@ -33,52 +33,81 @@ struct Quantized {
   int64_t table_columns() const { return (zeros() ? 2 : 1) * kPanelColumns; }
 };
 
+// Scales of one byte, as a vector of them is read.
+struct E8M0 {
+  uint8_t bits;
+};
+struct E4M3 {
+  uint8_t bits;
+};
+inline Vec load_floats(const E8M0* from) {
+  // A power of two; the smallest is a denormal float.
+  return as_floats(at::vec::maximum(load_bytes(&from->bits) << Ints(23), Ints(1 << 22)));
+}
+inline Vec load_floats(const E4M3* from) {
+  return meanings_of_8(&from->bits) * Vec(kMeaningUnit[kE4M3]);
+}
+
 // Up to a vector of numbers, the rest of it zeros.
 template <class Number>
 const Number* padded(const Number* from, int64_t count, Number (&copy)[kWidth]) {
-  if (count >= kWidth) return from;
+  if (count >= kWidth) [[likely]]
+    return from;
   std::fill(std::copy_n(from, count, copy), copy + kWidth, Number());
   return copy;
 }
 
-template <class Number>
-Vec load_some(const void* from, int64_t at, int64_t count) {
-  Number copy[kWidth];
-  return load_floats(padded(static_cast<const Number*>(from) + at, count, copy));
-}
-
-// Up to a vector of scales of one row.
-inline Vec load_scales(int dtype, const void* scales, int64_t at, int64_t count) {
-  switch (dtype) {
-    case Quantized::kFloat32:
-      return load_some<float>(scales, at, count);
-    case Quantized::kBFloat16:
-      return load_some<c10::BFloat16>(scales, at, count);
-    case Quantized::kFloat16:
-      return load_some<c10::Half>(scales, at, count);
-  }
-  uint8_t copy[kWidth];
-  const uint8_t* bytes = padded(static_cast<const uint8_t*>(scales) + at, count, copy);
-  if (dtype == Quantized::kE4M3Scale) return meanings_of_8(bytes) * Vec(kMeaningUnit[kE4M3]);
-  // A power of two; the smallest is a denormal float.
-  return as_floats(at::vec::maximum(load_bytes(bytes) << Ints(23), Ints(1 << 22)));
-}
-
-// What codes of one row are multiplied with, and what is then added, for up to a vector of columns.
+// What codes are multiplied with, and what is then added, for a vector of columns.
 struct ScalesAndZeros {
   Vec scales, minus_zeros;
 };
-inline ScalesAndZeros load_effective(const Quantized& of, const ScaleTable& table, int64_t expert,
-                                     int64_t row, int64_t column, int64_t count) {
-  const int64_t at = row * table.C + column;
-  Vec scales = load_scales(of.scale, table.scales_GC, at, count);
-  if (of.factor == Quantized::kTimes) scales = scales * Vec(table.factors_E[expert]);
-  if (of.factor == Quantized::kOver) scales = scales / Vec(table.factors_E[expert]);
-  scales = scales * Vec(kMeaningUnit[of.code]);
-  if (!table.zeros_GC) return {scales, Vec(0.f)};
-  uint8_t copy[kWidth];
-  const Ints zeros = load_bytes(padded(table.zeros_GC + at, count, copy));
-  return {scales, at::vec::convert_to_fp_of_same_size<float>(zeros).neg() * scales};
+
+// Reads one projection's scales of one expert, of a type that is known when this is compiled.
+template <class Number>
+struct ScaleReader {
+  const Number* scales_GC;
+  const uint8_t* zeros_GC;
+  int64_t C;
+  int factor_is;
+  float factor, unit;
+
+  // Those of up to a vector of columns of one row.
+  [[gnu::always_inline]] ScalesAndZeros load(int64_t row, int64_t column, int64_t count) const {
+    const int64_t at = row * C + column;
+    Number copy[kWidth];
+    Vec scales = load_floats(padded(scales_GC + at, count, copy));
+    if (factor_is == Quantized::kTimes) scales = scales * Vec(factor);
+    if (factor_is == Quantized::kOver) scales = scales / Vec(factor);
+    scales = scales * Vec(unit);
+    if (!zeros_GC) return {scales, Vec(0.f)};
+    uint8_t bytes[kWidth];
+    const Ints zeros = load_bytes(padded(zeros_GC + at, count, bytes));
+    return {scales, at::vec::convert_to_fp_of_same_size<float>(zeros).neg() * scales};
+  }
+};
+
+// Calls `body` with the reader of one projection's scales. That goes by value, as all else should that
+// loops need, or compilers read it anew after every number they write.
+template <class Body>
+void with_scales(const Quantized& of, const ScaleTable& table, int64_t expert, Body body) {
+  const auto call = [&](auto number) {
+    using Number = decltype(number);
+    body(ScaleReader<Number>{static_cast<const Number*>(table.scales_GC), table.zeros_GC, table.C,
+                             of.factor, table.factors_E ? table.factors_E[expert] : 1,
+                             kMeaningUnit[of.code]});
+  };
+  switch (of.scale) {
+    case Quantized::kFloat32:
+      return call(float());
+    case Quantized::kBFloat16:
+      return call(c10::BFloat16());
+    case Quantized::kFloat16:
+      return call(c10::Half());
+    case Quantized::kE8M0:
+      return call(E8M0());
+    case Quantized::kE4M3Scale:
+      return call(E4M3());
+  }
 }
 
 // The table of one side of a tile: a row for every C, the scales of `atoms` packed rows from `first`
@@ -86,21 +115,22 @@ inline ScalesAndZeros load_effective(const Quantized& of, const ScaleTable& tabl
 inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expert, int64_t first,
                       int64_t atoms, int64_t end, float* to) {
   const int64_t stride = of.table_columns();
-  alignas(64) float squares[2][kWidth * kWidth];
-  for (int64_t atom = 0; atom < atoms; atom += kWidth)
-    for (int64_t column = 0; column < table.C; column += kWidth) {
+  with_scales(of, table, expert, [=, rows_P = table.rows_P](const auto reader) {
+    for (int64_t atom = 0; atom < atoms; atom += kWidth) {
+      int64_t rows[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) {
         const int64_t packed = std::min(first + atom + i, end - 1);  // padding is like the last
-        const int64_t row = table.rows_P ? table.rows_P[packed] : packed;
-        const auto loaded = load_effective(of, table, expert, row, column,
-                                           std::min<int64_t>(kWidth, table.C - column));
-        loaded.scales.store(squares[0] + i * kWidth);
-        loaded.minus_zeros.store(squares[1] + i * kWidth);
+        rows[i] = rows_P ? rows_P[packed] : packed;
       }
-      float* corner = to + column * stride + atom;
-      transpose(squares[0], kWidth, corner, stride);
-      if (of.zeros()) transpose(squares[1], kWidth, corner + kPanelColumns, stride);
+      for (int64_t column = 0; column < reader.C; column += kWidth) {
+        const auto load = [&](int i) { return reader.load(rows[i], column, reader.C - column); };
+        float* corner = to + column * stride + atom;
+        transpose([&](int i) { return load(i).scales; }, corner, stride);
+        if (reader.zeros_GC)
+          transpose([&](int i) { return load(i).minus_zeros; }, corner + kPanelColumns, stride);
+      }
     }
+  });
 }
 
 // Asks for the memory that `fill_down` reads: short pieces far apart, which processors do not foresee.
@@ -121,30 +151,30 @@ inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expe
 // The table of 64 columns of down from `column` on: one row for each of `count` scale rows.
 inline void fill_down(const Quantized& of, int64_t expert, int64_t first_row, int64_t count,
                       int64_t column, int64_t H, float* to) {
-  const ScaleTable& table = of.tables[2];
-  const int64_t end = std::min<int64_t>(H, column + kPanelColumns);
-  const auto put = [&](const ScalesAndZeros& loaded, float* at) {
-    loaded.scales.store(at);
-    if (of.zeros()) loaded.minus_zeros.store(at + kPanelColumns);
-  };
-  for (int64_t row = first_row; row < first_row + count; ++row, to += of.table_columns()) {
-    if (table.columns == 1) {
-      for (int64_t j = column; j < end; j += kWidth)
-        put(load_effective(of, table, expert, row, j, std::min<int64_t>(kWidth, end - j)),
-            to + j - column);
-      continue;
-    }
-    for (int64_t c = column / table.columns; c * table.columns < end; ++c) {
-      const auto loaded = load_effective(of, table, expert, row, c, 1);
-      alignas(64) float scale[kWidth], minus_zero[kWidth];
-      loaded.scales.store(scale), loaded.minus_zeros.store(minus_zero);
-      for (int64_t j = std::max(column, c * table.columns);
-           j < std::min(end, (c + 1) * table.columns); ++j) {
-        to[j - column] = scale[0];
-        if (of.zeros()) to[kPanelColumns + j - column] = minus_zero[0];
+  const int64_t stride = of.table_columns(), end = std::min<int64_t>(H, column + kPanelColumns);
+  const int64_t per_scale = of.tables[2].columns;
+  with_scales(of, of.tables[2], expert, [=, to = to](const auto reader) mutable {
+    for (int64_t row = first_row; row < first_row + count; ++row, to += stride) {
+      if (per_scale == 1) {
+        for (int64_t j = column; j < end; j += kWidth) {
+          const auto loaded = reader.load(row, j, end - j);
+          loaded.scales.store(to + j - column);
+          if (reader.zeros_GC) loaded.minus_zeros.store(to + kPanelColumns + j - column);
+        }
+        continue;
+      }
+      for (int64_t c = column / per_scale; c * per_scale < end; ++c) {
+        const auto loaded = reader.load(row, c, 1);
+        alignas(64) float scale[kWidth], minus_zero[kWidth];
+        loaded.scales.store(scale), loaded.minus_zeros.store(minus_zero);
+        for (int64_t j = std::max(column, c * per_scale); j < std::min(end, (c + 1) * per_scale);
+             ++j) {
+          to[j - column] = scale[0];
+          if (reader.zeros_GC) to[kPanelColumns + j - column] = minus_zero[0];
+        }
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Work shared among the threads of torch's own OpenMP runtime.
+// Shares work among the threads of torch's own OpenMP runtime.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// Of the OpenMP runtime that torch has loaded, GNU's or one with its entry points: its threads are
-// those that the process has bound to cores. Called by name, any compiler can build this.
+// Functions of the OpenMP runtime that torch has loaded, GNU's or one with its entry points: its
+// threads are those that the process has bound to cores. Declared here, so any compiler works.
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 void GOMP_barrier();
@@ -16,8 +16,8 @@ int omp_get_thread_num();
 
 namespace {
 
-// Threads of a parallel region, all that torch has: a smaller team would end the others, and with
-// them what bound them to cores. No more than `workers` of them work.
+// Threads of a parallel region, all that torch has: a smaller team would end the others, and lose
+// their binding to cores. At most `workers` of them work.
 struct Threads {
   int count, workers;
 };
@@ -29,7 +29,7 @@ void parallel(const Threads& threads, Body&& body) {
                 threads.count, 0);
 }
 
-// Inside `parallel`: items 0..count one by one, whoever is free; then all threads wait.
+// Inside `parallel`: free threads take items 0..count one by one; then all threads wait.
 template <class Body>
 void share(std::atomic<int64_t>& next, int64_t count, const Threads& threads, const Body& body) {
   if (threads.count == 1 || omp_get_thread_num() < threads.workers)

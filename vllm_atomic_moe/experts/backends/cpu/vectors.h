@@ -38,12 +38,18 @@ Vec as_floats(const Ints& bits) { return vreinterpretq_f32_s32(bits); }
 Vec as_floats(const Ints& bits) { return at::vec::cast<float, int32_t>(bits); }
 #endif
 
-// As many rows as a vector has lanes, of 32 bits each, become columns; strides in elements.
-inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+// As many rows as a vector has lanes, which load(i) returns, become columns; the stride in elements.
+template <class Load>
+[[gnu::always_inline]] inline void transpose(const Load& load, void* to, int64_t to_stride) {
+#if defined(CPU_CAPABILITY_AVX2)
+  at::vec::VectorizedN<float, kWidth> rows;
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) rows[i] = load(i);
+  at::vec::transpose_block(rows);  // half as many instructions as below
+#else
   Native rows[kWidth], mixed[kWidth];
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i)
-    rows[i] = Vec::loadu(static_cast<const float*>(from) + i * from_stride);
+  for (int i = 0; i < kWidth; ++i) rows[i] = load(i);
   // Interleaving the halves shifts the bits of an element's position by one.
 #pragma GCC unroll 4
   for (int round = 1; round < kWidth; round *= 2) {
@@ -54,6 +60,7 @@ inline void transpose(const void* from, int64_t from_stride, void* to, int64_t t
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) rows[i] = mixed[i];
   }
+#endif
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) Vec(rows[i]).store(static_cast<float*>(to) + i * to_stride);
 }

@@ -1,10 +1,12 @@
 // The weights of a tile or of a block of down, plain or codes, times rows.
 //
-// Codes are decoded in registers where an expert has few rows; where it has more, once into a
-// thread's scratch for the kernels of plain weights: as float32, which gives the same bits, but as
+// Codes are decoded in registers where an expert has few rows; where it has more, piece by piece into
+// a thread's scratch for the kernels of plain weights: as float32, which gives the same bits, but as
 // bfloat16 where rows are. Which of the two follows from the routing alone.
 
 #pragma once
+
+#include <limits>
 
 #include "plan.h"
 #include "scales.h"
@@ -25,6 +27,16 @@ void multiply_block(const typename D::Row* const* rows, int count, [[maybe_unuse
 template <class D>
 using Decoded = std::conditional_t<std::is_same_v<typename D::Row, float>, Float32, D>;
 
+// How many elements of the summed dimension are decoded at once: they stay in the nearest caches for
+// the rows of a whole batch. AMX takes all there are, since every product has its set-up.
+template <class D>
+constexpr int64_t kDecodedAtOnce =
+    kUsesAmx<D> ? std::numeric_limits<int64_t>::max()
+                : (32 << 10) / (kPanelColumns * sizeof(typename Decoded<D>::Unit)) *
+                      Decoded<D>::kPerUnit;
+// Rows that share what is decoded; their products lie on a thread's stack.
+constexpr int kBatchRows = kTokenRange;
+
 // Calls `body` with the type of a layer's codes.
 template <class Row, class Body>
 void with_codes(const Quantized& quantized, const Body& body) {
@@ -42,47 +54,91 @@ struct Weights {
   const Quantized* quantized;  // or null
   TableScales scales{};
   typename Decoded<D>::Unit* scratch = nullptr;
-  int64_t scratch_first = 0;
 
   bool decodes_ahead() const { return quantized && rows > kFewRows; }
 
-  // What `multiply` needs of elements first..first+count, even numbers, until the next call.
-  void prepare(int64_t first, int64_t count) {
-    if (!decodes_ahead()) return;
-    scratch_first = first;
-    with_codes<typename D::Row>(*quantized, [&](auto type) {
-      decode<Decoded<D>>(codes<decltype(type)>(first, count), scratch);
-    });
+  // The first blocks, as many as `multiply` takes together.
+  std::span<const Block> batch(std::span<const Block> blocks) const {
+    size_t count = 0;
+    for (int64_t batch_rows = 0; count < blocks.size(); ++count) {
+      batch_rows += blocks[count].count;
+      if (count && (batch_rows > kBatchRows || !decodes_ahead())) break;
+    }
+    return blocks.first(count);
   }
 
-  // Products of some rows and elements first..first+count, [rows][64]; added unless `fresh`.
-  void multiply(const typename D::Row* const* rows_of_block, int block_rows, int64_t first,
-                int64_t count, float* product, bool fresh) const {
-    if (quantized && !decodes_ahead())
-      return with_codes<typename D::Row>(*quantized, [&](auto type) {
-        using C = decltype(type);
-        ::multiply<C, kFewRows>(rows_of_block, block_rows, codes<C>(first, count), product, fresh);
-      });
-    if (quantized)
-      return multiply_panel<Decoded<D>>(scratch, round_up(columns, kWidth), rows_of_block,
-                                        block_rows, first - scratch_first, count, product, fresh);
-    multiply_panel<D>(reinterpret_cast<const typename D::Unit*>(packed), columns, rows_of_block,
-                      block_rows, first, count, product, fresh);
+  // Products of the rows of a batch, [rows][64], of every block's segments: what `row_at` and
+  // `segments_of` return. Those of blocks without segments are not written.
+  template <class RowAt, class SegmentsOf>
+  void multiply(std::span<const Block> blocks, const RowAt& row_at, const SegmentsOf& segments_of,
+                float* products) {
+    int64_t first = std::numeric_limits<int64_t>::max(), end = 0;
+    for (const Block& block : blocks)
+      for (const Segment& segment : segments_of(block)) {
+        first = std::min(first, segment.first);
+        end = std::max(end, segment.first + segment.count);
+      }
+    for (Segment piece; first < end; first += piece.count) {
+      piece = {first, end - first};
+      if (decodes_ahead()) {
+        piece.count = std::min(piece.count, kDecodedAtOnce<D>);
+        decode_piece(piece);
+      }
+      float* product = products;
+      for (const Block& block : blocks) {
+        const std::span<const Segment> segments = segments_of(block);
+        for (const Segment& segment : overlapping(segments, piece)) {
+          const int64_t begin = std::max(segment.first, piece.first);
+          const int64_t count =
+              std::min(segment.first + segment.count, piece.first + piece.count) - begin;
+          const typename D::Row* rows_of_block[kMostRows];
+          for (int r = 0; r < block.count; ++r) rows_of_block[r] = row_at(block.first + r) + begin;
+          multiply(rows_of_block, block.count, {begin, count}, piece, product,
+                   begin == segments.front().first);
+        }
+        product += block.count * kPanelColumns;
+      }
+    }
   }
 
  private:
+  void decode_piece(const Segment& piece) const {
+    with_codes<typename D::Row>(*quantized, [&](auto type) {
+      decode<Decoded<D>>(codes<decltype(type)>(piece), scratch);
+    });
+  }
+
+  // Products of one block and the elements `of`, which are in the piece that was decoded, if any was.
+  void multiply(const typename D::Row* const* rows_of_block, int block_rows, const Segment& of,
+                const Segment& piece, float* product, bool fresh) const {
+    if (!quantized)
+      return multiply_panel<D>(reinterpret_cast<const typename D::Unit*>(packed), columns,
+                               rows_of_block, block_rows, of, product, fresh);
+    if (decodes_ahead())
+      return multiply_panel<Decoded<D>>(scratch, round_up(columns, kWidth), rows_of_block,
+                                        block_rows, {of.first - piece.first, of.count}, product,
+                                        fresh);
+    with_codes<typename D::Row>(*quantized, [&](auto type) {
+      using C = decltype(type);
+      ::multiply<C, kFewRows>(rows_of_block, block_rows, codes<C>(of), product, fresh);
+    });
+  }
   template <class Type>
   void multiply_panel(const typename Type::Unit* units, int64_t wide,
-                      const typename D::Row* const* rows_of_block, int block_rows, int64_t first,
-                      int64_t count, float* product, bool fresh) const {
-    multiply_block<Type>(rows_of_block, block_rows, rows_at_once<D>(rows),
-                         {units + first / Type::kPerUnit * wide, count / Type::kPerUnit, wide},
-                         product, fresh);
+                      const typename D::Row* const* rows_of_block, int block_rows,
+                      const Segment& of, float* product, bool fresh) const {
+    multiply_block<Type>(
+        rows_of_block, block_rows, rows_at_once<D>(rows),
+        {units + of.first / Type::kPerUnit * wide, of.count / Type::kPerUnit, wide, {},
+         decodes_ahead()},
+        product, fresh);
   }
   template <class C>
-  Panel<C> codes(int64_t first, int64_t count) const {
-    return {reinterpret_cast<const uint8_t*>(packed) + first / C::kPerUnit * columns,
-            count / C::kPerUnit, columns, {scales.table, scales.rows + first, scales.meanings}};
+  Panel<C> codes(const Segment& of) const {
+    return {reinterpret_cast<const uint8_t*>(packed) + of.first / C::kPerUnit * columns,
+            of.count / C::kPerUnit,
+            columns,
+            {scales.table, scales.rows + of.first, scales.meanings}};
   }
 };
 
@@ -108,9 +164,8 @@ Weights<D> tile_weights(const Plan<D>& plan, const Call& call, const Tile& tile,
     fill_side(*call.quantized, call.quantized->tables[2 - sides + side], expert.id,
               call.offsets_E1[expert.id] + first_atom, half, call.offsets_E1[expert.id + 1],
               scratch.table + side * half);
-  weights.scales = {scratch.table, plan.table_rows_H.data(), kMeanings[call.quantized->code]};
+  weights.scales = {scratch.table, plan.table_rows_H.data(), &kMeanings[call.quantized->code]};
   weights.scratch = scratch.units;
-  weights.prepare(0, call.H);
   return weights;
 }
 
@@ -125,7 +180,7 @@ Weights<D> down_weights(const Plan<D>& plan, const Call& call, const Expert& exp
   fill_down(*call.quantized, expert.id, expert.first_scale_row, expert.scale_rows, column, call.H,
             scratch.table);
   weights.scales = {scratch.table, plan.table_rows_F.data() + expert.table_rows,
-                    kMeanings[call.quantized->code]};
+                    &kMeanings[call.quantized->code]};
   weights.scratch = scratch.units;
   return weights;
 }

@@ -1,0 +1,89 @@
+"""Compensation: a scale and a bias of every expert's output, which make up for what was pruned.
+
+A profile of format version 2 has them, `layers.{i}.output_scale` [E] and `layers.{i}.output_bias`
+[E, H]. What an expert then gives is scale · (what its kept atoms give) + bias, ahead of the router
+weight.
+
+Legend: E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+SCALE, BIAS = "output_scale", "output_bias"
+RANKS = {SCALE: 1, BIAS: 2}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compensation:
+    """Of one layer.
+
+    Attributes:
+        scale_E: float32 [E].
+        bias_EH: float32 [E, H].
+    """
+
+    scale_E: torch.Tensor
+    bias_EH: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As in the file, by what stands behind the layer's number."""
+        return {SCALE: self.scale_E.contiguous(), BIAS: self.bias_EH.contiguous()}
+
+    def clone(self) -> Compensation:
+        """A copy that does not change with its file."""
+        return Compensation(self.scale_E.clone(), self.bias_EH.clone())
+
+
+def gather(tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[int, Compensation]:
+    """The compensation of every layer that has any.
+
+    Args:
+        tensors: layer index -> what stands behind its number -> tensor.
+
+    Raises:
+        ValueError: a layer has one of the two only.
+    """
+    found = {}
+    for layer, named in tensors.items():
+        if missing := sorted(RANKS.keys() - named.keys()):
+            raise ValueError(
+                f"layers.{layer}.{missing[0]} is missing beside {', '.join(named)}; a compensated "
+                "layer has both: make the profile again"
+            )
+        found[layer] = Compensation(named[SCALE], named[BIAS])
+    return found
+
+
+def check_compensation(
+    compensation: Mapping[int, Compensation], shapes: Mapping[int, tuple[int, ...]]
+) -> None:
+    """Refuse what is not finite float32, or not of all experts of a layer.
+
+    Args:
+        compensation: by layer.
+        shapes: layer index -> shape of its mask, [E, I].
+
+    Raises:
+        ValueError: one line without the profile's name.
+    """
+    widths = {it.bias_EH.shape[-1] for it in compensation.values() if it.bias_EH.dim()}
+    for layer, of_layer in compensation.items():
+        for name, tensor in of_layer.tensors().items():
+            where = f"layers.{layer}.{name}"
+            if tensor.dtype != torch.float32 or tensor.dim() != RANKS[name]:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{where} is {dtype} {list(tensor.shape)}, wanted float32 of rank {RANKS[name]}"
+                )
+            if layer not in shapes or tensor.shape[0] != shapes[layer][0] or len(widths) > 1:
+                raise ValueError(
+                    f"{where} is {list(tensor.shape)}, wanted one of every expert beside "
+                    f"layers.{layer}.keep [E, I], and one hidden size"
+                )
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{where} is not finite; make the profile again")
