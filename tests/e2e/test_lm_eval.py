@@ -68,7 +68,7 @@ def write_task(directory: Path, count: int) -> list[dict[str, object]]:
 
 @torch.inference_mode()
 def log_likelihoods(model: Path, rows: list[dict]) -> list[list[float]]:
-    """Of every ending behind its text, by transformers."""
+    """Log-likelihood of each ending given its text, computed by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
