@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_atomic_moe.convert.exporting import export as exporting
 from vllm_atomic_moe.convert.exporting.export import ExportResult, Refitted
@@ -164,7 +164,7 @@ def prune(
         domain: score by the tokens of these domains only; None means all.
         compensate: the model, local directory or Hugging Face id, to fit a scale and a bias of
             every expert's output to, which make up for what is pruned; None fits none.
-        data: `FILE[:DOMAIN]`, the text to fit on.
+        data: `PATH[:DOMAIN]`, the text to fit on.
         field, samples, seq_len, batch_size, dtype, device, trust_remote_code: as of `calibrate`,
             of the fit.
         on_note: called with a line about every layer that was fitted.
@@ -175,17 +175,28 @@ def prune(
         ValueError: the source, the method, an option or the ratio is refused, or the output cannot
             be written.
     """
+    _check_fit("--compensate MODEL", compensate is not None, data)
     if isinstance(source, Statistics):
         scores = score_statistics(source, method, options, domain)
     else:
         scores = load_scores(Path(source), method, options, domain)
     profile = make_profile(scores, ratio, name, **options)
-    if data and compensate is None:
-        raise ValueError("--data is for --compensate MODEL; add it, or leave --data out")
     if compensate is not None:
-        fit_options = (field, samples, seq_len, batch_size, dtype, device, trust_remote_code)
-        kind: Kind = "scale and bias"
-        fitted = _fit(compensate, profile, kind, data, fit_options, on_note, on_warning)
+        fitted = _fit(
+            compensate,
+            profile,
+            "scale and bias",
+            data or (),
+            on_note,
+            on_warning,
+            field=field,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         report = {"compensation": json.dumps(fitted.report())}
         profile = replace(
             profile,
@@ -226,7 +237,7 @@ def export(
         output: directory to make; an export of the same model and profile is replaced.
         plain: write an ordinary checkpoint, for engines that do not know profiles.
         refit: fit down_proj anew, so that the atoms that stay make up for those that go.
-        data: `FILE[:DOMAIN]`, the text to fit on.
+        data: `PATH[:DOMAIN]`, the text to fit on.
         field, samples, seq_len, batch_size, dtype, device, trust_remote_code: as of `calibrate`,
             of the fit.
         on_progress: called with (bytes written, bytes in all).
@@ -237,12 +248,24 @@ def export(
         ValueError: model, profile, text or output is refused, or the disk is too small.
         OSError: a file cannot be read or written.
     """
-    if data and not refit:
-        raise ValueError("--data is for --refit; add it, or leave --data out")
-    options = (field, samples, seq_len, batch_size, dtype, device, trust_remote_code)
+    _check_fit("--refit", refit, data)
 
     def fit_columns(chosen: Profile) -> Refitted:
-        fitted = _fit(model, chosen, "columns", data, options, on_note, on_warning)
+        fitted = _fit(
+            model,
+            chosen,
+            "columns",
+            data or (),
+            on_note,
+            on_warning,
+            field=field,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         return Refitted(fitted.columns(), fitted.report())
 
     result = exporting.export(
@@ -258,31 +281,39 @@ def export(
     return result
 
 
+def _check_fit(flag: str, wanted: bool, data: Sequence[str] | None) -> None:
+    """Refuse a fit without text, and text without a fit.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    if wanted and not data:
+        raise ValueError("a fit needs text; name it with --data PATH[:DOMAIN]")
+    if data and not wanted:
+        raise ValueError(f"--data is for {flag}; add it, or leave --data out")
+
+
 def _fit(
     model: File,
     profile: Profile,
     kind: Kind,
-    data: Sequence[str] | None,
-    options: tuple[str | None, int, int, int, str, str, bool],
+    data: Sequence[str],
     on_note: Callable[[str], None],
     on_warning: Callable[[str], None],
+    **options: Any,
 ) -> ModelFit:
-    """Make up for what a profile prunes.
+    """Compensate for what a profile prunes.
 
     Args:
-        options: field, samples, seq_len, batch_size, dtype, device, trust_remote_code.
+        options: fields of `CalibrationOptions`.
 
     Raises:
-        ValueError: as `fit_model`; or there is no text.
+        ValueError: as for `fit_model`.
     """
     from vllm_atomic_moe.calibration.collect import CalibrationOptions
     from vllm_atomic_moe.calibration.refit import fit_model
 
-    if not data:
-        raise ValueError("a fit needs text; name it with --data FILE[:DOMAIN]")
-    names = ("field", "samples", "seq_len", "batch_size", "dtype", "device", "trust_remote_code")
-    given = dict(zip(names, options, strict=True))
-    chosen = CalibrationOptions(**given, gradients=False)  # type: ignore[arg-type]
+    chosen = CalibrationOptions(gradients=False, **options)
     fitted = fit_model(os.fspath(model), profile, kind, data, chosen, on_note)
     for line in fitted.warnings:
         on_warning(line)

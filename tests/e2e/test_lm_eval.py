@@ -55,7 +55,7 @@ def write_task(directory: Path, count: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for index in range(count):
         passage = words[index * 60 : index * 60 + 50]
-        endings = [" " + " ".join(passage[40:]), " " + " ".join(passage[:39:-1])]
+        endings = [" ".join(passage[40:]), " ".join(passage[:39:-1])]
         right = index % 2
         rows.append(
             {"text": " ".join(passage[:40]), "endings": endings[:: 1 - 2 * right], "right": right}
@@ -68,7 +68,7 @@ def write_task(directory: Path, count: int) -> list[dict[str, object]]:
 
 @torch.inference_mode()
 def log_likelihoods(model: Path, rows: list[dict]) -> list[list[float]]:
-    """Of every ending behind its text, by transformers."""
+    """Log-likelihood of each ending given its text, computed by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
@@ -78,7 +78,8 @@ def log_likelihoods(model: Path, rows: list[dict]) -> list[list[float]]:
         logprobs = loaded(ids).logits[0, :-1].log_softmax(dim=-1)
         return float(logprobs.gather(1, ids[0, 1:, None])[len(begun) - 1 :].sum())
 
-    return [[score(row["text"], ending) for ending in row["endings"]] for row in rows]
+    # lm-eval puts a space between the two.
+    return [[score(row["text"], f" {ending}") for ending in row["endings"]] for row in rows]
 
 
 def test_a_local_task_is_answered_by_the_profile(tmp_path, environment):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,10 +97,14 @@ def test_an_architecture_without_a_language_model(model):
     text = json.loads((model / "config.json").read_text())
     outer = {"model_type": "qwen3_vl_moe_vision", "architectures": ["X"], "text_config": text}
     (model / "config.json").write_text(json.dumps(outer))
-    line = refused(*calibrate(model))
-    assert "transformers cannot load it (ValueError: Unrecognized configuration class" in line
+    reason = "transformers cannot load it (ValueError: Unrecognized configuration class"
+    line = refused(*calibrate(Path("model")))
+    assert reason in line
     assert "atomic-moe --debug" in line
     assert len(line) <= 320
+    # The path of a Hub snapshot leaves room for the same.
+    snapshot = model.with_name(f"models--{'n' * (110 - len(str(model.parent)))}")
+    assert f"{snapshot}: {reason}" in refused(*calibrate(model.rename(snapshot)))
 
 
 def test_code_beside_a_model_that_takes_images_is_not_needed(model):

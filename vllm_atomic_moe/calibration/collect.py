@@ -131,13 +131,7 @@ def _calibrate(
     files = parse_files(data)
     device_map = resolve_device(ranks.device(options.device))
     shard = parse_shard(options.shard) if options.shard else None
-    directory = resolve_model(model)
-    checkpoint = describe_checkpoint(directory)
-    if checkpoint.stored is not None:
-        raise ValueError(
-            f"{directory}: an exported checkpoint, whose pruned atoms are gone; calibrate the "
-            "original model"
-        )
+    directory, checkpoint = find_original(model)
     text = read_text(directory, files, options)
     trusted = options.trust_remote_code
     # Of the whole run: shards of it have the same.
@@ -175,6 +169,22 @@ def _calibrate(
         calibration["shards"] = {"of": shard[1], "here": [shard[0]]}
     statistics = Statistics(checkpoint.identity(), calibration, sums)
     return statistics, text.warnings + serving_notes(experts) + inspect_sums(sums)
+
+
+def find_original(model: str) -> tuple[Path, CheckpointInfo]:
+    """The directory and the description of a model whose atoms are all there.
+
+    Raises:
+        ValueError: there is no such model, its experts cannot be described, or it is an export.
+    """
+    directory = resolve_model(model)
+    checkpoint = describe_checkpoint(directory)
+    if checkpoint.stored is not None:
+        raise ValueError(
+            f"{directory}: an exported checkpoint, whose pruned atoms are gone; calibrate the "
+            "original model"
+        )
+    return directory, checkpoint
 
 
 def read_text(

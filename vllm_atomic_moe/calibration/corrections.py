@@ -1,7 +1,7 @@
-"""What may be added to the outputs of pruned experts to make up for what was pruned.
+"""Corrections of pruned experts' outputs, which offset the error of pruning.
 
-A correction is linear in its parameters, one tensor an expert: other columns of `down_proj` for the
-atoms that are kept, or a scale of the output and a bias. `fitting` finds the parameters.
+A correction is linear in its parameters, one tensor per expert: new columns of `down_proj` for the
+kept atoms, or a scale and a bias of the output. `fitting` finds the parameters.
 
 Legend: H hidden size, F atoms kept of one expert.
 """
@@ -15,23 +15,23 @@ import torch
 from vllm_atomic_moe.calibration.experts import ExpertRows
 
 Parameters = dict[int, torch.Tensor]
-"""Expert -> its parameters; experts that nothing can be added to are absent."""
+"""Expert -> its parameters; experts that cannot be corrected are absent."""
 
 
 class Correction(Protocol):
     """A kind of correction of one layer."""
 
     def corrects(self, expert: int) -> bool:
-        """Whether anything can be added to this expert's output."""
+        """Whether this expert can be corrected."""
 
     def apply(self, expert: int, of_expert: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
-        """What parameters add to an expert's output, ahead of the router weight: [rows, H]."""
+        """The change of an expert's output before the router weight: [rows, H]."""
 
     def gather(self, expert: int, rows: ExpertRows, errors: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `apply` times the router weight: of errors [rows, H], like parameters."""
+        """Adjoint of `apply` times the router weight: errors [rows, H] -> shape of parameters."""
 
     def curvature(self, expert: int, rows: ExpertRows) -> torch.Tensor:
-        """What the expert's own normal equations grow by, for `precondition`."""
+        """These rows' share of the expert's own normal equations, for `precondition`."""
 
     def precondition(
         self, curvature: torch.Tensor, ridge: float, of_expert: torch.Tensor
@@ -39,7 +39,7 @@ class Correction(Protocol):
         """Solve the expert's own normal equations with `penalty` on their diagonal."""
 
     def penalty(self, curvature: torch.Tensor, ridge: float) -> torch.Tensor:
-        """A ridge, relative to the diagonal, in absolute terms: broadcast over the parameters."""
+        """The penalty of a ridge that is relative to the diagonal; broadcasts over parameters."""
 
 
 class Columns:
@@ -122,5 +122,5 @@ class ScaleAndBias:
 
 
 def _positive(penalty: torch.Tensor) -> torch.Tensor:
-    """Of an expert without tokens anything will do: it has nothing to fit."""
+    """An expert without tokens has nothing to fit, so any positive penalty works."""
     return torch.where(penalty > 0, penalty, 1.0)

@@ -1,7 +1,7 @@
-"""What `--data` names: a file, a directory or a glob -> the files, in a fixed order.
+"""Resolve `--data`: a file, a directory or a glob -> files in a fixed order.
 
-A directory is one of shards, or what `save_to_disk` of the package datasets wrote: Arrow files,
-listed in its state.json, or a directory per split, listed in dataset_dict.json.
+A directory holds shards, or the output of datasets' `save_to_disk`: Arrow files listed in
+state.json, or one directory per split, listed in dataset_dict.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something to read: a file, a directory, or a glob that matches a file."""
+    """Whether the path is a file, a directory, or a glob that matches a file."""
     return path.exists() or bool(_matches(path))
 
 
@@ -25,8 +25,8 @@ def files_of(path: Path) -> list[Path]:
     """The files, sorted by path.
 
     Raises:
-        ValueError: there are none, a suffix is not known, or a directory holds files of several
-            kinds or a dataset of several splits.
+        ValueError: no files, an unknown suffix, or a directory with several kinds of files or
+            several splits.
     """
     if path.is_file():
         found = [path]
@@ -44,7 +44,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def domain_of(path: Path) -> str:
-    """A name for the text: the file's or the directory's; the directory in which a glob begins."""
+    """The default domain: name of the file, the directory, or the directory a glob starts in."""
     if path.is_file():
         return split_name(path)[0]
     while not path.is_dir():
@@ -92,7 +92,7 @@ def _only_split(directory: Path) -> str:
 
 
 def _listed(directory: Path) -> list[Path]:
-    """The files of a saved dataset; beside them may be cached ones, which are something else."""
+    """The files of a saved dataset; other Arrow files in the directory are caches."""
     entries = read_json_object(directory / STATE).get("_data_files")
     listed = entries if isinstance(entries, list) else []
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
@@ -106,5 +106,5 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def _are_names(names: list[Any]) -> bool:
-    """Whether these are plain names, at least one."""
+    """Whether the list has at least one entry, and all are plain file names."""
     return bool(names) and all(isinstance(name, str) and Path(name).name == name for name in names)

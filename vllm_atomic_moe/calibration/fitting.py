@@ -1,9 +1,9 @@
-"""Least squares of all experts of a layer at once: what corrections do best against its error.
+"""Least squares over all experts of a layer at once: the corrections that minimize its error.
 
-A token's error is shared by all experts that it chose, so that the experts' normal equations hang
-together. Conjugate gradients solve them, each expert's own equations as the preconditioner: per
-step one pass over the tokens, and never a matrix larger than one expert's. Some batches are held
-out. Their error chooses the ridge and ends the steps, so that a fit never makes it larger.
+All experts that a token chose share its error, which couples their normal equations. Conjugate
+gradients solve them, preconditioned by each expert's own equations: one pass over the tokens per
+step, and no matrix larger than one expert's. Some batches are held out. Their error selects the
+ridge and stops the steps, so that a fit never increases it.
 
 Legend: T tokens, H hidden size.
 """
@@ -20,10 +20,10 @@ from vllm_atomic_moe.calibration.experts import ExpertRows
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 STEPS = 12
-ENOUGH = 1e-3  # a step that takes less of the held-out error is the last
+ENOUGH = 1e-3  # stop when a step reduces the held-out error by less than this fraction
 
 Rows = Callable[[], Iterator[dict[int, ExpertRows]]]
-"""A pass over the tokens: batch by batch, what each expert did."""
+"""One pass over the tokens: for each batch, the rows of each expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Fit:
     """The best correction of one layer.
 
     Attributes:
-        parameters: of every expert.
+        parameters: of every expert that was corrected.
         before, after: squared error of the held-out tokens.
-        ridge: that was chosen; None where nothing was better than nothing.
-        steps: of conjugate gradients.
+        ridge: the selected one; None if no correction reduced the error.
+        steps: number of conjugate gradient steps.
     """
 
     parameters: Parameters
@@ -53,11 +53,10 @@ def fit(
     """Fit a correction to the errors of a layer.
 
     Args:
-        correction: of which kind.
-        rows: gives the same rows at every call.
-        errors: by batch, what the experts' weighted outputs should add up to besides, float32
-            [T, H]; not modified.
-        held_out: by batch, whether it is held out.
+        correction: the kind of correction.
+        rows: returns the same rows at every call.
+        errors: per batch, what the experts' weighted outputs lack, float32 [T, H]; not modified.
+        held_out: per batch, whether it is held out.
     """
     return _Solver(correction, rows, errors, held_out).run()
 
@@ -71,10 +70,10 @@ class _Solver:
         held_out: Sequence[bool],
     ) -> None:
         self.correction, self.rows, self.errors = correction, rows, errors
-        # What is left of the errors that are held out, by batch.
+        # Remaining errors of the held-out batches.
         of_batches = enumerate(zip(errors, held_out, strict=True))
         self.left = {number: error.clone() for number, (error, held) in of_batches if held}
-        # Of experts that have tokens to be fitted to.
+        # Of experts with tokens in the fitted batches.
         self.curvature: Parameters = {}
 
     def run(self) -> Fit:
@@ -118,10 +117,10 @@ class _Solver:
         return gradient
 
     def _choose_ridge(self, gradient: Parameters) -> float | None:
-        """The ridge whose first step leaves the smallest held-out error; None: none lessens it."""
+        """The ridge whose first step reduces the held-out error most; None if none does."""
         directions = [self._precondition(gradient, ridge) for ridge in RIDGES]
-        # Squares of what they do to the tokens that are fitted, and to the others; and how that
-        # goes along with the others' errors.
+        # Squared norms of their images on the fitted and on the held-out batches, and the inner
+        # products of the latter with the held-out errors.
         fitted, held_out, along = ([0.0] * len(RIDGES) for _ in range(3))
         for number, of_batch in enumerate(self.rows()):
             for index, direction in enumerate(directions):
@@ -145,9 +144,7 @@ class _Solver:
     def _multiply(
         self, direction: Parameters, ridge: float
     ) -> tuple[dict[int, torch.Tensor], Parameters]:
-        """What a direction does to the batches that are held out, and the normal equations times
-        it.
-        """
+        """Images of a direction on the held-out batches, and the normal equations times it."""
         images = {}
         normal = self._penalized(direction, ridge)
         for number, of_batch in enumerate(self.rows()):
@@ -161,7 +158,7 @@ class _Solver:
     def _image(
         self, direction: Parameters, number: int, of_batch: dict[int, ExpertRows]
     ) -> torch.Tensor:
-        """What a direction adds to the layer's output in one batch: [T, H]."""
+        """The change of the layer's output in one batch along a direction: [T, H]."""
         device = next((rows.h.device for rows in of_batch.values()), self.errors[number].device)
         image = torch.zeros_like(self.errors[number], device=device)
         for expert, rows in of_batch.items():
@@ -179,7 +176,7 @@ class _Solver:
     def _fitted(
         self, number: int, of_batch: dict[int, ExpertRows]
     ) -> Iterator[tuple[int, ExpertRows]]:
-        """The rows of experts that can be corrected; none of a batch that is held out."""
+        """Rows of the experts that can be corrected; none for held-out batches."""
         for expert, rows in of_batch.items():
             if self.correction.corrects(expert) and number not in self.left:
                 yield expert, rows

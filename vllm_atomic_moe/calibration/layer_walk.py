@@ -1,8 +1,8 @@
-"""A model's decoder layers one after another over the same text, for whoever watches their experts.
+"""Run a model's decoder layers one after another over the same text, with their experts observed.
 
-How the model calls its layers is noted once. What every layer is given is kept between them, batch
-by batch (see `kept`), so that one layer is in memory at a time, and one may be run again. Only
-transformers' own modules compute.
+The model's calls of its layers are recorded once. The inputs of a layer are kept batch by batch
+(see `kept`), so that only one layer is in memory, and a layer can run again. Only transformers' own
+modules compute.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from vllm_atomic_moe.calibration.passes import failures_explained, not_finite
 
 
 class BatchObserver(LayerObserver, Protocol):
-    """What watches the experts of one layer, and is told which batch runs."""
+    """An observer of one layer's experts that knows the current batch."""
 
     batch: Batch
 
 
 @dataclass(slots=True)
 class LayerWalk:
-    """The layers of one checkpoint over one text.
+    """All layers of one checkpoint, over one text.
 
     Attributes:
         reader: the checkpoint.
-        kept: where layers' inputs are kept.
+        kept: store of the layers' inputs.
         batches: (domain index, int32 [windows, seq_len]).
         calls: by batch and layer.
     """
@@ -53,7 +53,7 @@ class LayerWalk:
     calls: list[list[LayerCall]] = field(default_factory=list, init=False)
 
     def begin(self, stage: str) -> None:
-        """Note how layers are called, and keep what the first one is given as `stage`.
+        """Record how layers are called, and keep the inputs of the first one as `stage`.
 
         Raises:
             ValueError: the layers cannot be called alone.
@@ -71,14 +71,14 @@ class LayerWalk:
         self.kept.finish(stage)
 
     def check_room(self, stage: str, copies: int) -> None:
-        """Refuse what does not fit.
+        """Check that the inputs of all layers fit.
 
         Args:
-            stage: what the first layer is given.
-            copies: how many times that is kept at once.
+            stage: the inputs of the first layer.
+            copies: how many copies of them are kept at once.
 
         Raises:
-            ValueError: says how much there is.
+            ValueError: they do not fit; names both sizes.
         """
         [first] = self.kept.get(stage, 0).values()
         needed = first.nbytes // first.shape[0] * self.windows * copies
@@ -96,14 +96,14 @@ class LayerWalk:
         observer: BatchObserver,
         do: Callable[[Step], None],
     ) -> None:
-        """Do something with a layer for every batch, while its experts are watched.
+        """Call `do` for every batch, with the layer's experts observed.
 
         Args:
-            stage: where its inputs are kept.
+            stage: the layer's inputs.
             index: of the layer.
             layer: as the reader gives it.
-            observer: of its experts, if it has any.
-            do: called with every batch's step.
+            observer: of its experts; not called if the layer has none.
+            do: called with the step of each batch.
         """
         model, block, experts = layer
         names = {id(module): name for name, module in model.named_modules()}
@@ -120,7 +120,7 @@ class LayerWalk:
                 do(Step(number, observer.batch, ids.shape[0], call, block, given, explained))
 
     def check_finite(self, layer: int, step: Step, made: Mapping[str, torch.Tensor]) -> None:
-        """Refuse numbers that left the range of the dtype; those of padding may.
+        """Refuse activations outside the range of the dtype, except those of padding.
 
         Raises:
             ValueError: names the layer.
@@ -134,7 +134,7 @@ class LayerWalk:
     def keep_inputs(
         self, stage: str, layer: int, number: int, made: Mapping[str, torch.Tensor]
     ) -> None:
-        """Keep what the layer below made as a batch's inputs of `layer`."""
+        """Keep the output of the layer below as the inputs of `layer` for one batch."""
         takes = frozenset({HIDDEN})
         if layer < self.reader.layers:
             takes = self.calls[number][layer].takes | {name for name in made if is_entry(name)}
@@ -143,7 +143,7 @@ class LayerWalk:
 
     @property
     def windows(self) -> int:
-        """Of all batches."""
+        """Number of windows in all batches."""
         return sum(ids.shape[0] for _, ids in self.batches)
 
 
@@ -155,10 +155,10 @@ class Step:
         number: of the batch.
         batch: the batch.
         windows: in the batch.
-        call: how the model calls the layer.
+        call: the model's call of the layer.
         block: the layer.
-        given: what the layer is given, on its device.
-        explained: context that explains what the layer's own code raises.
+        given: inputs of the layer, on its device.
+        explained: context that turns errors of the layer's code into one line.
     """
 
     number: int
@@ -171,8 +171,8 @@ class Step:
 
     @torch.no_grad()
     def run(self) -> Tensors:
-        """What the layer makes."""
-        # Of copies: some layers write into what they are given.
+        """The outputs of the layer."""
+        # Copies, because some layers write into their inputs.
         given = {name: tensor.clone() for name, tensor in self.given.items()}
         with self.explained():
             return self.call.run(self.block, given)
@@ -181,10 +181,10 @@ class Step:
         """Run the layer forward and backward.
 
         Args:
-            gradients: with respect to what the layer makes, by name.
+            gradients: with respect to the outputs, by name.
 
         Returns:
-            The gradients with respect to what it is given, on the CPU.
+            The gradients with respect to the inputs, on the CPU.
         """
         leaves = {
             name: tensor.detach().requires_grad_(tensor.is_floating_point())

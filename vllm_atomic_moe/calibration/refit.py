@@ -1,9 +1,9 @@
-"""Make up for what a profile prunes: the walk that fits corrections layer by layer.
+"""Fit corrections of a pruned model, layer by layer.
 
-The dense model and the pruned one run side by side, each layer of the pruned one on what the layers
-below it give by now. The error of a layer is what its output lacks of the dense model's, so that a
-correction also takes back what the layers below left over; where a model does more with its
-experts' output than to add it, it is what the experts' output lacks of the dense model's.
+The dense model and the pruned one run side by side; each pruned layer gets the output of the
+corrected layers below it. The error of a layer is the difference between the dense layer's output
+and its own, so that a correction also offsets errors of the layers below. If a model does more with
+its experts' output than add it, the error is that of the experts' output.
 
 Legend: T tokens, E experts, H hidden size, I full intermediate size, F atoms kept of one expert, P
 of all experts of a layer.
@@ -22,6 +22,7 @@ from vllm_atomic_moe.calibration.accumulator import Batch
 from vllm_atomic_moe.calibration.collect import (
     CalibrationOptions,
     describe_calibration,
+    find_original,
     read_text,
 )
 from vllm_atomic_moe.calibration.corrections import Columns, Correction, Parameters, ScaleAndBias
@@ -46,27 +47,26 @@ from vllm_atomic_moe.calibration.model import (
 from vllm_atomic_moe.calibration.passes import batches
 from vllm_atomic_moe.calibration.streaming import one_device
 from vllm_atomic_moe.calibration.text import parse_files
-from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.compensation import Compensation
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 Kind = Literal["columns", "scale and bias"]
-HELD_OUT = 8  # every such batch
-# How far a layer's output may be from a multiple of its experts' output, added: rounding.
+HELD_OUT = 8  # every eighth batch
+# Relative rounding error allowed when a layer adds a multiple of its experts' output.
 ADDED = 0.05
 
 
 @dataclass(slots=True)
 class Watcher:
-    """The `LayerObserver` of the walk: sees what experts are given and give, and may correct it.
+    """The `LayerObserver` of the walk: records the experts' inputs and outputs, and corrects them.
 
     Attributes:
-        batch: what runs now.
-        correct: gives the output to use in place of an expert's own.
-        nowhere: whether to send all tokens to no expert.
-        routed: what the experts were given last.
-        output_TH: what they then gave, weighted; float32.
-        rows: what each expert did, if it is wanted.
+        batch: the current batch.
+        correct: returns the output to use in place of an expert's own.
+        nowhere: whether to route all tokens to no expert.
+        routed: the last inputs of the experts.
+        output_TH: their weighted output; float32.
+        rows: the rows of each expert.
     """
 
     batch: Batch = field(default_factory=Batch)
@@ -77,7 +77,7 @@ class Watcher:
     rows: dict[int, ExpertRows] = field(default_factory=dict)
 
     def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
-        """Padding goes nowhere."""
+        """Route padding to no expert."""
         ids_TK = self.batch.unpadded(routed.topk_ids_TK, module.num_experts)
         if self.nowhere:
             ids_TK = torch.full_like(ids_TK, module.num_experts)
@@ -87,7 +87,7 @@ class Watcher:
         return ids_TK
 
     def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
-        """Add up what the experts give."""
+        """Add up the experts' outputs."""
         y = self.correct(expert, rows)
         self.rows[expert] = rows
         assert self.output_TH is not None
@@ -97,14 +97,14 @@ class Watcher:
 
 @dataclass(frozen=True, slots=True)
 class LayerFit:
-    """What was fitted in one layer.
+    """The fit of one layer.
 
     Attributes:
-        before, after: squared error of held-out tokens, as a share of the squares of what the dense
-            model's experts give.
-        down_t_PH: of a fit of columns, down_proj's columns of the atoms that are kept, experts
+        before, after: squared error of held-out tokens, as a fraction of the squared output of the
+            dense model's experts.
+        down_t_PH: of a fit of columns: the columns of down_proj for the kept atoms, experts
             ascending.
-        compensation: of a fit of scales and biases.
+        compensation: of a fit of scales and biases: these.
     """
 
     before: float
@@ -115,11 +115,11 @@ class LayerFit:
 
 @dataclass(frozen=True, slots=True)
 class ModelFit:
-    """What was fitted in a model.
+    """The fit of a model.
 
     Attributes:
         layers: by layer index.
-        calibration: what a reader needs to repeat it.
+        calibration: the settings needed to repeat it.
         warnings: one line each.
     """
 
@@ -128,12 +128,12 @@ class ModelFit:
     warnings: list[str]
 
     def columns(self) -> dict[int, torch.Tensor]:
-        """Of a fit of columns, by layer index."""
+        """The columns by layer index; empty for a fit of scales and biases."""
         named = {layer: it.down_t_PH for layer, it in self.layers.items()}
         return {layer: it for layer, it in named.items() if it is not None}
 
     def compensation(self) -> dict[int, Compensation]:
-        """Of a fit of scales and biases, by layer index."""
+        """Scales and biases by layer index; empty for a fit of columns."""
         named = {layer: it.compensation for layer, it in self.layers.items()}
         return {layer: it for layer, it in named.items() if it is not None}
 
@@ -153,15 +153,15 @@ def fit_model(
 ) -> ModelFit:
     """Fit corrections of a pruned model, layer by layer.
 
-    Memory holds one layer, the text's hidden states a few times, and what is fitted.
+    Memory holds one layer, a few copies of the text's hidden states, and the parameters.
 
     Args:
         model: a local directory or a Hugging Face id.
-        profile: what is pruned; not compensated.
-        kind: of the corrections.
-        data: `FILE[:DOMAIN]` arguments, at least one.
-        options: how, as for a calibration.
-        on_note: called with a line about every layer.
+        profile: the profile; without compensation.
+        kind: of corrections.
+        data: `PATH[:DOMAIN]` arguments, at least one.
+        options: as for a calibration.
+        on_note: called with one line per layer.
 
     Raises:
         ValueError: the text, the model, the profile or an option is refused (one line).
@@ -169,13 +169,7 @@ def fit_model(
     """
     files = parse_files(data)
     device_map = resolve_device(options.device)
-    directory = resolve_model(model)
-    checkpoint = describe_checkpoint(directory)
-    if checkpoint.stored is not None:
-        raise ValueError(
-            f"{directory}: an exported checkpoint, whose pruned atoms are gone; name the original "
-            "model"
-        )
+    directory, checkpoint = find_original(model)
     warnings = profile.check(checkpoint)
     if profile.compensation:
         raise ValueError(f"profile {profile.name!r} is compensated already; use one that is not")
@@ -211,13 +205,13 @@ def fit_model(
 
 @dataclass(slots=True)
 class Refit(LayerWalk):
-    """One fit of all layers of a pruned model.
+    """A fit of all layers of a pruned model.
 
     Attributes:
-        profile: what is pruned; it masks no routing.
+        profile: the profile; it does not mask routing.
         kind: of the corrections.
         dtype: of the columns.
-        on_note: called with a line about every layer.
+        on_note: called with one line per layer.
     """
 
     profile: PruningProfile
@@ -226,14 +220,14 @@ class Refit(LayerWalk):
     on_note: Callable[[str], None]
 
     def run(self) -> dict[int, LayerFit]:
-        """All of it.
+        """Fit all layers.
 
         Raises:
             ValueError: numbers are not finite, memory does not suffice, or the layers cannot be
                 called alone.
         """
         self.begin("dense-0")
-        # Two inputs of two models, and what is compared meanwhile.
+        # Inputs and outputs of two models, and the tensors that are compared.
         self.check_room("dense-0", 8)
         self.kept.begin("pruned-0")
         for number in range(len(self.batches)):
@@ -264,7 +258,7 @@ class Refit(LayerWalk):
         watcher: Watcher,
         also: Callable[[Step, torch.Tensor], None] = lambda step, output_TH: None,
     ) -> None:
-        """Run a layer of one of the two models, and keep what it makes for the next."""
+        """Run a layer of one of the two models, and keep its output for the next."""
         stage = f"{model}-{layer + 1}"
         self.kept.begin(stage)
 
@@ -330,7 +324,7 @@ class Refit(LayerWalk):
     def _columns(
         self, experts: ExpertsModule, keep_EI: torch.Tensor, parameters: Parameters
     ) -> tuple[torch.Tensor, Parameters]:
-        """The columns in the dtype that they get, and what that adds to the old ones."""
+        """The columns in the checkpoint's dtype, and their difference from the old ones."""
         found, rounded = [], {}
         for expert, keep_I in enumerate(keep_EI):
             down = experts.down_proj[expert]
@@ -362,7 +356,9 @@ def prune(experts: ExpertsModule, keep_EI: torch.Tensor) -> None:
 
 
 def _factor(step: Step, watcher: Watcher, output_TH: torch.Tensor) -> float:
-    """What the layer multiplies its experts' output by before it adds it; 0: it does more."""
+    """The factor by which the layer multiplies its experts' output before adding it; 0 if it does
+    more than that.
+    """
     experts_TH = watcher.output_TH
     assert experts_TH is not None
     watcher.nowhere = True
@@ -378,7 +374,7 @@ def _factor(step: Step, watcher: Watcher, output_TH: torch.Tensor) -> float:
 def _rows(
     experts: ExpertsModule, routed: Sequence[Routed], device: torch.device
 ) -> Iterator[dict[int, ExpertRows]]:
-    """Batch by batch, what every expert does with what it is given."""
+    """For each batch, the rows of every expert."""
     watcher = experts.layer_observer = Watcher()
     try:
         for given in routed:

@@ -20,7 +20,8 @@ from typer.core import TyperGroup
 
 from vllm_atomic_moe.files.plain_files import check_output, one_line
 
-MESSAGE_LENGTH = 300
+# Room for the path of a Hub snapshot, what is wrong there, and the remedy.
+MESSAGE_LENGTH = 400
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 # Typer's contexts are not click's: newer versions bring a click of their own.
 _debugging = False

@@ -43,7 +43,7 @@ FitData = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        metavar="FILE[:DOMAIN]",
+        metavar=DATA_METAVAR,
         help="Calibration text to fit on; repeat.",
         show_default=False,
     ),

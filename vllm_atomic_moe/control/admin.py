@@ -44,7 +44,7 @@ REASONS = {
     403: "No admin key is configured.",
     404: "Unknown profile.",
     409: "It cannot be done in the present state; `type` says why.",
-    503: "There is no engine, or an engine or API server does not answer; the message names it.",
+    503: "No engine runs, or an engine or API server does not answer; the message names it.",
 }
 
 

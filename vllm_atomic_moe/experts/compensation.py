@@ -1,8 +1,7 @@
 """The compensation of one layer by slot: scales and biases of its experts' outputs.
 
-A scale is a factor of the router weight, and biases are added behind the experts, so that kernels
-know nothing of either. All of it is in buffers of fixed shape, with room for so many compensated
-profiles at a time.
+Scales multiply the router weights and biases are added after the experts, so kernels need not know
+about either. The buffers have a fixed shape, with room for a fixed number of compensated profiles.
 
 Legend: T tokens, K experts per token, E experts, H hidden size, S slots, R rows of biases.
 """
@@ -18,11 +17,11 @@ from vllm_atomic_moe.files.compensation import Compensation
 
 
 class SlotCompensation(nn.Module):
-    """Buffers: scale_SE, float32 [16, E], ones for slots without a compensation; first_row_S, int64
-    [16], where the slot's biases begin, -1 where it has none; bias_RH, [room · E, H].
+    """Buffers: scale_SE, float32 [16, E], ones for slots without compensation; first_row_S, int64
+    [16], first row of the slot's biases, -1 if it has none; bias_RH, [room · E, H].
 
     Args:
-        room: compensated profiles that may be loaded at a time.
+        room: how many compensated profiles can be loaded at a time.
         own_E: bool [E], on the CPU: experts whose biases this rank adds.
         hidden_size: H.
         dtype: of the activations, and of the biases.
@@ -38,7 +37,7 @@ class SlotCompensation(nn.Module):
         super().__init__()
         self._own_E, self._room = own_E, room
         experts, device = len(own_E), torch.get_default_device()
-        # On ranks that add none there is no room either.
+        # Ranks that add no bias allocate none.
         rows = room * experts if bool(own_E.any()) else 0
         for name, tensor in (
             ("scale_SE", torch.ones(SLOTS, experts, dtype=torch.float32, device=device)),
@@ -54,19 +53,19 @@ class SlotCompensation(nn.Module):
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of what finds them, and of the scales."""
+        """Bytes of the row index and the scales."""
         return self.scale_SE.nbytes + self.first_row_S.nbytes
 
     @torch.no_grad()
     def set_slot(self, slot: int, compensation: Compensation | None) -> None:
-        """Let tokens of `slot` be compensated so; None: not at all.
+        """Set the compensation of a slot; None removes it.
 
         Args:
-            slot: 0..SLOTS-1; no token that is being computed carries it.
+            slot: 0..SLOTS-1; no token in flight carries it.
             compensation: on the CPU.
 
         Raises:
-            ValueError: as many compensated profiles are loaded as there is room for.
+            ValueError: no room is left for another compensated profile.
         """
         self.scale_SE[slot] = 1
         self.first_row_S[slot] = -1
@@ -93,7 +92,7 @@ class SlotCompensation(nn.Module):
 
         Args:
             topk_weights_TK: any float dtype.
-            topk_ids_TK: expert ids without slots; what is not among E is left out.
+            topk_ids_TK: expert ids without slots; ids outside 0..E-1 are ignored.
             slots_T1: int32 [T, 1].
         """
         experts = self.scale_SE.shape[1]

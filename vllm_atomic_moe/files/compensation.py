@@ -1,8 +1,8 @@
-"""Compensation: a scale and a bias of every expert's output, which make up for what was pruned.
+"""Compensation: a scale and a bias for every expert's output, which offset the error of pruning.
 
-A profile of format version 2 has them, `layers.{i}.output_scale` [E] and `layers.{i}.output_bias`
-[E, H]. What an expert then gives is scale · (what its kept atoms give) + bias, ahead of the router
-weight.
+Profiles of format version 2 hold them as `layers.{i}.output_scale` [E] and
+`layers.{i}.output_bias` [E, H]. An expert's output becomes scale · (output of its kept atoms) +
+bias, before the router weight.
 
 Legend: E experts, H hidden size.
 """
@@ -20,7 +20,7 @@ RANKS = {SCALE: 1, BIAS: 2}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compensation:
-    """Of one layer.
+    """The compensation of one layer.
 
     Attributes:
         scale_E: float32 [E].
@@ -31,22 +31,22 @@ class Compensation:
     bias_EH: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As in the file, by what stands behind the layer's number."""
+        """The tensors by the last part of their names in the file."""
         return {SCALE: self.scale_E.contiguous(), BIAS: self.bias_EH.contiguous()}
 
     def clone(self) -> Compensation:
-        """A copy that does not change with its file."""
+        """A copy that does not share memory with the file."""
         return Compensation(self.scale_E.clone(), self.bias_EH.clone())
 
 
 def gather(tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[int, Compensation]:
-    """The compensation of every layer that has any.
+    """The compensation of each layer that has one.
 
     Args:
-        tensors: layer index -> what stands behind its number -> tensor.
+        tensors: layer index -> last part of the name -> tensor.
 
     Raises:
-        ValueError: a layer has one of the two only.
+        ValueError: a layer has only one of the two.
     """
     found = {}
     for layer, named in tensors.items():
@@ -62,7 +62,7 @@ def gather(tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[int, Compe
 def check_compensation(
     compensation: Mapping[int, Compensation], shapes: Mapping[int, tuple[int, ...]]
 ) -> None:
-    """Refuse what is not finite float32, or not of all experts of a layer.
+    """Refuse tensors that are not finite float32 of all experts of a layer.
 
     Args:
         compensation: by layer.

@@ -1,4 +1,4 @@
-"""How like dense's a profile's answers are: divergence of its predictions, and greedy answers.
+"""How close a profile is to dense: KL divergence of predictions, agreement of greedy answers.
 
 Legend: T positions, K likeliest tokens, A entries of a position: its own token, then the likeliest.
 """
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-# Probability below which what is left of a distribution is rounding of float32.
+# A remaining probability below this is float32 rounding.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """What a model predicts for the tokens of one window but its first.
+    """A model's predictions for the tokens of one window, except the first.
 
     Attributes:
-        ids_TA: int32 [T, 1+K], the token that comes, then the K likeliest, which may hold it, too.
+        ids_TA: int32 [T, 1+K], the next token of the text, then the K likeliest, which may include
+            it.
         logprobs_TA: float32 [T, 1+K], their log-probabilities over the whole vocabulary.
     """
 
@@ -34,13 +35,13 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Greedy answers of a profile beside dense's.
+    """Agreement of a profile's greedy answers with dense's.
 
     Attributes:
-        prompts: how many there are.
-        tokens: most tokens of each.
+        prompts: number of prompts.
+        tokens: maximum tokens per answer.
         equal: fraction of the answers that equal dense's, token by token.
-        common: mean fraction of an answer that comes before the first difference.
+        common: mean fraction of an answer before the first difference.
     """
 
     prompts: int
@@ -52,12 +53,12 @@ class Answers:
 def divergence(dense: Predictions, other: Predictions) -> torch.Tensor:
     """KL divergence of `other` from `dense` at every position, in nats: float64 [T].
 
-    Over the tokens of which both tell the probability, and the rest of the vocabulary as one. That
-    is at most the divergence over the whole vocabulary, and equals it where both tell all of it.
+    The sum covers the tokens that both models report, and the rest of the vocabulary as one token:
+    a lower bound of the divergence, exact if both report the whole vocabulary.
     """
     match_TAA = dense.ids_TA[:, :, None] == other.ids_TA[:, None, :]
     there_TA = match_TAA.any(dim=2)
-    # The token that comes stands first; among the likeliest it would count again.
+    # The next token is the first entry; do not count it again among the likeliest.
     there_TA[:, 1:] &= dense.ids_TA[:, 1:] != dense.ids_TA[:, :1]
     log_q_TA = other.logprobs_TA.double().gather(1, match_TAA.int().argmax(dim=2))
     log_p_TA = dense.logprobs_TA.double()

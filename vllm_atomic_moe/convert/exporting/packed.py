@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,6 @@ from vllm_atomic_moe.convert.exporting.codes import find_codes
 from vllm_atomic_moe.convert.exporting.plan import Plan, copied
 from vllm_atomic_moe.convert.exporting.rows import (
     PLAIN_DTYPES,
-    LayerRows,
     find_biases,
     find_rows,
     natural,
@@ -35,18 +35,10 @@ from vllm_atomic_moe.files.export_format import (
     ROW_FORMATS,
     packed_offsets,
 )
-from vllm_atomic_moe.files.layouts import (
-    PACKED_ROWS,
-    PACKED_TABLES,
-    expert_tensor,
-    packed_name,
-)
+from vllm_atomic_moe.files.layouts import PACKED_ROWS, expert_tensor, packed_name
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
-
-# Of rows that were fitted anew, where the model's are quantized.
-REFITTED_DTYPE = "BF16"
 
 
 def plan_packed(
@@ -94,18 +86,12 @@ def plan_tensors(
     planned = [copied(source, name) for name in others]
     for layer, names in experts.items():
         find = find_rows if info.scheme(layer).kind == "plain" else find_codes
-        rows = find(source, info, layer, names)
         naming = partial(packed_name, info.blocks[layer])
-        of_layer = [*rows.packed(naming, profile.keep[layer], info.hidden_size)]
-        if layer in refitted:
-            dtype = rows.dtype if isinstance(rows, LayerRows) else REFITTED_DTYPE
-            own = [naming("down_t", of) for of in ("weight", *PACKED_TABLES)]
-            of_layer = [tensor for tensor in of_layer if tensor.name not in own]
-            of_layer.append(refitted_rows(naming, dtype, refitted[layer]))
-        biases = find_biases(source, info, layer, names)
-        if biases is not None:
-            of_layer += biases.packed(naming, profile.keep[layer], info.hidden_size)
-        planned += of_layer
+        parts = (find(source, info, layer, names), find_biases(source, info, layer, names))
+        kept = profile.keep[layer], info.hidden_size
+        for tensor in chain(*(part.packed(naming, *kept) for part in parts if part is not None)):
+            fitted = layer in refitted and tensor.name == naming("down_t", "weight")
+            planned.append(refitted_rows(tensor, refitted[layer]) if fitted else tensor)
         planned += _index(info.blocks[layer], profile.keep[layer])
     return sorted(planned, key=lambda tensor: natural(tensor.name))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -108,18 +108,16 @@ class LayerBiases:
             )
 
 
-def refitted_rows(naming: Naming, dtype: str, down_t_PH: torch.Tensor) -> StreamedTensor:
-    """Rows of down_t that were fitted anew.
+def refitted_rows(rows: StreamedTensor, down_t_PH: torch.Tensor) -> StreamedTensor:
+    """The same plain rows of down_t with other values.
 
     Args:
-        naming: as of `packed`.
-        dtype: key of PLAIN_DTYPES, to write them in.
-        down_t_PH: of the atoms that stay, any float dtype.
+        rows: the model's own.
+        down_t_PH: the values of the kept atoms, any float dtype.
     """
-    rows = down_t_PH.to(PLAIN_DTYPES[dtype])
-    return StreamedTensor(
-        naming("down_t", "weight"), dtype, tuple(rows.shape), rows.nbytes, lambda: iter([rows])
-    )
+    values = down_t_PH.to(PLAIN_DTYPES[rows.dtype])
+    assert tuple(values.shape) == rows.shape
+    return replace(rows, pieces=lambda: [values])
 
 
 def among(stored_EI: torch.Tensor | None, expert: int, keep_I: torch.Tensor) -> torch.Tensor:

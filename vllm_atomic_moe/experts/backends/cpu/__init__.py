@@ -1,7 +1,7 @@
 """The CPU backend: weights in tiles, packed once, and a C++ library (experts.cpp).
 
 One flat tensor holds the experts one after another, each padded with zeros to an even number of
-atoms; 64 bytes that vectors may read follow the last one. There is no other padding. Codes have the
+atoms. 64 bytes follow the last expert, which vector loads may read. Codes have the
 layout of weights, two 4-bit codes per byte along the summed dimension; scales stay in their tables.
 experts.cpp describes the layout of an expert, the same for every instruction set.
 `python -m vllm_atomic_moe.experts.backends.cpu` builds the libraries ahead.
