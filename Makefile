@@ -112,11 +112,11 @@ demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %
 
 HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
 
-quality: $(STATISTICS) ## held-out perplexity of the demo by every method (build/demo/quality)
+quality: $(STATISTICS) ## every method and baseline on the demo, with intervals (build/demo/quality)
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe quality $(DEMO)/model $(STATISTICS) \
 	  $(HELDOUT_TEXT) -o build/demo/quality
 
-demo-report: $(STATISTICS) ## held-out perplexity of the demo by every method (deploy/demo/quality.md)
+demo-report: $(STATISTICS) ## methods, options and domains on the demo (deploy/demo/quality.md)
 	rm -rf build/demo/report
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py $(STATISTICS) build/demo/report
 

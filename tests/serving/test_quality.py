@@ -10,8 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.documents import ROOT
+from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, SETS
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.files.statistics import LayerSums, Statistics
 from vllm_atomic_moe.scoring import known_methods
 
 
@@ -64,6 +67,41 @@ def test_every_method_is_measured_and_random_ones_with_three_seeds():
     [floor] = [it for it in found if "floor" in it.label and it.ratio == 0.4]
     assert floor.options == {"min_width": 8}
     assert not any("aligned" in it.label for it in candidates((0.2,), 48))
+
+
+def test_profiles_of_the_demos_report(tmp_path, monkeypatch):
+    """Each section has its own profiles; options and domains are told apart by their names."""
+    monkeypatch.syspath_prepend(ROOT / "deploy/demo/recipe")
+    import report
+
+    generator = torch.Generator().manual_seed(0)
+    domains = [domain for kind in report.DOMAINS.values() for domain in kind]
+
+    def positive(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+
+    experts, atoms = (len(domains), 16), (16, 128)
+    sums = LayerSums(
+        count=torch.full(experts, 50.0, dtype=torch.float64),
+        **{name: positive(*experts) for name in ("output_norm", "output_change")},
+        **{name: positive(len(domains), *atoms) for name in ("h2", "g2", "contribution")},
+        **{name: positive(*atoms) for name in ("gate_norm", "up_norm", "down_norm")},
+        sets=SETS,
+        set_counts=torch.tensor([9, 4, 5, 2, 1]),
+    )
+    model = {**MODEL, "num_experts": 16, "intermediate_size": 128, "layers": [0]}
+    told = {**CALIBRATION, "domains": domains, "windows_sha256": dict.fromkeys(domains, "0" * 64)}
+    made = {}
+    for title, (_, wanted) in report.sections(Statistics(model, told, {0: sums})).items():
+        made[title] = report.prune(wanted, tmp_path / title)
+        files = {path.stem for path in (tmp_path / title).iterdir()}
+        assert files == set(made[title])
+        assert len(files) == len(made[title])
+    methods, options, specialized = made.values()
+    assert {f"{name}-20" for name in known_methods().entries if "random" not in name} < {*methods}
+    assert {"random-40-seed-2", "heapr-60"} < {*methods}
+    assert {"camera-layer-20", "heapr-align-16-40"} < {*options}
+    assert {*specialized} == {f"heapr-{it}-{at}" for it in report.DOMAINS for at in (20, 40)}
 
 
 @pytest.mark.full

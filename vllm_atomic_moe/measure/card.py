@@ -177,12 +177,22 @@ def _calibration(profile: PruningProfile) -> str:
 def _perplexities(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    dense = rows[0]["perplexity"]
-    lines = [
+    return [
         "## Perplexity",
         "",
         "On held-out text, as vLLM serves the profiles; in brackets against dense.",
         "",
+        *perplexity_table(rows),
+        "",
+        f"![Perplexity over atoms kept]({PERPLEXITY})",
+        "",
+    ]
+
+
+def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table of the rows of `atomic-moe eval --json`: a column per domain."""
+    dense = rows[0]["perplexity"]
+    lines = [
         _row("profile", "atoms kept", *dense),
         _row("---", "--:", *("--:" for _ in dense)),
     ]
@@ -192,7 +202,7 @@ def _perplexities(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             for domain, value in row["perplexity"].items()
         ]
         lines.append(_row(row["profile"], f"{row['kept']:.2%}", *cells))
-    return [*lines, "", f"![Perplexity over atoms kept]({PERPLEXITY})", ""]
+    return lines
 
 
 def _row(*cells: object) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize import FORMATS, quantize
-from report import DEMO, call
+from report import DEMO, evaluate
 
 PROFILES = ("heapr-20", "heapr-40", "heapr-60")
 ORIGINAL = "bf16"
@@ -33,18 +33,10 @@ def main() -> None:
             if name != ORIGINAL:
                 quantize(DEMO / "model", model, name)
             work.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps(evaluate(model)))
+            done.write_text(json.dumps(evaluate(model, PROFILES)))
         measured[name] = json.loads(done.read_text())
     (DEMO / "quantized.md").write_text("\n".join(document(measured)) + "\n")
     draw(measured, DEMO / "quantized.png")
-
-
-def evaluate(model: Path) -> list[dict[str, Any]]:
-    """Rows of `atomic-moe eval --json`, dense first, by domain and over all held-out text."""
-    texts = sorted((DEMO / "data").glob("*.heldout.txt"))
-    data = [part for text in texts for part in ("--data", f"{text}:{text.name.split('.')[0]}")]
-    chosen = [part for name in PROFILES for part in ("--profile", name)]
-    return json.loads(call("eval", model, *data, *chosen, "--json"))
 
 
 def document(measured: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from perplexity import encode, perplexities
-from report import DEMO
 from tokenizers import Tokenizer
 from transformers import Qwen3MoeForCausalLM
 from transformers.utils import logging
@@ -26,6 +26,7 @@ from vllm_atomic_moe.calibration.refit import LayerFit, Watcher, fit_model, prun
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 
+DEMO = Path(__file__).parents[1]
 MODEL = DEMO / "model"
 WINDOW_TOKENS = 512
 
