@@ -76,6 +76,8 @@ def test_zero_width_and_not_routable_have_colors_of_their_own(tmp_path):
     assert abs(white[2] - white[0]) < 0.05
     assert max(red[:2]) < 0.01
     assert red[2] > 0.15
+    # White lines cross the red.
+    assert red[2] < 0.9 * (white[1] - white[0])
 
 
 def test_one_scale_for_all_panels(tmp_path):

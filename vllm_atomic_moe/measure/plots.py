@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from vllm_atomic_moe.files.tensors import replaced_file
 # color of the scale, which starts at dark purple, for color-blind eyes too.
 ZERO_WIDTH = (1.0, 1.0, 1.0)
 NOT_ROUTABLE = (0.84, 0.15, 0.16)
+# White lines across the latter, for prints without color.
+HATCHED: Mapping[str, Any] = {"hatch": "///", "edgecolor": "1.0"}
 COLOUR_MAP = "viridis"
 # Profiles -> columns of the grid (panels are wide, so rows come cheap); beyond, rows of four.
 COLUMNS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
 PANEL_WIDTH = {1: 9.0, 2: 6.5, 3: 5.0, 4: 4.2}
-# Inches of a cell below which a cross only blurs its color.
-CROSSED_CELL = 0.04
 DPI = 150
 # Color-blind safe (Okabe and Ito), and markers for print without color.
 LINES = (
@@ -136,7 +136,7 @@ def plot_widths(profiles: Sequence[PruningProfile], path: Path) -> None:
     figure.legend(
         handles=[
             Patch(facecolor=ZERO_WIDTH, edgecolor="0.4", label="zero width, still routable"),
-            Patch(facecolor=NOT_ROUTABLE, edgecolor="1.0", hatch="xxx", label="not routable"),
+            Patch(facecolor=NOT_ROUTABLE, label="not routable", **HATCHED),
         ],
         loc="outside lower center",
         ncols=2,
@@ -153,6 +153,7 @@ def _panel_height(profile: PruningProfile, width: float) -> float:
 
 def _draw_widths(panel: Any, profile: PruningProfile, scale: Any, inches: float) -> None:
     import numpy
+    from matplotlib.colors import ListedColormap
 
     layers = list(profile.keep)
     widths_LE = numpy.stack([profile.widths(layer).numpy() for layer in layers])
@@ -162,10 +163,11 @@ def _draw_widths(panel: Any, profile: PruningProfile, scale: Any, inches: float)
     for row, layer in enumerate(layers):
         if layer in profile.routable:
             excluded_LE[row] = ~profile.routable[layer].numpy()
-    colors[excluded_LE] = NOT_ROUTABLE
     panel.imshow(colors, aspect="auto", interpolation="nearest")
-    _cross_out(panel, excluded_LE, inches)
     experts = widths_LE.shape[1]
+    corners = [numpy.arange(count + 1) - 0.5 for count in (experts, len(layers))]
+    excluded = numpy.ma.masked_equal(excluded_LE, False)
+    panel.pcolor(*corners, excluded, cmap=ListedColormap([NOT_ROUTABLE]), linewidth=0, **HATCHED)
     panel.set_title(f"{_shorten(profile.name, inches)}\n{profile.kept:.1%} of atoms kept", size=10)
     panel.set_xlabel("expert")
     panel.set_ylabel("layer")
@@ -175,20 +177,6 @@ def _draw_widths(panel: Any, profile: PruningProfile, scale: Any, inches: float)
     panel.tick_params(labelsize=8)
     if experts <= 32:
         _separate_cells(panel, *widths_LE.shape)
-
-
-def _cross_out(panel: Any, cells_LE: Any, inches: float) -> None:
-    """A thin cross over every cell that is True, where cells are large enough to show it."""
-    from matplotlib.collections import LineCollection
-
-    cell = inches / cells_LE.shape[1]
-    if cell < CROSSED_CELL:
-        return
-    segments = []
-    for row, column in zip(*cells_LE.nonzero(), strict=True):
-        left, right, top, bottom = column - 0.5, column + 0.5, row - 0.5, row + 0.5
-        segments += [[(left, top), (right, bottom)], [(left, bottom), (right, top)]]
-    panel.add_collection(LineCollection(segments, colors="1.0", linewidths=min(1.0, 4 * cell)))
 
 
 def _separate_cells(panel: Any, layers: int, experts: int) -> None:
