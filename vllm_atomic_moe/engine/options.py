@@ -27,14 +27,7 @@ ALL = "all"
 OPTION_KEYS = ("profiles", "active", "resident", "inner_format", "kernel")
 KERNELS = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 # Formats that pass weights to the layers' weight loaders, one checkpoint tensor at a time.
-INNER_FORMATS = (
-    "safetensors",
-    "auto",
-    "hf",
-    "fastsafetensors",
-    "instanttensor",
-    "runai_streamer",
-)
+INNER_FORMATS = ("safetensors", "auto", "hf")
 
 
 @dataclass(frozen=True, slots=True)
