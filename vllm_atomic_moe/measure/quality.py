@@ -1,4 +1,4 @@
-"""What pruning costs: every method and the baselines at several ratios, on the same held-out text.
+"""The cost of pruning: every method and the baselines at several ratios, on the same text.
 
 The profiles are made from one statistics file and measured as served. Only the measurement reads
 the held-out text. An interval says how much a figure depends on the choice of the text: windows are
@@ -58,7 +58,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Of the profile."""
+        """Name of the profile."""
         label = self.label.replace(",", "").replace(" ", "-")
         seed = f"-seed-{self.options['seed']}" if "seed" in self.options else ""
         return f"{label}-{self.ratio * 100:g}{seed}"
