@@ -117,8 +117,9 @@ def evaluate(model: Path, names: Sequence[str], *options: object) -> list[dict[s
     texts = sorted((DEMO / "data").glob("*.heldout.txt"))
     data = [part for text in texts for part in ("--data", f"{text}:{text.name.split('.')[0]}")]
     chosen = [part for name in names for part in ("--profile", name)]
-    command = map(str, (COMMAND, "eval", model, *data, *chosen, *options, "--json"))
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    command = (COMMAND, "eval", model, *data, *chosen, *options, "--json")
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
