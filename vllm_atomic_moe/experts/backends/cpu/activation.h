@@ -1,4 +1,4 @@
-// What an expert computes between its projections: Activation of activation.py, kinds in its order.
+// The activation between an expert's projections: Activation of activation.py, kinds in its order.
 
 #pragma once
 
@@ -11,10 +11,10 @@ struct Activation {
   int kind;
   float limit, alpha, beta;
 
-  int sides() const { return kind == kRelu2 ? 1 : 2; }  // gate and up, or up alone
+  int sides() const { return kind == kRelu2 ? 1 : 2; }  // gate and up, or only up
 };
 
-// Applies one kind of activation. Without a gate, `gate` is `up` and is not used.
+// Applies one kind of activation. Without a gate, `gate` equals `up` and is ignored.
 template <int kKind>
 Vec activate(const Activation& to, const Vec& gate, const Vec& up) {
   const Vec limit(to.limit), alpha(to.alpha), beta(to.beta);

@@ -1,4 +1,4 @@
-// Many bfloat16 rows times a panel by AMX.
+// Up to 16 bfloat16 rows times a panel, with AMX.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int kAmxRows = 16;
-constexpr int kAmxUnits = 16;  // of the summed dimension in one tile
+constexpr int kAmxUnits = 16;  // units of the summed dimension in one tile
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -17,11 +17,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// GCC's AMX intrinsics do not declare what memory they read: finish earlier writes to it.
+// GCC's AMX intrinsics do not declare the memory that they read: finish earlier writes to it.
 inline void finish_writing(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-// As `multiply`, for up to 16 rows at equal distances. Tiles: 0-3 products of 16 columns each,
-// 4 rows, 5-6 weights of whole groups of columns, 7 those of the last, which may be narrower.
+// As `multiply`, for up to 16 rows at equal distances. Tiles 0-3 hold products of 16 columns each,
+// tile 4 rows, tiles 5-6 weights of whole groups of columns, tile 7 those of the last group, which
+// may be narrower.
 void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloat16>& panel,
                   float* product, bool fresh) {
   const int last = ceil_div(panel.columns, 16) - 1;
@@ -37,9 +38,9 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
   shape(6, kAmxUnits, whole_columns);
   shape(7, kAmxUnits, narrow);
   finish_writing(&config);
-  finish_writing(panel.units);  // which may be decoded codes
+  finish_writing(panel.units);  // they may be freshly decoded
   _tile_loadconfig(&config);
-  // Instructions contain the tile numbers.
+  // Tile numbers are part of the instructions, so they must be constants.
   const auto each_group = [&](const auto& zero, const auto& one, const auto& two,
                               const auto& three) {
     zero();
@@ -74,7 +75,7 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
       _tile_dpbf16ps(2, 4, 5);
     }
     _tile_loadd(7, units + 16 * last, stride);
-    // Statements, not expressions, for the macros of some compilers.
+    // Some compilers define these as macros, which must be statements.
     switch (last) {
       case 0:
         _tile_dpbf16ps(0, 4, 7);
@@ -93,7 +94,7 @@ void multiply_amx(const c10::BFloat16* const* rows, int count, const Panel<BFloa
   const int64_t whole = panel.steps / kAmxUnits * kAmxUnits, rest = panel.steps - whole;
   for (int64_t at = 0; at < whole; at += kAmxUnits)
     step(rows[0] + 2 * at, row_stride, panel.units + at * panel.columns);
-  if (rest) {  // padded with zeros: other data follows the rows and the panel
+  if (rest) {  // pad with zeros, since other data follows the rows and the panel
     alignas(64) uint32_t padded_rows[kAmxRows * kAmxUnits] = {},
                          padded[kAmxUnits * kPanelColumns] = {};
     for (int r = 0; r < count; ++r)

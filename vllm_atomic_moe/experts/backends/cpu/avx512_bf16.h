@@ -1,4 +1,4 @@
-// bfloat16 by AVX-512's own dot product of pairs: rows stay bfloat16.
+// bfloat16 with the AVX-512 dot product of pairs: rows stay bfloat16.
 
 #pragma once
 

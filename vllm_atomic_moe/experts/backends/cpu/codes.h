@@ -1,8 +1,9 @@
-// Panels of codes: weights of 8 or 4 bits, decoded in registers or into units of a type of panels.h.
+// Panels of codes: weights of 8 or 4 bits, decoded in registers or into units of a type in
+// panels.h.
 //
-// A unit is one byte: one code of 8 bits, or two of 4 bits that follow each other along the summed
-// dimension, the first the low one. A weight is the meaning of its code times a scale, of which a
-// panel has a table: rows of one number a column. Every step of the summed dimension has its row.
+// A unit is one byte: one code of 8 bits, or two of 4 bits, adjacent along the summed dimension,
+// the first in the low half. A weight is the meaning of its code times a scale. A panel has a table
+// of scales with one number per column; every element of the summed dimension uses one of its rows.
 
 #pragma once
 
@@ -13,10 +14,10 @@
 
 namespace {
 
-// By the number that Python gives them: formats.CODES without plain ones.
+// Numbered as in Python: formats.CODES without `plain`.
 enum Code { kE4M3, kInt4, kUInt4, kE2M1 };
 
-// What the 16 codes of 4 bits mean, as the two bytes of a bfloat16, which holds all of them.
+// Meanings of the 16 codes of 4 bits, as the two bytes of a bfloat16, which represents all exactly.
 struct MeaningsOf4 {
   alignas(16) uint8_t low[16] = {}, high[16] = {};
 
@@ -34,12 +35,12 @@ constexpr MeaningsOf4 kMeanings[4] = {
     {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}},
     {{0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -0.5f, -1, -1.5f, -2, -3, -4, -6}},
 };
-// By which scales are multiplied in turn; e4m3 is read as float16, which is smaller by 2^8.
+// Factors for the scales: e4m3 codes are read as float16, which makes them smaller by 2^8.
 constexpr float kMeaningUnit[4] = {256, 1, 1, 1};
 
-// ---- what instruction sets do in their own way --------------------------------------------------
+// ---- specific to instruction sets ---------------------------------------------------------------
 
-// As many bytes as a vector has lanes, as integers.
+// Loads one byte per lane, as integers.
 inline Ints load_bytes(const uint8_t* from) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -52,7 +53,7 @@ inline Ints load_bytes(const uint8_t* from) {
 #endif
 }
 
-// As many floats as a vector has lanes, and no more bytes than these.
+// Loads one number per lane, as floats; reads no bytes beyond them.
 inline Vec load_floats(const float* from) { return Vec::loadu(from); }
 inline Vec load_floats(const c10::BFloat16* from) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -75,8 +76,8 @@ inline Vec load_floats(const c10::Half* from) {
 #endif
 }
 
-// e4m3 codes, as float16 that has the same bits in the same places. It knows denormals, whatever the
-// processor is told to do with those of float32.
+// Reads e4m3 codes as float16 with the same bits in the same places. Its denormals work even if the
+// processor flushes those of float32 to zero.
 [[gnu::always_inline]] inline Vec meanings_of_8(const uint8_t* codes) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
@@ -105,7 +106,7 @@ template <int J, class Use>
     for (int odd = 0; odd < 2; ++odd) {
       const int j = first + odd;
       if (j >= J) break;
-      // Unpacking stays within 16 bytes: these are two vectors apart.
+      // Unpacking works within 16 bytes, so its two results are two vectors apart.
       const __m256i words = odd ? _mm256_unpackhi_epi8(_mm256_setzero_si256(), bytes)
                                 : _mm256_unpacklo_epi8(_mm256_setzero_si256(), bytes);
       const __m256i halves =
@@ -120,8 +121,8 @@ template <int J, class Use>
 #endif
 }
 
-// Calls use(i, j, meanings) for J vectors of columns, i 0 for the low halves of bytes, then 1 for the
-// high ones.
+// Calls use(i, j, meanings) for J vectors of columns: i is 0 for the low halves of bytes, then 1
+// for the high halves.
 #if defined(CPU_CAPABILITY_AVX512)
 using Meanings = __m512;
 inline Meanings load_meanings(const MeaningsOf4& from) {
@@ -134,7 +135,7 @@ template <int J, class Use>
                                              const Use& use) {
 #pragma GCC unroll 4
   for (int j = 0; j < J; ++j) {
-    const __m512i places = load_bytes(codes + j * kWidth);  // of which the four lowest bits count
+    const __m512i places = load_bytes(codes + j * kWidth);  // only the four lowest bits count
     use(0, j, Vec(_mm512_permutexvar_ps(places, meanings)));
     use(1, j, Vec(_mm512_permutexvar_ps(_mm512_srli_epi32(places, 4), meanings)));
   }
@@ -154,7 +155,7 @@ template <int J, class Use>
                                              const Use& use) {
 #pragma GCC unroll 2
   for (int first = 0; first < J; first += 4) {
-    // Of 32 columns, c and c + 8 come side by side, so that bfloat16 side by side are of two vectors.
+    // Put columns c and c + 8 side by side, so that adjacent bfloat16 belong to different vectors.
     __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + first * kWidth));
     bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
     bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(_mm_setr_epi8(
@@ -207,19 +208,19 @@ template <int J, class Use>
 
 // ---- codes as an element type -------------------------------------------------------------------
 
-// What a panel of codes has beside them.
+// The scales of a panel of codes.
 struct TableScales {
-  const float* table;           // [rows][kPanelColumns], or twice as wide with −zero·scale behind
-  const int32_t* rows;          // of every element of the summed dimension, its row of the table
-  const MeaningsOf4* meanings;  // of 4 bits
+  const float* table;           // [rows][kPanelColumns]; with zeros twice as wide, −zero·scale last
+  const int32_t* rows;          // the table row of every element of the summed dimension
+  const MeaningsOf4* meanings;  // of codes of 4 bits
 
   TableScales from(int64_t column) const { return {table + column, rows, meanings}; }
 };
 
-// Codes as a type whose steps decode in registers; rows of any type. See panels.h.
+// An element type (see panels.h) whose steps decode in registers; rows may have any type.
 template <class AnyRow, int kBits, bool kZeros>
 struct Codes {
-  using Element = uint8_t;  // before they are packed
+  using Element = uint8_t;  // one code, before packing
   using Unit = uint8_t;
   using Row = AnyRow;
   using Scales = TableScales;
@@ -228,7 +229,7 @@ struct Codes {
   static constexpr int kConstants = 0;
   static constexpr int kTableColumns = (kZeros ? 2 : 1) * kPanelColumns;
 
-  // Calls use(i, j, weights) for J vectors of columns of element `at` + i, all that `units` hold.
+  // Calls use(i, j, weights) for J vectors of columns of each element `at` + i in `units`.
   template <int J, class Use>
   [[gnu::always_inline]] static void each_weight(int64_t at, const Unit* units,
                                                  const Scales& scales, const Meanings& meanings,
@@ -263,8 +264,8 @@ struct Codes {
   }
 };
 
-// J vectors of columns of a panel of codes, as units of D.
-// Everything by value: what is written might otherwise be the panel itself, for all a compiler knows.
+// Decodes J vectors of columns of a panel of codes into units of D. Takes everything by value,
+// since a compiler would otherwise assume that the writes may change the panel.
 template <class D, int J, class C>
 void decode_vectors(const Panel<C> panel, typename D::Unit* to, const int64_t stride) {
   constexpr int kElements = std::max(C::kPerUnit, D::kPerUnit);
@@ -292,7 +293,7 @@ void decode_vectors(const Panel<C> panel, typename D::Unit* to, const int64_t st
   }
 }
 
-// A panel of codes as units of D, with whole vectors of columns. Writes as far as these.
+// Decodes a panel of codes into units of D. Columns are rounded up to whole vectors, all written.
 template <class D, class C>
 void decode(const Panel<C>& panel, typename D::Unit* to) {
   if (panel.columns == kPanelColumns)

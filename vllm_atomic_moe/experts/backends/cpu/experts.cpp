@@ -1,18 +1,18 @@
 // Fused experts of any width over packed tiles: routing, the two GEMMs, and the packing.
 //
-// One algorithm for every instruction set (vectors.h), behind a plain C interface that is loaded by
-// ctypes. Results are the same for any number of threads and whoever else is in the batch, since
-// every sum is made by one thread, in one order. Two exceptions depend on how many rows an expert has:
-// with AMX, whether they are worth its set-up; of quantized rows with bf16 instructions, up to 4 rows
-// multiply unrounded weights, and more of them weights rounded to bf16.
+// One algorithm for every instruction set (vectors.h), behind a plain C interface that ctypes
+// loads. Results depend neither on the number of threads nor on the rest of the batch, since one
+// thread computes each sum, in one order. There are two exceptions, which depend on the number of
+// an expert's rows: AMX is used only if they are worth its set-up; and with bf16 instructions, up
+// to 4 rows multiply exact quantized weights, more rows multiply weights rounded to bf16.
 //
 // Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, W words,
 // F atoms of an expert, padded to an even number.
 //
-// An expert is (for units and panels see panels.h)
+// Layout of an expert (for units and panels see panels.h):
 //   ⌈F/32⌉ panels that sum over H: gate of 32 atoms (if there is one) | up of the same atoms, then
-//   ⌈H/64⌉ panels that sum over F: 64 columns of the output,
-// the last of each as narrow as what is left.
+//   ⌈H/64⌉ panels that sum over F: 64 columns of the output.
+// The last panel of each kind may be narrower.
 
 #include <exception>
 
@@ -24,8 +24,8 @@ namespace {
 
 alignas(64) constexpr float kNoBias[kTileAtoms] = {};
 
-// h of one tile for all rows of its expert; zero for atoms that a row's slot does not use, whatever
-// was computed there.
+// Computes h of one tile for all rows of its expert. Atoms that a row's slot does not use become
+// zero, even if their computed value is NaN.
 template <class D>
 void gate_up_tile(Plan<D>& plan, const Call& call, int64_t ranges, const Tile& tile,
                   const Scratch<D>& scratch) {
@@ -70,7 +70,7 @@ void gate_up_tile(Plan<D>& plan, const Call& call, int64_t ranges, const Tile& t
   }
 }
 
-// Adds 64 columns of an expert's bias, weighted, to the sums of the tokens of some blocks.
+// Adds 64 columns of an expert's weighted bias to the sums of the tokens in `blocks`.
 template <class D>
 void add_bias(const Plan<D>& plan, const float* bias, int64_t columns, int64_t begin,
               std::span<const Block> blocks, float* sums) {
@@ -81,7 +81,7 @@ void add_bias(const Plan<D>& plan, const float* bias, int64_t columns, int64_t b
     }
 }
 
-// 64 columns of the output of one range of tokens: experts in ascending order, whoever computes.
+// Computes 64 columns of the output for one range of tokens, adding experts in ascending order.
 template <class D>
 void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t end, int64_t ranges,
                 int64_t range, int64_t block_of_columns, const Scratch<D>& scratch) {
@@ -98,7 +98,7 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
     const auto all_blocks = plan.blocks_of(which * (ranges + 1) + range, 1);
     if (all_blocks.empty()) continue;
     Weights<D> weights = down_weights(plan, call, expert, column, scratch);
-    if (call.quantized) {  // the next expert's, or those of the first one and the next block
+    if (call.quantized) {  // prefetch for the next expert, or the first one of the next block
       const bool last = which + 1 == plan.experts.size();
       const Expert& next = plan.experts[last ? 0 : which + 1];
       const int64_t next_column = last ? column + kPanelColumns : column;
@@ -138,15 +138,15 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
   }
 }
 
-constexpr int64_t kAligned = 16;  // floats of a line of the cache, which vectors are loaded from
+constexpr int64_t kAligned = 16;  // floats in a cache line, to which scratch is aligned
 
-// Scratch never shrinks, or growing again would clear it every time.
+// Scratch never shrinks: growing it again would clear it every time.
 template <class T>
 void grow(std::vector<T>& scratch, size_t size) {
   if (scratch.size() < size) scratch.resize(size);
 }
 
-// What threads decode codes with, one after another: a table of scales and units, in floats.
+// Scratch that one thread needs to decode codes: a table of scales, then units; sizes in floats.
 struct ScratchSizes {
   int64_t table = 0, units = 0;
 
@@ -193,7 +193,7 @@ void fused_experts(const Call& call) {
   const Threads& threads = call.threads;
   for (int64_t begin = 0; begin < call.T; begin += chunk) {
     const int64_t end = std::min(call.T, begin + chunk);
-    // Long ranges of tokens read a panel seldom, short ones occupy all threads.
+    // Long ranges of tokens read each panel less often; short ranges keep all threads busy.
     int64_t range = std::min(end - begin, kTokenRange);
     while (range > 64 && blocks * ceil_div(end - begin, range) < 4 * threads.workers) range /= 2;
     const int64_t ranges = ceil_div(end - begin, range);
@@ -204,7 +204,7 @@ void fused_experts(const Call& call) {
     grow(plan.x_NH, to_prepare * call.H);
     point_to_rows(plan, call, begin, to_prepare > 0);
     const ScratchSizes sizes = make_scratch(plan, call);
-    Plan<D>& shared = plan;  // the calling thread's
+    Plan<D>& shared = plan;  // other threads have their own `plan`
     std::atomic<int64_t> next[3] = {};
     parallel(threads, [&] {
       const Scratch<D> scratch = scratch_of_thread(shared, threads, sizes);
@@ -214,7 +214,7 @@ void fused_experts(const Call& call) {
       share(next[1], shared.tiles.size(), threads, [&](int64_t tile) {
         gate_up_tile(shared, call, ranges, shared.tiles[tile], scratch);
       });
-      // Ranges inside: threads that work on one block share its panels in L3.
+      // Ranges are the inner loop, so that threads working on one block share its panels in L3.
       share(next[2], blocks * ranges, threads, [&](int64_t task) {
         const int64_t first = begin + task % ranges * range;
         down_block(shared, call, first, std::min(end, first + range), ranges, task % ranges,
@@ -224,7 +224,7 @@ void fused_experts(const Call& call) {
   }
 }
 
-// Element types by the number that Python gives them.
+// Calls `body` with an element type, numbered as in Python.
 template <class Body>
 void with_type(int dtype, const Body& body) {
   switch (dtype) {
@@ -237,7 +237,7 @@ void with_type(int dtype, const Body& body) {
   }
 }
 
-// And codes, one a byte where they come from, of 8 bits and of 4.
+// As `with_type`, and codes of 8 or 4 bits, each in a byte of its own before packing.
 template <class Body>
 void with_stored_type(int dtype, const Body& body) {
   if (dtype == 3) return body(Codes<float, 8, false>());
@@ -249,8 +249,8 @@ void with_stored_type(int dtype, const Body& body) {
 
 extern "C" {
 
-// Arguments as those of the op, all contiguous; H is even; biases may be null, and what plain weights
-// lack. Returns 0, or 1 where memory is short.
+// Arguments are those of the op, all contiguous; H is even. Biases may be null, and `quantized` is
+// null for plain weights. Returns 0, or 1 if memory is short.
 int atomic_moe_fused_experts(const void* packed, const Quantized* quantized,
                              const float* gate_bias, const float* up_bias, const float* down_bias, const int32_t* bits_SW,
                              const int64_t* words_E1, const int64_t* offsets_E1, int64_t E,
@@ -269,12 +269,12 @@ int atomic_moe_fused_experts(const void* packed, const Quantized* quantized,
                       {threads, workers}});
   });
   return 0;
-} catch (const std::exception&) {  // of a vector that cannot grow; parallel regions allocate nothing
+} catch (const std::exception&) {  // a vector cannot grow; parallel regions do not allocate
   return 1;
 }
 
-// Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`, with gate and up
-// or up alone; strides in elements. Returns as above.
+// Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`; `sides` is 2
+// with a gate, else 1; strides are in elements. Returns as above.
 int atomic_moe_pack(void* expert, int projection, int sides, const void* rows, int64_t row_stride,
                     int64_t column_stride, const int64_t* atoms, int64_t count, int64_t H,
                     int dtype, int threads, int workers) try {

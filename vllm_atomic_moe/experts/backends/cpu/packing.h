@@ -1,4 +1,4 @@
-// The packing of experts: rows of a checkpoint's matrices become panels.
+// Packs experts: rows of a checkpoint's matrices become panels.
 //
 // For the legend and the layout of an expert see experts.cpp.
 
@@ -15,10 +15,10 @@ using Unsigned = std::conditional_t<
     sizeof(Number) == 1, uint8_t,
     std::conditional_t<sizeof(Number) == 2, uint16_t, uint32_t>>;
 
-// The rows atoms[0..count) of a matrix, the atoms of one expert; strides in elements.
+// The rows atoms[0..count) of a matrix: the atoms of one expert. Strides are in elements.
 template <class D>
 struct Source {
-  int sides;  // of a tile: gate and up, or up alone
+  int sides;  // 2 with a gate, else 1
   using Element = Unsigned<typename D::Element>;
   const Element* rows;
   int64_t row_stride, column_stride;
@@ -31,7 +31,7 @@ struct Source {
 template <class D>
 using Bits = Unsigned<typename D::Unit>;
 
-// The unit that elements make: side by side in it, the first the lowest.
+// Joins elements into a unit, the first in the lowest bits.
 template <class D>
 Bits<D> join(const typename Source<D>::Element* low, const typename Source<D>::Element* high) {
   if constexpr (D::kPerUnit == 1)
@@ -42,7 +42,7 @@ Bits<D> join(const typename Source<D>::Element* low, const typename Source<D>::E
 
 constexpr int kSquare = 16;
 
-// Elements of 16 lines, copied from `lines` (null for zeros), become units of 16 columns of a panel.
+// Turns elements of 16 lines (null for zeros) into units of 16 columns of a panel.
 template <class D>
 void pack_square(const typename Source<D>::Element* const* lines, int64_t steps, Bits<D>* to,
                  int64_t stride, int64_t columns) {
@@ -69,7 +69,7 @@ void pack_square(const typename Source<D>::Element* const* lines, int64_t steps,
     for (int64_t i = 0; i < columns; ++i) to[i] = square[i][step];
 }
 
-// The gate half or the up half of one tile, or all of it: the first or the second of its sides.
+// Packs one side of a tile: gate, up, or the only one.
 template <class D>
 void pack_tile(const Source<D>& source, Bits<D>* gate_up, int64_t tile, int side) {
   const int64_t half = std::min<int64_t>(kTileAtoms, source.padded() - tile * kTileAtoms);
@@ -92,7 +92,7 @@ void pack_tile(const Source<D>& source, Bits<D>* gate_up, int64_t tile, int side
   }
 }
 
-// A block of down_proj transposed, from rows that are stored as such, one element after another.
+// Packs a block of transposed down_proj from contiguous rows.
 template <class D>
 void pack_rows(const Source<D>& source, Bits<D>* panel, int64_t first, int64_t columns) {
   using Element = typename Source<D>::Element;
@@ -108,7 +108,7 @@ void pack_rows(const Source<D>& source, Bits<D>* panel, int64_t first, int64_t c
   }
 }
 
-// The same from columns: what stays of 16 at a time is gathered into `kept`, then transposed.
+// Packs the same from columns: gathers the kept atoms of 16 columns into `kept`, then transposes.
 template <class D>
 void pack_columns(const Source<D>& source, Bits<D>* panel, int64_t first, int64_t columns,
                   typename Source<D>::Element* kept) {
@@ -133,7 +133,7 @@ void pack_columns(const Source<D>& source, Bits<D>* panel, int64_t first, int64_
   }
 }
 
-// 64 columns of down_proj transposed.
+// Packs 64 columns of transposed down_proj.
 template <class D>
 void pack_block(const Source<D>& source, Bits<D>* down, int64_t block,
                 typename Source<D>::Element* kept) {
@@ -150,7 +150,7 @@ void pack(const Source<D>& source, void* expert, int projection, const Threads& 
   auto* down = gate_up + source.sides * source.padded() * source.H / D::kPerUnit;
   const int64_t parts =
       projection == 2 ? ceil_div(source.H, kPanelColumns) : ceil_div(source.count, kTileAtoms);
-  // Parallel regions allocate nothing: an exception could not leave them.
+  // Parallel regions must not allocate: an exception could not leave them.
   const int64_t gathered = projection == 2 ? kSquare * source.padded() : 0;
   std::vector<typename Source<D>::Element> kept(gathered * threads.count);
   std::atomic<int64_t> next{0};

@@ -1,12 +1,12 @@
 // Rows times panels of weights: the inner loops of experts.cpp.
 //
-// A *unit* is what one lane loads: two bfloat16 that follow each other along the summed dimension,
-// one float16, or one float32. A *panel* multiplies a row by up to 64 columns. Its layout is [units
-// of the summed dimension][columns], so that one step is one broadcast unit of the row times
-// consecutive memory. Vectors may read beyond a panel's columns, up to 64 bytes behind the last one
-// of all; such lanes are computed and never used.
+// One lane loads a *unit*: two bfloat16, adjacent along the summed dimension, one float16, or one
+// float32. A *panel* multiplies a row by up to 64 columns. Its layout is [units of the summed
+// dimension][columns], so that one step multiplies one broadcast unit of the row by consecutive
+// memory. Vectors may read beyond a panel's columns, up to 64 bytes behind the last panel; the
+// results of such lanes are never used.
 //
-// Every sum is made in one order, whatever the number of rows: along the summed dimension.
+// Every sum runs along the summed dimension in one order, whatever the number of rows.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// What plain weights have beside their units.
+// The scales of plain weights: none.
 struct NoScales {
   NoScales from(int64_t) const { return {}; }
 };
@@ -28,18 +28,18 @@ struct NoScales {
 namespace {
 
 constexpr int kPanelColumns = 64;
-// Of a panel that is passed over several times, which then come out of the L1 cache.
+// Size of the chunks of a panel that is read several times: later reads come from the L1 cache.
 constexpr int64_t kChunkBytes = 8 << 10;
-// Of codes, how far ahead of what is decoded memory is asked for: processors do so too late where
-// each byte takes long to compute with.
+// Distance of prefetches ahead of the codes being decoded: hardware prefetchers are too late when
+// each byte takes long to decode.
 constexpr int64_t kAheadBytes = 4 << 10;
 
 // ---- element types ------------------------------------------------------------------------------
 
-// What a type says: Element, of the weights; Unit, and how many elements it holds; Row, of the rows;
-// Scales, what a panel has beside its units; and add_step, which adds one step of R rows times J
-// vectors of units to their sums. Those that codes are decoded to have store_unit, which makes units
-// of kPerUnit vectors of weights.
+// A type has: Element, of the weights; Unit, and kPerUnit, its number of elements; Row, of the
+// rows; Scales, of a panel; and add_step, which adds one step of R rows times J vectors of units to
+// their sums. Types that codes are decoded to have store_unit, which makes units from kPerUnit
+// vectors of weights.
 
 inline float as_float(float number) { return number; }
 inline float as_float(c10::BFloat16 number) { return number; }
@@ -47,7 +47,7 @@ inline float as_float(c10::BFloat16 number) { return number; }
 template <class Load, class Row, int R, int J>
 [[gnu::always_inline]] inline void add_products(Native (&sum)[R][J], const Row* const* rows,
                                                 int64_t at, const Load& weights) {
-  if constexpr (R > J) {  // the weights stay in registers, the rows pass by
+  if constexpr (R > J) {  // keep the weights in registers, and stream the rows
     Native held[J];
 #pragma GCC unroll 16
     for (int j = 0; j < J; ++j) held[j] = weights(j);
@@ -130,7 +130,7 @@ struct BFloat16 {
 };
 #endif
 
-// Rows in the type that the panels are multiplied with.
+// Stores numbers in the type of the rows that panels are multiplied with.
 inline void store_row(float* to, const Vec& value) { value.store(to); }
 
 // ---- rows times a panel -------------------------------------------------------------------------
@@ -141,11 +141,12 @@ struct Panel {
   int64_t steps;
   int64_t columns;
   typename D::Scales scales{};
-  bool cached = false;  // all of it: decoded just now
+  bool cached = false;  // whether all of it was just decoded
 };
 
-// Adds steps at..at+steps of R rows times J vectors of columns to the sums, [R][64] floats. Brings in
-// as many bytes as it reads from `next` on, if any: memory in its own order, which streams best.
+// Adds steps at..at+steps of R rows times J vectors of columns to the sums, [R][64] floats.
+// Prefetches as many bytes as it reads, from `next` on if not null: memory streams best in its own
+// order.
 template <class D, int R, int J>
 void multiply_vectors(const typename D::Row* const* rows, int64_t at, int64_t steps,
                       const typename D::Unit* units, int64_t stride, typename D::Scales scales,
@@ -172,7 +173,7 @@ void multiply_vectors(const typename D::Row* const* rows, int64_t at, int64_t st
     for (int j = 0; j < J; ++j) Vec(sum[r][j]).store(sums + r * kPanelColumns + j * kWidth);
 }
 
-// Vectors `vector` to the last, J at a time while there are as many, then fewer.
+// Multiplies vectors from `vector` to the last: J at a time as long as possible, then fewer.
 template <class D, int R, int J>
 void multiply_all_vectors(const typename D::Row* const* rows, int64_t at, int64_t steps,
                           const Panel<D>& panel, float* product, bool fresh, int vector,
@@ -188,8 +189,8 @@ void multiply_all_vectors(const typename D::Row* const* rows, int64_t at, int64_
     multiply_all_vectors<D, R, J / 2>(rows, at, steps, panel, product, fresh, vector, vectors, next);
 }
 
-// How many vectors of columns R rows take at once: their sums stay in registers, beside what
-// add_products holds there, what passes by, and D's constants.
+// Number of vectors of columns that R rows take at once: their sums stay in registers, beside the
+// operands of add_products and D's constants.
 template <class D>
 constexpr int vectors_at_once(int rows) {
   int vectors = kPanelColumns / kWidth;
@@ -197,7 +198,7 @@ constexpr int vectors_at_once(int rows) {
   return vectors;
 }
 
-// Products of R rows, [R][64] floats; added to what is there unless `fresh`.
+// Computes products of R rows, [R][64] floats; adds them to `product` unless `fresh`.
 template <class D, int R>
 void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, float* product,
                    bool fresh) {
@@ -219,7 +220,7 @@ void multiply_rows(const typename D::Row* const* rows, const Panel<D>& panel, fl
 constexpr int kRows = 6;
 constexpr int kFewRows = 4;
 
-// Up to kMost rows, of which there are 4 or 6.
+// Multiplies `count` rows, at most kMost, which is 4 or 6.
 template <class D, int kMost = kRows>
 void multiply(const typename D::Row* const* rows, int count, const Panel<D>& panel, float* product,
               bool fresh) {

@@ -1,4 +1,4 @@
-// What one call has to do: its routed rows sorted, and the blocks, segments and tiles of its experts.
+// Plans one call: sorts its routed rows, and finds the blocks, segments and tiles of its experts.
 //
 // For the legend see experts.cpp.
 
@@ -19,13 +19,13 @@
 namespace {
 
 constexpr int kTileAtoms = 32;
-constexpr int kSlotBits = 4;  // of an id, the lowest
+constexpr int kSlotBits = 4;  // the lowest bits of an id
 constexpr int kSlots = 1 << kSlotBits;
-// Products are summed over so many atoms of a down panel before they are weighted and added: 256 KiB
-// of bfloat16, which stay in L2. Fixed, so that it does not depend on what a batch uses.
+// Number of atoms of a down panel to sum over before weighting and adding: 256 KiB of bfloat16,
+// which stay in L2. Fixed, so that it does not depend on the batch.
 constexpr int64_t kStretchAtoms = 2048;
 constexpr int64_t kScratchBytes = 64ll << 20;
-constexpr int64_t kTokenRange = 512;  // sums of so many tokens: 128 KiB of a thread's stack
+constexpr int64_t kTokenRange = 512;  // their sums take 128 KiB of a thread's stack
 
 #ifdef __AMX_BF16__
 template <class D>
@@ -37,8 +37,8 @@ constexpr bool kUsesAmx = false;
 constexpr int kMostRows = kRows;
 #endif
 
-// How many rows one product takes at most: AMX needs some to be worth its set-up. It sums in
-// another order, so this must depend on nothing but the routing.
+// Maximum number of rows of one product: AMX needs several to be worth its set-up. It sums in
+// another order, so this must depend only on the routing.
 template <class D>
 int rows_at_once(int64_t rows_of_expert) {
   return kUsesAmx<D> && rows_of_expert > kFewRows ? kMostRows : kRows;
@@ -48,8 +48,8 @@ struct Call {
   const void* x_TH;
   const void* packed;
   int bits;                    // of one weight
-  const Quantized* quantized;  // or null: weights are plain
-  // By atom, by atom, by expert [E, H]; all null, or gate's alone.
+  const Quantized* quantized;  // null: weights are plain
+  // Per atom, per atom, per expert [E, H]; all may be null, or only gate's.
   const float *gate_bias, *up_bias, *down_bias;
   Activation activation;
   const int32_t* bits_SW;
@@ -75,23 +75,23 @@ struct Expert {
   int64_t id, rows;
   int64_t atoms;  // F
   const char *gate_up, *down;
-  // Of codes, down's: which scale rows the expert has, and where its part of table_rows_F begins.
+  // For codes: down's scale rows of this expert, and where its part of table_rows_F begins.
   int64_t first_scale_row = 0, scale_rows = 0, table_rows = 0;
 };
 
-// Rows of one expert and one range of tokens that are computed together.
+// Rows of one expert and one range of tokens, computed together.
 struct Block {
   int64_t first;
   int count;
-  int64_t words;  // where the OR of its rows' words begins
+  int64_t words;  // index of the OR of its rows' words
   int64_t first_segment, last_segment;
 };
 
 struct Segment {
-  int64_t first, count;  // atoms, both even, within one stretch
+  int64_t first, count;  // in atoms; both even, within one stretch
 };
 
-// Those of ascending segments that have elements in common with another one.
+// The segments, of ascending ones, that overlap with another one.
 inline std::span<const Segment> overlapping(std::span<const Segment> segments,
                                             const Segment& with) {
   const auto begin = std::partition_point(
@@ -116,23 +116,23 @@ struct Plan {
   std::vector<uint8_t> slots_N;
   std::vector<const Row*> rows_N;
 
-  std::vector<Expert> experts;  // those with rows
+  std::vector<Expert> experts;  // only those with rows
   std::vector<Block> blocks;
   std::vector<int64_t> blocks_ER1;  // first block of every expert and range
   std::vector<uint32_t> words;
   std::vector<Segment> segments;
   std::vector<Tile> tiles;
 
-  std::vector<Row> x_NH;  // gathered for AMX, or converted: then one row a token
+  std::vector<Row> x_NH;  // gathered for AMX, or converted (then one row per token)
   std::vector<Row> hidden_NF;
   int64_t hidden_stride = 0;
 
-  // Of codes: the row of a table of scales that an element of H, or an atom of `experts`, has.
+  // For codes: the row in a table of scales of each element of H, or of each atom of `experts`.
   std::vector<int32_t> table_rows_H, table_rows_F;
   std::vector<float> scratch;
-  std::vector<int64_t> bounds;  // only for sorting
+  std::vector<int64_t> bounds;  // for sorting
 
-  // Blocks of one expert: those of `ranges` ranges from blocks_ER1[at] on.
+  // Blocks of one expert: of `ranges` ranges, from blocks_ER1[at] on.
   std::span<const Block> blocks_of(int64_t at, int64_t ranges) const {
     return {blocks.data() + blocks_ER1[at], blocks.data() + blocks_ER1[at + ranges]};
   }
@@ -141,7 +141,7 @@ struct Plan {
   }
 };
 
-// The OR of the words of the block's rows, and the stretches of atoms that it covers.
+// Computes the OR of the words of the block's rows, and the segments of atoms that they use.
 template <class D>
 void plan_block(Plan<D>& plan, const Call& call, const Expert& expert, Block& block) {
   const int64_t tiles = ceil_div(expert.atoms, kTileAtoms);
@@ -155,14 +155,14 @@ void plan_block(Plan<D>& plan, const Call& call, const Expert& expert, Block& bl
     slot = plan.slots_N[block.first + r];
     for (int64_t tile = 0; tile < tiles; ++tile) used[tile] |= words[slot * call.W + tile];
   }
-  // Bits beyond the expert's rows are nobody's.
+  // Bits beyond the expert's atoms do not count.
   if (const int64_t rest = call.width(expert.id) % kTileAtoms) used[tiles - 1] &= (1u << rest) - 1;
   block.first_segment = plan.segments.size();
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!used[tile]) continue;
     int64_t first = tile * kTileAtoms + __builtin_ctz(used[tile]) / 2 * 2;
     int64_t end = (tile + 1) * kTileAtoms - __builtin_clz(used[tile]) / 2 * 2;
-    if (kUsesAmx<D>) {  // which sums a tile at once: where that begins must not depend on the block
+    if (kUsesAmx<D>) {  // AMX sums whole tiles: their bounds must not depend on the block
       first = tile * kTileAtoms;
       end = std::min(expert.atoms, first + kTileAtoms);
     }
@@ -176,7 +176,7 @@ void plan_block(Plan<D>& plan, const Call& call, const Expert& expert, Block& bl
   block.last_segment = plan.segments.size();
 }
 
-// Which rows of down's scales an expert's atoms have, from its first one on. Padding has some row too.
+// Finds the rows of down's scales for an expert's atoms, relative to its first. Padding uses row 0.
 template <class D>
 void plan_scales(Plan<D>& plan, const Call& call, Expert& expert) {
   const int64_t first = call.offsets_E1[expert.id], width = call.width(expert.id);
@@ -194,7 +194,7 @@ void plan_scales(Plan<D>& plan, const Call& call, Expert& expert) {
 // Sorts the routed rows of tokens begin..end, `range` tokens at a time, and finds the work.
 template <class D>
 void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, int64_t range) {
-  // Keys: expert, range, and which of the slots that occur.
+  // Keys: expert, range, and the rank of the slot among those that occur.
   const int64_t ranges = ceil_div(end - begin, range);
   uint32_t slots = 0;
   for (int64_t n = begin * call.K; n < end * call.K; ++n) slots |= 1u << call.slot(n);
@@ -224,7 +224,7 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
     plan.weights_N[row] = call.weights_TK[n];
     plan.slots_N[row] = call.slot(n);
   }
-  // Now every bound is the end of its key.
+  // Now every bound marks the end of its key's rows.
   plan.experts.clear(), plan.blocks.clear(), plan.blocks_ER1.clear();
   plan.words.clear(), plan.segments.clear(), plan.tiles.clear(), plan.table_rows_F.clear();
   int64_t padded = 0, first = 0;
@@ -269,18 +269,18 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
   }
 }
 
-// Whether rows have another type than the activations: then they are converted, once a token.
+// Whether rows have another type than the activations, so that each token is converted once.
 template <class D>
 constexpr bool kConverts = !std::is_same_v<typename D::Row, typename D::Element>;
 
-// How many rows a call prepares: one a token, or one a routed row for AMX, which reads rows at equal
-// distances, or none.
+// Number of rows that a call prepares: one per token; or one per routed row for AMX, which reads
+// rows at equal distances; or none.
 template <class D>
 int64_t rows_to_prepare(int64_t tokens, int64_t routed) {
   return kConverts<D> ? tokens : kUsesAmx<D> && tokens > 1 ? routed : 0;
 }
 
-// One of them; run by all threads.
+// Prepares one row; all threads take part.
 template <class D>
 void prepare_row(Plan<D>& plan, const Call& call, int64_t begin, int64_t index) {
   const auto* x_TH = static_cast<const typename D::Element*>(call.x_TH);

@@ -1,4 +1,4 @@
-// The scales of packed codes: as the layer has them, and as the table of a panel.
+// The scales of packed codes: those of the layer, and the table of a panel.
 //
 // Legend: H hidden size, P packed rows, E experts, G scale rows of a layer, C scale columns.
 
@@ -8,17 +8,17 @@
 
 namespace {
 
-// One projection's, as in formats.ScaleTables.
+// The scales of one projection, as in formats.ScaleTables.
 struct ScaleTable {
   const void* scales_GC;
-  const int32_t* rows_P;     // the scale row of every packed row; null: its own number
-  const uint8_t* zeros_GC;   // or null
-  const float* factors_E;    // or null
+  const int32_t* rows_P;     // the scale row of every packed row; null: its own index
+  const uint8_t* zeros_GC;   // may be null
+  const float* factors_E;    // may be null
   int64_t C;
-  int64_t columns;  // of the projection's H, that one scale is for
+  int64_t columns;  // number of elements of H that share a scale
 };
 
-// What a layer of codes has beside them.
+// The scales of a layer of codes.
 struct Quantized {
   int32_t code;    // Code
   int32_t scale;   // dtype: Scale
@@ -33,7 +33,7 @@ struct Quantized {
   int64_t table_columns() const { return (zeros() ? 2 : 1) * kPanelColumns; }
 };
 
-// Scales of one byte, as a vector of them is read.
+// Scales of one byte, and how to load a vector of them.
 struct E8M0 {
   uint8_t bits;
 };
@@ -48,7 +48,7 @@ inline Vec load_floats(const E4M3* from) {
   return meanings_of_8(&from->bits) * Vec(kMeaningUnit[kE4M3]);
 }
 
-// Up to a vector of numbers, the rest of it zeros.
+// Pads `count` numbers with zeros to a vector, if they are fewer.
 template <class Number>
 const Number* padded(const Number* from, int64_t count, Number (&copy)[kWidth]) {
   if (count >= kWidth) [[likely]]
@@ -57,12 +57,12 @@ const Number* padded(const Number* from, int64_t count, Number (&copy)[kWidth]) 
   return copy;
 }
 
-// What codes are multiplied with, and what is then added, for a vector of columns.
+// Codes times `scales`, plus `minus_zeros`, for a vector of columns.
 struct ScalesAndZeros {
   Vec scales, minus_zeros;
 };
 
-// Reads one projection's scales of one expert, of a type that is known when this is compiled.
+// Reads the scales of one projection of one expert; their type is known at compile time.
 template <class Number>
 struct ScaleReader {
   const Number* scales_GC;
@@ -71,7 +71,7 @@ struct ScaleReader {
   int factor_is;
   float factor, unit;
 
-  // Those of up to a vector of columns of one row.
+  // Loads up to a vector of columns of one row.
   [[gnu::always_inline]] ScalesAndZeros load(int64_t row, int64_t column, int64_t count) const {
     const int64_t at = row * C + column;
     Number copy[kWidth];
@@ -86,8 +86,9 @@ struct ScaleReader {
   }
 };
 
-// Calls `body` with the reader of one projection's scales. That goes by value, as all else should that
-// loops need, or compilers read it anew after every number they write.
+// Calls `body` with a reader of one projection's scales. It passes the reader by value, since
+// compilers would otherwise reload it after every write; the same goes for anything else that loops
+// need.
 template <class Body>
 void with_scales(const Quantized& of, const ScaleTable& table, int64_t expert, Body body) {
   const auto call = [&](auto number) {
@@ -110,8 +111,8 @@ void with_scales(const Quantized& of, const ScaleTable& table, int64_t expert, B
   }
 }
 
-// The table of one side of a tile: a row for every C, the scales of `atoms` packed rows from `first`
-// on. Columns from `to` on; as far as whole vectors, rows as well.
+// Fills the table of one side of a tile: a row per C, with the scales of `atoms` packed rows from
+// `first` on. Rows and columns are rounded up to whole vectors, all written from `to` on.
 inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expert, int64_t first,
                       int64_t atoms, int64_t end, float* to) {
   const int64_t stride = of.table_columns();
@@ -119,7 +120,7 @@ inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expe
     for (int64_t atom = 0; atom < atoms; atom += kWidth) {
       int64_t rows[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) {
-        const int64_t packed = std::min(first + atom + i, end - 1);  // padding is like the last
+        const int64_t packed = std::min(first + atom + i, end - 1);  // padding repeats the last
         rows[i] = rows_P ? rows_P[packed] : packed;
       }
       for (int64_t column = 0; column < reader.C; column += kWidth) {
@@ -133,12 +134,12 @@ inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expe
   });
 }
 
-// Asks for the memory that `fill_down` reads: short pieces far apart, which processors do not foresee.
-// Into L2: by their distance they often share too few places of L1. Inlined, or compilers drop a call
-// that has no effect.
+// Prefetches the memory that `fill_down` reads: short pieces far apart, which hardware prefetchers
+// miss. It goes to L2, since at such distances the pieces often compete for few sets of L1.
+// Inlined, since compilers drop a call without effects.
 [[gnu::always_inline]] inline void prefetch_down(const Quantized& of, int64_t first_row, int64_t count, int64_t column) {
   const ScaleTable& table = of.tables[2];
-  static constexpr int kBytes[] = {4, 2, 2, 1, 1};  // of dtypes of scales
+  static constexpr int kBytes[] = {4, 2, 2, 1, 1};  // by Quantized::Scale
   const int bytes = kBytes[of.scale];
   const auto* from = static_cast<const char*>(table.scales_GC);
   for (int64_t row = first_row; row < first_row + count; ++row) {
@@ -148,7 +149,7 @@ inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expe
   }
 }
 
-// The table of 64 columns of down from `column` on: one row for each of `count` scale rows.
+// Fills the table of 64 columns of down from `column` on: one row for each of `count` scale rows.
 inline void fill_down(const Quantized& of, int64_t expert, int64_t first_row, int64_t count,
                       int64_t column, int64_t H, float* to) {
   const int64_t stride = of.table_columns(), end = std::min<int64_t>(H, column + kPanelColumns);

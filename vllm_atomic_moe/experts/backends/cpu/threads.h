@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// Functions of the OpenMP runtime that torch has loaded, GNU's or one with its entry points: its
-// threads are those that the process has bound to cores. Declared here, so any compiler works.
+// Functions of the OpenMP runtime that torch has loaded (GNU's, or one with the same entry points),
+// whose threads the process has bound to cores. Declared here, so that any compiler works.
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 void GOMP_barrier();
@@ -16,8 +16,8 @@ int omp_get_thread_num();
 
 namespace {
 
-// Threads of a parallel region, all that torch has: a smaller team would end the others, and lose
-// their binding to cores. At most `workers` of them work.
+// Threads of a parallel region. `count` is all threads of torch: a smaller team would end the
+// others and lose their binding to cores. At most `workers` of them work.
 struct Threads {
   int count, workers;
 };

@@ -1,8 +1,8 @@
-// Vectors of floats, by torch's own headers: 8 lanes with AVX2, 16 with AVX-512, 4 with NEON. What
-// those headers cannot say, or not fast enough, stands in one small header an instruction set:
-// avx512_bf16.h and amx.h.
+// Vectors of floats, from torch's own headers: 8 lanes with AVX2, 16 with AVX-512, 4 with NEON.
+// Small headers per instruction set, avx512_bf16.h and amx.h, hold what torch's lack or do too
+// slowly.
 //
-// Everything of ours has internal linkage: several variants may be loaded into one process.
+// Everything has internal linkage, since one process may load several variants.
 
 #pragma once
 
@@ -19,7 +19,7 @@ using Vec = at::vec::Vectorized<float>;
 using Ints = at::vec::Vectorized<int32_t>;
 
 constexpr int kWidth = Vec::size();
-// The register itself. Arrays that must stay in registers hold these: arrays of Vec, which has
+// The register itself. Use it for arrays that must stay in registers: arrays of Vec, which has
 // constructors, go through the stack.
 typedef float Native __attribute__((vector_size(4 * kWidth)));
 #if defined(CPU_CAPABILITY_AVX2)
@@ -38,14 +38,14 @@ Vec as_floats(const Ints& bits) { return vreinterpretq_f32_s32(bits); }
 Vec as_floats(const Ints& bits) { return at::vec::cast<float, int32_t>(bits); }
 #endif
 
-// As many rows as a vector has lanes, which load(i) returns, become columns; the stride in elements.
+// Transposes a square: row i is load(i), one vector; the stride is in elements.
 template <class Load>
 [[gnu::always_inline]] inline void transpose(const Load& load, void* to, int64_t to_stride) {
 #if defined(CPU_CAPABILITY_AVX2)
   at::vec::VectorizedN<float, kWidth> rows;
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) rows[i] = load(i);
-  at::vec::transpose_block(rows);  // half as many instructions as below
+  at::vec::transpose_block(rows);  // half the instructions of the code below
 #else
   Native rows[kWidth], mixed[kWidth];
 #pragma GCC unroll 16
@@ -65,7 +65,7 @@ template <class Load>
   for (int i = 0; i < kWidth; ++i) Vec(rows[i]).store(static_cast<float*>(to) + i * to_stride);
 }
 
-// Lane i is all ones where bit i of `bits` is set.
+// Lane i is all ones if bit i of `bits` is set.
 Vec lane_mask(uint32_t bits) {
   alignas(64) static constexpr int32_t kBits[16] = {1,      1 << 1,  1 << 2,  1 << 3,
                                                     1 << 4, 1 << 5,  1 << 6,  1 << 7,
@@ -75,7 +75,7 @@ Vec lane_mask(uint32_t bits) {
   return as_floats((Ints(static_cast<int32_t>(bits)) & lanes) == lanes);
 }
 
-// e^x to the last bit or two of a float, for |x| ≤ 100; infinite from e^89 on.
+// e^x, accurate to the last bit or two, for |x| ≤ 100; infinite for x ≥ 89.
 Vec exponential(const Vec& x) {
   const Vec whole = (x * Vec(1.44269504f)).round();
   const Ints n = at::vec::convert_to_int_of_same_size(whole);
@@ -84,7 +84,7 @@ Vec exponential(const Vec& x) {
   Vec sum(1.f / 5040);
   for (float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
     sum = fmadd(sum, rest, Vec(factor));
-  // 2^n in two factors, for n beyond a float's exponents.
+  // 2^n as two factors, since n may exceed a float's exponents.
   const Ints half = n >> Ints(1);
   const auto power = [](const Ints& exponent) {
     return as_floats((exponent + Ints(127)) << Ints(23));
@@ -94,12 +94,12 @@ Vec exponential(const Vec& x) {
 
 // x · σ(z), σ the logistic function.
 Vec times_logistic(const Vec& x, const Vec& z) {
-  // e^100 is infinite and e^-100 too small to change 1, which far larger exponents would miss.
+  // Clamp: `exponential` is wrong beyond; e^100 is infinite and e^-100 too small to change 1.
   const Vec minus_z = at::vec::clamp(z.neg(), Vec(-100.f), Vec(100.f));
   return x / (Vec(1.f) + exponential(minus_z));
 }
 
-// 2σ(2x) − 1, and near zero, where that loses digits, a polynomial.
+// 2σ(2x) − 1; near zero, where that loses digits, a polynomial.
 [[maybe_unused]] Vec tanh(const Vec& x) {
   const Vec far = Vec(2.f) * times_logistic(Vec(1.f), x + x) - Vec(1.f);
   const Vec square = x * x;

@@ -1,8 +1,8 @@
-// The weights of a tile or of a block of down, plain or codes, times rows.
+// Rows times the weights, plain or codes, of a tile or of a block of down.
 //
-// Codes are decoded in registers where an expert has few rows; where it has more, piece by piece into
-// a thread's scratch for the kernels of plain weights: as float32, which gives the same bits, but as
-// bfloat16 where rows are. Which of the two follows from the routing alone.
+// If an expert has few rows, codes are decoded in registers. If it has more, they are decoded piece
+// by piece into a thread's scratch for the kernels of plain weights: to bfloat16 if rows are
+// bfloat16, else to float32, which gives the same bits. The choice depends only on the routing.
 
 #pragma once
 
@@ -23,18 +23,19 @@ void multiply_block(const typename D::Row* const* rows, int count, [[maybe_unuse
   multiply<D>(rows, count, panel, product, fresh);
 }
 
-// What codes are decoded to: a type with rows like those of D.
+// The type that codes are decoded to; its rows have the type of D's.
 template <class D>
 using Decoded = std::conditional_t<std::is_same_v<typename D::Row, float>, Float32, D>;
 
-// How many elements of the summed dimension are decoded at once: they stay in the nearest caches for
-// the rows of a whole batch. AMX takes all there are, since every product has its set-up.
+// Number of elements of the summed dimension to decode at once, so that they stay in the nearest
+// caches for the rows of a whole batch. AMX decodes all at once, since every product has its
+// set-up.
 template <class D>
 constexpr int64_t kDecodedAtOnce =
     kUsesAmx<D> ? std::numeric_limits<int64_t>::max()
                 : (32 << 10) / (kPanelColumns * sizeof(typename Decoded<D>::Unit)) *
                       Decoded<D>::kPerUnit;
-// Rows that share what is decoded; their products lie on a thread's stack.
+// Number of rows that share decoded weights; their products are on a thread's stack.
 constexpr int kBatchRows = kTokenRange;
 
 // Calls `body` with the type of a layer's codes.
@@ -45,19 +46,19 @@ void with_codes(const Quantized& quantized, const Body& body) {
   body(Codes<Row, 4, false>());
 }
 
-// Panels of one expert's columns; elements of the summed dimension are counted from its first.
+// Weights of some columns of one expert; elements of the summed dimension count from its first one.
 template <class D>
 struct Weights {
   const char* packed;
   int64_t columns;
-  int64_t rows;                // that are multiplied with them in all
-  const Quantized* quantized;  // or null
+  int64_t rows;                // of the expert
+  const Quantized* quantized;  // null: weights are plain
   TableScales scales{};
   typename Decoded<D>::Unit* scratch = nullptr;
 
   bool decodes_ahead() const { return quantized && rows > kFewRows; }
 
-  // The first blocks, as many as `multiply` takes together.
+  // The first blocks, as many as `multiply` takes in one call.
   std::span<const Block> batch(std::span<const Block> blocks) const {
     size_t count = 0;
     for (int64_t batch_rows = 0; count < blocks.size(); ++count) {
@@ -67,8 +68,9 @@ struct Weights {
     return blocks.first(count);
   }
 
-  // Products of the rows of a batch, [rows][64], of every block's segments: what `row_at` and
-  // `segments_of` return. Those of blocks without segments are not written.
+  // Computes products of a batch's rows, [rows][64], over the segments of each block: `row_at`
+  // returns the rows, `segments_of` the segments. Products of blocks without segments are not
+  // written.
   template <class RowAt, class SegmentsOf>
   void multiply(std::span<const Block> blocks, const RowAt& row_at, const SegmentsOf& segments_of,
                 float* products) {
@@ -108,7 +110,8 @@ struct Weights {
     });
   }
 
-  // Products of one block and the elements `of`, which are in the piece that was decoded, if any was.
+  // Multiplies one block by the elements `of`, which are inside `piece`, the decoded part for
+  // codes.
   void multiply(const typename D::Row* const* rows_of_block, int block_rows, const Segment& of,
                 const Segment& piece, float* product, bool fresh) const {
     if (!quantized)
@@ -142,14 +145,14 @@ struct Weights {
   }
 };
 
-// What a thread decodes codes with.
+// A thread's scratch for decoding codes.
 template <class D>
 struct Scratch {
   float* table;
   typename Decoded<D>::Unit* units;
 };
 
-// One tile: gate | up, or up alone; sums over H.
+// The weights of one tile: gate | up, or only up; products sum over H.
 template <class D>
 Weights<D> tile_weights(const Plan<D>& plan, const Call& call, const Tile& tile,
                         const Scratch<D>& scratch) {
@@ -169,7 +172,7 @@ Weights<D> tile_weights(const Plan<D>& plan, const Call& call, const Tile& tile,
   return weights;
 }
 
-// 64 columns of down; sums over atoms.
+// The weights of 64 columns of down; products sum over atoms.
 template <class D>
 Weights<D> down_weights(const Plan<D>& plan, const Call& call, const Expert& expert,
                         int64_t column, const Scratch<D>& scratch) {
