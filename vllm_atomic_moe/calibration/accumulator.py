@@ -41,7 +41,7 @@ class Batch:
         return cls(domain, (ids < 0).flatten() if bool((ids < 0).any()) else None)
 
     def unpadded(self, topk_ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-        """Ids that send padding nowhere."""
+        """Ids that route padding to no expert."""
         if self.padding_T is None:
             return topk_ids_TK
         padding_T1 = self.padding_T.to(topk_ids_TK.device)[:, None]
@@ -50,20 +50,20 @@ class Batch:
 
 @dataclass(slots=True)
 class Unwatched:
-    """The `LayerObserver` of a layer that runs as if it were observed, and adds nothing up.
+    """The `LayerObserver` of a layer that runs as if observed, without adding anything up.
 
     Attributes:
-        batch: what runs now.
+        batch: the current batch.
     """
 
     batch: Batch
 
     def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
-        """Padding goes nowhere, as where it is observed."""
+        """Route padding to no expert, as `LayerAccumulator` does."""
         return self.batch.unpadded(routed.topk_ids_TK, module.num_experts)
 
     def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
-        """The output as it is."""
+        """Return the output unchanged."""
         return rows.y
 
 
@@ -74,7 +74,7 @@ class LayerAccumulator:
     Attributes:
         shape: (D, E, I).
         gradients: whether a backward pass follows, so that `g2` can be summed.
-        batch: what runs now; set before each batch.
+        batch: the current batch; set before each one.
         sums: the sums so far, without the table of sets; None before the first batch.
         sets: the table of sets.
     """
@@ -86,7 +86,7 @@ class LayerAccumulator:
     sets: TopKSetsAccumulator = field(default_factory=TopKSetsAccumulator)
 
     def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
-        """Send padding nowhere, so that it counts nowhere, and count the others' sets."""
+        """Route padding to no expert, and count the sets of the other tokens."""
         topk_ids_TK = routed.topk_ids_TK
         if self.sums is None:
             zeros = LayerSums.zeros(self.shape, self.gradients, topk_ids_TK.device)
@@ -116,7 +116,7 @@ class LayerAccumulator:
         return rows.y
 
     def not_finite(self, domain: int) -> str | None:
-        """Which of a domain's sums are not finite, in words; None if all are."""
+        """Names the sums of a domain that are not finite; None if all are finite."""
         if self.sums is None:
             return None
         sums = self.sums

@@ -1,6 +1,6 @@
 """The calibration run: one forward and one backward per window, a few numbers per atom.
 
-`calibrate` is the whole of it, top to bottom; `collect` is the part that runs the model.
+`calibrate` is the whole run, top to bottom; `collect` is the part that runs the model.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class CalibrationOptions:
         seq_len: tokens per window.
         batch_size: windows per forward; it changes memory and time, not the sums.
         dtype: one of DTYPES; `auto` is the checkpoint's, or float32 on a CPU that is slow in it.
-        device: `auto` (all CUDA devices there are, through accelerate's device map, else the
-            CPU), `cpu`, `cuda` or `cuda:N`.
-        seed: of the drawing of windows.
+        device: `auto` (all CUDA devices through accelerate's device map; without any, the CPU),
+            `cpu`, `cuda` or `cuda:N`.
+        seed: for drawing windows.
         gradients: whether to run the backward pass, which `heapr` needs.
         shard: `i/N`, 1 <= i <= N, or None for the whole text.
-        stream: whether to run layer by layer; None: where the weights do not fit what is free.
-        scratch: directory to keep layers' inputs in, which makes it run layer by layer and lets a
-            run that was killed go on; None for memory.
+        stream: whether to run layer by layer; None: if the weights do not fit the free memory.
+        scratch: directory for layers' inputs; the run is then layer by layer and can resume after
+            a kill. None keeps them in memory.
         field: field or column of the data files; None for `text`, else `messages`.
         trust_remote_code: whether Python files of the model's directory may run.
     """
@@ -107,7 +107,7 @@ def calibrate(
         data: `PATH[:DOMAIN]` arguments, at least one.
         options: how.
         on_progress: called after every batch.
-        on_note: called with a line about how it is done, before it is.
+        on_note: called with a line that says how the run is done, before it starts.
 
     Returns:
         The statistics, and warnings of one line each.
@@ -134,7 +134,7 @@ def _calibrate(
     directory, checkpoint = find_original(model)
     text = read_text(directory, files, options)
     trusted = options.trust_remote_code
-    # Of the whole run: shards of it have the same.
+    # The digests are of the whole text; all shards have the same.
     digests = text.digests
     if shard:
         text = take_shard(text, *shard)
@@ -172,7 +172,7 @@ def _calibrate(
 
 
 def find_original(model: str) -> tuple[Path, CheckpointInfo]:
-    """The directory and the description of a model whose atoms are all there.
+    """The directory and the description of a model that holds all of its atoms.
 
     Raises:
         ValueError: there is no such model, its experts cannot be described, or it is an export.
@@ -190,7 +190,7 @@ def find_original(model: str) -> tuple[Path, CheckpointInfo]:
 def read_text(
     directory: Path, files: Sequence[DataFile], options: CalibrationOptions
 ) -> CalibrationText:
-    """The windows of text that a model is run over.
+    """The windows of text for a model.
 
     Raises:
         ValueError: the text, the model's configuration or its tokenizer is refused.
@@ -213,16 +213,16 @@ def collect(
     on_progress: Progress = lambda done, total: None,
     gradients: bool = True,
 ) -> dict[int, LayerSums]:
-    """Sums over the windows of `text`, layer by layer. Padding never counts.
+    """Sums over the windows of `text`, by layer. Padding never counts.
 
     The model is put into evaluation mode and its parameters are frozen: only the output of the
     embedding requires a gradient, which more than halves the time of the backward pass. The model
-    may be spread over devices, or offloaded, by accelerate: every layer's sums live where its
-    experts run.
+    may be spread over devices, or offloaded, by accelerate: each layer's sums are on the device
+    that runs its experts.
 
     Raises:
-        ValueError: a sum or the loss is not finite, the device's memory does not suffice, or the
-            model's own code fails; at the first such window.
+        ValueError: a sum or the loss is not finite, the device is out of memory, or the model's
+            own code fails; raised at the first such window.
     """
     model.eval().requires_grad_(False)
     shape = (len(text.windows), checkpoint.num_experts, checkpoint.intermediate_size)
@@ -276,7 +276,8 @@ def _check_finite(
     Raises:
         ValueError: names the layer, what is not finite, and the dtype.
     """
-    # Where it began: what overflows goes up with activations, and down with gradients.
+    # Find the origin: overflows spread to higher layers with activations, to lower ones with
+    # gradients.
     found = {layer: accumulator.not_finite(domain) for layer, accumulator in layers.items()}
     for what, order in (("activations", sorted(found)), ("gradients", sorted(found)[::-1])):
         for layer in order:

@@ -44,7 +44,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def domain_of(path: Path) -> str:
-    """The default domain: name of the file, the directory, or the directory a glob starts in."""
+    """The default domain: the name of the file, the directory, or the directory of a glob."""
     if path.is_file():
         return split_name(path)[0]
     while not path.is_dir():

@@ -1,8 +1,8 @@
 """A quantized checkpoint decoded to plain weights, one matrix at a time.
 
 transformers reads some formats correctly, some not at all, and some silently without their scales.
-So this file decodes all of them, for experts, attention and the rest, and transformers gets plain
-weights under their names. Decoded, they take the memory of the original.
+So this file decodes all of them, for experts, attention and the rest, and gives transformers plain
+weights under the usual names. They take as much memory as the unquantized original.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of text: plain, JSON, lines of JSON, parquet, Arrow, compressed or not -> documents."""
+"""Text files -> documents: plain text, JSON, lines of JSON, parquet, Arrow, also compressed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import IO, Any
 
 from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line
 
-# Each of the first three also with .gz behind it; upper case or lower.
+# The first three also followed by .gz; upper or lower case.
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow")
 COLUMNAR = (".parquet", ".arrow")
-# How an Arrow file of random access begins; one without it is a stream.
+# An Arrow file with random access starts with this; otherwise it is a stream.
 ARROW_FILE = b"ARROW1"
 FIELDS = ("text", "messages")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -29,7 +29,7 @@ def split_name(path: Path) -> tuple[str, str, bool]:
     if compressed:
         name = Path(name.stem)
     suffix = name.suffix.lower()
-    # There is no such thing as a compressed parquet file: parquet compresses itself.
+    # A compressed parquet file does not exist: parquet compresses itself.
     known = suffix in SUFFIXES and not (compressed and suffix in COLUMNAR)
     return (name.stem, suffix, compressed) if known else (path.stem, "", False)
 
@@ -37,16 +37,16 @@ def split_name(path: Path) -> tuple[str, str, bool]:
 def read_documents(
     path: Path, tokenizer: Any = None, field: str | None = None
 ) -> Iterator[str | None]:
-    """Documents of a file: a .txt is one, else one per line, entry or row; None without text.
+    """Documents of a file: a .txt is one; others have one per line, entry or row, None if empty.
 
     Args:
         path: the file, with one of SUFFIXES.
         tokenizer: whose chat template turns a list of messages into text.
-        field: field or column to read; None stands for the first of FIELDS that is there.
+        field: field or column to read; None means the first of FIELDS that exists.
 
     Raises:
-        ValueError: a Git LFS pointer, not UTF-8, broken JSON, gzip, parquet or Arrow, no such
-            field, or something else in it.
+        ValueError: the file is a Git LFS pointer, not UTF-8, or broken, or a record lacks the
+            field or has no text in it.
     """
     check_not_pointer(path)
     _, suffix, _ = split_name(path)
@@ -126,14 +126,14 @@ def _render_chat(messages: list[Any], tokenizer: Any, place: str) -> str:
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # The template is a program of the model's.
+    except Exception as error:  # The template is the model's own program.
         raise ValueError(
             f"{place}: the model's chat template refuses it ({one_line(error)})"
         ) from error
 
 
 def _read_columns(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
-    """Place and record of every row, with the one column that is read."""
+    """Place and record of every row, with only the column that is read."""
     from pyarrow import ArrowException
 
     number = 0
@@ -151,7 +151,7 @@ def _read_columns(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _open_columns(path: Path, opened: ExitStack) -> tuple[Any, Callable[[str], Iterator[Any]]]:
-    """The schema of a file, and what gives its batches, with one column at least."""
+    """The schema of a file, and a function that returns the batches of one column."""
     from pyarrow import ipc, parquet
 
     if split_name(path)[1] == ".parquet":
@@ -178,8 +178,8 @@ def _text_column(path: Path, schema: Any, field: str | None) -> str:
 
 
 def _holds_text(kind: Any) -> bool:
-    """Whether a column's type is of strings, plain, indexed or viewed, of lists (messages), or of
-    nulls, as in a shard without any.
+    """Whether a column may hold text: strings of any encoding, lists (messages), or only nulls, as
+    in a shard without text.
     """
     from pyarrow import types
 

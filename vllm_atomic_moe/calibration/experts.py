@@ -1,9 +1,9 @@
 """Watch the experts of a transformers model, through its experts interface.
 
-Every MoE architecture whose experts class carries transformers' `use_experts_implementation` calls
-a registered function instead of its own forward; Llama-4 is made to. Ours computes the same thing
-and shows inputs, activations h = act(gate·x, up·x), outputs and router weights of every expert,
-still in the autograd graph, to an observer.
+An experts class with transformers' decorator `use_experts_implementation` calls a registered
+function instead of its own forward; we make Llama-4 do so too. Our function computes the same and
+shows an observer the inputs, activations h = act(gate·x, up·x), outputs and router weights of every
+expert, as part of the autograd graph.
 
 Legend: T tokens, K experts per token, N = T·K routed rows, E experts, H hidden size, I full
 intermediate size.
@@ -28,7 +28,7 @@ from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 
 IMPLEMENTATION = "atomic_moe_calibration"
 LAYER = re.compile(r"\blayers\.(\d+)\.")
-# What `use_experts_implementation` sets on every experts module.
+# Attributes that `use_experts_implementation` sets on every experts module.
 INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 # An nn.Module whose class carries `use_experts_implementation`. Its attributes (gate_up_proj,
@@ -38,15 +38,15 @@ ExpertsModule = Any
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertRows:
-    """What one expert did with the tokens routed to it; part of the autograd graph, read only.
+    """The tokens routed to one expert, and its results; part of the autograd graph, read-only.
 
     Attributes:
         x: [rows, H], the expert's input.
-        h: [rows, I], what goes into `down_proj`: act(gate·x, up·x), biases included.
+        h: [rows, I], the input of `down_proj`: act(gate·x, up·x), biases included.
         y: [rows, H], the expert's output with its bias, before the router weight.
         p: [rows], router weights.
         down_HI: [H, I], the expert's down-projection.
-        tokens: int64 [rows], which tokens these are.
+        tokens: int64 [rows], the indices of these tokens.
     """
 
     x: torch.Tensor
@@ -58,10 +58,10 @@ class ExpertRows:
 
 
 class Routed(NamedTuple):
-    """What the experts of a layer are given.
+    """The inputs of a layer's experts.
 
     Attributes:
-        hidden_TH: their input.
+        hidden_TH: hidden states.
         topk_ids_TK: the experts of every token.
         topk_weights_TK: router weights.
     """
@@ -72,10 +72,10 @@ class Routed(NamedTuple):
 
 
 class LayerObserver(Protocol):
-    """What watches the experts of one layer."""
+    """Watches the experts of one layer."""
 
     def see_routing(self, module: ExpertsModule, routed: Routed) -> torch.Tensor:
-        """Called once per forward; returns the ids to use, E and above for "no expert"."""
+        """Called once per forward; returns the ids to use, where E and above mean "no expert"."""
 
     def see_expert(self, expert: int, rows: ExpertRows) -> torch.Tensor:
         """Called for every expert that has tokens; returns the output to use, as `rows.y`."""
@@ -91,7 +91,7 @@ def observed_experts_forward(
 
     `module.layer_observer` sees every expert's rows. The router weight is applied after
     `down_proj`, so that the gradient of h includes it; where the model applies it to the input, x
-    includes it and p is 1. Ids of E and above stand for "no expert" and contribute zero.
+    includes it and p is 1. Ids of E and above mean "no expert" and contribute zero.
     """
     num_tokens, top_k = topk_ids_TK.shape
     routed = Routed(hidden_TH, topk_ids_TK, topk_weights_TK)
@@ -101,7 +101,7 @@ def observed_experts_forward(
     order_N = ids_N.argsort(stable=True)[: sum(counts)]
 
     outputs = []
-    # One gather for all experts: its backward is one scatter, not one per expert.
+    # Gather once for all experts, so that the backward pass scatters once, not once per expert.
     tokens_N = order_N // top_k
     x_NH = hidden_TH[tokens_N]
     p_N = topk_weights_TK.reshape(-1)[order_N]
@@ -128,8 +128,8 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts_forward)
 
 
 def _llama4_experts_forward(module: ExpertsModule, every_input: torch.Tensor) -> torch.Tensor:
-    """Llama-4's experts get every token times its router weight once per expert, [E·T, H], and the
-    outputs are added up over E: the sum and zeros stand for them.
+    """Llama-4's experts get every token, times its router weight, once per expert: [E·T, H]. The
+    model sums their outputs over E, so this returns the sum for one expert and zeros for the rest.
     """
     if not hasattr(module, "layer_observer"):
         return _unobserved_llama4_forward(module, every_input)
@@ -137,8 +137,8 @@ def _llama4_experts_forward(module: ExpertsModule, every_input: torch.Tensor) ->
     return functional.pad(output_TH, (0, 0, 0, every_input.shape[0] - output_TH.shape[0]))
 
 
-# Llama-4 does not use the experts interface. Its class, not its modules: what accelerate puts
-# around a module stays around it.
+# Llama-4 does not use the experts interface. Patch its class, not its modules, so that the wrappers
+# that accelerate puts around a module stay.
 _unobserved_llama4_forward = Llama4TextExperts.forward
 Llama4TextExperts.forward = _llama4_experts_forward
 Llama4TextExperts._apply_gate = _default_apply_gate
@@ -148,7 +148,7 @@ LLAMA4_FLAGS = dict(zip(INTERFACE_FLAGS, (True, False, True, True), strict=True)
 def _note_llama4_routing(
     experts: ExpertsModule, router: Any, given: tuple[torch.Tensor], answer: Any
 ) -> None:
-    """Hook of a router: what it was given and chose, for the experts that are called next."""
+    """Hook of a router: note its input and its choice for the experts, which are called next."""
     scores_TE, logits_TE = answer
     topk_ids_TK = logits_TE.topk(router.top_k, dim=1).indices
     experts.routing = [(given[0], topk_ids_TK, scores_TE.gather(1, topk_ids_TK))]
@@ -186,13 +186,13 @@ def weight_norms(module: ExpertsModule) -> dict[str, torch.Tensor]:
     """L2 norms of every atom's three vectors: `gate_norm`, `up_norm`, `down_norm`, float64 [E, I].
 
     Biases do not count. Experts without a gate get a gate norm of 1, so that products of the three
-    norms still hold.
+    norms stay valid.
 
-    To be called while the module's weights are on their device (inside its forward, if they are
-    offloaded). One expert at a time: no second copy of the weights arises.
+    Call it while the module's weights are on their device (inside its forward if they are
+    offloaded). It takes one expert at a time, so that no second copy of the weights exists.
     """
     rows: dict[str, list[torch.Tensor]] = {"gate_norm": [], "up_norm": [], "down_norm": []}
-    # gate_up_proj is [2I, H] per expert and down_proj [H, I]; transposed modules turn both round.
+    # gate_up_proj is [2I, H] per expert and down_proj [H, I]; transposed modules swap both.
     along = (0, 1) if module.is_transposed else (1, 0)
     for first, down in zip(getattr(module, _first(module)), module.down_proj, strict=True):
         both = torch.linalg.vector_norm(first, dim=along[0], dtype=torch.float64)
@@ -212,8 +212,8 @@ def find_experts(
     """The routed experts of every MoE layer, by decoder layer index, checked.
 
     Raises:
-        ValueError: the architecture does not use transformers' experts interface, its layers or
-            shapes are not those of the checkpoint.
+        ValueError: the architecture does not use transformers' experts interface, or its layers or
+            shapes differ from the checkpoint's.
     """
     experts: dict[int, ExpertsModule] = {}
     for name, module in model.named_modules():
@@ -246,8 +246,8 @@ def find_experts(
 def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
     """One line if the server might refuse these experts, though they can be calibrated.
 
-    What they compute is read from vLLM when it builds them, not here: SiLU and GELU by tanh are
-    served, an activation of a model's own (gpt-oss has one) may be.
+    The server asks vLLM for the activation when it builds them. SiLU and tanh GELU are served; a
+    model's own activation (as in gpt-oss) may be.
     """
     for module in experts.values():
         own = not module.has_gate or (

@@ -39,8 +39,8 @@ def experts_with_few_tokens(sums: Mapping[int, LayerSums]) -> list[FewTokens]:
 def _masked(sums: Mapping[int, LayerSums]) -> str | None:
     """Detect a mask in the checkpoint, by atoms without activation or gradient.
 
-    Only experts with enough tokens count: the last token of a window has no loss, so that an
-    expert of the last layer may see a token and no gradient.
+    Only experts with enough tokens count: the last token of a window has no loss, so an expert of
+    the last layer may see a token without a gradient.
     """
     dead = atoms = 0
     for of_layer in sums.values():

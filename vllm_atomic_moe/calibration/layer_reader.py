@@ -1,8 +1,8 @@
 """Reads a checkpoint one decoder layer at a time, through transformers' own loading.
 
-Every read builds the whole model and gives it tensors without data for all that is not wanted: what
-is there is what `from_pretrained` makes of it (names, fused experts, dtypes, buffers, tied heads),
-and the rest stays on the meta device and takes no memory.
+Every read builds the whole model with `from_pretrained`, which handles names, fused experts,
+dtypes, buffers and tied heads. It gets all tensors but the wanted ones without data: they stay on
+the meta device and take no memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vllm_atomic_moe.files.shards import Shards
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """Stands for a tensor that is not read; becomes one on the meta device."""
+    """Placeholder for a tensor that is not read; becomes one on the meta device."""
 
     shape: tuple[int, ...]
 
@@ -45,24 +45,24 @@ class Absent:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Where transformers would put the tensor, it gets one without data."""
+        """Called when transformers places the tensor; returns one without data."""
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
 OneLayer = tuple[PreTrainedModel, nn.Module, ExpertsModule | None]
-"""A model that holds one decoder layer, that layer, and its routed experts if it has any."""
+"""A model with the weights of one decoder layer; that layer; its routed experts, if any."""
 
 
 class LayerReader:
-    """A checkpoint's decoder layers, and what is around them, one at a time.
+    """Reads a checkpoint's decoder layers one at a time, and the weights outside of them.
 
     Attributes:
         directory: of the checkpoint.
         checkpoint: its routed experts.
-        dtype: that weights are given in; quantized ones are decoded.
-        device: where they are put.
+        dtype: of the returned weights; quantized ones are decoded.
+        device: of the returned weights.
         layers: number of decoder layers.
-        largest_layer_bytes: of its largest decoder layer.
+        largest_layer_bytes: size of its largest decoder layer.
         outline: the model on the meta device.
     """
 
@@ -89,13 +89,13 @@ class LayerReader:
         self.layers = len(self.blocks(empty))
         with Shards(directory) as shards:
             stored = stored_weights(shards, self._settings, shards.where, _ignore)
-            # Everything without data: what would not fit the model is refused before it is read.
+            # Load everything without data: a mismatch with the model is refused before reading.
             self.outline = self._load({name: Absent(it.shape) for name, it in stored.items()})
         self.largest_layer_bytes = max(_nbytes(block) for block in self.blocks(self.outline))
 
     @contextmanager
     def around(self) -> Iterator[PreTrainedModel]:
-        """The model whose decoder layers alone hold nothing.
+        """The model with all weights except those of its decoder layers.
 
         Raises:
             ValueError: a weight cannot be read.
@@ -105,7 +105,7 @@ class LayerReader:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[OneLayer]:
-        """The model with one decoder layer's weights.
+        """The model with only one decoder layer's weights.
 
         Raises:
             ValueError: a weight cannot be read.
@@ -115,7 +115,7 @@ class LayerReader:
             yield model, self.blocks(model)[index], experts.get(index)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers of a model that this reader gave."""
+        """The decoder layers of a model from this reader."""
         blocks = model.get_submodule(self._prefix.rstrip("."))
         assert isinstance(blocks, nn.ModuleList)
         return blocks
@@ -138,12 +138,12 @@ class LayerReader:
         model.requires_grad_(False)
         there = [it for it in chain(model.parameters(), model.buffers()) if not it.is_meta]
         for tensor in there:
-            # A copy: what is part of a file would keep all of it mapped.
+            # Copy: a slice of a file keeps the whole file mapped.
             tensor.data = tensor.data.to(self.device, copy=True)
         try:
             yield model
         finally:
-            # Whatever still refers to the model: its weights go before the next are read.
+            # Free the weights before the next read, even if something still refers to the model.
             for tensor in there:
                 tensor.data = tensor.data.new_empty(0)
 
@@ -162,7 +162,7 @@ class LayerReader:
 
 
 def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """Of all tensors of a checkpoint in `dtype`, the quantized ones decoded; from the headers."""
+    """Bytes of all tensors of a checkpoint in `dtype`, decoded if quantized; from the headers."""
     settings = quantization_settings(directory, read_config(directory)) or {}
     with Shards(directory) as shards:
         stored = stored_weights(shards, settings, shards.where, _ignore)
@@ -170,20 +170,20 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
 
 
 def _layer(name: str, prefix: str) -> int | None:
-    """Index of the decoder layer that a tensor belongs to, of layers named so; None: to none."""
+    """Index of the decoder layer that a tensor belongs to; None if it belongs to none."""
     if not name.startswith(prefix):
         return None
     return int(name.removeprefix(prefix).partition(".")[0])
 
 
 def _prefix_of_layers(model: PreTrainedModel, checkpoint: CheckpointInfo) -> str:
-    """What the names of everything in the decoder layers begin with, dot included."""
+    """The common prefix of all names in the decoder layers, dot included."""
     module = next(iter(find_experts(model, checkpoint).values()))
     return _before_index(next(name for name, it in model.named_modules() if it is module))
 
 
 def _before_index(name: str) -> str:
-    """A name in a decoder layer, up to the layer's index."""
+    """The part of a decoder layer's name before the layer's index."""
     *_, last = LAYER.finditer(name)
     return f"{name[: last.start()]}layers."
 
@@ -193,4 +193,4 @@ def _nbytes(module: nn.Module) -> int:
 
 
 def _ignore(error: ValueError) -> None:
-    """Nothing is read."""
+    """No tensor is read, so none can fail."""

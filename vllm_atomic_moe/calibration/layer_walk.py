@@ -101,7 +101,7 @@ class LayerWalk:
         Args:
             stage: the layer's inputs.
             index: of the layer.
-            layer: as the reader gives it.
+            layer: as the reader returns it.
             observer: of its experts; not called if the layer has none.
             do: called with the step of each batch.
         """

@@ -1,7 +1,7 @@
 """The model and its tokenizer, through transformers: loaded, or refused in one line.
 
-What transformers raises has many types and any length; here it becomes one line with the directory
-and a remedy.
+transformers raises exceptions of many types and any length; here each becomes one line with the
+directory and a remedy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm_atomic_moe.files.plain_files import check_not_pointer, one_line, read_
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import read_tensor, shorten
 
-# What ends a message that was cut short, or whose cause the libraries told their own log.
+# Ends a message that was cut short, or whose cause is only in the libraries' log.
 ALL_OF_IT = " (all of it: atomic-moe --debug)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -45,7 +45,7 @@ def resolve_device(device: str) -> str | dict[str, str]:
     """`auto`, `cpu`, `cuda` or `cuda:N` as transformers' `device_map`.
 
     Raises:
-        ValueError: it is something else, or torch sees no such device.
+        ValueError: the name is malformed, or torch sees no such device.
     """
     if device == "auto":
         return "auto" if torch.cuda.is_available() else {"": "cpu"}
@@ -61,7 +61,7 @@ def resolve_device(device: str) -> str | dict[str, str]:
 
 
 def check_config(directory: Path, seq_len: int) -> None:
-    """Refuse, before weights are read, what config.json already rules out.
+    """Check config.json before weights are read.
 
     Raises:
         ValueError: `seq_len` exceeds the model's context.
@@ -75,7 +75,7 @@ def check_config(directory: Path, seq_len: int) -> None:
 
 
 def check_model_code(directory: Path, trusted: bool) -> None:
-    """Refuse a model that transformers runs from Python files of its own, unless trusted.
+    """Refuse a model that brings its own Python files, unless trusted.
 
     Raises:
         ValueError: one line that names them.
@@ -99,7 +99,7 @@ def check_model_code(directory: Path, trusted: bool) -> None:
 
 
 def check_tokenizer_code(directory: Path, trusted: bool) -> None:
-    """Refuse a tokenizer that needs Python files of its own, unless trusted.
+    """Refuse a tokenizer that needs its own Python files, unless trusted.
 
     Raises:
         ValueError: one line that names them.
@@ -136,7 +136,7 @@ def resolve_dtype(
 def loading_dtype(
     dtype: str, directory: Path, device_map: str | dict[str, str], trusted: bool = False
 ) -> torch.dtype:
-    """As `resolve_dtype`, with the checkpoint's own where transformers would choose it."""
+    """As `resolve_dtype`, but with the checkpoint's dtype where transformers would choose it."""
     wanted = resolve_dtype(dtype, directory, device_map, trusted)
     return wanted if isinstance(wanted, torch.dtype) else stored_dtype(directory, trusted)
 
@@ -166,12 +166,12 @@ def load_model(
     Quantized weights are decoded.
 
     Raises:
-        ValueError: an unknown dtype, whatever transformers refuses or fails at, or weights that the
-            checkpoint lacks (transformers would make them up).
+        ValueError: the dtype is unknown, transformers refuses or fails, or the checkpoint lacks
+            weights (transformers would make them up).
     """
     wanted = resolve_dtype(dtype, directory, device_map, trusted)
     with _weights(directory, trusted) as (kind, options), failures_explained(directory):
-        # Told, where transformers would take it from a name of the weights.
+        # Given explicitly, since transformers would guess it from names of the weights.
         told = stored_dtype(directory, trusted) if options and wanted == "auto" else wanted
         model, loading = kind.from_pretrained(
             None if options else directory,
@@ -189,7 +189,7 @@ def check_missing(directory: Path, model: PreTrainedModel, missing: Collection[s
     """Refuse a checkpoint that lacks weights, which transformers makes up.
 
     Raises:
-        ValueError: names the first.
+        ValueError: names the first one.
     """
     if not missing:
         return
@@ -208,7 +208,7 @@ def check_missing(directory: Path, model: PreTrainedModel, missing: Collection[s
 def auto_class(config: Any) -> Any:
     """transformers' class for models of a configuration.
 
-    That of the text model; where there is none apart (Aria), the one that takes images.
+    The text model's class; if there is no separate one (Aria), the class that takes images.
     """
     mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     reads, sees = (type(config) in mapping for mapping in mappings)
@@ -217,10 +217,10 @@ def auto_class(config: Any) -> Any:
 
 @contextmanager
 def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A class to load a checkpoint with, and of a quantized one its configuration and weights.
+    """The class to load a checkpoint with; for quantized ones, also configuration and weights.
 
     Raises:
-        ValueError: they cannot be decoded; also in place of what transformers makes of it.
+        ValueError: the weights cannot be decoded; it replaces what transformers raises then.
     """
     if not quantization_settings(directory, read_config(directory)):
         with failures_explained(directory):
@@ -240,10 +240,10 @@ def _weights(directory: Path, trusted: bool) -> Iterator[tuple[Any, dict[str, An
 def empty_model(
     directory: Path, trusted: bool = False
 ) -> tuple[Mapping[str, Any], PreTrainedModel]:
-    """How a checkpoint is quantized (empty: not at all), and its model on the meta device.
+    """A checkpoint's quantization (empty if none), and its model on the meta device.
 
-    The model's `config` is what its class is built of, as if it were not quantized: where a
-    checkpoint takes images, the text model's part of config.json.
+    The model's `config` is that of its class, without quantization: for a checkpoint that takes
+    images, the text model's part of config.json.
 
     Raises:
         ValueError: transformers cannot build it.
@@ -261,7 +261,7 @@ def empty_model(
 
 @contextmanager
 def failures_explained(directory: Path) -> Iterator[None]:
-    """Whatever transformers raises becomes one line."""
+    """Turn whatever transformers raises into one line."""
     try:
         yield
     except Exception as error:
@@ -272,7 +272,7 @@ def failures_explained(directory: Path) -> Iterator[None]:
 
 
 def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
-    """The tokenizer beside a checkpoint.
+    """A checkpoint's tokenizer.
 
     Raises:
         ValueError: there is none, or its files are broken.
@@ -286,7 +286,7 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
 
 
 def check_offload(model: PreTrainedModel, gradients: bool) -> None:
-    """Refuse a backward pass through offloaded weights: it would keep them all on the device.
+    """Refuse a backward pass through offloaded weights: it would keep all of them on the device.
 
     Raises:
         ValueError: the model does not fit the devices, and gradients are wanted.
@@ -304,7 +304,7 @@ def check_vocabulary(text: CalibrationText, model: PreTrainedModel) -> None:
     """Refuse token ids without an embedding.
 
     Raises:
-        ValueError: the tokenizer is of another model.
+        ValueError: the tokenizer belongs to another model.
     """
     largest = max(int(ids.max()) for ids in text.windows.values() if ids.numel())
     rows = model.get_input_embeddings().num_embeddings

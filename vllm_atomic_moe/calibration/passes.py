@@ -65,7 +65,7 @@ def run_forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Ten
         The loss. If it is not finite, the backward pass is skipped.
     """
     logits = model(**model_inputs(model, ids)).logits[:, :-1].flatten(0, 1)
-    # float32 at least: a bf16 sum over thousands of tokens would be coarse.
+    # At least float32: a bf16 sum over thousands of tokens would be coarse.
     precise = logits if logits.dtype == torch.float64 else logits.float()
     targets = ids[:, 1:].flatten().to(logits.device, torch.int64)
     # Padding is not predicted and does not predict.
@@ -106,7 +106,7 @@ def failures_explained(
 
     Args:
         model: the running model.
-        names: id of a module of it -> its name.
+        names: id of each of its modules -> its name.
         ids: the batch, [windows, seq_len].
     """
     try:

@@ -1,7 +1,7 @@
 """Several processes, started by torchrun, that share the windows of one calibration.
 
-Each runs its share as if alone; at the end the sums are added up over gloo, since they are on the
-CPU by then.
+Each runs its share as if alone. At the end the sums, which are on the CPU by then, are added up
+over gloo.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Ranks:
         return cls(*(int(os.environ[name]) for name in names))
 
     def device(self, wanted: str) -> str:
-        """The device of this process; each has its own. As `wanted` if there is one process.
+        """The device of this process; each has its own. A single process gets `wanted`.
 
         Raises:
             ValueError: all processes would share the named device, or there are too few.

@@ -1,11 +1,11 @@
 """Calibration one decoder layer at a time, for models larger than memory.
 
-A forward sweep keeps every layer's input, the loss gives the gradient of the last one's output, and
-a backward sweep reads each layer again, runs it with gradients, and adds up the sums that `collect`
-adds up. Every layer is read twice, and only transformers' own modules compute.
+A forward sweep keeps every layer's input. The loss gives the gradient of the last layer's output. A
+backward sweep reads each layer again, runs it with gradients, and adds up the same sums as
+`collect`. Every layer is read twice, and only transformers' own modules compute.
 
-Stages (see `kept`): `inputs-N` is what layer N is given, `gradients-N` the gradients with respect
-to that, `sums-N` the layer's sums.
+Stages (see `kept`): `inputs-N` holds the inputs of layer N, `gradients-N` the gradients with
+respect to them, `sums-N` the layer's sums.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_atomic_moe.calibration.passes import (
 from vllm_atomic_moe.calibration.text import CalibrationText
 from vllm_atomic_moe.files.statistics import LayerSums
 
-# A backward step in forward steps: it runs the layer again, then backward, and adds up.
+# Cost of a backward step in forward steps: it runs the layer again, then backward, and adds up.
 BACKWARD = 3
 
 
@@ -56,11 +56,11 @@ class StreamedRun(LayerWalk):
 
     @property
     def last(self) -> int:
-        """Layers that the forward sweep runs: without gradients none above the last experts."""
+        """Number of layers in the forward sweep: without gradients it ends at the last experts."""
         return self.reader.layers if self.gradients else self.moe_layers[-1] + 1
 
     def run(self) -> dict[int, LayerSums]:
-        """All of it.
+        """Run both sweeps.
 
         Raises:
             ValueError: as `collect_streamed`.
@@ -78,9 +78,9 @@ class StreamedRun(LayerWalk):
         return {layer: LayerSums(**self.kept.get(f"sums-{layer}", 0)) for layer in self.moe_layers}
 
     def _begin(self) -> None:
-        """Note how layers are called, and keep what the first one is given."""
+        """Record how layers are called, and keep the first layer's inputs."""
         self.begin("inputs-0")
-        # Without gradients two layers' inputs; with them all of them, and two layers' gradients.
+        # Without gradients, two layers' inputs; with them, all inputs and two layers' gradients.
         self.check_room("inputs-0", self.reader.layers + 3 if self.gradients else 2)
 
     def _resume_forward(self) -> int:
@@ -99,7 +99,7 @@ class StreamedRun(LayerWalk):
         )
 
     def _resume_backward(self) -> int | None:
-        """The lowest layer that the backward sweep is done with, if it has begun."""
+        """The lowest layer that the backward sweep finished, if it has begun."""
         lowest = self.moe_layers[0]
         for layer in range(lowest, self.reader.layers + 1):
             if self.kept.finished(f"gradients-{layer}") and self._summed(layer, upward=True):
@@ -108,7 +108,7 @@ class StreamedRun(LayerWalk):
         return None
 
     def _summed(self, layer: int, upward: bool) -> bool:
-        """Whether the sums of all layers from `layer` on, or of all below it, are there."""
+        """Whether the sums of all layers from `layer` up, or of all below it, are finished."""
         wanted = (it for it in self.moe_layers if (it >= layer) == upward)
         return all(self.kept.finished(f"sums-{it}") for it in wanted)
 
@@ -183,7 +183,7 @@ class StreamedRun(LayerWalk):
     def _read_and_run(
         self, layer: int, accumulator: LayerAccumulator | None, do: Callable[[Step], None]
     ) -> None:
-        """Read a layer, and do something with it for every batch."""
+        """Read a layer, and call a function with it for every batch."""
         observer = accumulator or Unwatched(Batch())
         with self.reader.layer(layer) as read:
             self.each_batch(f"inputs-{layer}", layer, read, observer, do)
@@ -207,7 +207,7 @@ def collect_streamed(
 
     Args:
         reader: the checkpoint.
-        kept: where layers' inputs are kept; finished stages of the same run are not made again.
+        kept: store of the layers' inputs; finished stages of the same run are not made again.
         text: the windows.
         batch_size: windows per forward.
         on_progress: called with (done, in all), in forward steps of one window in one layer.
@@ -215,7 +215,7 @@ def collect_streamed(
 
     Raises:
         ValueError: as `collect`; or a layer cannot be called alone, a weight cannot be read, or
-            what is kept does not fit.
+            the inputs do not fit.
     """
     give_back_at_once()
     shape = (len(text.windows), reader.checkpoint.num_experts, reader.checkpoint.intermediate_size)

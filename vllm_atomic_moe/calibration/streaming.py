@@ -1,4 +1,4 @@
-"""Whether a calibration runs layer by layer, on which device, and where it keeps layers' inputs."""
+"""Decides whether a calibration runs layer by layer, on which device, and where it keeps inputs."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def streaming_reason(
     device_map: str | dict[str, str],
     ranks: Ranks,
 ) -> str | None:
-    """Why to run layer by layer, for people; empty where they asked for it; None: the whole model
-    is loaded.
+    """The reason to run layer by layer, for people; empty if they asked for it; None to load the
+    whole model.
 
     Args:
         stream, scratch: see `CalibrationOptions`.
         directory: of the checkpoint.
-        dtype: to compute in.
+        dtype: of the computation.
         device_map: see `resolve_device`.
-        ranks: this process, whose machine's memory its other processes need, too.
+        ranks: this process; those on the same machine share its memory.
 
     Raises:
-        ValueError: a scratch directory is given, and not to run layer by layer.
+        ValueError: a scratch directory is given although `stream` is False.
     """
     if scratch is not None and stream is False:
         raise ValueError("--scratch is for calibration layer by layer; leave out --no-stream")
@@ -65,7 +65,7 @@ def streaming_reason(
 
 
 def one_device(device_map: str | dict[str, str]) -> torch.device:
-    """The device of `resolve_device`; of all CUDA devices, the first."""
+    """The device of `resolve_device`; the first one if that means all CUDA devices."""
     return torch.device("cuda:0" if isinstance(device_map, str) else device_map[""])
 
 
@@ -77,7 +77,7 @@ def keep(
     scratch: Path | None,
     ranks: Ranks,
 ) -> Kept:
-    """Where layers' inputs are kept: each process has its own directory in `scratch`, or memory.
+    """The store of layers' inputs: a directory per process in `scratch`, or memory.
 
     Raises:
         ValueError: as `Scratch`.

@@ -30,7 +30,7 @@ class DataFile:
 
     Attributes:
         path: an existing file with one of SUFFIXES.
-        domain: what its text is counted as.
+        domain: of its text.
     """
 
     path: Path
@@ -43,8 +43,8 @@ class DataArgument:
 
     Attributes:
         path: a file, a directory or a glob.
-        files: what it stands for, sorted by path.
-        named: whether the domain was said; if not, it is the name of the file or directory.
+        files: its files, sorted by path.
+        named: whether the domain is given; if not, it is the name of the file or directory.
     """
 
     path: Path
@@ -59,13 +59,13 @@ class DataArgument:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What was read from one file.
+    """A summary of one file.
 
     Attributes:
         name: file name, without directories.
         sha256: SHA-256 (hex) of the file's bytes.
         domain: the domain it belongs to.
-        documents: documents with text in them.
+        documents: number of documents with text.
         tokens: tokens of those documents, without the EOS that joins them.
         skipped: records whose text is null or empty.
     """
@@ -80,7 +80,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationText:
-    """The windows to run.
+    """The windows of a run.
 
     Attributes:
         windows: domain -> int32 [windows, seq_len] token ids, domains in the order given. A
@@ -122,10 +122,10 @@ class CalibrationText:
 
 
 def parse_files(arguments: Sequence[str]) -> list[DataFile]:
-    """Read `PATH[:DOMAIN]` arguments: their files, in the order given, each one's sorted.
+    """Read `PATH[:DOMAIN]` arguments: their files in the given order, those of each one sorted.
 
     Raises:
-        ValueError: as `parse_data`; or arguments share a domain that only a name gave them.
+        ValueError: as `parse_data`; or two arguments without DOMAIN would get the same one.
     """
     parsed = [parse_data(argument) for argument in arguments]
     for index, data in enumerate(parsed):
@@ -145,11 +145,11 @@ def parse_files(arguments: Sequence[str]) -> list[DataFile]:
 
 
 def parse_data(argument: str) -> DataArgument:
-    """Read `PATH[:DOMAIN]`. A path may contain colons, and *: what exists as a whole is a path.
+    """Read `PATH[:DOMAIN]`. A path may contain colons and *: an existing path has no DOMAIN.
 
     Raises:
-        ValueError: nothing is there, a suffix is not known, a directory holds several kinds of
-            files or a dataset of several splits, or the domain is empty.
+        ValueError: the path does not exist, a suffix is unknown, a directory holds several kinds
+            of files or a dataset with several splits, or the domain is empty.
     """
     path, domain = Path(argument), ""
     if not exists(path) and ":" in argument:
@@ -173,20 +173,20 @@ def draw_windows(
     seed: int,
     field: str | None = None,
 ) -> CalibrationText:
-    """Tokenise the files and draw windows, per domain.
+    """Tokenize the files and draw windows, per domain.
 
     Args:
-        files: what to read; the files of one domain are joined in this order.
-        tokenizer: a transformers tokenizer. No special tokens are added but the joining EOS.
+        files: the files to read; those of one domain are joined in this order.
+        tokenizer: a transformers tokenizer. The joining EOS is the only special token added.
         seq_len: tokens per window.
-        samples: windows per domain, drawn without replacement; all of them, in order, when there
+        samples: windows per domain, drawn without replacement; all of them, in order, if there
             are no more.
-        seed: of the drawing; a domain's draw does not depend on the other domains.
+        seed: for drawing; a domain's draw does not depend on the other domains.
         field: as in `read_documents`.
 
     Raises:
-        ValueError: a domain has less text than one window, or several documents and the tokenizer
-            no EOS to join them with, the tokenizer is empty, or a file is unreadable.
+        ValueError: a domain has less text than one window; it has several documents, but the
+            tokenizer has no EOS to join them; the tokenizer is empty; or a file is unreadable.
     """
     if seq_len < 2 or samples < 1:
         raise ValueError(
@@ -208,7 +208,7 @@ def parse_shard(argument: str) -> tuple[int, int]:
     """Read `i/N`, 1 <= i <= N.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is malformed.
     """
     number, slash, of = argument.partition("/")
     if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
@@ -217,7 +217,7 @@ def parse_shard(argument: str) -> tuple[int, int]:
 
 
 def take_shard(text: CalibrationText, number: int, of: int) -> CalibrationText:
-    """Every `of`-th window, counted through all domains, beginning with window `number`.
+    """Every `of`-th window, counted through all domains, starting with window `number`.
 
     Raises:
         ValueError: there are fewer windows than shards.
@@ -256,7 +256,7 @@ def _draw(windows: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
 def _tokenize_domain(
     files: Sequence[DataFile], tokenizer: Any, field: str | None
 ) -> tuple[torch.Tensor, list[Corpus]]:
-    """Token ids of all documents, joined by EOS: int32 [tokens]; and what each file gave."""
+    """Token ids of all documents, joined by EOS: int32 [tokens]; and a summary of each file."""
     pieces: list[torch.Tensor] = []
     corpora: list[Corpus] = []
     for file in files:
@@ -282,7 +282,7 @@ def _tokenize_domain(
 
 
 def _with_text(documents: Iterable[str | None], skipped: Counter[bool]) -> Iterator[str]:
-    """The documents that are not empty; the others are counted."""
+    """The documents that are not empty; count the others."""
     for document in documents:
         skipped[not document] += 1
         if document:
@@ -292,12 +292,12 @@ def _with_text(documents: Iterable[str | None], skipped: Counter[bool]) -> Itera
 def _tokenize(documents: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of every document."""
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-        # verbose=False: no warning about documents longer than the context, they are cut anyway.
+        # verbose=False: no warning about documents longer than the context; we cut them anyway.
         try:
             encoded = tokenizer(
                 batch, add_special_tokens=False, return_attention_mask=False, verbose=False
             )
-        except Exception as error:  # A tokenizer may be code of the model's.
+        except Exception as error:  # A tokenizer may be the model's own code.
             raise ValueError(
                 f"the model's tokenizer fails ({type(error).__name__}: {one_line(error)})"
             ) from error

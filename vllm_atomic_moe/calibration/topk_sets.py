@@ -1,7 +1,7 @@
-"""Counts the top-k sets that tokens choose: experts that are chosen together, and how often.
+"""Counts top-k sets: the experts that tokens choose together, and how often.
 
-SHAPE (see `scoring/methods/shape.py`) scores experts by this table. It is exact and has one row per
-domain and set that occurs.
+SHAPE (see `scoring/methods/shape.py`) scores experts by this table. It is exact, with one row per
+domain and observed set.
 
 Legend: T tokens, K experts per token, S rows of the table.
 """
@@ -12,7 +12,7 @@ import torch
 
 from vllm_atomic_moe.files.statistics import add_sets
 
-# Maximum number of rows that wait to be added up: some MB for any model.
+# Maximum number of rows that wait to be added up: a few MB for any model.
 PENDING_ROWS = 1 << 16
 
 

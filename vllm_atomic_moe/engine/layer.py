@@ -2,11 +2,11 @@
 
 Routing, shared experts, reductions and scaling stay vLLM's own; only the weights, the sum over
 experts and the routing mask are ours. While weights load, each checkpoint tensor is sliced into the
-packed rows, so that the dense experts never stand in memory. Every token of a batch has a slot, the
+packed rows, so that the dense experts are never in memory. Every token of a batch has a slot, the
 number of its profile; expert ids carry it to the kernel.
 
-With several ranks a layer knows all experts, by their ids in the checkpoint: what other ranks hold
-is merely not resident here, contributes zero, and vLLM's all-reduce behind the experts adds up.
+With several ranks a layer knows all experts, by their ids in the checkpoint. Those of other ranks
+are not resident here and contribute zero; vLLM's all-reduce after the experts adds up the shares.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ _loading: ContextVar[tuple[ResidentProfiles, Backend, torch.Tensor]] = ContextVa
 def packed_experts_for(
     resident: ResidentProfiles, backend: Backend, token_slots: torch.Tensor
 ) -> Iterator[None]:
-    """While open, MoE layers that vLLM builds hold `resident`'s atoms only, for `backend`.
+    """Within the context, MoE layers that vLLM builds hold only `resident`'s atoms, for `backend`.
 
     Args:
-        resident: the profiles; they take slots in their order.
+        resident: the profiles; they take slots in this order.
         backend: the kernel that computes the experts.
         token_slots: int32, on the model's device: the slot of every token of a batch.
     """
@@ -77,19 +77,20 @@ class AtomicRoutedExperts(RoutedExperts):
     """Routed experts of any width.
 
     Attributes:
-        packed: the resident atoms, and which of them every slot uses.
-        token_slots: int32, the slot of every token of the batch; one buffer for all layers, at an
-            address that CUDA graphs know.
-        bound: what every call passes to the kernel, bound when the weights are there.
+        packed: the resident atoms, and those that each slot uses.
+        token_slots: int32, the slot of every token of the batch; one buffer for all layers, at a
+            fixed address for CUDA graphs.
+        bound: the kernel's constant arguments, collected after loading.
         backend: the kernel that computes them.
         scheme: how the checkpoint quantizes these experts.
-        routing: the experts that every slot lets the router choose.
-        compensation: what is added to the experts' output in every slot; None if no profile listed
-            at start has any.
+        routing: the experts that the router may choose in each slot.
+        compensation: scales and biases of the experts' outputs in each slot; None if no profile
+            listed at start has any.
         index: decoder layer index in the checkpoint.
-        gathered_slots: int32 [T, 1] of all data parallel ranks' tokens, while those are gathered.
-        own_experts: ids of the experts that this rank holds, or holds a part of.
-        loaded: (expert, tensor) of every tensor of theirs that has arrived, as in `tensors`.
+        gathered_slots: int32 [T, 1], slots of all data parallel ranks' tokens while they are
+            gathered.
+        own_experts: ids of the experts that this rank holds, wholly or in part.
+        loaded: (expert, tensor) of each of their tensors that has arrived, as in `tensors`.
         special: the model's own class of experts, if it has one.
     """
 
@@ -107,7 +108,7 @@ class AtomicRoutedExperts(RoutedExperts):
     ) -> FusedMoEMethodBase:
         resident, _, _ = self._loading()
         self.scheme = resident.model.scheme(extract_layer_index(prefix))
-        # Of quantized experts vLLM's own method is not built: it wants a kernel of vLLM's.
+        # Do not build vLLM's own method for quantized experts: it requires a kernel of vLLM's.
         resolved = None
         if quant_config and self.scheme.kind == "plain":
             resolved = resolve_quant_method(quant_config, self, prefix)
@@ -124,7 +125,7 @@ class AtomicRoutedExperts(RoutedExperts):
         return loading
 
     def pack(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Allocate this rank's share of the packed rows that the profiles being loaded ask for."""
+        """Allocate this rank's share of the packed rows for the profiles being loaded."""
         resident, self.backend, token_slots = self._loading()
         self.register_buffer("token_slots", token_slots, persistent=False)
         model, config = resident.model, self.moe_config
@@ -165,11 +166,11 @@ class AtomicRoutedExperts(RoutedExperts):
     def _make_compensation(
         self, resident: ResidentProfiles, hidden_size: int, dtype: torch.dtype
     ) -> SlotCompensation | None:
-        """Room for the profiles that have one, filled with theirs."""
+        """Allocate and fill compensation, if a profile has any."""
         if not resident.compensated:
             return None
         own_E = torch.zeros(self.global_num_experts, dtype=torch.bool, device="cpu")
-        # Of the ranks that share an expert, the first adds its bias.
+        # The first of the ranks that share an expert adds its bias.
         if self.moe_config.moe_parallel_config.tp_rank == 0:
             own_E[list(self.own_experts)] = True
         made = SlotCompensation(len(resident.compensated), own_E, hidden_size, dtype)
@@ -178,7 +179,7 @@ class AtomicRoutedExperts(RoutedExperts):
         return made
 
     def _share(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What of every profile's mask [E, I] this rank holds."""
+        """This rank's share of every profile's mask [E, I]."""
         own_E = torch.zeros(self.global_num_experts, dtype=torch.bool, device="cpu")
         own_E[list(self.own_experts)] = True
         own = {name: mask & own_E[:, None] for name, mask in masks.items()}
@@ -190,12 +191,12 @@ class AtomicRoutedExperts(RoutedExperts):
         """Make `slot` compute a profile whose atoms are resident, or free it; no weight moves.
 
         Args:
-            slot: 0..SLOTS-1; no request uses it.
+            slot: 0..SLOTS-1, not used by any request.
             profile: checked; None frees the slot.
 
         Raises:
-            ValueError: the profile excludes experts from routing, or is compensated, in a way that
-                was not prepared.
+            ValueError: the profile excludes experts from routing, or is compensated, in a way not
+                prepared at start.
         """
         routable_E = None if profile is None else profile.routable_experts(self.index)
         self.routing.set_slot(slot, routable_E)
@@ -215,7 +216,7 @@ class AtomicRoutedExperts(RoutedExperts):
         return self.token_slots[: x_TH.shape[0], None] if slots is None else slots
 
     def bind(self) -> None:
-        """Look up what every call passes; module attributes cost more than a small routing."""
+        """Look up constant arguments; looking up module attributes in each call is slow."""
         packed = self.packed
         self.bound = (
             self.compensation,
@@ -231,14 +232,14 @@ class AtomicRoutedExperts(RoutedExperts):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         token_slots = self.token_slots
         moved = super()._apply(fn, recurse)
-        self.token_slots = token_slots  # all layers' one
-        if "bound" in self.__dict__:  # buffers are other tensors now
+        self.token_slots = token_slots  # shared by all layers
+        if "bound" in self.__dict__:  # buffers are new tensors
             self.bind()
         return moved
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of what is resident of experts, biases of compensated profiles included."""
+        """Bytes of the resident experts, including biases of compensated profiles."""
         compensation = self.compensation
         return self.packed.weight_bytes + (compensation.weight_bytes if compensation else 0)
 
@@ -249,7 +250,7 @@ class AtomicRoutedExperts(RoutedExperts):
         return found + (self.compensation.index_bytes if self.compensation else 0)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        """As vLLM's, once: packed rows are not loaded again."""
+        """As vLLM's, but only once: packed rows cannot be loaded again."""
         if PLACEHOLDERS[0] not in self._parameters:
             raise ValueError(
                 f"{self.layer_name}: atomic-pruned does not reload or update weights; restart the "
@@ -268,12 +269,12 @@ class AtomicRoutedExperts(RoutedExperts):
     ) -> bool | None:
         """Slice one checkpoint tensor into the packed rows.
 
-        Args and result as in `RoutedExperts.weight_loader`: w1 gate, w2 down, w3 up; `[I, H]` or
-        `[H, I]` of one expert, or all experts' at once with a leading E. Experts of other ranks are
-        left alone, and need not arrive.
+        Arguments and result are those of `RoutedExperts.weight_loader`: w1 is gate, w2 down, w3 up;
+        `[I, H]` or `[H, I]` of one expert, or with a leading E of all experts. Experts of other
+        ranks are ignored and need not arrive.
 
         Raises:
-            ValueError: the tensor arrives for the second time, or has the wrong shape.
+            ValueError: the tensor arrives twice or has the wrong shape.
         """
         if shard_id not in SHARD_PROJECTIONS or expert_id >= self.global_num_experts:
             raise ValueError(
@@ -296,10 +297,10 @@ class AtomicRoutedExperts(RoutedExperts):
     def load_bias(
         self, expert: int, projection: Projection, bias: torch.Tensor, weight_name: str
     ) -> None:
-        """Take one expert's bias; that of down is the first tensor parallel rank's alone.
+        """Load one expert's bias; only the first tensor parallel rank takes that of down.
 
         Raises:
-            ValueError: it arrives for the second time, has the wrong shape, or none is wanted.
+            ValueError: it arrives twice, has the wrong shape, or is not expected.
         """
         if expert not in self.own_experts:
             return
@@ -314,17 +315,17 @@ class AtomicRoutedExperts(RoutedExperts):
     def load_part(
         self, name: str, expert: int, projection: Projection, quantity: str, part: torch.Tensor
     ) -> None:
-        """Take one part of a matrix; when all are there, they become packed rows.
+        """Load one part of a matrix; once complete, the parts become packed rows.
 
         Args:
             name: of the tensor.
-            expert: whose; other ranks' experts are left alone.
+            expert: its expert; other ranks' experts are ignored.
             projection: gate, up or down.
-            quantity: which part, as in `Scheme.parts`; or bias.
-            part: the tensor, as the checkpoint has it.
+            quantity: one of `Scheme.parts`, or bias.
+            part: the tensor, as in the checkpoint.
 
         Raises:
-            ValueError: the part arrives for the second time, or does not fit the others.
+            ValueError: the part arrives twice or does not fit the others.
         """
         if expert not in self.own_experts:
             return
@@ -357,7 +358,7 @@ class AtomicRoutedExperts(RoutedExperts):
         """Note that a tensor of all experts has arrived.
 
         Raises:
-            ValueError: it arrives for the second time.
+            ValueError: it arrives twice.
         """
         for expert in self.own_experts:
             self._mark_loaded(expert, tensor, weight_name)
@@ -402,7 +403,7 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         layer.pack(hidden_size, params_dtype)
-        # vLLM finds experts to load by these names; they hold nothing and go after loading.
+        # vLLM finds the experts to load by these names. They hold nothing; loading removes them.
         for name in PLACEHOLDERS:
             placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
             placeholder.weight_loader = layer.weight_loader  # type: ignore[attr-defined]
@@ -430,7 +431,7 @@ class AtomicExpertsMethod(FusedMoEMethodBase):
         compensation, weights, scales, biases, *index, widest, activation, rows = layer.bound
         slots = layer.slots_of(x)
         ids = with_slots(topk_ids, slots)
-        if layer.apply_router_weight_on_input:  # of one expert a token
+        if layer.apply_router_weight_on_input:  # only with one expert per token
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
         added = None

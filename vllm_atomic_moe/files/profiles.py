@@ -1,10 +1,9 @@
 """The profile file: which atoms of which experts stay.
 
 A profile is one safetensors file with a bool mask `layers.{i}.keep` [E, I] per MoE layer and a few
-strings of metadata; of version 2 it may also have a `compensation`. Everything that can be wrong
-with one is found here, by the same code for the loader and for `atomic-moe check`, and said in one
-line: the value seen, the value wanted, the remedy. Files are memory-mapped; headers alone are read
-to list a directory.
+strings of metadata; version 2 may add a `compensation`. The loader and `atomic-moe check` share the
+checks here; an error is one line: the value seen, the value wanted, the remedy. Files are
+memory-mapped, and listing a directory reads only headers.
 
 Legend: E experts, I full intermediate size, K experts per token.
 """
@@ -62,10 +61,10 @@ class PruningProfile:
     Attributes:
         name: matches `[a-z0-9][a-z0-9._-]{0,63}`; `dense` is reserved for "all atoms".
         keep: MoE layer index -> bool [E, I], True where an atom stays.
-        routable: MoE layer index -> bool [E], experts the router may choose; a layer that is
-            absent routes to all of its experts.
-        compensation: MoE layer index -> scale and bias of its experts' outputs; a layer that is
-            absent has none.
+        routable: MoE layer index -> bool [E], experts the router may choose; an absent layer routes
+            to all of its experts.
+        compensation: MoE layer index -> scale and bias of its experts' outputs; an absent layer
+            has none.
         metadata: the file's other strings (method, ratio, kept, model, calibration, created_by and
             unknown keys, which are kept as they are).
     """
@@ -101,7 +100,7 @@ class PruningProfile:
         """Read and validate the profile file at `path`; the masks are memory-mapped.
 
         Raises:
-            ValueError: any fault that shows without the model.
+            ValueError: the file has a fault that is visible without the model.
         """
         path = Path(path)
         with open_safetensors(path) as (metadata, file):
@@ -132,7 +131,7 @@ class PruningProfile:
         """Write the profile to `path`, complete or not at all (mode 0644).
 
         Raises:
-            ValueError: the profile is called `dense`, which stands for all atoms.
+            ValueError: the profile is called `dense`, which is reserved.
         """
         _check_not_reserved(self.name)
         tensors = {f"layers.{i}.keep": mask.contiguous() for i, mask in self.keep.items()}
@@ -149,7 +148,7 @@ class PruningProfile:
         write_safetensors(tensors, metadata, path)
 
     def write_into(self, directory: Path) -> Path:
-        """Write the profile as NAME.safetensors into `directory`, which is made; the file.
+        """Write the profile as NAME.safetensors into `directory`, creating it; returns the file.
 
         Raises:
             ValueError: as `write`, or the file cannot be written there.
@@ -160,9 +159,7 @@ class PruningProfile:
         return path
 
     def digest(self) -> str:
-        """SHA-256 (hex) over name, masks and compensation: the same for profiles that compute the
-        same.
-        """
+        """SHA-256 (hex) over name, masks and compensation, which identifies what is computed."""
         digest = hashlib.sha256(self.name.encode())
         for layer, mask in self.keep.items():
             digest.update(f" {layer} {list(mask.shape)} ".encode())
@@ -183,12 +180,12 @@ class PruningProfile:
 
     @property
     def kept(self) -> float:
-        """Fraction of atoms kept, over all layers."""
+        """Fraction of the atoms of all layers that are kept."""
         return self.kept_atoms / max(1, sum(mask.numel() for mask in self.keep.values()))
 
     @property
     def kept_atoms(self) -> int:
-        """Atoms kept, over all layers."""
+        """Number of kept atoms in all layers."""
         return sum(int(mask.sum()) for mask in self.keep.values())
 
     @property
@@ -226,7 +223,7 @@ class PruningProfile:
         return self.keep[layer].sum(dim=1)
 
     def check(self, model: CheckpointInfo) -> list[str]:
-        """Check the profile against the checkpoint it is to be applied to.
+        """Check the profile against a checkpoint.
 
         Returns:
             Warnings, one line each (an unknown origin is not an error).
@@ -278,7 +275,7 @@ class PruningProfile:
         return warnings
 
     def _check_stored(self, model: CheckpointInfo) -> None:
-        """Of an exported checkpoint, refuse a profile that keeps atoms it does not hold."""
+        """Refuse a profile that keeps atoms which an exported checkpoint does not hold."""
         for layer, stored in (model.stored or {}).items():
             absent = int((self.keep[layer] & ~stored).sum())
             if absent:
@@ -308,7 +305,7 @@ class PruningProfile:
 
     def _check_router(self, router: RouterIdentity, origin: Mapping[str, Any]) -> list[str]:
         digest = origin.get("router_sha256", router.sha256)
-        # Version 0.1 wrote the digest of the bytes as they are stored.
+        # Version 0.1 wrote the digest of the stored bytes.
         if digest in (router.sha256, router.stored_sha256):
             return []
         if differ_by_rounding(origin.get("router_sample"), list(router.sample)):

@@ -1,7 +1,7 @@
-"""Quality as served: perplexity, and likeness to dense, of prompt log-probabilities and of answers.
+"""Quality as served: perplexity, and agreement with dense in predictions and greedy answers.
 
-One engine after another in this process, each over the same windows of text. It needs
-`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (`api.evaluate` sees to it).
+Engines run one after another in this process, each over the same windows of text. This needs
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (`api.evaluate` sets it).
 """
 
 from __future__ import annotations
@@ -45,34 +45,33 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL_DOMAINS = "all"
 MAX_SEQ_LEN = 2048
-# Windows that are compared with dense's, at most (rounded up to the same number of every domain),
-# by this many of the likeliest tokens, or all of a smaller vocabulary.
+# Number of windows to compare with dense (rounded up to the same number per domain), and number of
+# likeliest tokens to compare, or the whole vocabulary if it is smaller.
 COMPARED, LIKELIEST = 128, 256
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
-# Log-probabilities that one call gives: vLLM makes Python objects of them.
+# Maximum log-probabilities per call, since vLLM turns them into Python objects.
 TOLD_AT_ONCE = 2**22
 
 Progress = Callable[[int, int, str], None]
-"""Called with (rows done, rows in all, profile that runs next)."""
+"""Called with (rows done, rows in all, next profile)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one profile gives.
+    """The measurements of one profile.
 
     Attributes:
-        profile: its name; `dense` is vLLM's own loader, or ours where quantized experts are served
-            on a CPU.
-        method: how the profile says it was made; "" if it does not, `dense` for the dense model.
-        settings: what the method was told, but ratio and seed (JSON).
+        profile: its name; `dense` uses vLLM's own loader, or ours for quantized experts on a CPU.
+        method: from its metadata, "" if unknown; `dense` for the dense model.
+        settings: options of the method, except ratio and seed (JSON).
         kept: fraction of atoms kept.
-        kept_bytes: bytes of those atoms as they are served, scales included.
+        kept_bytes: bytes of those atoms as served, scales included.
         perplexity: domain -> perplexity; `all` is over the tokens of all domains.
         tokens: domain -> tokens scored (the first of a window is not).
         windows: domain -> log-likelihood of each of its windows, in nats.
-        kl: domain -> mean over the scored tokens of its compared windows of the divergence from
-            dense, in nats, as `divergence` computes it; `all` is over those of all domains.
-        answers: greedy answers to the beginnings of the compared windows, beside dense's.
+        kl: domain -> mean `divergence` from dense over the scored tokens of its compared windows,
+            in nats; `all` is over those of all domains.
+        answers: agreement of greedy answers to the beginnings of the compared windows.
     """
 
     profile: str
@@ -89,11 +88,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
-    """What one engine gave.
+    """The results of one engine.
 
     Attributes:
-        predictions: domain -> of each of its windows; the first, which are compared with dense's,
-            tell the likeliest tokens.
+        predictions: domain -> predictions for each of its windows; those of the first windows,
+            which are compared with dense, have the likeliest tokens.
         answers: token ids of the greedy answer to the beginning of each compared window.
         itemsize: bytes of a number of the engine's dtype.
     """
@@ -105,7 +104,7 @@ class Served:
 
 @contextmanager
 def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
-    """A vLLM engine in this process, gone with its memory at the end."""
+    """A vLLM engine in this process; its memory is freed at the end."""
     llm = None
     try:
         llm = LLM(str(model), **options)
@@ -122,12 +121,12 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
 def predictions(
     llm: LLM, prompts: Sequence[Sequence[int]], likeliest: int = 0
 ) -> list[Predictions]:
-    """What the engine predicts for every token of every prompt but its first.
+    """The engine's predictions for all tokens of every prompt except its first.
 
     Args:
-        llm: an engine that may tell as many log-probabilities.
+        llm: an engine whose `max_logprobs` is at least `likeliest`.
         prompts: token ids, at least two each.
-        likeliest: how many tokens to tell beside the one that comes; at most the vocabulary.
+        likeliest: number of likeliest tokens besides the actual one; at most the vocabulary.
     """
     settings = SamplingParams(
         max_tokens=1,
@@ -150,12 +149,12 @@ def predictions(
 
 
 def prompt_logprobs(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probability of every token of every prompt but its first."""
+    """Log-probabilities of all tokens of every prompt except its first."""
     return [of_prompt.of_text for of_prompt in predictions(llm, prompts)]
 
 
 def greedy_answers(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
-    """Token ids of the greedy answers, of at most so many tokens."""
+    """Token ids of the greedy answers, at most `tokens` each."""
     outputs = llm.generate(
         [{"prompt_token_ids": list(prompt)} for prompt in prompts],
         SamplingParams(max_tokens=tokens, temperature=0, detokenize=False),
@@ -181,20 +180,20 @@ def evaluate(
 
     Args:
         model: a local directory or a Hugging Face id.
-        profiles: directory of profile files, or a Hub repository of them; None stands for
+        profiles: directory of profile files, or a Hub repository of them; None means
             MODEL/atomic_profiles.
         data: `PATH[:DOMAIN]` arguments.
-        names: profiles to measure; all, if there are none.
-        seq_len: tokens per window; None stands for the model's context, 2048 at most.
-        samples: windows per domain at most, drawn with seed 0.
+        names: profiles to measure; empty means all.
+        seq_len: tokens per window; None means the model's context, 2048 at most.
+        samples: maximum windows per domain, drawn with seed 0.
         dtype: as vLLM's --dtype.
         field: field or column of the data files; None for `text`, else `messages`.
-        trust_remote_code: whether Python files of the model's directory may run.
+        trust_remote_code: whether the model's own Python files may run.
         on_progress: called before every row and at the end.
 
     Raises:
         ValueError: text, model, profile or sequence length is refused, before any engine starts.
-        IncompleteError: vLLM fails; with the rows that were measured before.
+        IncompleteError: vLLM fails; it has the rows measured before.
     """
     files = parse_files(data)
     if any(file.domain == ALL_DOMAINS for file in files):
@@ -224,13 +223,13 @@ def evaluate(
         options |= {"dtype": dtype, "max_model_len": length + 1}
         try:
             served = _serve(directory, text, trust_remote_code=trust_remote_code, **options)
-        except Exception as error:  # vLLM raises what its parts raise.
+        except Exception as error:  # vLLM raises exceptions of any kind.
             line = f"{profile.name}: {error}"
             if not isinstance(error, ValueError):
                 kind = type(error).__name__
                 line = f"{profile.name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
             raise IncompleteError(line, rows) from error
-        dense = dense or served  # It comes first.
+        dense = dense or served  # Dense comes first.
         of_dense = dense_bytes(checkpoint, served.itemsize)
         kept_bytes = profile.kept_atoms * of_dense // checkpoint.atoms
         rows.append(_summarize(profile, kept_bytes, served, dense, answer_tokens(length)))
@@ -239,17 +238,17 @@ def evaluate(
 
 
 def prompt_tokens(length: int) -> int:
-    """Tokens of the prompts that are taken from windows of `length` tokens: half, 256 at most."""
+    """Tokens per prompt from a window of `length` tokens: half of them, 256 at most."""
     return min(PROMPT_TOKENS, length // 2)
 
 
 def answer_tokens(length: int) -> int:
-    """Tokens of answers to them, for which there is room where a window leaves one token free."""
+    """Tokens per answer: as many as fit, since a window leaves one token of the context free."""
     return min(ANSWER_TOKENS, length + 1 - prompt_tokens(length))
 
 
 def _serve(directory: Path, text: CalibrationText, **options: Any) -> Served:
-    """Score the text, and answer the beginnings of some of its windows, by one engine."""
+    """Start one engine to score the text and answer the beginnings of some windows."""
     with engine(
         directory,
         enforce_eager=True,
@@ -282,7 +281,7 @@ def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any
 
 
 def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
-    """Tokens per window; vLLM wants room for one generated token behind a prompt."""
+    """Tokens per window; vLLM needs room for one generated token after a prompt."""
     context = context_length(config) or MAX_SEQ_LEN + 1
     if seq_len is None:
         return min(MAX_SEQ_LEN, context - 1)
@@ -295,7 +294,7 @@ def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
 
 
 def _settings(profile: PruningProfile) -> str:
-    """What its metadata say about options and calibrated domains, without the seed."""
+    """Options and calibrated domains from its metadata, without the seed; JSON."""
     told: dict[str, Any] = {}
     for key in ("method_options", "selection", "calibration"):
         with suppress(ValueError):

@@ -1,6 +1,6 @@
 """Quantized experts of a checkpoint as packed codes and the tables that decode them.
 
-Codes and scales keep their bits. Each expert is read separately, and its tables without the codes.
+Codes and scales keep their bits. Experts are read one at a time; tables can be read without codes.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class LayerCodes:
 
 
 def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerCodes:
-    """How the experts of one layer are stored, like `find_rows` for plain ones.
+    """The experts of one layer, as `find_rows` for plain weights.
 
     Raises:
-        ValueError: a part of an expert is missing, or does not belong to the scheme.
+        ValueError: a part of an expert is missing or does not fit the scheme.
     """
     scheme, sizes = info.scheme(layer), (info.hidden_size, info.intermediate_size)
     form = row_format(scheme, *sizes)
@@ -118,7 +118,7 @@ def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNam
 def _stored(
     source: Shards, info: CheckpointInfo, layer: int, names: LayerNames, form: RowFormat
 ) -> Rows:
-    """The rows of an exported checkpoint's layer."""
+    """Reads the rows of an exported checkpoint's layer."""
     assert info.stored is not None
     kind, stored_EI = info.scheme(layer).kind, info.stored[layer]
 
@@ -138,7 +138,7 @@ def _stored(
 
 
 def _parts(names: LayerNames, part: str, expert: int) -> tuple[bool, Mapping[str, str]]:
-    """Whether tensors hold all experts, and part of one projection -> name."""
+    """Whether a tensor holds all experts, and the name of each part of one projection."""
     projection = part.removesuffix("_t")
     if found := names.known.get((projection, expert)):
         return False, found

@@ -1,8 +1,8 @@
-"""From a checkpoint and a profile to an exported checkpoint; `export` is the whole of it.
+"""From a checkpoint and a profile to an exported checkpoint; `export` does it all.
 
-Everything but the routed experts is copied byte for byte. The experts' rows are taken out of
-memory-mapped tensors one expert at a time and streamed to disk, so that neither a shard nor a
-tensor need fit into memory. The same input gives the same bytes, whatever the shards of the source.
+Everything but the routed experts is copied byte for byte. The experts' rows are read from
+memory-mapped tensors, one expert at a time, and streamed to disk: neither a shard nor a tensor must
+fit into memory. The same input gives the same bytes, no matter how the source is sharded.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What was written.
+    """A finished export.
 
     Attributes:
         directory: the exported checkpoint.
         profile: name of its profile.
-        kept: fraction of the original model's atoms that it holds.
+        kept: fraction of the original model's atoms in it.
         weight_bytes: size of its shards.
-        source_bytes: size of the shards of the checkpoint it was made from.
+        source_bytes: size of the source checkpoint's shards.
         shards: number of its shards.
-        experts: experts of a layer.
-        width: atoms of every expert of an ordinary checkpoint; None in one of our own.
+        experts: number of experts per layer.
+        width: atoms per expert of an ordinary checkpoint; None for packed rows.
         warnings: one line each.
-        refit: report of what was fitted anew, if anything was.
+        refit: report of the refit; None without one.
     """
 
     directory: Path
@@ -81,11 +81,11 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True)
 class Refitted:
-    """Down projections that were fitted anew.
+    """Refitted down projections.
 
     Attributes:
-        down_t_PH: layer index -> columns of down_proj of the atoms that stay, experts ascending.
-        report: what the index of the shards is to say of it; JSON.
+        down_t_PH: layer index -> columns of down_proj of the kept atoms, experts ascending.
+        report: an entry for the index of the shards; JSON.
     """
 
     down_t_PH: Mapping[int, torch.Tensor]
@@ -102,20 +102,20 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress = lambda done, total: None,
 ) -> ExportResult:
-    """Write the checkpoint that holds the atoms of `profile` only.
+    """Write a checkpoint that holds only the atoms of `profile`.
 
     Args:
         model: a local directory or a Hugging Face id; it may be an export itself.
         profile: the profile file.
-        output: the directory to make; an export of the same model and profile is replaced.
+        output: the directory to create; an export of the same model and profile is replaced.
         plain: write an ordinary checkpoint, in the layout of the model, for every engine.
-        refit: gives down_proj's columns anew; called when nothing speaks against the export.
-        shard_bytes: size of a shard at most, unless one tensor is larger.
+        refit: returns new columns of down_proj; called after all checks.
+        shard_bytes: maximum size of a shard, unless one tensor is larger.
         on_progress: called after every piece written.
 
     Raises:
         ValueError: the model, the profile or the output is refused, or the disk is too small;
-            nothing is changed then.
+            nothing is changed.
         OSError: a file cannot be read or written; nothing is left behind.
     """
     directory, output = resolve_model(model), output.resolve()
@@ -145,7 +145,7 @@ def export(
             write_weights(work, shards, plan, on_progress, notes)
             for name, path in sorted(files.items()):
                 _write_file(work / name, path)
-            # Last: without it nothing takes the directory for a checkpoint.
+            # Last, since a directory without it is not a checkpoint.
             _write_file(work / settings, plan.config)
             if plain:
                 check_plain(work, plan)
@@ -183,10 +183,10 @@ def split_shards(plan: Plan, shard_bytes: int) -> dict[str, list[StreamedTensor]
 
 
 def plan_files(directory: Path) -> dict[str, Path]:
-    """File of the export -> where it comes from, without weights, profiles and config.json.
+    """File of the export -> its source, without weights, profiles and config.json.
 
-    Tokenizer, generation config, chat template, code and licences are whatever is in the model's
-    directory and its folders and is not hidden, no weights and no profile.
+    These are all other files in the model's directory and its folders that are not hidden:
+    tokenizer, generation config, chat template, code, licenses.
     """
     files: dict[str, Path] = {}
     for root, folders, entries in os.walk(directory):
@@ -207,11 +207,11 @@ def write_weights(
     on_progress: Progress = lambda done, total: None,
     notes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """The shards and their index, which says what they are.
+    """Write the shards and their index, which describes them.
 
     Args:
         work: the directory to write to.
-        shards: as `split_shards` gives them.
+        shards: from `split_shards`.
         plan: the checkpoint.
         on_progress: called after every piece written.
         notes: as of `export`.

@@ -1,4 +1,4 @@
-"""An exported checkpoint of our own: packed rows, for the loader of this project.
+"""An exported checkpoint of packed rows, for the loader of this project.
 
 `files/export_format.py` describes it.
 """
@@ -53,8 +53,7 @@ def plan_packed(
     Args:
         directory, source, info: the model.
         profile: the profile.
-        refitted: layer index -> down_proj's columns of the atoms that stay, [P, H], where they are
-            not the model's.
+        refitted: layer index -> new columns of down_proj for the kept atoms, [P, H].
 
     Raises:
         ValueError: the experts are not stored in a way that is understood.
@@ -97,7 +96,7 @@ def plan_tensors(
 
 
 def _index(block: str, keep_EI: torch.Tensor) -> Iterator[StreamedTensor]:
-    """Which atoms the packed rows of one layer are, and where."""
+    """The index of one layer's packed rows: their atoms, and where experts begin."""
     for part, dtype, tensor in (
         ("offsets", "I64", packed_offsets(keep_EI)),
         ("keep", "BOOL", keep_EI),
@@ -109,7 +108,7 @@ def _index(block: str, keep_EI: torch.Tensor) -> Iterator[StreamedTensor]:
 def row_formats(
     info: CheckpointInfo, tensors: Sequence[StreamedTensor]
 ) -> dict[str, dict[str, Any]] | None:
-    """What the index says of rows, by layer and part; None where version 1 can hold them."""
+    """The index's entry for row formats, by layer and part; None if version 1 suffices."""
     biased = any(
         found.packed and found.quantity == "bias"
         for tensor in tensors
@@ -125,11 +124,10 @@ def row_formats(
 
 
 def complete_config(config_json: bytes, source: Shards) -> bytes:
-    """config.json that says what vLLM otherwise reads off the headers of the shards.
+    """config.json, completed with what vLLM would read from the headers of the shards.
 
-    These are not where vLLM looks for them. Where the configuration gives no dtype, vLLM serves
-    that of the tensors; where it calls the word embeddings tied, vLLM unties them if the checkpoint
-    holds an lm_head of its own.
+    vLLM does not find these shards. If the configuration gives no dtype, vLLM takes the tensors'
+    dtype; if it ties the word embeddings, vLLM unties them if the checkpoint holds an lm_head.
     """
     config = json.loads(config_json)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]

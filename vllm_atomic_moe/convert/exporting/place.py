@@ -1,9 +1,9 @@
-"""The directory an export goes to: what may be replaced, and how it appears there at once.
+"""The output directory of an export: what it may replace, and how it appears at once.
 
 An export is built in a hidden directory beside its place and renamed when it is complete. A lock on
-the hidden directory keeps two exports to one place apart and ends with the process, so that what a
-killed export leaves is known for what it is, and cleared away by the next. On a mount without locks
-(some NFS and Lustre) nothing keeps them apart.
+the hidden directory keeps two exports to one place apart. It ends with the process, so that the
+next export recognizes and removes the remains of a killed one. A mount without locks (some NFS and
+Lustre) does not keep two exports apart.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from vllm_atomic_moe.files.plain_files import (
 )
 from vllm_atomic_moe.files.profiles import PruningProfile
 
-# Stands in a complete export that could not be renamed, so that the next one does not clear it.
+# Marks a complete export that could not be renamed, so that the next one does not remove it.
 KEPT = ".complete"
 SHARD = re.compile(rf"(?:{EXPORT_DIRECTORY}/)?model-\d+-of-\d+\.safetensors")
 
 
 def check_place(model: Path, output: Path) -> None:
-    """Refuse a place that cannot be written to, or that is in the model itself.
+    """Refuse a place that is not writable, or that is inside the model.
 
     Raises:
         ValueError: one line.
@@ -66,7 +66,7 @@ def check_replaced(
         made: files of the new export, relative to `output`.
 
     Raises:
-        ValueError: one line that says what is there.
+        ValueError: one line that says what is at `output`.
     """
     if not output.exists() or not any(output.iterdir()):
         return
@@ -112,9 +112,9 @@ def check_space(output: Path, needed: int) -> None:
 
 @contextmanager
 def working_directory(output: Path) -> Iterator[Path]:
-    """The empty hidden directory that is to become `output`; gone again if anything fails.
+    """The empty hidden directory that becomes `output`; removed if anything fails.
 
-    What a killed export left there is removed, and what it had moved aside is moved back.
+    The remains of a killed export are removed, and what it moved aside is moved back.
 
     Raises:
         ValueError: another export to `output` is running.
@@ -156,7 +156,7 @@ def working_directory(output: Path) -> Iterator[Path]:
 
 
 def publish(work: Path, output: Path) -> None:
-    """Rename `work` to `output`; an earlier export there goes when the new one is in its place.
+    """Rename `work` to `output`; removes an earlier export once the new one is in place.
 
     Raises:
         NotInPlaceError: it cannot be renamed; `work` is complete and stays.
@@ -176,14 +176,14 @@ def publish(work: Path, output: Path) -> None:
 
 
 def _lock(work: Path, output: Path) -> int:
-    """Make the directory and lock it: a file descriptor that holds the lock until it is closed."""
+    """Make and lock the directory; returns a file descriptor that holds the lock until closed."""
     while True:
         work.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 lock(handle, wait=False)
-                # Its owner may just have finished: then the directory is `output` by now.
+                # If its owner has just finished, the directory is `output` by now.
                 if os.path.samestat(os.fstat(handle), os.stat(work)):
                     return handle
             except BlockingIOError:
@@ -201,7 +201,7 @@ def _lock(work: Path, output: Path) -> int:
 
 
 def _move_back(output: Path) -> None:
-    """Undo the first half of `publish`, if the second has not happened."""
+    """Undo the first half of `publish` if the second half has not happened."""
     if _aside(output).exists() and not output.exists():
         _aside(output).rename(output)
 

@@ -1,11 +1,11 @@
-"""An ordinary checkpoint of a profile, for every engine: the model's layout and names, cut smaller.
+"""An ordinary checkpoint of a profile, for every engine: the model's layout and names, but smaller.
 
-Experts that the router may not choose go, with their router rows and correction biases; or all
-experts get one narrower width; config.json says the new numbers. A prediction head (MTP) shares
-these numbers, so it is cut too. Calibration does not reach it: of its experts those with the
-largest router rows stay, and of their atoms the largest, ‖gate row‖ · ‖up row‖ · ‖down column‖.
+Experts that the router may not choose are removed, with their router rows and correction biases; or
+all experts get one narrower width. config.json gets the new numbers. A prediction head (MTP) shares
+these numbers, so it is cut too. Calibration does not reach it: it keeps the experts with the
+largest router rows, and their largest atoms, by ‖gate row‖ · ‖up row‖ · ‖down column‖.
 
-Legend: E experts, R experts that stay, F atoms that an expert keeps, I full intermediate size.
+Legend: E experts, R kept experts, F kept atoms of an expert, I full intermediate size.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ FORMAT, FORMAT_VERSION = "atomic-moe-plain", "1"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What stays of one MoE block.
+    """The kept part of one MoE block.
 
     Attributes:
         names: of its expert tensors.
         routers: names of its router's tensors.
         routable_E: bool [E], R of them True.
-        keep_EI: bool [E, I], F of every row that stays.
-        down_t_PH: columns of down_proj that were fitted anew, of all atoms that stay.
+        keep_EI: bool [E, I], F True in the row of every kept expert.
+        down_t_PH: refitted columns of down_proj for all kept atoms; None without a refit.
     """
 
     names: LayerNames
@@ -64,7 +64,7 @@ class Block:
 
     @property
     def experts(self) -> list[int]:
-        """Those that stay, ascending."""
+        """The kept experts, ascending."""
         return self.routable_E.nonzero().flatten().tolist()
 
 
@@ -78,8 +78,8 @@ def plan_plain(
     """The ordinary checkpoint of a profile; arguments as of `plan_packed`.
 
     Raises:
-        ValueError: the profile or the model does not allow one; one line that says why, and which
-            options make a profile that does.
+        ValueError: the profile or the model does not allow one; one line with the reason, and the
+            options that make a profile that does.
     """
     if info.stored is not None:
         raise ValueError(
@@ -131,7 +131,7 @@ def plan_plain(
 
 
 def check_plain(directory: Path, plan: Plan) -> None:
-    """Refuse a checkpoint that is not what was planned, before it is published.
+    """Refuse a checkpoint that differs from the plan, before it is published.
 
     Raises:
         ValueError: its tensors and its config.json do not fit together.
@@ -199,7 +199,7 @@ def _blocks(
     """The decoder's MoE blocks, and those of a prediction head.
 
     Raises:
-        ValueError: a tensor of experts, or of a router, is of a kind that is not known.
+        ValueError: a tensor of experts or of a router is of an unknown kind.
     """
     names: dict[str, LayerNames] = {}
     heads: set[str] = set()
@@ -239,7 +239,7 @@ def _blocks(
 
 
 def _row_norms(source: Shards, info: CheckpointInfo, routers: list[str]) -> torch.Tensor:
-    """How large the rows of a router are: float64 [E]."""
+    """Norms of the rows of a router: float64 [E]."""
     wanted = [info.num_experts, info.hidden_size]
     [name] = [name for name in routers if source.shape(name) == wanted][:1] or [""]
     if not name:
@@ -248,7 +248,7 @@ def _row_norms(source: Shards, info: CheckpointInfo, routers: list[str]) -> torc
 
 
 def _largest(score_E: torch.Tensor, count: int, groups: ExpertGroups | None) -> torch.Tensor:
-    """The `count` highest of all, as many of every group: bool [E]."""
+    """The `count` highest scores, the same number in every group: bool [E]."""
     number = groups.number if groups else 1
     order = score_E.view(number, -1).argsort(dim=1, descending=True, stable=True)
     stays = torch.zeros(order.shape, dtype=torch.bool)
@@ -317,7 +317,7 @@ def _fused(
     atoms: Mapping[int, torch.Tensor],
     interleaved: bool,
 ) -> StreamedTensor:
-    """A tensor of all experts, written expert by expert."""
+    """A tensor of all experts, written one expert at a time."""
     size = source.shape(name)[0 if axis is None else axis + 1] // 2
 
     def columns(atoms_F: torch.Tensor) -> torch.Tensor:
@@ -349,7 +349,7 @@ def _refitted(
     transposed: bool,
     position: Mapping[int, int],
 ) -> StreamedTensor:
-    """The down projection of one expert, or of all, from columns that were fitted anew."""
+    """The down projection of one expert, or of all, from refitted columns."""
     assert block.down_t_PH is not None
     columns = block.down_t_PH.to(PLAIN_DTYPES[source.dtype(name)])
     rows_RFH = columns.view(len(block.experts), -1, columns.shape[1])
@@ -366,7 +366,7 @@ def _refitted(
 def _narrow(
     source: Shards, name: str, new_name: str, axis: int, kept: torch.Tensor
 ) -> StreamedTensor:
-    """A tensor of which `kept` is left along one axis."""
+    """A tensor reduced to `kept` along one axis."""
     shape = source.shape(name)
     nbytes = source.tensor(name).nbytes // shape[axis] * len(kept)
     shape[axis] = len(kept)
@@ -380,14 +380,14 @@ def _narrow(
 
 
 def _router(source: Shards, info: CheckpointInfo, name: str, block: Block) -> StreamedTensor:
-    """A router's tensor with the rows, or the biases, of the experts that stay."""
+    """A router's tensor, reduced to the rows or biases of the kept experts."""
     shape = source.shape(name)
     if len(block.experts) == info.num_experts:
         return copied(source, name)
     if source.dtype(name) not in PLAIN_DTYPES:
         raise ValueError(f"{name} is {source.dtype(name)}; routers of plain floats are exported")
     if info.num_experts not in shape:
-        # Scales of what goes in.
+        # Scales of the router's input.
         if len(shape) == 1 and shape[0] == info.hidden_size:
             return copied(source, name)
         raise ValueError(
@@ -399,7 +399,7 @@ def _router(source: Shards, info: CheckpointInfo, name: str, block: Block) -> St
 
 
 def _renumbered(name: str, expert: int, number: int) -> str:
-    """The name of a tensor of one expert, under the number it gets."""
+    """The name of one expert's tensor under its new number."""
     before, mark, after = name.partition(f".experts.{expert}.")
     assert mark, name
     return f"{before}.experts.{number}.{after}"

@@ -1,4 +1,4 @@
-"""config.json of an ordinary checkpoint: its new numbers, and models that cannot have them."""
+"""config.json of an ordinary checkpoint: its new numbers, and models that cannot have any."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vllm_atomic_moe.files.config import (
     quantization_settings,
 )
 
-# Keys of the width of routed experts only.
+# Keys of the width of routed experts alone.
 ROUTED_WIDTH = (
     *("moe_intermediate_size", "expert_hidden_dim", "expert_intermediate_size"),
     *("moe_ffn_hidden_size", "expert_ffn_hidden_size", "expert_dim"),
 )
-# Key of that width without these; it is also the width of dense layers.
+# Key of that width if those are absent; it is also the width of dense layers.
 ANY_WIDTH = "intermediate_size"
-# Keys of the width of shared experts only; without one it is a multiple of the routed width.
+# Keys of the width of shared experts alone; without one it is a multiple of the routed width.
 SHARED_WIDTH = (
     *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
     *("shared_intermediate_size", "share_expert_dim"),
@@ -84,7 +84,7 @@ def changed_config(
         width: atoms of each.
 
     Raises:
-        ValueError: it lacks the number of experts, or lists single experts.
+        ValueError: it lacks the number of experts, or names single experts.
     """
     path = config_file(directory)
     if path.name == MISTRAL:

@@ -1,7 +1,6 @@
 """The routed experts of a checkpoint as rows, in any layout of `files/layouts.py`.
 
-Everything else is refused by name: projections fused otherwise, biases but gpt-oss's. Tensors are
-memory-mapped.
+All other layouts are refused by name. Tensors are memory-mapped.
 
 Legend: E experts, F_e atoms kept of one expert, H hidden size, I full intermediate size, P atoms
 kept of a layer.
@@ -33,7 +32,7 @@ PLAIN_DTYPES = {
 }
 
 
-# Gives the name of a packed tensor from its part, and from what of it.
+# (part, quantity) -> name of a packed tensor.
 Naming = Callable[[str, str], str]
 
 
@@ -43,8 +42,8 @@ class LayerRows:
 
     Attributes:
         dtype: key of PLAIN_DTYPES.
-        rows: (one of PACKED_ROWS, expert) -> the rows that are stored, [I or F_e, H].
-        stored_EI: which atoms the rows are; None for all.
+        rows: (one of PACKED_ROWS, expert) -> the stored rows, [I or F_e, H].
+        stored_EI: the stored atoms; None for all.
     """
 
     dtype: str
@@ -77,8 +76,8 @@ class LayerBiases:
 
     Attributes:
         dtype: key of PLAIN_DTYPES.
-        biases: (one of PACKED_ROWS, expert) -> those of its stored atoms, of down_t [H].
-        stored_EI: which atoms these are; None for all.
+        biases: (one of PACKED_ROWS, expert) -> the biases of its stored atoms; for down_t [H].
+        stored_EI: the stored atoms; None for all.
     """
 
     dtype: str
@@ -86,7 +85,7 @@ class LayerBiases:
     stored_EI: torch.Tensor | None = None
 
     def kept(self, part: str, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
-        """The biases of the atoms in `keep_I`; those of down_t all, [1, H]."""
+        """The biases of the atoms in `keep_I`; for down_t [1, H], whatever is kept."""
         stored = self.biases(part, expert)
         if part == "down_t":
             return stored[None]
@@ -109,7 +108,7 @@ class LayerBiases:
 
 
 def refitted_rows(rows: StreamedTensor, down_t_PH: torch.Tensor) -> StreamedTensor:
-    """The same plain rows of down_t with other values.
+    """Plain rows of down_t with new values.
 
     Args:
         rows: the model's own.
@@ -121,7 +120,7 @@ def refitted_rows(rows: StreamedTensor, down_t_PH: torch.Tensor) -> StreamedTens
 
 
 def among(stored_EI: torch.Tensor | None, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
-    """Where the atoms in `keep_I` are among those stored of an expert: int64 [F_e]."""
+    """Positions of the atoms in `keep_I` among an expert's stored atoms: int64 [F_e]."""
     rows = keep_I.nonzero().flatten()
     return rows if stored_EI is None else (stored_EI[expert].cumsum(dim=0) - 1)[rows]
 
@@ -134,7 +133,7 @@ def by_expert(
     keep_EI: torch.Tensor,
     piece: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> StreamedTensor:
-    """A tensor that is written expert by expert, from what `piece` gives of each."""
+    """A tensor that is written one expert at a time; `piece` returns its part."""
     return StreamedTensor(
         name,
         dtype,
@@ -149,24 +148,24 @@ class LayerNames:
     """Names of the expert tensors of one layer.
 
     Attributes:
-        known: (part, expert, or None for all of them) -> what of the matrix -> name.
-        strange: others among them.
+        known: (part, expert, or None for all of them) -> quantity -> name.
+        strange: names of unknown kinds.
     """
 
     known: dict[tuple[str, int | None], dict[str, str]] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
 
     def all_of(self, quantity: str) -> dict[tuple[str, int | None], str]:
-        """(part, expert) -> name, of those of one quantity."""
+        """(part, expert) -> name, for one quantity."""
         return {key: of[quantity] for key, of in self.known.items() if quantity in of}
 
 
 def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNames], list[str]]:
-    """Tensor names: those of routed experts by layer, and all others.
+    """Split tensor names: those of routed experts by layer, and all others.
 
     Returns:
-        Layer index -> the names; and the names of everything else, experts outside the decoder's
-        MoE layers among them.
+        Layer index -> the names; and all other names, including experts outside the decoder's MoE
+        layers.
     """
     prefixes = {f"{block}.experts.": layer for layer, block in info.blocks.items()}
     experts = {layer: LayerNames() for layer in info.layers}
@@ -185,7 +184,7 @@ def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNa
 
 
 def check_names(names: LayerNames, quantities: Collection[str]) -> None:
-    """Refuse tensors of experts that an export would leave out.
+    """Refuse expert tensors that an export would omit.
 
     Raises:
         ValueError: one line that names the first.
@@ -204,7 +203,7 @@ def check_names(names: LayerNames, quantities: Collection[str]) -> None:
 
 
 def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerRows:
-    """How the experts of one layer of plain weights are stored.
+    """The experts of one layer, in plain weights.
 
     Args:
         source: the shards.
@@ -213,7 +212,7 @@ def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerName
         names: of its expert tensors.
 
     Raises:
-        ValueError: in a way that is not known here, or not completely.
+        ValueError: their layout is unknown, or tensors are missing.
     """
     known = names.all_of("weight")
     matrices = {name for (part, _), name in known.items() if part not in ("offsets", "keep")}
@@ -240,7 +239,7 @@ def find_biases(
     """The biases of one layer, if it has any: gpt-oss's, or those of an exported checkpoint.
 
     Raises:
-        ValueError: some of them are missing, or of another dtype or shape.
+        ValueError: some of them are missing or have another dtype or shape.
     """
     known = {part: name for (part, _), name in names.all_of("bias").items()}
     if not known:
@@ -286,7 +285,7 @@ def _packed_rows(
 
 
 def are_transposed(source: Shards, info: CheckpointInfo, names: Mapping[str, str]) -> bool:
-    """Which way round 3-D tensors lie: their shapes together say it, even where I = H or 2I = H.
+    """Whether 3-D tensors are transposed: their shapes together decide, even if I = H or 2I = H.
 
     Args:
         source: the shards.
@@ -294,7 +293,7 @@ def are_transposed(source: Shards, info: CheckpointInfo, names: Mapping[str, str
         names: part -> name, of one layer.
 
     Raises:
-        ValueError: neither way.
+        ValueError: the shapes fit neither way.
     """
     experts, size, hidden = info.num_experts, info.intermediate_size, info.hidden_size
     shapes = {part: source.shape(name) for part, name in names.items()}
@@ -314,10 +313,10 @@ def are_transposed(source: Shards, info: CheckpointInfo, names: Mapping[str, str
 def _fused_rows(
     source: Shards, info: CheckpointInfo, names: Mapping[str, str], dtype: str, interleaved: bool
 ) -> LayerRows:
-    """3-D tensors, or DBRX's, one expert below another.
+    """Rows of 3-D tensors, or of DBRX's, where experts are stacked in 2-D tensors.
 
     Args:
-        interleaved: whether gate and up alternate, as in gpt-oss, whose biases tell it.
+        interleaved: whether gate and up alternate, as in gpt-oss, which its biases reveal.
     """
     size = info.intermediate_size
     if {(*source.shape(name),) for name in names.values()} == {
@@ -343,7 +342,7 @@ def _fused_rows(
 def _rows_below(
     source: Shards, names: Mapping[str, str], size: int, part: str, expert: int
 ) -> torch.Tensor:
-    """DBRX's, one expert below another, down transposed."""
+    """Rows of DBRX's 2-D tensors of stacked experts, down transposed."""
     return source.tensor(names[part.removesuffix("_t")])[expert * size : (expert + 1) * size]
 
 
