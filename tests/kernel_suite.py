@@ -312,7 +312,7 @@ class KernelSuite:
 
     @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda it: it.spec)
-    def test_what_an_expert_computes(self, activation: Activation, has_bias: bool) -> None:
+    def test_every_activation(self, activation: Activation, has_bias: bool) -> None:
         """Every activation, with and without biases, two profiles in a batch; every width."""
         masks = {"a": ragged(), "b": ragged(1)}
         for dtype in self.dtypes:
@@ -323,7 +323,7 @@ class KernelSuite:
                 experts.check(5 * x, weights, ids, names)
 
     @pytest.mark.parametrize("name", FORMATS)
-    def test_rows_that_are_codes(self, name: str) -> None:
+    def test_rows_of_codes(self, name: str) -> None:
         """Every format, sizes that are not multiples of its blocks, two profiles in one batch."""
         masks = {"a": ragged(), "b": ragged(1)}
         for dtype in self.dtypes:
@@ -352,7 +352,7 @@ class KernelSuite:
                 x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
                 experts.check(5 * x, weights, ids)
 
-    def test_a_bias_stays_where_no_atom_does(self) -> None:
+    def test_a_bias_remains_without_atoms(self) -> None:
         """Of down, weighted by the router, once."""
         for dtype in self.dtypes:
             experts = self.make({"a": torch.zeros(3, FULL).bool()}, dtype, has_bias=True)
@@ -360,7 +360,7 @@ class KernelSuite:
                 x, weights, ids = routed(tokens, 2, 3, dtype)
                 assert experts.check(x, weights, ids).any()
 
-    def test_each_width_alone(self) -> None:
+    def test_one_width_at_a_time(self) -> None:
         """K = 1; every other expert is without tokens; width 0 gives exactly zero."""
         for dtype in self.dtypes:
             experts = self.make({"a": ragged()}, dtype)
@@ -381,7 +381,7 @@ class KernelSuite:
         x, weights, ids = routed(4, 2, 3, dtype)
         assert torch.equal(experts(x, weights, ids), torch.zeros(4, 24, dtype=dtype))
 
-    def test_no_id_is_ours(self) -> None:
+    def test_ids_of_other_ranks_only(self) -> None:
         """Padding and foreign experts alone give exactly zero."""
         dtype = self.dtypes[0]
         x, weights, _ = routed(4, 2, 3, dtype)

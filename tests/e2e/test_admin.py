@@ -321,7 +321,7 @@ def test_a_rank_that_cannot_load_changes_nothing(server, scores, what, words):
     assert server.scores(PROMPT) == pytest.approx(scores[ACTIVE], abs=1e-5)
 
 
-def test_a_client_that_goes_away_leaves_a_change_that_is_done(server):
+def test_a_change_finishes_although_its_client_leaves(server):
     with server.fault("load", "sleep 1.5"), pytest.raises(httpx.TimeoutException):
         server.ask("PUT", "/atomic/v1/profiles/heapr-60", timeout=0.5)
     deadline = time.monotonic() + 60
@@ -503,7 +503,7 @@ def test_metrics_are_those_of_all_api_servers(server):
     assert outcomes["failed"] == 0
 
 
-def test_dashboard_asks_for_metrics_that_are_there(server):
+def test_dashboard_uses_existing_metrics(server):
     server.complete(PROMPT)
     answer = httpx.get(f"{server.url}/metrics", timeout=60)
     samples = [

@@ -70,7 +70,7 @@ def test_a_serving_key_is_refused_at_start():
     assert len([text for text in printed.splitlines() if line in text]) == 1, printed[-4000:]
 
 
-def test_no_routes_where_the_plug_in_is_not_named(tmp_path):
+def test_no_routes_without_the_plug_in(tmp_path):
     port = free_port()
     with running(render_command(port), port, tmp_path / "log", ATOMIC_MOE_ADMIN_KEY="x") as server:
         assert [answer.status_code for answer in answers(server.url, "x")] == [404] * len(ROUTES)

@@ -81,7 +81,7 @@ def check(server, scores, names):
         assert values == pytest.approx(scores[job], abs=1e-4), job
 
 
-def test_engines_answer_as_one(server, scores):
+def test_several_engines_answer_like_one(server, scores):
     status = server.status()
     assert (status["engines"], status["agreed"]) == (2, True)
     check(server, scores, NAMES)

@@ -39,7 +39,7 @@ def make_texts(directory):
     pyarrow.parquet.write_table(table, directory / "code.parquet")
 
 
-def test_from_a_text_to_a_request_for_a_profile(tmp_path):
+def test_from_text_to_a_request_for_a_profile(tmp_path):
     make_model(tmp_path)
     make_texts(tmp_path)
     environment = {**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"}

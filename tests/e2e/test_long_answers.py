@@ -50,7 +50,7 @@ def stream(server, times):
 
 
 @pytest.mark.full
-def test_the_answer_ends_unchanged_and_hardly_notices(server):
+def test_a_long_answer_is_unchanged_by_changes(server):
     """At most three of its tokens arrive between the request for the change and the answer.
 
     The engine is slowed to the pace of a real model: this client could not keep up with it.

@@ -180,7 +180,7 @@ def test_a_wrong_key_opens_nothing(open_page, key, words):
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_the_key_lives_in_the_tab_until_one_signs_out(page, server):
+def test_the_key_stays_in_the_tab_until_signing_out(page, server):
     page.reload()
     expect(row(page, ACTIVE)).to_be_visible()
     other = page.context.new_page()
@@ -195,7 +195,7 @@ def test_the_key_lives_in_the_tab_until_one_signs_out(page, server):
 # --- what is served -------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_the_server_says(page, server):
+def test_the_table_shows_the_servers_values(page, server):
     listed = server.ask("GET", "/atomic/v1/profiles").json()["profiles"]
     shown = page.locator("#profiles tbody tr").evaluate_all("rows => rows.map(r => r.dataset.name)")
     assert shown[: len(LOADED)] == LOADED
@@ -225,7 +225,7 @@ def test_the_table_says_what_the_server_says(page, server):
     assert page.title() == f"{ACTIVE} · atomic-moe"
 
 
-def test_widths_are_under_the_pointer_and_the_keys(page, server):
+def test_widths_are_shown_for_pointer_and_keyboard(page, server):
     page.get_by_role("button", name="shape-40", exact=True).click()
     expect(page.locator("#widths-name")).to_have_text("shape-40")
     widths = server.ask("GET", "/atomic/v1/profiles/shape-40").json()["widths"]
@@ -253,7 +253,7 @@ def test_widths_are_under_the_pointer_and_the_keys(page, server):
     assert cells[3:] == [str(max(widths["2"])), str(widths["2"].count(0))]
 
 
-def test_requests_are_seen_while_they_run(page, server):
+def test_running_requests_are_shown(page, server):
     def ask():
         server.complete(PROMPT, "heapr-40", max_tokens=100, ignore_eos=True)
 
@@ -295,7 +295,7 @@ def test_a_profile_is_activated_by_the_keyboard(page, server):
     expect(state(page, ACTIVE)).to_have_text("active")
 
 
-def test_requests_of_others_are_ended_where_that_is_wanted(page, server):
+def test_requests_of_other_profiles_are_aborted_on_demand(page, server):
     ended = []
 
     def ask():
@@ -329,7 +329,7 @@ def test_a_profile_is_loaded_and_unloaded(page, server):
     assert list(server.status()["profiles"]) == LOADED
 
 
-def test_refusals_are_in_the_servers_own_words(page, server):
+def test_refusals_show_the_servers_own_message(page, server):
     before = server.status()
     page.get_by_role("button", name="Load random-40").click()
     error = server.load("random-40").json()["error"]
@@ -352,7 +352,7 @@ def test_refusals_are_in_the_servers_own_words(page, server):
     expect(state(page, "shape-20")).to_have_text("loaded")
 
 
-def test_a_file_that_comes_or_goes(page, server, servers):
+def test_profile_files_that_appear_or_disappear(page, server, servers):
     file = servers._profiles / "shape-40.safetensors"
     page.get_by_role("button", name="Load shape-40").click()
     expect(state(page, "shape-40")).to_have_text("loaded")
@@ -403,7 +403,7 @@ def test_two_profiles_answer_side_by_side(page, server):
     assert keys == {False: {ADMIN_KEY}, True: {"", "wrong", SERVING_KEY}}
 
 
-def test_a_profile_is_compared_with_itself_one_after_the_other(page):
+def test_a_profile_is_compared_with_itself_in_sequence(page):
     page.get_by_role("button", name="Ask both").click()
     page.get_by_label("Tokens").fill("16")
     page.get_by_label("As", exact=True).select_option("a chat message")
@@ -417,7 +417,7 @@ def test_a_profile_is_compared_with_itself_one_after_the_other(page):
         )
 
 
-def test_answers_are_stopped_and_errors_are_told(page, server):
+def test_answers_are_stopped_and_errors_are_shown(page, server):
     page.get_by_label("Tokens").fill("400")
     page.get_by_role("button", name="Ask both").click()
     with server.fault("step", "0.1"):
@@ -435,7 +435,7 @@ def test_answers_are_stopped_and_errors_are_told(page, server):
 # --- the browser ----------------------------------------------------------------------------------
 
 
-def test_nothing_is_asked_while_nobody_looks(page):
+def test_a_hidden_page_does_not_poll(page):
     """A headless browser never hides a page, so the test simulates it."""
     asked = []
     page.on("request", lambda request: asked.append(request.url))
@@ -507,7 +507,7 @@ def small(path):
     )
 
 
-def test_a_server_that_is_gone_and_comes_back(page, server, servers):
+def test_a_server_that_goes_away_and_returns(page, server, servers):
     page.get_by_role("button", name="Load heapr-60").click()
     expect(state(page, "heapr-60")).to_have_text("loaded")
     servers.end()

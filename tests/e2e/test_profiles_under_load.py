@@ -61,7 +61,7 @@ def check(server, report, requests, changes):
     assert all(not it["running"] + it["waiting"] for it in status["profiles"].values())
 
 
-def test_every_answer_is_the_right_profiles_though_requests_are_preempted(server):
+def test_answers_are_right_even_if_requests_are_preempted(server):
     assert server.load(EXTRA).status_code == 200
     answers = {name: clear_answers(server, name, 32, 18) for name in (*PROFILES, EXTRA)}
     assert server.unload(EXTRA).status_code == 200
@@ -126,7 +126,7 @@ def test_a_profile_in_use_is_not_unloaded(server):
     assert server.load(OTHER).status_code == 200
 
 
-def test_an_engine_that_dies_is_said_and_the_server_ends(server):
+def test_a_dead_engine_is_reported_and_the_server_ends(server):
     with server.fault("load", "exit"):
         answer = server.load(EXTRA)
     assert answer.status_code == 503, answer.text

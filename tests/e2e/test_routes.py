@@ -137,7 +137,7 @@ def test_profiles_are_listed_like_adapters(client):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_request_is_answered_by_what_it_names(client, route):
+def test_a_request_is_answered_by_the_profile_it_names(client, route):
     answers = {name: route(client, f"demo:{name}") for name in PROFILES}
     assert [answers[name][0] for name in PROFILES] == PROFILES
     assert [answers[name][1] for name in PROFILES] == [f"demo:{name}" for name in PROFILES]
@@ -164,9 +164,7 @@ def test_a_request_is_answered_by_what_it_names(client, route):
         ("demo", ["heapr-20"], 400),
     ],
 )
-def test_names_that_are_wrong_are_refused_before_a_stream_begins(
-    client, route, model, argument, status
-):
+def test_wrong_names_are_refused_before_a_stream_begins(client, route, model, argument, status):
     extra = {} if argument is None else {"extra_body": {"vllm_xargs": {"profile": argument}}}
     with pytest.raises((openai.APIStatusError, anthropic.APIStatusError)) as refused:
         route(client, model, **extra)
@@ -175,7 +173,7 @@ def test_names_that_are_wrong_are_refused_before_a_stream_begins(
     assert completions(client, "demo")[0] == ACTIVE
 
 
-def test_all_of_one_request_has_one_profile(client):
+def test_all_parts_of_a_request_share_a_profile(client):
     """Several prompts, and several answers to each."""
     one = completions(client, f"demo:{OTHER}")[2]
     answer = client.completions.create(model=f"demo:{OTHER}", prompt=[PROMPT] * 3, n=1, **GREEDY)
@@ -185,7 +183,7 @@ def test_all_of_one_request_has_one_profile(client):
     assert [choice.text for choice in many.choices] == one * 3
 
 
-def test_a_prefix_is_kept_for_its_profile_alone(client):
+def test_a_cached_prefix_serves_its_own_profile_only(client):
     """A block has 128 tokens on CPU."""
     prompt = (DEMO.parent / "data/english.heldout.txt").read_text()[:900]
 
@@ -198,7 +196,7 @@ def test_a_prefix_is_kept_for_its_profile_alone(client):
     assert all(cached(name) >= 128 for name in PROFILES)
 
 
-def test_other_routes_say_the_profile_too(url):
+def test_other_routes_report_the_profile_too(url):
     answer = httpx.post(f"{url}/tokenize", json={"model": f"demo:{OTHER}", "prompt": "hi"})
     assert (answer.status_code, answer.headers[HEADER]) == (200, OTHER)
     answer = httpx.get(f"{url}/v1/models")

@@ -37,7 +37,7 @@ def test_formulas_are_those_of_vllm(activation, theirs, arguments):
     assert Activation.parse(activation.spec) == activation
 
 
-def test_what_vllm_calls_an_activation():
+def test_vllms_names_of_activations():
     from types import SimpleNamespace
 
     from vllm_atomic_moe.engine.compat import MoEActivation, activation_of

@@ -166,7 +166,7 @@ def serve_with_runner_v2(model, **options):
         return answers(llm, PROMPTS, MIXED, 8)
 
 
-def test_what_was_not_prepared_at_start_is_refused(model):
+def test_profiles_not_prepared_at_start_are_refused(model):
     """Atoms that are not resident, and a routing mask where none was listed."""
     narrow = model.profiles["narrow"]
     routable = {layer: mask.any(dim=1) for layer, mask in narrow.keep.items()}

@@ -52,7 +52,7 @@ def served(directory, profiles=None, **extra):
     return logprobs_of(directory, load_format="atomic-pruned", model_loader_extra_config=extra)
 
 
-def test_export_serves_what_the_mask_on_the_original_serves(model, exported):
+def test_an_export_answers_as_the_masked_original(model, exported):
     from vllm_atomic_moe.engine.loader import packed_layers
 
     with engine(exported, load_format="atomic-pruned") as llm:
@@ -77,7 +77,7 @@ def test_profiles_within_the_export_are_served_from_it(model, exported, options)
 
 
 @pytest.mark.full
-def test_other_ways_to_read_give_the_same(exported):
+def test_other_inner_formats_give_the_same(exported):
     multithreaded = {"enable_multithread_load": True, "num_threads": 2}
     found = served(exported, inner_format="hf", **multithreaded)
     assert torch.equal(found, served(exported))

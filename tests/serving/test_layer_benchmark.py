@@ -126,7 +126,7 @@ def test_rounds_take_turns_and_count_what_they_route(monkeypatch):
     assert cell.flop_per_s == median([6 * 64 * int(one.sum()) for one in widths])
 
 
-def test_layers_are_refused_where_vllm_is_not_for_cpus(monkeypatch):
+def test_layers_are_refused_without_vllm_for_cpus(monkeypatch):
     monkeypatch.setattr(layer_benchmark.current_platform, "is_cpu", lambda: False)
     with pytest.raises(
         ValueError, match=r"measured against vLLM's CPU op.*tests.gpu.bench_kernels"

@@ -173,7 +173,7 @@ def test_features_vllm_itself_refuses_on_cpu_are_refused_by_name(model, change, 
         check_config(config)
 
 
-def test_front_ends_that_know_no_profiles_are_refused(model, monkeypatch):
+def test_front_ends_without_profiles_are_refused(model, monkeypatch):
     from vllm.v1.engine.input_processor import InputProcessor
 
     from vllm_atomic_moe.engine.refusals import check_config
@@ -189,7 +189,7 @@ def test_front_ends_that_know_no_profiles_are_refused(model, monkeypatch):
         InputProcessor(config)
 
 
-def test_what_was_never_tried_is_named(model):
+def test_untested_features_are_named(model):
     from vllm_atomic_moe.engine.refusals import check_config, unverified
 
     config = configure(model)
@@ -242,7 +242,7 @@ def test_transformers_backend_is_refused_before_anything_is_built(model, tmp_pat
         load(chosen)
 
 
-def test_experts_class_of_a_models_own_is_refused(model, monkeypatch, nothing_packed):
+def test_a_models_own_experts_class_is_refused(model, monkeypatch, nothing_packed):
     from vllm.model_executor.models import qwen3_moe
 
     from vllm_atomic_moe.engine.compat import RoutedExperts
@@ -347,7 +347,7 @@ def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
         check_layer(layer, None)
 
 
-def test_quantised_experts_are_refused(model, nothing_packed):
+def test_quantized_experts_are_refused(model, nothing_packed):
     with (
         pytest.raises(ValueError, match=r"quantized experts of other kinds \(\w+; model.l"),
         engine(
@@ -483,7 +483,7 @@ def test_another_load_device_is_refused(model, no_weights_read):
         get_model(vllm_config=config)
 
 
-def test_invalid_file_that_is_not_asked_for_warns(model, tmp_path, log):
+def test_invalid_file_that_is_not_requested_warns(model, tmp_path, log):
     profiles = tmp_path / "profiles"
     shutil.copytree(model / "atomic_profiles", profiles)
     (profiles / "broken.safetensors").write_bytes(b"no profile")
@@ -517,7 +517,7 @@ def test_only_profile_is_the_default_and_origin_unknown_warns(model, tmp_path, l
 
 
 @pytest.mark.parametrize("inner_format", ["auto", pytest.param("hf", marks=pytest.mark.full)])
-def test_other_ways_to_read_give_the_same(model, inner_format):
+def test_other_inner_formats_give_the_same(model, inner_format):
     extra = {"active": "narrow"}
     plain = logprobs_of(model, load_format="atomic-pruned", model_loader_extra_config=extra)
     extra["inner_format"] = inner_format
@@ -542,7 +542,7 @@ def test_multithreaded_reading_gives_the_same(model):
     assert torch.equal(plain, threaded)
 
 
-def test_other_load_formats_notice_nothing(model):
+def test_other_load_formats_are_unaffected(model):
     from vllm.model_executor.custom_op import op_registry_oot
 
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts

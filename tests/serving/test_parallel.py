@@ -114,7 +114,7 @@ def _one_thread_per_rank(monkeypatch):
         ),
     ],
 )
-def test_ranks_answer_as_one(qwen2_moe, ranks, layout):
+def test_several_ranks_answer_like_one(qwen2_moe, ranks, layout):
     check_ranks(qwen2_moe, layout, ranks)
 
 
@@ -232,7 +232,7 @@ def atoms_of_ranks(checkpoints: Checkpoints, ranks: str, first: int) -> list[flo
 
 
 @pytest.mark.full
-def test_a_tensor_that_one_rank_lacks_ends_the_start(qwen2_moe, tmp_path, capfd):
+def test_a_tensor_missing_on_one_rank_ends_the_start(qwen2_moe, tmp_path, capfd):
     """The others do not wait for it."""
     broken = tmp_path / "broken"
     shutil.copytree(qwen2_moe.layouts["per_expert"], broken)

@@ -34,7 +34,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "shape"), CASES)
-def test_everybody_reads_the_same_model(tmp_path, monkeypatch, architecture, shape):
+def test_every_engine_reads_the_same_model(tmp_path, monkeypatch, architecture, shape):
     it, model = ARCHITECTURES[architecture], tmp_path / "model"
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     info = make_checkpoint(architecture, model)

@@ -48,7 +48,7 @@ def answers(model, info, dtype, **options) -> tuple[dict[str, torch.Tensor], Row
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in FORMATS],
 )
-def test_serves_what_the_checkpoint_stands_for(original, tmp_path, name):
+def test_serves_the_decoded_weights(original, tmp_path, name):
     plain = quantize_checkpoint(original, tmp_path / "bits", name)
     check_bits(tmp_path / "bits", plain)
     make_checkpoint("qwen3_moe", tmp_path / "original", **SIZES)
@@ -90,7 +90,7 @@ def check_kernel(model, plain, dtype) -> None:
         assert (found[profile] - wanted[profile]).abs().max() < 2e-2, profile
 
 
-def test_experts_of_a_prediction_head_stay_the_models(original, tmp_path):
+def test_a_prediction_heads_experts_stay_unchanged(original, tmp_path):
     """Their blocks are not the decoder's, whatever their number."""
     quantize_checkpoint(original, tmp_path / "model", "fp8-channel")
     taken: list[str] = []
@@ -104,7 +104,7 @@ def test_experts_of_a_prediction_head_stay_the_models(original, tmp_path):
     assert (taken, left) == ([own], [head])
 
 
-def test_nvfp4_is_what_vllm_emulates():
+def test_nvfp4_equals_vllms_emulation():
     from vllm.model_executor.layers.quantization.utils import nvfp4_emulation_utils
 
     parts, _ = FORMATS["nvfp4-modelopt"](torch.randn(96, 192))

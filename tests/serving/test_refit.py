@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
         ),
     ],
 )
-def test_served_as_transformers_computes_it(tmp_path, architecture):
+def test_served_logits_equal_transformers(tmp_path, architecture):
     model, text = tmp_path / "model", tmp_path / "text.txt"
     info = make_model(architecture, model)
     text.write_text(random_text(4000))

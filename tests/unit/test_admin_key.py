@@ -17,7 +17,7 @@ def test_from_the_environment_or_a_file(tmp_path):
     assert read_key({KEY_FILE: str(file)}) == "from-the-file"
 
 
-def test_what_cannot_be_a_key_is_refused(tmp_path):
+def test_invalid_keys_are_refused(tmp_path):
     empty, binary = tmp_path / "empty", tmp_path / "binary"
     empty.write_text("\n")
     binary.write_bytes(b"\xff\xfe")
@@ -41,6 +41,6 @@ def test_a_serving_key_is_refused():
         Access("serving", ["other", "serving"])
 
 
-def test_a_fingerprint_tells_keys_apart_and_not_what_they_are():
+def test_a_fingerprint_distinguishes_keys_without_revealing_them():
     assert fingerprint("one") == fingerprint("one") != fingerprint("two")
     assert len(fingerprint("one")) == 8

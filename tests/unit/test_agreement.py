@@ -82,14 +82,14 @@ def test_an_expert_lacks_a_projection(original, checkpoint):
     ],
     ids=str,
 )
-def test_a_layer_that_the_configuration_makes_dense(checkpoint, setting, layer):
+def test_a_layer_that_the_configuration_calls_dense(checkpoint, setting, layer):
     (key,) = setting
     words = rf"config.json makes layer {layer} dense \({key} .*the files hold routed experts there"
     with pytest.raises(ValueError, match=words):
         describe_checkpoint(checkpoint(**setting))
 
 
-def test_what_is_said_in_another_way_is_not_judged(checkpoint):
+def test_unknown_configurations_are_not_judged(checkpoint):
     types = {"mlp_layer_types": ["sparse"] * 3, "first_k_dense_replace": 1}
     assert describe_checkpoint(checkpoint(**types)).layers == (0, 1, 2)
     assert describe_checkpoint(checkpoint(moe_layer_freq="0,1,1")).layers == (0, 1, 2)
@@ -166,7 +166,7 @@ def fused(original, checkpoint):
 @pytest.mark.parametrize(
     ("layout", "part"), [(name, part) for name in FUSED for part in FUSED[name]]
 )
-def test_fused_experts_that_are_half_there(fused, layout, part):
+def test_incomplete_fused_experts(fused, layout, part):
     info = describe_checkpoint(fused(layout))
     assert (info.num_experts, info.intermediate_size) == (8, 64)
     others = ", ".join(sorted(FUSED[layout].keys() - {part}))
@@ -186,12 +186,12 @@ def test_fused_experts_that_are_half_there(fused, layout, part):
         ("step", "gate", (8, 32, 128)),
     ],
 )
-def test_fused_experts_of_several_numbers_or_widths(fused, layout, part, shape):
+def test_fused_experts_of_unequal_numbers_or_widths(fused, layout, part, shape):
     with pytest.raises(ValueError, match=r"layer 1: .* down is .*, the shapes disagree"):
         describe_checkpoint(fused(layout, **{part: shape}))
 
 
-def test_experts_that_are_there_in_two_layouts(original, checkpoint):
+def test_experts_stored_in_two_layouts(original, checkpoint):
     tensors = {
         **original[0],
         "model.layers.1.mlp.experts.gate_up_proj": torch.zeros(8, 128, 128),
@@ -219,7 +219,7 @@ def test_a_correction_bias_of_another_number_of_experts(original, checkpoint, sh
 
 @pytest.mark.parametrize("number", [0, 1, 2, 4, 48])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "of-somebody"])
-def test_a_number_of_layers_that_the_files_do_not_hold(checkpoint, number, kind):
+def test_a_number_of_layers_that_the_files_contradict(checkpoint, number, kind):
     """By any configuration: what it says of dense layers, or nothing of them."""
     silent = {"decoder_sparse_step": None, "mlp_only_layers": None}
     config = {"model_type": kind, **({} if kind == "qwen3_moe" else silent)}
@@ -231,7 +231,7 @@ def test_a_number_of_layers_that_the_files_do_not_hold(checkpoint, number, kind)
     assert describe_checkpoint(checkpoint(num_hidden_layers=3, **config)).layers == (0, 1, 2)
 
 
-def test_twice_as_many_layers_are_longcats(checkpoint):
+def test_longcat_has_twice_as_many_layers(checkpoint):
     """transformers counts every layer of it twice."""
     more = {"num_hidden_layers": 6, "num_layers": 3}
     assert describe_checkpoint(checkpoint(**more)).layers == (0, 1, 2)
@@ -239,7 +239,7 @@ def test_twice_as_many_layers_are_longcats(checkpoint):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_files_that_others_cannot_read(checkpoint, tmp_path_factory, name, encoding):
+def test_files_in_another_encoding(checkpoint, tmp_path_factory, name, encoding):
     """Neither vLLM nor transformers skips a byte order mark; one line says so, of every command."""
     model = checkpoint()
     content = (model / name).read_text() if (model / name).exists() else "{}"
@@ -272,7 +272,7 @@ def test_a_dense_model_has_no_routed_experts(original, checkpoint):
 
 @pytest.mark.parametrize("unquantized", [(), (0,)], ids=["all layers", "all but the first"])
 @pytest.mark.parametrize("nested", [False, True], ids=["", "text_config"])
-def test_quantized_experts_are_called_so(original, checkpoint, unquantized, nested):
+def test_quantized_experts_are_named(original, checkpoint, unquantized, nested):
     tensors = {}
     for name, tensor in original[0].items():
         if expert_of(name) is None or any(f".layers.{i}." in name for i in unquantized):

@@ -63,7 +63,7 @@ def test_functions_have_the_options_of_commands(command, function):
         assert found[name].annotation != inspect.Parameter.empty or command == "prune"
 
 
-def test_functions_write_what_commands_write(work, tmp_path):
+def test_functions_write_the_same_as_commands(work, tmp_path):
     statistics = api.calibrate(
         str(work / "model"),
         [f"{work / 'one.txt'}:text"],

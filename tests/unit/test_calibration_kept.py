@@ -80,7 +80,7 @@ def test_killed_again_and_again(tiny, tmp_path):
 
 @pytest.mark.parametrize("stage", ["inputs-1", "gradients-2", "sums-2"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_what_is_damaged_is_made_again(tiny, stage, damage, tmp_path):
+def test_damaged_stages_are_made_again(tiny, stage, damage, tmp_path):
     with pytest.raises(KilledError):
         run(tiny, tmp_path, kill_at=STEPS - 3)
     file = tmp_path / stage / "0.safetensors"
@@ -95,7 +95,7 @@ def test_what_is_damaged_is_made_again(tiny, stage, damage, tmp_path):
     assert before < STEPS - 9
 
 
-def test_a_finished_run_does_nothing_again(tiny, tmp_path, monkeypatch):
+def test_a_finished_run_repeats_no_work(tiny, tmp_path, monkeypatch):
     run(tiny, tmp_path)
     monkeypatch.setattr(StreamedRun, "each_batch", None)
     monkeypatch.setattr(StreamedRun, "_loss", None)
@@ -147,7 +147,7 @@ calibrate(model, [text], options, progress)
 
 
 @pytest.mark.full
-def test_a_process_that_was_killed_goes_on(tiny, tmp_path):
+def test_a_killed_process_resumes(tiny, tmp_path):
     """By SIGKILL: upwards, in the loss, and downwards. In the end nothing is left of it."""
     text, scratch = tmp_path / "text.txt", tmp_path / "scratch"
     text.write_text(random_text(400))

@@ -115,7 +115,7 @@ def test_what_cannot_be_decoded_is_refused_by_name(originals, tmp_path, kind, ch
     assert len(str(error.value)) < 300
 
 
-def test_a_dtype_that_config_json_does_not_tell(originals, tmp_path):
+def test_a_dtype_missing_from_config_json(originals, tmp_path):
     quantized(originals, tmp_path / "model", "fp8-channel")
     path = tmp_path / "model/config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k != "dtype"}

@@ -27,7 +27,7 @@ def test_alone_unless_torchrun_started_it(monkeypatch):
     assert Ranks.here() == Ranks()
 
 
-def test_shares_are_all_windows():
+def test_shares_cover_all_windows():
     text = text_of(4, 3)
     shares = [Ranks(rank, 3).share(text) for rank in range(3)]
     assert sum(share.num_windows for share in shares) == 7
@@ -70,7 +70,7 @@ def test_devices_that_processes_would_share_are_refused(devices, wanted, words, 
         pytest.param(("--stream",), id="stream"),
     ],
 )
-def test_two_processes_sum_up_what_one_does(flags, tmp_path):
+def test_two_processes_sum_up_the_same_as_one(flags, tmp_path):
     model = tmp_path / "model"
     make_model("qwen3_moe", model)
     for name, length in (("a", 1000), ("b", 120)):

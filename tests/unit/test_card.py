@@ -83,7 +83,7 @@ def test_a_card_is_made_again_but_takes_no_place_of_another(directory):
     assert (directory / "README.md").read_text() == "my own words"
 
 
-def test_what_a_profile_says_stays_in_its_cell(directory):
+def test_text_of_a_profile_stays_in_its_cell(directory):
     keep = {0: torch.ones(2, 4).bool()}
     metadata = {"method": "a|b\n# <script>", "calibration": "[]"}
     for path in directory.iterdir():

@@ -63,7 +63,7 @@ def test_names_that_end_like_another_layouts(name):
     assert expert_tensor(f"model.layers.12.{name}.weight") is None
 
 
-def test_digest_is_of_the_router_alone(tmp_path):
+def test_digest_covers_only_the_router(tmp_path):
     info = make_checkpoint("qwen2_moe", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -196,7 +196,7 @@ def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
     assert list(fetched) == ["params.json", "consolidated.safetensors"]
 
 
-def test_expert_count_may_have_either_name(tmp_path):
+def test_number_of_experts_may_have_either_name(tmp_path):
     info = make_checkpoint("qwen3_moe", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_experts_per_token"] = config.pop("num_experts_per_tok") + 1
@@ -268,7 +268,7 @@ def test_group_rule(counts, chosen, top_k, biased, words):
     ("number", "chosen"),
     [(None, None), (8, None), (None, 4), (1, 1), (1, 0), (0, 0), (-1, 1), (3, 1), (8, 2), (16, 1)],
 )
-def test_groups_that_are_none(number, chosen):
+def test_configurations_without_groups(number, chosen):
     """As in vLLM's routers: too few groups, or groups of unequal size, mean none."""
     assert expert_groups(number, chosen, True, 8) is None
 
@@ -277,7 +277,7 @@ def test_groups_that_are_none(number, chosen):
     ("number", "chosen"),
     [("2", 1), (2, "1"), (2.0, 1), (True, 1), (2, 0), (2, -1), (2, 3), (2, [1])],
 )
-def test_groups_that_no_router_can_go_by(number, chosen):
+def test_groups_that_no_router_can_use(number, chosen):
     with pytest.raises(ValueError, match=r"its router chooses .* groups of experts, wanted two"):
         expert_groups(number, chosen, True, 8)
 

@@ -61,7 +61,7 @@ def test_profiles_fit_siblings_of_other_formats(work, tmp_path, made_on, checked
     assert (done.exit_code, done.stderr) == (0, "")
 
 
-def test_layers_of_unlike_formats_are_listed(work, tmp_path):
+def test_layers_of_different_formats_are_listed(work, tmp_path):
     from safetensors.torch import load_file
 
     plain = load_file(work / "original/model.safetensors")

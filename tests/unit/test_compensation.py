@@ -33,7 +33,7 @@ def some(seed: int, experts: int = E, hidden: int = H) -> Compensation:
 # --- the file -------------------------------------------------------------------------------------
 
 
-def test_version_2_is_written_for_what_is_compensated_and_1_for_the_rest(tmp_path):
+def test_compensated_profiles_are_version_2_and_others_version_1(tmp_path):
     plain, compensated = profile(), profile(compensation={3: some(0)})
     for written, version in ((plain, "1"), (compensated, "2")):
         written.write(tmp_path / "file.safetensors")
@@ -114,7 +114,7 @@ def test_slots_scale_router_weights_and_add_biases():
         torch.testing.assert_close(added_TH[t], wanted_H)
 
 
-def test_slots_are_filled_and_freed_as_there_is_room():
+def test_slots_are_filled_and_freed_as_room_allows():
     made = SlotCompensation(1, torch.ones(E, dtype=torch.bool), H, torch.float32)
     assert made.weight_bytes == E * H * 4
     made.set_slot(2, some(2))
@@ -130,7 +130,7 @@ def test_slots_are_filled_and_freed_as_there_is_room():
     assert scaled.flatten().tolist() == [float(some(4).scale_E[1]), 1]
 
 
-def test_a_rank_that_adds_no_biases_has_no_room_for_them():
+def test_a_rank_that_adds_no_biases_allocates_none():
     made = SlotCompensation(1, torch.zeros(E, dtype=torch.bool), H, torch.float32)
     made.set_slot(0, some(0))
     slots = torch.zeros(2, 1, dtype=torch.int32)

@@ -91,7 +91,7 @@ def test_dense_layers_are_those_of_the_model(tmp_path, name, settings):
     ],
     ids=str,
 )
-def test_dense_layers_as_vllm_reads_them(settings, dense):
+def test_dense_layers_agree_with_vllm(settings, dense):
     found = dense_layers({"num_hidden_layers": 4, **settings})
     assert found is not None
     assert sorted(found) == dense
@@ -101,7 +101,7 @@ def test_dense_layers_as_vllm_reads_them(settings, dense):
     "value", [["x"], {"a": 1}, "0,a", 0.5, [[1]], "", -2, 0, [], True], ids=str
 )
 @pytest.mark.parametrize("key", DENSE_LAYERS)
-def test_no_value_makes_the_reading_fail(key, value):
+def test_no_value_makes_reading_fail(key, value):
     found = dense_layers({"num_hidden_layers": 4, key: value})
     assert found is None or set(found) <= set(range(4))
 
@@ -122,5 +122,5 @@ def test_no_value_makes_the_reading_fail(key, value):
     ],
     ids=str,
 )
-def test_what_is_said_otherwise_is_not_told(settings):
+def test_unknown_ways_to_name_dense_layers_are_ignored(settings):
     assert dense_layers({"num_hidden_layers": 4, **settings}) is None

@@ -57,7 +57,7 @@ def test_compose_file_is_valid():
     check(BIN / "check-jsonschema", *SCHEMA, DEPLOY / "compose.yaml")
 
 
-def test_file_of_ones_own_is_valid(tmp_path):
+def test_a_second_compose_file_is_valid(tmp_path):
     (tmp_path / "mine.yaml").write_text(example("deploy/README.md", "mine.yaml"))
     check(BIN / "check-jsonschema", *SCHEMA, tmp_path / "mine.yaml")
 
@@ -74,7 +74,7 @@ def test_file_of_ones_own_is_valid(tmp_path):
         ("", "--load-format atomic-pruned --enforce-eager"),
     ],
 )
-def test_entry_point_leaves_the_last_word_to_flags(arguments, command, tmp_path):
+def test_flags_override_the_entry_point(arguments, command, tmp_path):
     (tmp_path / "vllm").write_text('#!/bin/sh\necho "$*"\n')
     (tmp_path / "vllm").chmod(0o755)
     defaults = "--load-format atomic-pruned --enforce-eager"
@@ -89,7 +89,7 @@ def test_entry_point_leaves_the_last_word_to_flags(arguments, command, tmp_path)
 
 
 @pytest.mark.parametrize("home", ["", "there", "elsewhere"])
-def test_entry_point_finds_a_home_that_can_be_written(home, tmp_path):
+def test_entry_point_finds_a_writable_home(home, tmp_path):
     (tmp_path / "vllm").write_text('#!/bin/sh\ntouch "$HOME/written" && echo "$HOME"\n')
     (tmp_path / "vllm").chmod(0o755)
     (tmp_path / "there").mkdir()
@@ -160,7 +160,7 @@ def test_images_are_pinned(compose):
         assert re.search(r":(v?\d+\.\d+\.\d+|gpu|cpu)$", service["image"]), service["image"]
 
 
-def test_alerts_are_of_metrics_that_are_there(compose):
+def test_alerts_use_existing_metrics(compose):
     mounts = dict(it.split(":")[:2] for it in compose["services"]["prometheus"]["volumes"])
     configuration = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     assert configuration["rule_files"] == [mounts["./prometheus/alerts.yml"]]
@@ -178,7 +178,7 @@ def test_alerts_are_of_metrics_that_are_there(compose):
         assert labels.get("outcome", "failed") in get_args(Outcome)
 
 
-def test_grafana_is_given_its_data_source_and_dashboard(compose):
+def test_grafana_gets_its_data_source_and_dashboard(compose):
     grafana = compose["services"]["grafana"]
     mounts = dict(volume.split(":")[:2] for volume in grafana["volumes"])
     home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]

@@ -39,13 +39,13 @@ def test_every_block_says_what_it_needs(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_fence_is_of_a_known_language(document):
+def test_every_fence_has_a_known_language(document):
     opened = FENCE.findall((ROOT / document).read_text())[::2]
     assert all(words.split()[0] in ("sh", "yaml", "python", "toml") for words in opened), opened
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_no_command_stands_outside_of_a_block(document):
+def test_every_command_is_inside_a_block(document):
     text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.M | re.S)
     commands = r"^ {4}(?:\$ )?(?:curl|vllm|atomic-moe|make|docker|kubectl|pip|export|python)\b.*"
     assert re.findall(commands, text, re.M) == []
@@ -193,7 +193,7 @@ def paths_in(text):
     return {span for span in spans if "/" in span or span.endswith(".py")}
 
 
-def test_architecture_names_what_is_there():
+def test_architecture_names_existing_code():
     assert len(paths_in(ARCHITECTURE)) > 40
     for path in paths_in(ARCHITECTURE):
         located(path)
@@ -204,7 +204,7 @@ def test_architecture_names_what_is_there():
             assert re.search(rf"\b{name}\b", located(path).read_text()), (name, path)
 
 
-def test_architecture_says_where_to_add_what_on_two_pages():
+def test_architecture_fits_on_two_pages():
     rows = table(ARCHITECTURE, "Where to add what")
     assert {row[0] for row in rows} >= {
         *("a scoring method", "a disk layout", "an activation", "a quantized format", "a kernel"),
@@ -230,7 +230,7 @@ def test_every_claim_of_security_names_tests_that_exist():
     assert len(re.findall("::", SECURITY)) == len(named.findall(SECURITY))
 
 
-def test_version_stands_in_one_place():
+def test_the_version_is_in_one_place():
     from vllm_atomic_moe import __version__
 
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()

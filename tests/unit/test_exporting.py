@@ -195,7 +195,7 @@ def test_layers_without_atoms_and_experts_that_are_not_routable(model, tmp_path)
     assert torch.equal(PruningProfile.read(written).routable[1], routable[1])
 
 
-def test_other_files_come_along_and_other_weights_do_not(model, tmp_path):
+def test_other_files_are_copied_and_other_weights_are_not(model, tmp_path):
     for name in (
         *("LICENSE", "tokenizer.json", "chat_templates/tool.jinja", "modeling.py"),
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "original/params.json"),
@@ -222,7 +222,7 @@ def test_other_files_come_along_and_other_weights_do_not(model, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
-def test_configuration_says_what_vllm_would_read_off_the_shards(model, tmp_path):
+def test_configuration_says_what_vllm_would_read_from_the_shards(model, tmp_path):
     config = json.loads((model.path / "config.json").read_text())
     del config["dtype"]
     config["tie_word_embeddings"] = True
@@ -498,7 +498,7 @@ def test_profiles_and_models_that_do_not_fit_are_refused(model, tmp_path):
         ("../model.safetensors", lambda text: "x", "beside the exported ones in atomic_weights/"),
     ],
 )  # fmt: skip
-def test_exports_that_are_not_whole_are_refused(shared, tmp_path, file, changed, words):
+def test_incomplete_exports_are_refused(shared, tmp_path, file, changed, words):
     output = shared.export(tmp_path / "out")
     path = output / EXPORT_DIRECTORY / file
     path.write_text(changed(path.read_text() if path.exists() else ""))

@@ -69,7 +69,7 @@ def one_by_one(tensors, layer, part):
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
 @pytest.mark.parametrize("architecture", PER_EXPERT)
-def test_experts_and_routers_are_cut_and_all_else_is_copied(tmp_path, architecture, layout):
+def test_experts_and_routers_are_cut_and_the_rest_is_copied(tmp_path, architecture, layout):
     model = tmp_path / "model"
     info = make_checkpoint(architecture, model, layout=layout)
     width = 64 if architecture == "glm4_moe" else 24
@@ -207,7 +207,7 @@ def test_a_head_with_a_name_of_its_own_keeps_its_largest_atoms(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "int4", "gpt-oss"])
-def test_quantized_experts_go_whole(tmp_path, kind):
+def test_quantized_experts_are_removed_whole(tmp_path, kind):
     original, model = tmp_path / "original", tmp_path / "model"
     if kind == "gpt-oss":
         make_checkpoint("gpt_oss", original, intermediate_size=96)
@@ -341,7 +341,7 @@ def test_profiles_that_are_not_uniform(tmp_path):
     refused(tmp_path / "model", PruningProfile("none", none), "keeps no atoms")
 
 
-def test_groups_that_are_not_alike(tmp_path):
+def test_groups_that_differ(tmp_path):
     info = make_checkpoint("glm4_moe", tmp_path / "model")
     routable = {layer: torch.arange(8) > 1 for layer in info.layers}
     keep = {layer: mask[:, None].expand(-1, 64) for layer, mask in routable.items()}
@@ -361,14 +361,14 @@ def test_groups_that_are_not_alike(tmp_path):
         ("jamba", "intermediate_size is also the width of the dense layers"),
     ],
 )
-def test_widths_that_config_json_cannot_say(tmp_path, architecture, words):
+def test_widths_that_config_json_cannot_express(tmp_path, architecture, words):
     info = make_checkpoint(architecture, tmp_path / "model")
     scope = "group" if info.groups else "layer"
     words = f"{words}.*; prune whole experts: --method reap --scope {scope}"
     refused(tmp_path / "model", uniform_profile(info, 8, 32), words)
 
 
-def test_models_that_are_not_known_well_enough(tmp_path):
+def test_models_that_are_not_understood(tmp_path):
     model = tmp_path / "model"
     info = make_checkpoint("qwen3_moe", model)
     weights, profile = model / "model.safetensors", uniform_profile(info, 6, 64)

@@ -46,7 +46,7 @@ def test_an_index_reads_nothing_outside_of_the_checkpoint(tmp_path, absolute):
 
 
 @pytest.mark.parametrize("name", [3, None, [], {}])
-def test_an_index_of_other_things_than_names(tmp_path, name):
+def test_an_index_with_entries_that_are_not_names(tmp_path, name):
     make_checkpoint("qwen3_moe", tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(ValueError, match=f"{INDEX}: .*fetch it again"):
@@ -85,7 +85,7 @@ def test_a_chat_template_runs_in_a_sandbox(tmp_path, monkeypatch, template):
         {"headers": {"Authorization": "Bearer "}},
     ],
 )
-def test_the_key_counts_in_one_header_alone(client, given):
+def test_the_key_counts_in_one_header_only(client, given):
     """A browser sends that header for no page of another site."""
     client.cookies = given.pop("cookies", None)
     assert client.put("/anything", **given).status_code == 401
@@ -93,7 +93,7 @@ def test_the_key_counts_in_one_header_alone(client, given):
     assert client.put("/anything", headers=headers).status_code == 200
 
 
-def test_nobody_writes_lines_of_their_own_into_the_log(client, monkeypatch):
+def test_requests_cannot_forge_log_lines(client, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(access.logger, "info", lambda text, *words: lines.append(text % words))
     forged = "x%0aINFO%20Profile%20change:%20key=none%1b[31m%e2%80%ae" + "y" * 300

@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
         *((text, None) for text in ("org/name/../x", "org/name@", "org/na me", "org/name/a*")),
     ],
 )
-def test_what_is_a_repository(text, wanted):
+def test_names_of_repositories(text, wanted):
     match = REPOSITORY.fullmatch(text)
     assert (match and match.groups()) == wanted
 
@@ -61,7 +61,7 @@ def test_show_and_check_take_repositories(cache):
     assert result.stdout.count(" ok ") == 3
 
 
-def test_what_is_not_there_is_one_line(cache):
+def test_what_cannot_be_found_is_one_line(cache):
     line = refused("show", "org/none")
     assert "'org/none' is neither a directory nor on the Hugging Face Hub" in line
     assert "'org/profiles' is neither" in refused("show", "org/profiles@v3")
@@ -74,7 +74,7 @@ def test_what_is_not_there_is_one_line(cache):
     )
 
 
-def test_only_the_folders_profiles_are_asked_for(tmp_path, monkeypatch):
+def test_only_profiles_of_the_folder_are_requested(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 

@@ -44,7 +44,7 @@ def test_op_is_opaque_and_has_a_faithful_fake():
     torch.library.opcheck(torch.ops.atomic_moe.fused_experts.default, arguments)
 
 
-def test_the_reference_runs_where_nothing_else_does(monkeypatch):
+def test_the_reference_runs_everywhere(monkeypatch):
     backend = choose_backend(torch.device("meta"), torch.float32)
     assert backend.name == "reference"
     monkeypatch.setitem(backends.BACKENDS, "cpu", ("broken", "reference"))
@@ -61,7 +61,7 @@ def test_the_reference_runs_where_nothing_else_does(monkeypatch):
         choose_backend(CPU, torch.float32, "broken")
 
 
-def test_a_named_kernel_is_taken_or_refused():
+def test_a_named_kernel_is_used_or_refused():
     assert choose_backend(CPU, torch.bfloat16, "reference").reason == "as the options ask"
     with pytest.raises(ValueError, match=r"kernel 'triton' does not run on cpu; wanted one of"):
         choose_backend(CPU, torch.bfloat16, "triton")

@@ -189,7 +189,7 @@ def unpack(problem: Problem, expert: int, hidden_size: int) -> dict[str, torch.T
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_size", [2, 62, 64, 152])
-def test_layout_holds_every_row_and_nothing_but_zeros(dtype, hidden_size):
+def test_layout_holds_every_row_and_zeros_elsewhere(dtype, hidden_size):
     problem = make_problem(hidden_size=hidden_size, dtype=dtype)
     for expert, width in enumerate(WIDTHS):
         for name, rows in unpack(problem, expert, hidden_size).items():
@@ -232,7 +232,7 @@ def test_rows_of_any_strides_and_dtype_are_written(projection, source):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("hidden_size", [2, 62, 64, 152])
 @pytest.mark.parametrize("turned", [False, True])
-def test_codes_lie_as_weights_do(bits, hidden_size, turned):
+def test_codes_have_the_layout_of_weights(bits, hidden_size, turned):
     """Half as wide, or a quarter: read back through the layout of float16, a number each."""
     row_format = FP8 if bits == 8 else INT4
     generator = torch.Generator().manual_seed(0)
@@ -411,7 +411,7 @@ def test_codes_for_many_rows_give_the_bits_of_few(row_format):
         ("up_scales", lambda it: it.to("meta"), "on meta, wanted cpu"),
     ],
 )
-def test_scales_that_only_our_own_bug_could_pass(table, change, said):
+def test_invalid_scales_are_caught(table, change, said):
     packed = make_codes(FP8, torch.bfloat16)
     arguments = make_input(3, len(WIDTHS))
     run_codes(packed, *arguments)
@@ -474,7 +474,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, tokens):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_does_not_depend_on_its_batch(dtype):
+def test_a_tokens_result_does_not_depend_on_its_batch(dtype):
     problem = make_problem(dtype=dtype)
     x_TH, topk_weights_TK, ids_TK = make_input(40, len(WIDTHS), dtype=dtype)
     together = run(problem, x_TH, topk_weights_TK, ids_TK)
@@ -489,7 +489,7 @@ def test_a_token_does_not_depend_on_its_batch(dtype):
 
 
 @needs_library
-def test_nothing_is_left_over_from_another_call():
+def test_nothing_remains_from_an_earlier_call():
     """Scratch of a call full of NaN, and an output that begins as NaN."""
     problem = make_problem()
     arguments = make_input(40, len(WIDTHS))
@@ -530,7 +530,7 @@ def test_extreme_gates_saturate(dtype):
 
 
 @needs_library
-def test_gates_of_any_size_are_as_in_torch():
+def test_gates_of_any_size_equal_torch():
     """Each the gate of an expert of its own, whose other factors are 1."""
     sizes = [0, 1e-30, 1, 50, 87, 90, 100, 1e4, 1e15, 1e30, torch.inf, torch.nan]
     gates_E = torch.tensor([sign * size for size in sizes for sign in (1, -1)])
@@ -564,7 +564,7 @@ def test_many_tokens_are_computed_in_chunks(dtype, variant, request):
 
 
 @needs_library
-def test_bits_beyond_their_expert_are_nobodys():
+def test_bits_beyond_their_expert_are_ignored():
     """They would read other experts' weights."""
     problem = make_problem((40, 33, 64))
     x_TH, topk_weights_TK, ids_TK = make_input(7, 3)
@@ -594,7 +594,7 @@ def test_bits_beyond_their_expert_are_nobodys():
         ({"topk_ids_TK": torch.ones(3, 2)}, "expert ids are torch.float32"),
     ],
 )
-def test_arguments_that_only_our_own_bug_could_pass(change, said):
+def test_invalid_arguments_are_caught(change, said):
     offsets_E1 = torch.tensor([0, 2, 4])
     right = {
         "x_TH": torch.ones(3, 152).bfloat16(),
@@ -619,14 +619,14 @@ def test_arguments_that_only_our_own_bug_could_pass(change, said):
         (torch.ones(4, 8).bfloat16(), torch.arange(3), "lie beyond"),
     ],
 )
-def test_rows_that_only_our_own_bug_could_pack(rows_SH, atoms_F, said):
+def test_invalid_rows_are_caught(rows_SH, atoms_F, said):
     with pytest.raises(AssertionError, match=said):
         cpu._library().pack(torch.ones(3 * 8 * 2).bfloat16(), 0, "gate", rows_SH, atoms_F, 1)
 
 
 @needs_library
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer ends it")
-def test_no_memory_is_an_exception():
+def test_running_out_of_memory_raises():
     """Offsets of an expert so wide that no address space could hold its activations."""
     problem = make_problem((8, 4))
     x_TH, topk_weights_TK, ids_TK = make_input(3, 2)
@@ -642,7 +642,7 @@ def test_no_memory_is_an_exception():
 
 
 @needs_library
-def test_memory_that_served_one_dtype_may_serve_another():
+def test_weights_of_another_dtype_at_the_same_address():
     """What was checked of a layer is remembered by its addresses."""
     one, two = make_problem(dtype=torch.bfloat16), make_problem(dtype=torch.float16)
     index = one.bits(one.whole()), one.words, one.offsets_E1
@@ -701,7 +701,7 @@ def test_every_instruction_set_gives_the_same_bits_for_any_number_of_threads(isa
 
 @pytest.mark.parametrize("isa", USABLE)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_who_else_is_in_the_batch_does_not_change_a_bit(isa, dtype):
+def test_the_rest_of_the_batch_does_not_change_a_bit(isa, dtype):
     """Tokens of sixteen profiles at once, whose atoms lie in one another's tiles and gaps."""
     if isa == "amx" and dtype == torch.bfloat16:
         pytest.skip("AMX sums in another order where a block begins elsewhere")
@@ -838,7 +838,7 @@ def test_other_devices_dtypes_and_processors_are_declined(monkeypatch):
     cpu._load.cache_clear()
 
 
-def test_an_instruction_set_that_is_not_there_is_said(unloaded):
+def test_a_missing_instruction_set_is_reported(unloaded):
     """Refused, or a typing mistake would be measured as the slow loop."""
     unloaded.setenv("ATOMIC_MOE_CPU_ISA", "mmx")
     said = f"ATOMIC_MOE_CPU_ISA is 'mmx', this processor has {', '.join(USABLE)}; name one"
@@ -846,7 +846,7 @@ def test_an_instruction_set_that_is_not_there_is_said(unloaded):
         choose_backend(torch.device("cpu"), torch.bfloat16)
 
 
-def test_a_containers_quota_is_read(monkeypatch, tmp_path):
+def test_the_quota_of_a_container_is_read(monkeypatch, tmp_path):
     for quota, workers in (("max 100000", 1 << 16), ("150000 100000", 2), ("10000 100000", 1)):
         (tmp_path / "cpu.max").write_text(quota)
         monkeypatch.setattr(cpu_library, "CGROUP", tmp_path)
@@ -878,7 +878,7 @@ def test_a_quota_idles_threads_and_changes_no_bit(monkeypatch, tokens):
 @needs_library
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 @pytest.mark.parametrize("name", [v.name for v in cpu_library.variants_of_machine()])
-def test_every_variant_is_understood(compiler, name):
+def test_every_variant_parses(compiler, name):
     """Also those that do not run here, and not by emulation, which replaces AMX's macros."""
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
@@ -900,7 +900,7 @@ def test_clang_builds_it_too(fresh):
 @pytest.mark.parametrize(
     ("installed", "compiler"), [(("g++", "clang++"), "g++"), (("clang++",), "clang++"), ((), "g++")]
 )
-def test_the_compiler_that_is_installed_is_taken(fresh, installed, compiler):
+def test_the_installed_compiler_is_used(fresh, installed, compiler):
     fresh.delenv("CXX", raising=False)
     fresh.setattr(shutil, "which", lambda name: name if name in installed else None)
     assert cpu_library._installed_compiler() == compiler
@@ -914,12 +914,12 @@ def test_the_compiler_that_is_installed_is_taken(fresh, installed, compiler):
         ("g++ -DPlan=7", "error: expected"),
     ],
 )
-def test_a_compiler_that_is_missing_or_broken(fresh, compiler, reason):
+def test_missing_or_broken_compilers(fresh, compiler, reason):
     fresh.setenv("CXX", compiler)
     assert reason in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 
 
-def test_a_cache_that_cannot_be_written(fresh, tmp_path):
+def test_an_unwritable_cache(fresh, tmp_path):
     (tmp_path / "cache").write_text("a file")
     assert "set ATOMIC_MOE_CACHE" in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 
@@ -933,7 +933,7 @@ def test_a_user_without_a_home(fresh):
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757])
-def test_a_cache_that_others_may_write_is_refused(fresh, tmp_path, mode):
+def test_a_cache_writable_by_others_is_refused(fresh, tmp_path, mode):
     """What lies there would run here."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(mode)
@@ -969,7 +969,7 @@ def test_a_prebuilt_cache_may_be_read_only(fresh):
     assert list(library.parent.iterdir()) == [library]
 
 
-def test_the_lock_is_no_link_into_other_files(fresh, tmp_path):
+def test_the_lock_does_not_follow_links(fresh, tmp_path):
     library = cpu_library.build(VARIANTS[LOWEST])
     assert library.parent.stat().st_mode & 0o022 == library.stat().st_mode & 0o022 == 0
     other, lock = tmp_path / "other", library.with_suffix(".lock")
@@ -982,7 +982,7 @@ def test_the_lock_is_no_link_into_other_files(fresh, tmp_path):
     assert other.read_text() == "kept"
 
 
-def test_a_library_that_cannot_be_loaded_is_compiled_anew(fresh):
+def test_an_unloadable_library_is_compiled_again(fresh):
     fresh.setattr(cpu_library, "COMMON_FLAGS", (*cpu_library.COMMON_FLAGS, "-O0"))
     library = cpu_library.build(VARIANTS[LOWEST])
     library.write_text("from another system")
@@ -996,7 +996,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_anew(fresh):
 @pytest.mark.parametrize(
     "name", ["platform.libc_ver", "vllm_atomic_moe.experts.backends.cpu.library._openmp"]
 )
-def test_another_system_has_libraries_of_its_own(fresh, name, tmp_path):
+def test_another_system_has_its_own_libraries(fresh, name, tmp_path):
     fresh.setattr(cpu_library, "_compile", lambda command: Path(command[-3]).touch())
     fresh.setattr(cpu_library, "_openmp", lambda: ["/a/libgomp.so.1", "-Wl,--as-needed"])
     before = cpu_library.build(VARIANTS[LOWEST])
@@ -1010,7 +1010,7 @@ def build_ahead():
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_building_ahead_skips_what_the_compiler_does_not_know(fresh, tmp_path):
+def test_building_ahead_skips_unsupported_variants(fresh, tmp_path):
     """Those without bf16 instructions are compiled here, and only in name."""
     compiler = tmp_path / "old-compiler"
     compiler.write_text(

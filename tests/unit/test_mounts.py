@@ -77,7 +77,7 @@ def test_a_mount_without_locks(original, tmp_path, monkeypatch, code):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_lock_that_fails_otherwise_leaves_nothing(original, tmp_path, monkeypatch):
+def test_another_failure_to_lock_leaves_nothing(original, tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.EIO, "broken")
 
@@ -89,7 +89,7 @@ def test_a_lock_that_fails_otherwise_leaves_nothing(original, tmp_path, monkeypa
         lock(file.fileno())
 
 
-def test_statistics_that_cannot_take_their_place_are_kept(original, tmp_path, monkeypatch):
+def test_statistics_that_cannot_be_renamed_are_kept(original, tmp_path, monkeypatch):
     replace = os.replace
 
     def fail(source, target):
@@ -109,7 +109,7 @@ def test_statistics_that_cannot_take_their_place_are_kept(original, tmp_path, mo
     assert pruned.exit_code == 0, pruned.output
 
 
-def test_an_export_that_cannot_take_its_place_is_kept(original, tmp_path, monkeypatch):
+def test_an_export_that_cannot_be_renamed_is_kept(original, tmp_path, monkeypatch):
     from pathlib import Path
 
     def fail(*_):
@@ -126,7 +126,7 @@ def test_an_export_that_cannot_take_its_place_is_kept(original, tmp_path, monkey
         assert describe_checkpoint(tmp_path / ".out.exporting").stored
 
 
-def test_statistics_are_written_elsewhere_where_there_is_no_room(original, tmp_path):
+def test_statistics_are_written_elsewhere_if_the_disk_is_full(original, tmp_path):
     """A write that fails for real: files may not be larger than 64 KiB, the first time."""
     script = (
         "import resource, sys\n"
@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_written_is_named(original, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hidden_files_are_not_ours(model):
+def test_hidden_files_are_ignored(model):
     """macOS puts `._x` beside every x on foreign disks."""
     wanted = describe_checkpoint(model)
     (model / "._model.safetensors").write_bytes(b"AppleDouble")
@@ -188,7 +188,7 @@ def test_hidden_files_are_not_ours(model):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet"])
-def test_a_pointer_is_no_text_and_no_file_of_another_tool(original, tmp_path, suffix):
+def test_a_pointer_is_neither_text_nor_another_tools_file(original, tmp_path, suffix):
     data = tmp_path / f"x{suffix}"
     data.write_text(POINTER)
     line = refused("calibrate", original, "--data", data, "-o", tmp_path / "s", *SHORT)
@@ -207,7 +207,7 @@ def test_a_tokenizer_may_be_a_pointer(model):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "p.safetensors"])
-def test_git_lfs_pointers_are_called_so(model, original, name):
+def test_git_lfs_pointers_are_named(model, original, name):
     profile = shutil.copy(original.parent / "p.safetensors", model.parent / "p.safetensors")
     path = profile if name == "p.safetensors" else model / name
     with open(path, "w") as file:
@@ -223,7 +223,7 @@ def test_an_index_that_is_a_pointer(model):
         describe_checkpoint(model)
 
 
-def test_whatever_is_computed_is_written_somewhere(tmp_path, monkeypatch):
+def test_every_result_is_written_somewhere(tmp_path, monkeypatch):
     """The place of the file is full, then the temporary directory, then the working directory."""
     places = [tmp_path / name for name in ("output", "temporary", "here")]
     for place in places:
@@ -257,7 +257,7 @@ def test_whatever_is_computed_is_written_somewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("refusal", [None, errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, refusal):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch, refusal):
     """So that a power cut leaves the old file or the new one; where the mount can."""
     done = []
     fsync, replace = os.fsync, os.replace

@@ -51,7 +51,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
 
 
-def test_a_model_with_code_of_its_own(model, tmp_path):
+def test_a_model_with_its_own_code(model, tmp_path):
     """It does not run and does not prompt; with the option it runs."""
     ran = tmp_path / "ran"
     config, name = f"open({str(ran)!r}, 'w')\n", "transformers.models.qwen3_moe"
@@ -83,7 +83,7 @@ def test_code_beside_a_model_that_transformers_knows_is_not_needed(model):
     assert result.exit_code == 0, result.output
 
 
-def test_a_tokenizer_with_code_of_its_own(model):
+def test_a_tokenizer_with_its_own_code(model):
     edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
     check_tokenizer_code(model, False)  # tokenizer.json says it all
     (model / "tokenizer.json").unlink()
@@ -118,7 +118,7 @@ def test_code_beside_a_model_that_takes_images_is_not_needed(model):
 
 
 @pytest.mark.parametrize("error", [KeyError("past"), AttributeError("no x"), RuntimeError("mat")])
-def test_what_model_code_raises_is_one_line(model, monkeypatch, error):
+def test_exceptions_of_model_code_become_one_line(model, monkeypatch, error):
     def forward(self, *args, **kwargs):
         raise error
 
@@ -132,7 +132,7 @@ def test_what_model_code_raises_is_one_line(model, monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ImportError("no timm"), OSError("gone")])
-def test_what_loading_raises_is_one_line(model, monkeypatch, error):
+def test_exceptions_of_loading_become_one_line(model, monkeypatch, error):
     def fail(self, *args, **kwargs):
         raise error
 
@@ -140,7 +140,7 @@ def test_what_loading_raises_is_one_line(model, monkeypatch, error):
     assert f"transformers cannot load it ({type(error).__name__}: " in refused(*calibrate(model))
 
 
-def test_an_untied_head_that_is_not_in_the_files(model):
+def test_an_untied_head_missing_from_the_files(model):
     path = model / "model.safetensors"
     tensors = load_file(path)
     del tensors["lm_head.weight"]

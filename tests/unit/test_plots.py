@@ -134,7 +134,7 @@ SEEDS = points("random", (0.8, 23.9), (0.8001, 22.5), (0.8, 23.6), (0.6, 50.8), 
 HEAPR = points("heapr", (0.6, 18.5), (0.8, 16.0))
 
 
-def test_one_line_per_method_and_seeds_are_one_point_of_it():
+def test_one_line_per_method_and_one_point_per_seeds():
     lines = _lines(HEAPR + SEEDS)
     # The legend reads from the highest end of a line to the lowest.
     assert [method for method, _ in lines] == ["random", "heapr"]
@@ -143,7 +143,7 @@ def test_one_line_per_method_and_seeds_are_one_point_of_it():
     assert [[point.kept for point in group] for group in heapr] == [[0.8], [0.6]]
 
 
-def test_other_settings_are_another_line_by_the_name_of_its_profile():
+def test_other_settings_make_another_line_named_by_profile():
     layer = PerplexityPoint("heapr", 0.8, 16.4, '{"scope": "layer"}', "heapr-20-layer")
     named = [dataclasses.replace(point, name=f"heapr-{point.kept}") for point in HEAPR]
     lines = dict(_lines([*named, layer, *SEEDS]))

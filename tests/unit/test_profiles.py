@@ -70,7 +70,7 @@ def refusal(action) -> str:
     with_routable=st.booleans(),
     extra=st.dictionaries(st.text(min_size=1, max_size=20), st.text(max_size=40), max_size=4),
 )
-def test_what_is_written_is_read(tmp_path, name, seed, layers, shape, with_routable, extra):
+def test_a_written_file_reads_back_equal(tmp_path, name, seed, layers, shape, with_routable, extra):
     generator = torch.Generator().manual_seed(seed)
     keep = {layer: torch.rand(shape, generator=generator) < 0.5 for layer in layers}
     routable = {layer: mask.any(dim=1) for layer, mask in keep.items()} if with_routable else {}
@@ -121,7 +121,7 @@ def test_widths_and_kept():
     assert profile().kept == pytest.approx(2 / 3)
 
 
-def test_digest_is_of_the_name_and_what_the_masks_compute():
+def test_digest_covers_the_name_and_what_is_computed():
     masks = {1: torch.ones(4, 6).bool(), 3: torch.zeros(4, 6).bool()}
     masks[1][2] = False
     everyone = {layer: torch.ones(4).bool() for layer in masks}
@@ -226,7 +226,7 @@ def test_hostile_model_metadata_is_refused(tmp_path, model):
 
 @REUSE
 @given(name=st.text(max_size=80))
-def test_names_are_the_allowed_ones_only(name):
+def test_only_allowed_names_are_accepted(name):
     try:
         accepted = PruningProfile(name, keep_masks()).name
     except ValueError as error:

@@ -112,7 +112,7 @@ def test_a_success_of_another_service_is_one_line(content, command):
         ("http://127.0.0.1:9", "localhost,fe80::/10,[::1"),
     ],
 )
-def test_proxies_that_httpx_does_not_take(monkeypatch, value, no_proxy):
+def test_proxies_that_httpx_refuses(monkeypatch, value, no_proxy):
     for name in VARIABLES:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NO_PROXY", no_proxy)
@@ -138,7 +138,7 @@ def test_a_hub_that_cannot_be_asked_through_a_proxy_is_one_line(variable, tmp_pa
     assert "check the path" in done.stdout
 
 
-def test_what_the_hub_raises_is_one_line(monkeypatch):
+def test_exceptions_of_the_hub_become_one_line(monkeypatch):
     import huggingface_hub
 
     def fail(*_, **__):
@@ -187,7 +187,7 @@ def test_what_the_hub_raises_is_one_line(monkeypatch):
         ('{"error": "busy"}', 503, "application/json", "503 the answer is not from a vLLM server"),
     ],
 )
-def test_answers_of_others(content, status, kind, words):
+def test_answers_of_other_services(content, status, kind, words):
     with Answering(content, status, kind) as server, AdminClient(server.url, None) as client:
         for ask in (client.status, client.profiles, lambda: client.activate("a", "finish")):
             with pytest.raises(ValueError, match=re.escape(words)):

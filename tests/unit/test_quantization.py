@@ -25,7 +25,7 @@ def parts_of(quantized: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_decodes_to_what_the_codes_stand_for(name):
+def test_decodes_to_the_meanings_of_codes(name):
     generator = torch.Generator().manual_seed(0)
     for projection in PROJECTIONS:
         shape = (H, FULL) if projection == "down" else (FULL, H)
@@ -186,7 +186,7 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
         ("fp8-block", ["fp8"], "config.json has no quantization_config"),
     ],
 )
-def test_config_must_say_the_same(original, tmp_path, name, settings, words):
+def test_config_must_agree_with_the_tensors(original, tmp_path, name, settings, words):
     quantize_checkpoint(original, tmp_path / "model", name)
     path = tmp_path / "model/config.json"
     config = json.loads(path.read_text()) | {"quantization_config": settings}
@@ -207,7 +207,7 @@ def test_one_group_of_down_is_one_of_many_of_gate(tmp_path, name):
     assert torch.equal(decode(rows, row_format(scheme, 128, 32), "gate"), dense)
 
 
-def test_a_shard_that_was_cut_short(original, tmp_path):
+def test_a_truncated_shard(original, tmp_path):
     quantize_checkpoint(original, tmp_path / "model", "nvfp4")
     path = tmp_path / "model/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -217,7 +217,7 @@ def test_a_shard_that_was_cut_short(original, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_resident_bytes_follow_the_atoms_that_are_kept(name, ratio):
+def test_resident_bytes_follow_the_kept_atoms(name, ratio):
     """At most two points more, for scales that atoms share, at a real model's sizes."""
     hidden, size, experts = 2048, 768, 4
     keep = torch.rand(experts, size, generator=torch.Generator().manual_seed(0)) >= ratio

@@ -58,7 +58,7 @@ def numbers(scheme, projection, parts):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_scales_that_are_broken(kind, projection):
+def test_broken_scales(kind, projection):
     scheme = SCHEMES[kind]
     scale = next(name for name in scheme.parts if "scale" in name)
 
@@ -87,7 +87,7 @@ def test_scales_that_are_broken(kind, projection):
             numbers(scheme, projection, {**blank, **factor})
 
 
-def test_factors_that_are_broken():
+def test_broken_factors():
     for kind in ("nvfp4", "nvfp4-modelopt"):
         name = SCHEMES[kind].parts[2]
         for value in (0.0, torch.inf, torch.nan):
@@ -96,7 +96,7 @@ def test_factors_that_are_broken():
                 numbers(SCHEMES[kind], "up", parts)
 
 
-def test_groups_that_are_not_there():
+def test_invalid_group_indices():
     parts = matrix("gptq", "down")
     parts["g_idx"][3] = 7
     with pytest.raises(ValueError, match="g_idx does not give a group to each of 32 inputs"):
@@ -186,7 +186,7 @@ def mutate(seeds):
     return refused
 
 
-def test_mutations_are_refused_in_one_line_or_finite():
+def test_mutations_give_one_line_or_finite_numbers():
     assert 500 < mutate(range(3_000)) < 2_950
 
 

@@ -28,7 +28,7 @@ KINDS = ("qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3", "nemotron_
     ],
     ids=str,
 )
-def test_heapr_is_the_papers_formula(architecture, dtype, tmp_path):
+def test_heapr_follows_the_papers_formula(architecture, dtype, tmp_path):
     info = make_model(architecture, tmp_path)
     windows = random_windows(4, SEQ_LEN)
 
@@ -53,7 +53,7 @@ def _check(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     )
 
 
-def test_the_method_that_is_timed_against_ours_is_the_papers(tmp_path):
+def test_the_timed_reference_is_the_papers_method(tmp_path):
     info = make_model("qwen3_moe", tmp_path)
     windows = random_windows(2, SEQ_LEN)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

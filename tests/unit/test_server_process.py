@@ -57,7 +57,7 @@ def test_the_whole_group_ends_when_the_block_is_left(error, tmp_path, monkeypatc
     assert processes_of_group(groups[0]) == []
 
 
-def test_a_server_that_ends_says_why(tmp_path):
+def test_a_server_that_ends_reports_why(tmp_path):
     with (
         pytest.raises(ValueError, match=r"ended with code 1 .*: ValueError: no such thing \(log: "),
         start("raise ValueError('no such thing')", tmp_path),
@@ -65,7 +65,7 @@ def test_a_server_that_ends_says_why(tmp_path):
         pass
 
 
-def test_a_server_that_never_answers_is_ended(tmp_path):
+def test_a_server_that_never_answers_is_stopped(tmp_path):
     code = "import time; print('thinking', flush=True); time.sleep(600)"
     begun = time.monotonic()
     with pytest.raises(ValueError, match="not healthy in time: thinking"):
@@ -113,7 +113,7 @@ LOG = (
 )
 
 
-def test_a_load_is_what_lies_between_two_lines_of_the_log(tmp_path):
+def test_load_time_is_between_two_lines_of_the_log(tmp_path):
     log = tmp_path / "log"
     log.write_text("".join(LOG))
     ends = [len("".join(LOG[:lines])) for lines in range(len(LOG) + 1)]
@@ -124,7 +124,7 @@ def test_a_load_is_what_lies_between_two_lines_of_the_log(tmp_path):
     assert _loading(Server("", log, None, samples=[samples[1], samples[-1]])) == (0, 99, 99)
 
 
-def test_a_gpu_worker_says_what_a_load_took(tmp_path):
+def test_a_gpu_worker_reports_its_load_time(tmp_path):
     log = tmp_path / "log"
     log.write_text("INFO one\nINFO Model loading took 2.5 GiB memory and 7.500000 seconds\n")
     samples = [Sample(0.0, 0, 10), Sample(1.0, 9, 40), Sample(9.0, log.stat().st_size, 99)]

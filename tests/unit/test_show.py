@@ -33,7 +33,7 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_table_per_layer_and_in_all(directory):
+def test_table_per_layer_and_total(directory):
     result = run("show", directory / "atoms.safetensors")
     assert result.exit_code == 0, result.output
     first, header, *rows = result.stdout.splitlines()
@@ -49,7 +49,7 @@ def test_table_per_layer_and_in_all(directory):
     ]
 
 
-def test_experts_outside_the_router_and_bytes_that_are_not_known(directory):
+def test_unroutable_experts_and_unknown_bytes(directory):
     result = run("show", directory / "whole.safetensors")
     first, _, *rows = result.stdout.splitlines()
     assert first == "whole: 75.00% of atoms kept"
@@ -130,7 +130,7 @@ def test_an_unreadable_file_is_left_out_and_named(directory):
         assert "zzz.safetensors: not a complete safetensors file" in line
 
 
-def test_a_picture_that_fails_leaves_the_table(directory, tmp_path, monkeypatch):
+def test_a_failed_plot_leaves_the_table(directory, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no font")
 
@@ -184,7 +184,7 @@ def test_evaluation_of_one_domain_needs_no_second_table(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 + 3
 
 
-def test_models_of_hidden_sizes_that_are_no_numbers(directory):
+def test_hidden_sizes_that_are_not_numbers(directory):
     odd = dataclasses.replace(MODEL).identity() | {"hidden_size": "1024"}
     profile = PruningProfile("odd", {1: atoms(1, 2)}, metadata={"model": json.dumps(odd)})
     profile.write(directory / "odd.safetensors")

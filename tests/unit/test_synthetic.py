@@ -27,7 +27,7 @@ def directory(tmp_path_factory):
     return directory
 
 
-def test_nearly_all_of_the_default_is_experts():
+def test_the_default_model_is_nearly_all_experts():
     sizes = Sizes()
     assert (sizes.layers, sizes.experts, sizes.hidden, sizes.intermediate) == (6, 32, 1024, 1024)
     assert sizes.expert_bytes == 6 * 32 * 3 * 1024 * 1024 * 2
@@ -54,13 +54,13 @@ def test_profiles_are_ragged_and_nested(directory):
     assert all((low.keep[layer] >= high.keep[layer]).all() for layer in info.layers)
 
 
-def test_any_tokens_survive_being_text(directory):
+def test_any_tokens_survive_decoding_and_encoding(directory):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = torch.randint(2, tokenizer.vocab_size, (300,)).tolist()
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
-def test_calibration_is_measured_in_every_way(directory):
+def test_every_way_to_calibrate_is_measured(directory):
     plan = CalibrationPlan(dtype="float32", windows=2, seq_len=16, rounds=1)
     said = []
     report = measure_calibration(directory, plan, lambda *step: said.append(step))

@@ -59,8 +59,8 @@ class TestTriton(KernelSuite):
             for name in FORMATS
         ],
     )
-    def test_rows_that_are_codes(self, name: str) -> None:
-        super().test_rows_that_are_codes(name)
+    def test_rows_of_codes(self, name: str) -> None:
+        super().test_rows_of_codes(name)
 
     @pytest.mark.parametrize("tiles", [tiles for _, tiles in triton_backend.TILES], ids=str)
     def test_all_tiles(self, tiles, monkeypatch):
