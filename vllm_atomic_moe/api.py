@@ -163,7 +163,7 @@ def prune(
         name: of the profile; None means METHOD-PERCENT, as in heapr-25.
         domain: score by the tokens of these domains only; None means all.
         compensate: the model, local directory or Hugging Face id, to fit a scale and a bias of
-            every expert's output to, which make up for what is pruned; None fits none.
+            every expert's output to, to offset the error of pruning; None fits none.
         data: `PATH[:DOMAIN]`, the text to fit on.
         field, samples, seq_len, batch_size, dtype, device, trust_remote_code: as of `calibrate`,
             of the fit.
@@ -236,7 +236,7 @@ def export(
         profile: profile file.
         output: directory to make; an export of the same model and profile is replaced.
         plain: write an ordinary checkpoint, for engines that do not know profiles.
-        refit: fit down_proj anew, so that the atoms that stay make up for those that go.
+        refit: refit down_proj, so that the kept atoms offset the error of pruning.
         data: `PATH[:DOMAIN]`, the text to fit on.
         field, samples, seq_len, batch_size, dtype, device, trust_remote_code: as of `calibrate`,
             of the fit.

@@ -392,7 +392,7 @@ def test_other_activations_are_calibrated_with_a_note(tmp_path):
     info = describe_checkpoint(tmp_path)
     experts = find_experts(model, info)
     (note,) = serving_notes(experts)
-    assert "MixtralExperts computes an activation of its own, or one that is seldom used" in note
+    assert "MixtralExperts computes its own activation, or an uncommon one" in note
     text = CalibrationText({"a": random_windows(1, 8)}, ())
     assert collect(model, experts, info, text, 1)[0].g2.sum() > 0
 

@@ -173,7 +173,9 @@ def test_prune_compensates(tmp_path, monkeypatch):
         api.export("model", path, "out", refit=True, data=["text.txt"], seq_len=64)
     whole = replace(better, keep={k: torch.ones_like(m) for k, m in better.keep.items()})
     whole.write(tmp_path / "whole.safetensors")
-    with pytest.raises(ValueError, match="is compensated, which an ordinary checkpoint cannot say"):
+    with pytest.raises(
+        ValueError, match="is compensated, which an ordinary checkpoint cannot express"
+    ):
         api.export("model", "whole.safetensors", "out", plain=True)
     refused = run(*prune, *text)
     assert refused.exit_code == 1

@@ -139,7 +139,7 @@ def test_every_architecture_loses_experts(tmp_path, architecture):
     model, it = tmp_path / "model", ARCHITECTURES[architecture]
     profile = uniform_profile(make_checkpoint(architecture, model), 6, 64)
     if architecture == "dbrx":
-        with pytest.raises(ValueError, match="experts stand one below another; such a model is"):
+        with pytest.raises(ValueError, match="experts are stacked in one matrix; such a model is"):
             plain(model, tmp_path / "out", profile)
         return
     plain(model, tmp_path / "out", profile)
@@ -379,10 +379,10 @@ def test_models_that_are_not_understood(tmp_path):
         (model / "config.json").write_text(json.dumps({**told, **changes}))
 
     tell(**dict.fromkeys([key for key, value in told.items() if value == 8], None))
-    refused(model, profile, "nothing known says that a layer has 8 experts")
+    refused(model, profile, "no known key gives the number of experts, 8")
     tell(moe_intermediate_size=None)
     narrow = uniform_profile(info, 8, 32)
-    refused(model, narrow, "nothing known says that routed experts are 64 wide")
+    refused(model, narrow, "no known key gives the width of routed experts, 64")
     tell()
     for name, tensor, words in (
         (

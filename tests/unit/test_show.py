@@ -171,7 +171,7 @@ def test_evaluation_shows_the_change_of_every_domain(capsys):
     told = ["heapr-20", "80.0%", "1.00", "25%", "0.0123", "+10.0%", "5.00", "10.10", "6.60"]
     assert lines[2] == told
     assert " ".join(lines[-2]) == (
-        "answers: those that equal dense's, of 135 greedy ones of 32 tokens"
+        "answers: share of 135 greedy answers of 32 tokens that equal dense's"
     )
     assert lines[4:-3] == [
         ["against", "dense", "c", "english", "all"],

@@ -258,8 +258,8 @@ def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
         known = activation is functional.silu or "silu" in name or "gelutanh" in name
         if own or not known:
             return [
-                f"{type(module).__name__} computes an activation of its own, or one that is seldom "
-                "used; its statistics are right, and the server says at start whether it serves it"
+                f"{type(module).__name__} computes its own activation, or an uncommon one; its "
+                "statistics are right, and the server says at start whether it serves them"
             ]
     return []
 

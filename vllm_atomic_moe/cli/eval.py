@@ -1,4 +1,4 @@
-"""atomic-moe eval: perplexity per domain and profile, and likeness to dense, as served."""
+"""atomic-moe eval: perplexity per domain and profile, and agreement with dense, as served."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity with vLLM: dense first, then every profile, on the same text.
 
-    It also says how far each is from dense: KL divergence, and greedy answers that differ. All
+    It also reports the KL divergence of each from dense, and the share of equal greedy answers. All
     profiles are checked before the first engine starts.
     """
     if plot is not None:
@@ -102,7 +102,7 @@ def evaluate(
 
 
 def _print(rows: Sequence[Any]) -> None:
-    """The table, and with several domains a second one: how far each is from dense."""
+    """Print the table, and with several domains a second one of changes against dense."""
     dense = rows[0]
     print_table(
         ["profile", "kept", "MiB", "answers", "KL", "Δ all", *dense.perplexity],
@@ -129,9 +129,9 @@ def _print(rows: Sequence[Any]) -> None:
             ],
         )
     typer.echo(
-        f"\nanswers: those that equal dense's, of {dense.answers.prompts} greedy ones of "
-        f"{dense.answers.tokens} tokens\n"
-        "KL: from dense, nats a token, over the likeliest tokens of both, the others as one"
+        f"\nanswers: share of {dense.answers.prompts} greedy answers of {dense.answers.tokens} "
+        "tokens that equal dense's\n"
+        "KL: divergence from dense in nats per token, over the tokens that both models report"
     )
 
 

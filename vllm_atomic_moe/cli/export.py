@@ -37,23 +37,23 @@ def export(
             "--output",
             "-o",
             metavar="DIR",
-            help="Directory to make; an export of the same model and profile is replaced.",
+            help="Directory to create; an export of the same model and profile is replaced.",
         ),
     ],
     plain: Annotated[
         bool,
         typer.Option(
             "--plain",
-            help="Write an ordinary checkpoint, for every engine: of a profile that leaves as many "
-            "experts in every layer, all of one width.",
+            help="Write an ordinary checkpoint for any engine. The profile must keep the same "
+            "number of experts in every layer, all of one width.",
         ),
     ] = False,
     refit: Annotated[
         bool,
         typer.Option(
             "--refit",
-            help="Fit down_proj anew to the text of --data, so that the atoms that stay make up "
-            "for those that go.",
+            help="Refit down_proj to the text of --data, so that the kept atoms offset the error "
+            "of pruning.",
         ),
     ] = False,
     data: FitData = None,
@@ -66,11 +66,11 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a checkpoint that holds the atoms of one profile only.
+    """Write a checkpoint that holds only the atoms of one profile.
 
     It is served like the original (`vllm serve DIR --load-format atomic-pruned`), with the same
-    answers, and is smaller on disk by what was pruned. With --plain any engine loads it. With
-    --refit its answers are closer to those of the whole model.
+    answers, and is smaller on disk by the pruned bytes. With --plain any engine loads it. With
+    --refit its answers are closer to those of the dense model.
     """
     from vllm_atomic_moe import api
 

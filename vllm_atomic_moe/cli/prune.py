@@ -51,7 +51,7 @@ def prune(
         typer.Option(
             metavar="MODEL",
             help="Fit a scale and a bias of every expert's output to this model and the text of "
-            "--data, which make up for what is pruned.",
+            "--data, to offset the error of pruning.",
             show_default=False,
         ),
     ] = None,

@@ -46,7 +46,7 @@ def check_place(model: Path, output: Path) -> None:
         raise ValueError(f"output {output} is a file; name a directory")
     if output.is_mount():
         raise ValueError(
-            f"output {output} is a mount point, which cannot appear at once; name a directory in it"
+            f"output {output} is a mount point, which cannot be replaced; name a directory in it"
         )
     parent = next(parent for parent in output.parents if parent.exists())
     if not os.access(parent, os.W_OK):

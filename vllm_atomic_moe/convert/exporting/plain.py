@@ -87,8 +87,8 @@ def plan_plain(
         )
     if profile.compensation:
         raise ValueError(
-            f"profile {profile.name!r} is compensated, which an ordinary checkpoint cannot say; "
-            "use one that is not, with --refit"
+            f"profile {profile.name!r} is compensated, which an ordinary checkpoint cannot "
+            "express; use one that is not, with --refit"
         )
     experts, width = one_shape(info, profile)
     config = read_config(directory)
@@ -100,7 +100,7 @@ def plan_plain(
     for name in (name for block in blocks for name in block.names.all_of("weight").values()):
         if source.shape(name)[0] == info.num_experts * info.intermediate_size:
             raise ValueError(
-                f"{name}: experts stand one below another; such a model is not exported "
+                f"{name}: experts are stacked in one matrix; such a model is not exported "
                 "with --plain"
             )
     expert_names = {
@@ -243,7 +243,7 @@ def _row_norms(source: Shards, info: CheckpointInfo, routers: list[str]) -> torc
     wanted = [info.num_experts, info.hidden_size]
     [name] = [name for name in routers if source.shape(name) == wanted][:1] or [""]
     if not name:
-        raise ValueError(f"{routers[0]}: no row an expert, {wanted}; this router is not exported")
+        raise ValueError(f"{routers[0]}: no row per expert, {wanted}; this router is not exported")
     return source.tensor(name).double().norm(dim=1)
 
 

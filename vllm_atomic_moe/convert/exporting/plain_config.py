@@ -55,8 +55,8 @@ def check_width_is_named(
     keys = _routed_width_keys(config, info)
     if not keys:
         raise ValueError(
-            f"{directory}/config.json: nothing known says that routed experts are "
-            f"{info.intermediate_size} wide; {whole}"
+            f"{directory}/config.json: no known key gives the width of routed experts, "
+            f"{info.intermediate_size}; {whole}"
         )
     if any(SHARED_EXPERTS.search(name) for name in names) and not any(
         type(config.get(key)) is int and config[key] > 0 for key in SHARED_WIDTH
@@ -95,8 +95,8 @@ def changed_config(
         changes |= {key: experts for key, told in declared.items() if told == info.num_experts}
         if not changes:
             raise ValueError(
-                f"{directory}/config.json: nothing known says that a layer has {info.num_experts} "
-                "experts; an ordinary checkpoint of fewer needs it"
+                f"{directory}/config.json: no known key gives the number of experts, "
+                f"{info.num_experts}; an ordinary checkpoint of fewer needs one"
             )
         quantized = json.dumps(quantization_settings(directory, config))
         if found := EXPERT_BY_NUMBER.search(quantized):
