@@ -68,7 +68,7 @@ def make_checkpoint(
 
 
 def _randomize(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
-    """Matrices, some of which transformers leaves zero, and correction biases."""
+    """Randomize matrices, some of which transformers leaves zero, and correction biases."""
     if name.endswith(CORRECTION_BIAS):
         tensor.normal_(std=0.3, generator=generator)
     elif tensor.dim() > 1 and tensor.is_floating_point():
@@ -114,7 +114,7 @@ def write_profile(model: CheckpointInfo, name: str, directory: Path, seed: int) 
 def uniform_profile(
     info: CheckpointInfo, experts: int, width: int, seed: int = 1
 ) -> PruningProfile:
-    """Random masks: as many experts of every layer and group, as many atoms of every expert."""
+    """Random masks: the same number of experts per layer and group, and of atoms per expert."""
     generator = torch.Generator().manual_seed(seed)
     groups = info.groups.number if info.groups else 1
     keep, routable = {}, {}

@@ -58,7 +58,7 @@ def make_qwen3_5():
 
 
 def save_random(model, directory, *, fused):
-    """Random weights of a size that tells, in real checkpoints' layout."""
+    """Save random weights, large enough to matter, in the layout of real checkpoints."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

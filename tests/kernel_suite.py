@@ -117,8 +117,8 @@ class Experts:
         """Every expert for every token in float64, pruned atoms zeroed, then weighted.
 
         Returns:
-            The sum [T, H], and the norm that it would have if the terms' signs were random: what
-            rounding errors are in proportion to, also where the terms happen to cancel.
+            The sum [T, H], and the norm that it would have if the terms' signs were random:
+            rounding errors are in proportion to it, even if the terms happen to cancel.
         """
         act = self.packed.activation
         *rows, down_t = (matrix.double() for matrix in self.dense)
@@ -178,7 +178,7 @@ def make_experts(
     has_bias: bool = False,
     quantize: Callable[[torch.Tensor], Quantized] | None = None,
 ) -> Experts:
-    """Experts of random weights and biases, of which `masks` keep some; quantized, where asked."""
+    """Experts of random weights and biases, reduced to `masks`; optionally quantized."""
     generator = torch.Generator().manual_seed(0)
     num_experts, full = next(iter(masks.values())).shape
     shape = (num_experts, full, hidden_size)
@@ -223,7 +223,7 @@ def _quantized(
     projections: Sequence[Projection],
     quantize: Callable[[torch.Tensor], Quantized],
 ) -> tuple[tuple[torch.Tensor, ...], dict[tuple[int, Projection], Encoded], RowFormat]:
-    """The matrices as they then are, what is loaded of each expert's, and its format."""
+    """The quantized matrices, the parts to load of each expert's, and their format."""
     _, full, hidden_size = dense[0].shape
     after, encoded = [], {}
     for projection, matrices in zip(projections, dense, strict=True):
@@ -276,7 +276,7 @@ def routed(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """While open, torch fills what `torch.empty` allocates with NaN."""
+    """Within the context, `torch.empty` returns memory filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -353,7 +353,7 @@ class KernelSuite:
                 experts.check(5 * x, weights, ids)
 
     def test_a_bias_remains_without_atoms(self) -> None:
-        """Of down, weighted by the router, once."""
+        """The bias of down, weighted by the router, is added once."""
         for dtype in self.dtypes:
             experts = self.make({"a": torch.zeros(3, FULL).bool()}, dtype, has_bias=True)
             for tokens in (1, 9):
@@ -382,7 +382,7 @@ class KernelSuite:
         assert torch.equal(experts(x, weights, ids), torch.zeros(4, 24, dtype=dtype))
 
     def test_ids_of_other_ranks_only(self) -> None:
-        """Padding and foreign experts alone give exactly zero."""
+        """Padding and other ranks' experts give exactly zero."""
         dtype = self.dtypes[0]
         x, weights, _ = routed(4, 2, 3, dtype)
         ids = torch.tensor([[-1, 9], [-7, -1], [2**20, 9], [9, 9]])
@@ -426,8 +426,8 @@ class KernelSuite:
             assert difference <= TOLERANCE[dtype] * experts.wanted(x, weights, ids, names)[1]
 
     def test_a_slot_without_atoms(self) -> None:
-        """Its tokens get exactly zero, those beside them what they get alone; so do slots that no
-        profile has."""
+        """Its tokens get exactly zero, and the others what they get alone; the same for unused
+        slots."""
         masks = {"all": torch.ones(3, FULL).bool(), "none": torch.zeros(3, FULL).bool()}
         for dtype in self.dtypes:
             experts = self.make(masks, dtype)
@@ -445,7 +445,7 @@ class KernelSuite:
             assert not nothing.any()
 
     def test_last_words_are_partial(self) -> None:
-        """A profile keeps the last atom alone, or all but it, whatever the width is."""
+        """A profile keeps only the last atom, or all but the last, at any width."""
         for dtype in self.dtypes:
             last = ragged()
             columns = last.int().cumsum(dim=1)
@@ -457,7 +457,7 @@ class KernelSuite:
                 experts.check(x, weights, ids, name)
 
     def test_nested_profiles(self) -> None:
-        """Prefixes of one another, down to nothing."""
+        """Profiles are prefixes of one another, down to nothing."""
         score = torch.rand(3, FULL, generator=torch.Generator().manual_seed(3))
         masks = {f"p{index}": score < index / 3 for index in range(4)}
         experts = self.make(masks, self.dtypes[0])
@@ -497,7 +497,7 @@ class KernelSuite:
             assert torch.equal(experts(wide, weights.to(dtype), turned), wanted)
 
     def test_poisoned_memory(self) -> None:
-        """Nothing that was not written is ever read: weights, scratch and output begin as NaN."""
+        """Unwritten memory is never read: weights, scratch and output begin as NaN."""
         with poisoned_memory():
             for dtype in self.dtypes:
                 first = ragged()

@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 in the form of Mistral's published models: own names, `params.json`."""
+"""A DeepSeek-V3 in the form of Mistral's published models: Mistral's names, `params.json`."""
 
 from __future__ import annotations
 

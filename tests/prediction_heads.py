@@ -48,7 +48,7 @@ def add_qwen_head(directory: Path) -> CheckpointInfo:
 
 
 def permute(tensors: Tensors, embedding: str, *, scale: float) -> None:
-    """Make every token's logits largest at another token; `scale` says how much that weighs."""
+    """Make every token's logits largest at another token; `scale` is the weight of that."""
     generator = torch.Generator().manual_seed(5)
     old = tensors[embedding]
     new = torch.randn(old.shape, generator=generator).to(old.dtype)
@@ -57,7 +57,7 @@ def permute(tensors: Tensors, embedding: str, *, scale: float) -> None:
 
 
 def add_block(tensors: Tensors, decoder: str, head: str) -> torch.Tensor:
-    """Add a decoder layer like another's, of small random weights.
+    """Add a decoder layer like another one, with small random weights.
 
     Returns:
         A projection [H, 2H] of embedding and hidden state that takes the embedding.

@@ -102,7 +102,7 @@ def mxfp4(matrix: torch.Tensor) -> Quantized:
 
 
 def mxfp4_blocks(matrix: torch.Tensor) -> Quantized:
-    """As gpt-oss has it, of one expert."""
+    """The blocks of one expert, as in gpt-oss."""
     codes, exponents, dense = _mxfp4(matrix)
     blocks = _into_bytes(codes).view(matrix.shape[0], -1, 16)
     return {"blocks": blocks, "scales": exponents}, dense
@@ -173,7 +173,7 @@ def _into_bytes(codes: torch.Tensor) -> torch.Tensor:
 def _into_int32(
     codes: torch.Tensor, dim: int, places: tuple[int, ...] = tuple(range(8))
 ) -> torch.Tensor:
-    """Eight codes along `dim` in one number; place i, from the lowest, holds code places[i]."""
+    """Pack eight codes along `dim` into one number; place i from below holds code places[i]."""
     moved = codes.to(torch.int64).movedim(dim, -1)
     eights = moved.reshape(*moved.shape[:-1], -1, 8)[..., list(places)]
     packed = (eights << (4 * torch.arange(8))).sum(-1)

@@ -1,4 +1,4 @@
-"""Tiles of codes, as the Triton kernels load them, against the reference's decoding: the same.
+"""Tiles of codes, as the Triton kernels load them, equal the reference's decoding.
 
 For Triton's interpreter, which must be chosen before this is imported, and for GPUs.
 

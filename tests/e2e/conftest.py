@@ -80,13 +80,13 @@ class AdminServer:
         return self.server.log.read_text(errors="replace")
 
     def ask(self, method: str, path: str, key: str | None = ADMIN_KEY, **options: Any) -> Any:
-        """One request, on a connection of its own."""
+        """One request, on its own connection."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         options = {"timeout": 120, **options}
         return httpx.request(method, f"{self.url}{path}", headers=headers, **options)
 
     def status(self) -> dict[str, Any]:
-        """The status, asserted to be there."""
+        """The status; asserts that there is one."""
         answer = self.ask("GET", "/atomic/v1/status")
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -131,7 +131,7 @@ class AdminServer:
 
     @contextmanager
     def fault(self, where: str, what: str) -> Iterator[None]:
-        """While open, a call goes wrong; see tests/e2e/faults.py."""
+        """Within the context, a call fails; see tests/e2e/faults.py."""
         path = self.faults / where
         path.write_text(what)
         try:

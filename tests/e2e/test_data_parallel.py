@@ -32,7 +32,7 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
-    """Of one engine: (profile, prompt) -> log-probabilities."""
+    """(profile, prompt) -> log-probabilities, from one engine."""
     with admin_server(tmp_path_factory.mktemp("one"), PROFILES) as server:
         assert server.load(EXTRA).status_code == 200
         return scores_of(server, [*NAMES, EXTRA])
@@ -51,7 +51,7 @@ def scores_of(server, names):
 
 @pytest.mark.parametrize("encoding", ["fp8", "int4", "mxfp4"])
 def test_engines_share_quantized_experts(tmp_path, encoding):
-    """Every engine holds the codes and scales of its share, and both answer as one does."""
+    """Every engine holds the codes and scales of its share, and both answer like one."""
     model = tmp_path / "model"
     recipe = ROOT / "deploy/demo/recipe/quantize.py"
     subprocess.run([sys.executable, recipe, DEMO, model, encoding], check=True)
@@ -166,7 +166,7 @@ def test_an_engine_that_is_stopped_is_named_and_agrees_afterwards(server, scores
 
 
 def test_an_engine_that_dies_ends_the_server(server):
-    """As stock vLLM's."""
+    """As in stock vLLM."""
     os.kill(engine(server, 1), signal.SIGKILL)
     deadline = time.monotonic() + 90
     while server.server.process.poll() is None:

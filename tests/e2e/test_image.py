@@ -55,7 +55,7 @@ def base_image(directory: Path) -> None:
 
 
 def pip_volumes(directory: Path) -> list[str]:
-    """This machine's settings of pip, for the build: where wheels are, whom to trust."""
+    """This machine's pip settings for the build: sources of wheels, and trusted hosts."""
     options = {
         name.removeprefix("PIP_").lower().replace("_", "-"): value
         for name, value in os.environ.items()
@@ -184,7 +184,7 @@ exec chroot --userspec="$user" "$root" env --ignore-environment --chdir=/home/vl
 def test_any_user_serves_from_a_read_only_root(
     container: str, configuration: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Neither the user nor the group of the image, and /tmp alone can be written."""
+    """With another user and group than the image's, and only /tmp writable."""
     root = buildah("mount", container)
     port = free_port()
     command = [

@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def write_task(directory: Path, count: int) -> list[dict[str, object]]:
-    """Passages with the ending that they have, and one with its words the other way round."""
+    """Write passages with their endings, and the same endings with reversed words."""
     words = (DEMO.parent / "data/english.heldout.txt").read_text().split(" ")
     rows: list[dict[str, object]] = []
     for index in range(count):
@@ -108,7 +108,7 @@ def test_a_local_task_is_answered_by_the_profile(tmp_path, environment):
 
 
 def test_datasets_saved_to_disk_are_read(tmp_path, environment):
-    """What the package itself writes: a split in two shards, and a dataset of splits."""
+    """Datasets written by the package itself: a split in two shards, and one with two splits."""
     script = """
 from datasets import Dataset, DatasetDict, load_from_disk
 chats = [[{"role": "user", "content": "hi"}], [], None]

@@ -61,7 +61,7 @@ def overlay():
 
 
 def unpack(wheel, folder):
-    """All but the libraries of CUDA; complete or not at all."""
+    """Unpack all but the CUDA libraries, complete or not at all."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:

@@ -169,7 +169,7 @@ def answer_of(server, profile, **settings):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """Of servers with one profile each."""
+    """Reference answers from servers with one profile each."""
     return fresh_references(tmp_path_factory.mktemp("references"))
 
 
@@ -179,7 +179,7 @@ def references(tmp_path_factory):
     ("eager", "blocks"), [(True, 64), (False, 64), (True, 24)], ids=["eager", "compiled", "preempt"]
 )
 def test_five_thousand_answers_and_two_hundred_changes(tmp_path, references, eager, blocks):
-    """64 blocks are few, so that no page of the cache is touched for the first time in the end."""
+    """64 blocks are few enough that all pages of the cache are touched early."""
     with soak_server(tmp_path, f"--num-gpu-blocks-override={blocks}", eager=eager) as server:
         report = Soak(server, references).run(5000, 200)
         check(server, report, 5000, 200)

@@ -30,7 +30,7 @@ CORES = {"OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1"}
 
 @contextmanager
 def second_node(log, *flags):
-    """A node without an API server, ended at the end."""
+    """A node without an API server, stopped at the end."""
     command = serve_command(DEMO, PROFILES, "--dtype=float32", "--max-model-len=512", *flags)
     command.remove("--enforce-eager")
     environment = {**ENVIRONMENT, **CORES, "VLLM_CPU_OMP_THREADS_BIND": "1"}
@@ -50,7 +50,7 @@ def second_node(log, *flags):
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
-    """Of one machine."""
+    """Scores from one machine."""
     with admin_server(tmp_path_factory.mktemp("one"), PROFILES) as server:
         assert server.load(EXTRA).status_code == 200
         return {name: server.scores(PROMPT, name) for name in [*NAMES, EXTRA]}

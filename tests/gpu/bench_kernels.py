@@ -64,12 +64,12 @@ class Call:
 
     @property
     def rows_per_expert(self) -> int:
-        """What chooses tiles and form."""
+        """The number that selects tiles and form."""
         return backend.rows_per_expert(self.ids_TK, self.index[2])
 
     @property
     def tiles(self) -> backend.Tiles:
-        """Those that are chosen."""
+        """The selected tiles."""
         plain = self.packed.row_format.plain
         return backend.choose_tiles(self.rows_per_expert, self.x_TH.dtype, plain)
 
@@ -208,7 +208,7 @@ def tune(model: str, dtype: torch.dtype, tokens: list[int], name: str) -> None:
 
 
 def roofline(dtype: torch.dtype) -> tuple[float, float]:
-    """What this device reaches: GB/s read and written by a copy, TFLOP/s of a square matmul."""
+    """This device's limits: GB/s read and written by a copy, TFLOP/s of a square matmul."""
     data = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
     copied = torch.empty_like(data)
     square = torch.randn(8192, 8192, device="cuda", dtype=dtype)

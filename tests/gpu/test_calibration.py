@@ -1,4 +1,4 @@
-"""Calibration on a CUDA device sums up what it does on the CPU. Needs transformers."""
+"""Calibration on a CUDA device gives the same sums as on the CPU. Needs transformers."""
 
 from __future__ import annotations
 

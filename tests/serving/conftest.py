@@ -63,7 +63,7 @@ def packed_layers_of(llm: Any) -> list[Any]:
 
 
 def check_resident(layers: Sequence[Any], masks: Mapping[int, torch.Tensor]) -> int:
-    """The layers hold exactly the masks' atoms, each expert padded by one at most; in bytes."""
+    """Check in bytes that layers hold exactly the masks' atoms, plus at most one per expert."""
     for layer in layers:
         weights, kept_EI = layer.packed.weights[0], masks[layer.index]
         atoms = layer.packed.weight_bytes / (3 * layer.packed.hidden_size * weights.itemsize)
@@ -73,14 +73,14 @@ def check_resident(layers: Sequence[Any], masks: Mapping[int, torch.Tensor]) -> 
 
 
 def core(llm: Any, question: str, **arguments: Any) -> dict[str, Any]:
-    """What the engine core of this process answers; a change is published at once."""
+    """The answer of this process's engine core; a change is published at once."""
     if question == "change":
         arguments = {"turn": uuid.uuid4().hex, "publish": True, **arguments}
     return llm.llm_engine.engine_core.engine_core.atomic_moe(question, arguments)
 
 
 def activate(llm: Any, name: str) -> None:
-    """Make another loaded profile the one of requests that name none."""
+    """Make another loaded profile active."""
     from vllm_atomic_moe.engine.requests import Served
 
     reply = core(llm, "change", verb="activate", profile=name)

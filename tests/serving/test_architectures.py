@@ -86,7 +86,7 @@ def test_fused_tensors_are_served_as_the_same_model(tmp_path, architecture):
 
 @pytest.mark.full
 def test_mistrals_own_names(tmp_path, monkeypatch):
-    """Of what vLLM takes for a DeepSeek-V3; its export too."""
+    """For a model that vLLM treats as a DeepSeek-V3, and for its export."""
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     model, alone = tmp_path / "model", {"max_num_seqs": 1}
     info = make_mistral_checkpoint(model)
@@ -107,7 +107,7 @@ def test_mistrals_own_names(tmp_path, monkeypatch):
 @pytest.mark.full
 @pytest.mark.parametrize("architecture", [name for name, it in ARCHITECTURES.items() if it.no_cpu])
 def test_what_stock_vllm_does_not_run_on_a_cpu(tmp_path, architecture):
-    """If it does one day, the matrix can compare log-probabilities."""
+    """If this changes, the matrix can compare log-probabilities."""
     make_checkpoint(architecture, tmp_path)
     with pytest.raises(Exception) as failure:  # noqa: PT011
         logprobs_of(tmp_path)

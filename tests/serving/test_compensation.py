@@ -44,7 +44,7 @@ def compensated(profile: PruningProfile, name: str, hidden_size: int, seed: int)
 
 @torch.inference_mode()
 def wanted_logprobs(directory, profile: PruningProfile) -> torch.Tensor:
-    """By transformers, expert by expert."""
+    """Log-probabilities by transformers, computed expert by expert."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
     def forward(self, hidden_TH, ids_TK, weights_TK):
@@ -147,7 +147,7 @@ def test_compiled(model, kernel):
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
 def test_several_ranks(model, monkeypatch, ranks):
-    """A bias is added once, whoever holds a part of its expert."""
+    """A bias is added once, however its expert is split."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")

@@ -39,8 +39,8 @@ def profiles(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory, profiles):
-    """Per active profile: what a compiled engine gives for it and for its other profiles, name ->
-    log-probabilities, each as the active one and all in one batch; and its configuration's hash.
+    """Per active profile: log-probabilities by name from a compiled engine, with each profile
+    active and with all in one batch; and the hash of its configuration.
     """
     found = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -40,12 +40,12 @@ def windows_of(text: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def log_probabilities(model: Path, text: str) -> torch.Tensor:
-    """Of the whole vocabulary, at every token of windows of LENGTH but the last, float32."""
+    """Log-probabilities of the whole vocabulary at all tokens of windows but the last, float32."""
     return load(model)(windows_of(text)).logits[:, :-1].log_softmax(dim=-1).flatten(0, 1)
 
 
 def perplexity(logprobs: torch.Tensor, text: str) -> float:
-    """First tokens are not scored."""
+    """Perplexity without first tokens, which are not scored."""
     return math.exp(functional.nll_loss(logprobs, windows_of(text)[:, 1:].flatten()))
 
 
@@ -115,7 +115,7 @@ def test_rows_and_numbers(tmp_path):
 
 
 def test_quantized_checkpoints_beside_what_they_stand_for(tmp_path):
-    """Dense, too, through the loader: vLLM has no kernel for such experts on every CPU."""
+    """Dense too goes through the loader: not every CPU has a vLLM kernel for such experts."""
     make_model("qwen3_moe", tmp_path / "original")
     plain = quantize_checkpoint(tmp_path / "original", tmp_path / "model", "int4")
     (tmp_path / "t.txt").write_text(random_text(400))
@@ -189,7 +189,7 @@ def test_code_runs_only_when_trusted(tmp_path, in_process):
 
 
 def served():
-    """What an engine gives of one window of three tokens, and of one prompt."""
+    """Results of an engine for one window of three tokens and one prompt."""
     from vllm_atomic_moe.measure.evaluation import Served
     from vllm_atomic_moe.measure.likeness import Predictions
 
@@ -200,7 +200,7 @@ def served():
 
 @pytest.mark.parametrize("part", ["engine", "picture"])
 def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
-    """An engine ends the command; a picture does not, for the table took an hour."""
+    """A failed engine ends the command; a failed plot does not, since the table took an hour."""
     from vllm_atomic_moe.measure import evaluation, plots
 
     (tmp_path / "t.txt").write_text("word " * 600)

@@ -122,7 +122,7 @@ def test_experts_that_are_stored_twice_are_refused(exported, tmp_path):
 
 
 def test_vllm_reads_the_same_configuration(model, tmp_path):
-    """What it reads off the shards of the original is in the configuration of the export."""
+    """The export's configuration has what vLLM reads from the original's shards."""
     from vllm.engine.arg_utils import EngineArgs
 
     source = tmp_path / "model"
@@ -154,7 +154,7 @@ def test_vllm_reads_the_same_configuration(model, tmp_path):
     ],
 )
 def test_quantized_checkpoints(tmp_path, kind):
-    """Rows, scales, groups, factors and biases; an export of the export, too."""
+    """Rows, scales, groups, factors and biases; also in an export of the export."""
     original, model = tmp_path / "original", tmp_path / "model"
     if kind.startswith("gpt-oss"):
         tiny_models.make_model("gpt_oss", original, intermediate_size=96)

@@ -61,8 +61,8 @@ def image_logprobs(llm, name=None):
 def close(found, wanted):
     """Equal up to rounding in bfloat16, which depends on the instruction set.
 
-    A few tokens may be farther, those that rounding sends to another expert. Another profile is
-    0.25 away or more in the median.
+    A few tokens may differ more: those that rounding sends to another expert. Another profile
+    differs by 0.25 or more in the median.
     """
     difference = (found - wanted).abs()
     return difference.median() < 3e-2 and difference.mean() < 0.1
@@ -90,7 +90,7 @@ def test_qwen3_5_with_its_vision_tower(tmp_path):
 
 
 def check_served_calibrated_and_exported(model, info, tmp_path, **options):
-    """Two profiles in one batch; of a model that sees, also an image."""
+    """Two profiles in one batch; with an image too if the model takes images."""
     sees = "limit_mm_per_prompt" in options
     ragged = write_profile(info, NAMES[0], model / "atomic_profiles", seed=1)
     write_profile(info, NAMES[1], model / "atomic_profiles", seed=2)

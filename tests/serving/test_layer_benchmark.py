@@ -51,7 +51,7 @@ def test_routings_choose_different_experts_and_zipf_prefers_some():
 
 
 def test_the_contestants_compute_the_same_layer():
-    """Nothing pruned: ours and vLLM's op agree, so that one is a fair measure of the other."""
+    """Without pruning, our op and vLLM's agree, so the comparison is fair."""
     plan = LayerPlan(shapes=[SMALL], pruned=[0.0])
     backend = layer_benchmark.choose_backend(torch.device("cpu"), plan.dtype)
     trio = layer_benchmark._Trio(plan, SMALL, 0.0, "spread", backend)

@@ -321,7 +321,7 @@ def test_unsupported_experts_are_refused(model, monkeypatch, nothing_packed, lay
 
 
 def test_fused_shared_experts_and_sequence_parallel_ones_are_refused():
-    """vLLM has them on ROCm, and with data parallelism, only: the rule by itself."""
+    """vLLM has them only on ROCm and with data parallelism, so this tests the rule alone."""
     from vllm_atomic_moe.engine.compat import MoEActivation
     from vllm_atomic_moe.engine.refusals import check_layer
 
@@ -579,7 +579,7 @@ def test_digest_depends_on_what_is_resident(model):
 
 
 def test_profiles_of_a_hub_repository(model, tmp_path, caplog):
-    """From `--download-dir`, as the checkpoint; the rank keeps the snapshot's path."""
+    """From `--download-dir`, like the checkpoint; the rank keeps the snapshot's path."""
     from vllm_atomic_moe.engine.worker import ATTRIBUTE
 
     file = model / "atomic_profiles/narrow.safetensors"

@@ -70,7 +70,7 @@ class Checkpoints:
                 self.wanted[name] = prompt_logprobs(llm)
 
     def engine(self, checkpoint: Path, **options: Any) -> Any:
-        """One that holds all profiles."""
+        """An engine that holds all profiles."""
         extra = {"profiles": str(self.profiles), "active": NAMES[0], "resident": list(NAMES)}
         return engine(
             checkpoint, load_format="atomic-pruned", model_loader_extra_config=extra, **options
@@ -79,13 +79,13 @@ class Checkpoints:
 
 @pytest.fixture(scope="module")
 def qwen2_moe(tmp_path_factory):
-    """It has shared experts, which ranks split and add up in their own ways."""
+    """A model with shared experts, which ranks split and add up in their own way."""
     return Checkpoints("qwen2_moe", tmp_path_factory.mktemp("qwen2_moe"))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_per_rank(monkeypatch):
-    """vLLM would bind each rank to a NUMA node of its own."""
+    """vLLM would bind each rank to its own NUMA node."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
@@ -129,7 +129,7 @@ def test_other_architectures(tmp_path, architecture):
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
 def test_biases_are_added_once(tmp_path, ranks):
-    """gpt-oss: that of down is the first tensor parallel rank's alone, or the expert's rank's."""
+    """gpt-oss: only the first tensor parallel rank, or the expert's rank, has the bias of down."""
     check_as_one(tmp_path, make_model("gpt_oss", tmp_path), ranks)
 
 
@@ -137,7 +137,7 @@ def test_biases_are_added_once(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
 @pytest.mark.parametrize("name", ["fp8-channel", "int4", "mxfp4", "nvfp4"])
 def test_quantized_experts(tmp_path, name, ranks):
-    """Codes and scales are shared out as plain rows are; groups of scales that a rank needs."""
+    """Codes are split like plain rows; each rank has the groups of scales that it needs."""
     info = make_checkpoint("qwen2_moe", tmp_path / "original")
     model = tmp_path / "model"
     quantize_checkpoint(tmp_path / "original", model, name)
@@ -148,7 +148,7 @@ def test_quantized_experts(tmp_path, name, ranks):
 @pytest.mark.parametrize("ranks", ["tensor", "expert"])
 @pytest.mark.parametrize("name", ["fp8-block", "int4", "gptq"])
 def test_exported_quantized_experts(tmp_path, name, ranks):
-    """The union of two profiles as it is exported, both served of it."""
+    """Export the union of two profiles, and serve both from it."""
     info = make_checkpoint("qwen2_moe", tmp_path / "original")
     quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
     profiles = [write_profile(info, it, tmp_path, seed) for seed, it in enumerate(NAMES[:2], 1)]
@@ -201,7 +201,7 @@ def check_ranks(checkpoints: Checkpoints, layout: str, ranks: str, first: int = 
 
 
 def check_memory(union: Mapping[int, torch.Tensor], shares: Sequence[float], llm: Any) -> None:
-    """Each rank holds its share, an expert padded by one and a layer's split uneven by one."""
+    """Each rank holds its share, up to one atom of padding per expert and one more per layer."""
     held = [rank["resident_bytes"] / ATOM_BYTES for rank in core(llm, "status")["ranks"]]
     print("atoms of each rank:", held, "of", shares)
     experts = sum(int(mask.any(dim=1).sum()) for mask in union.values())
@@ -213,7 +213,7 @@ def check_memory(union: Mapping[int, torch.Tensor], shares: Sequence[float], llm
 
 
 def atoms_of_ranks(checkpoints: Checkpoints, ranks: str, first: int) -> list[float]:
-    """The share of every rank in the union's atoms; where tensors are split, the exact half."""
+    """Each rank's share of the union's atoms; exactly half if tensors are split."""
     half = checkpoints.info.num_experts // 2
     kept = {layer: mask.sum(dim=1) for layer, mask in checkpoints.union.items()}
     stages = [[0, 1, 2][:first], [0, 1, 2][first:]] if "pipeline" in ranks else [[0, 1, 2]]

@@ -96,7 +96,7 @@ def shared(model):
 
 @pytest.fixture
 def llm(shared):
-    """The shared engine; what a test leaves loaded is unloaded."""
+    """The shared engine; profiles that a test leaves loaded are unloaded."""
     yield shared
     activate(shared, NAMES[0])
     for name in core(shared, "status")["served"]["loaded"].keys() - set(NAMES):
@@ -296,7 +296,7 @@ def test_there_are_sixteen_slots(llm, model, tmp_path):
 
 
 def test_a_name_is_loaded_anew_from_a_changed_file(llm, model):
-    """What was marked before means the old file; what it left in the cache is not the new one's."""
+    """Earlier marks mean the old file; its cached prefixes do not serve the new one."""
     path = model.files / "moving.safetensors"
 
     def write(seed):

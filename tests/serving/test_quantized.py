@@ -28,7 +28,7 @@ UP = "model.layers.1.mlp.experts.3.up_proj"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A small Qwen3-MoE checkpoint in bfloat16, sizes unlike, neither a multiple of 128."""
+    """A small Qwen3-MoE checkpoint in bfloat16; sizes differ and are not multiples of 128."""
     directory = tmp_path_factory.mktemp("quantized") / "original"
     make_checkpoint("qwen3_moe", directory, **SIZES)
     in_bfloat16(directory)
@@ -81,8 +81,8 @@ def check_bits(model, plain) -> None:
 def check_kernel(model, plain, dtype) -> None:
     """The fastest kernel agrees with itself on the plain checkpoint.
 
-    It may decode to more bits than plain weights have, and random layers carry any rounding far:
-    bfloat16 has too few bits for some of them, and vLLM serves some formats in 16 bits only.
+    It may decode to more bits than plain weights have, and random layers amplify rounding: bfloat16
+    has too few bits for some of them, and vLLM serves some formats in 16 bits only.
     """
     info = describe_checkpoint(model)
     (found, _), (wanted, _) = answers(model, info, dtype), answers(plain, info, dtype)

@@ -147,7 +147,7 @@ def dumb_choice(logits, bias, mask, scoring, chosen, top_k):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("router_class", ["CPURouter", "GroupedTopKRouter"])
 def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_class):
-    """GroupedTopKRouter is the one of CUDA; here its PyTorch code runs, not its fused kernel."""
+    """GroupedTopKRouter is for CUDA; here its PyTorch code runs, not its fused kernel."""
     from vllm_atomic_moe.engine import compat
     from vllm_atomic_moe.engine.routing import RoutingMask
 
@@ -191,7 +191,7 @@ def test_group_rule_is_what_vllms_grouped_routers_need(scoring, biased, router_c
 
 
 def slots_of(slots):
-    """What a layer tells of its tokens."""
+    """Slots of a layer's tokens."""
     return lambda x: torch.tensor(slots, dtype=torch.int32)[:, None]
 
 

@@ -102,8 +102,8 @@ def test_draft_model_of_experts_proposes(model, wanted):
 
 @pytest.mark.full
 def test_head_of_qwen3_5(tmp_path):
-    """In bfloat16 some answers take another turn, as vLLM's own do: linear attention rounds
-    otherwise with speculation.
+    """In bfloat16 some answers diverge, as vLLM's own do: linear attention rounds differently with
+    speculation.
     """
     save_random(make_qwen3_5(), tmp_path, fused=True)
     info = add_qwen_head(tmp_path)
@@ -131,7 +131,7 @@ def agreement(one, other):
 
 
 def check_head_is_whole(llm, info):
-    """vLLM's own layer with its own router, and no part of what is told of memory."""
+    """The head is vLLM's own layer with its own router, and not part of the memory report."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

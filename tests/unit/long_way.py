@@ -22,7 +22,7 @@ GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 
 
 def read_matrix(directory: Path, layer: int, expert: int, names: tuple[str, str]) -> torch.Tensor:
-    """One expert's matrix as it stands on disk."""
+    """One expert's matrix, as stored."""
     pattern = re.compile(rf"layers\.{layer}\..*experts\.{expert}\.({'|'.join(names)})\.weight$")
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         (name,) = (key for key in file.keys() if pattern.search(key))  # noqa: SIM118
@@ -93,7 +93,7 @@ class LongWay:
         self.gate, self.up, self.down = list(gate_up[:, :size]), list(gate_up[:, size:]), list(down)
 
     def expert(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h and y of rows x."""
+        """h and y for rows x."""
         gate, up = x @ self.gate[expert].T, x @ self.up[expert].T
         if self.ungated:
             h = functional.relu(up) ** 2

@@ -220,7 +220,7 @@ def test_a_correction_bias_of_another_number_of_experts(original, checkpoint, sh
 @pytest.mark.parametrize("number", [0, 1, 2, 4, 48])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "of-somebody"])
 def test_a_number_of_layers_that_the_files_contradict(checkpoint, number, kind):
-    """By any configuration: what it says of dense layers, or nothing of them."""
+    """With and without settings for dense layers."""
     silent = {"decoder_sparse_step": None, "mlp_only_layers": None}
     config = {"model_type": kind, **({} if kind == "qwen3_moe" else silent)}
     words = "routed experts of layer 2; is" if number < 3 else "nothing of layer 3; fetch"
@@ -240,7 +240,7 @@ def test_longcat_has_twice_as_many_layers(checkpoint):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_files_in_another_encoding(checkpoint, tmp_path_factory, name, encoding):
-    """Neither vLLM nor transformers skips a byte order mark; one line says so, of every command."""
+    """vLLM and transformers do not skip a byte order mark; every command refuses it in one line."""
     model = checkpoint()
     content = (model / name).read_text() if (model / name).exists() else "{}"
     (model / name).write_text(content, encoding=encoding)

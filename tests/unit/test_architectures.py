@@ -65,7 +65,7 @@ def test_calibrated_pruned_and_checked(tmp_path, architecture):
     "architecture", [name for name, it in ARCHITECTURES.items() if it.tested == LAYER]
 )
 def test_a_layer_computes_what_transformers_computes(tmp_path, architecture):
-    """Where stock vLLM does not run on a CPU: the original's tensors, and an export's rows."""
+    """For models that stock vLLM does not run on a CPU: original tensors and exported rows."""
     model = tmp_path / "model"
     info = make_model(architecture, model)
     profile = write_profile(info, "ragged", tmp_path, seed=1)
@@ -84,7 +84,7 @@ def test_a_layer_computes_what_transformers_computes(tmp_path, architecture):
 
 
 def packed_layer(module, info, tensors, layer, keep_EI) -> PackedExperts:
-    """A layer's atoms that `keep_EI` keeps, in the first slot."""
+    """A packed layer with the atoms of `keep_EI` in the first slot."""
     activation = Activation() if module.has_gate else Activation("relu2")
     layout = build_layout({"ragged": keep_EI})
     packed = PackedExperts(layout, info.hidden_size, torch.float32, activation=activation)
@@ -102,7 +102,7 @@ def packed_layer(module, info, tensors, layer, keep_EI) -> PackedExperts:
 
 @torch.inference_mode()
 def check_layer(module, packed: PackedExperts) -> None:
-    """Both compute the same of random tokens."""
+    """Both compute the same for random tokens."""
     generator = torch.Generator().manual_seed(0)
     x_TH = torch.randn(24, packed.hidden_size, generator=generator)
     weights_TK = torch.rand(24, 2, generator=generator)

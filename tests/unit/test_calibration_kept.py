@@ -1,4 +1,4 @@
-"""Scratch directories: runs that were killed go on; what is damaged is made again."""
+"""Scratch directories: killed runs resume; damaged stages are made again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
 
 
 def run(tiny, scratch, gradients=True, kill_at=None, **changes):
-    """The sums, and how many steps were done before this run did any."""
+    """The sums, and the number of steps finished before this run."""
     directory, info, _ = tiny
     steps = []
 
@@ -148,7 +148,7 @@ calibrate(model, [text], options, progress)
 
 @pytest.mark.full
 def test_a_killed_process_resumes(tiny, tmp_path):
-    """By SIGKILL: upwards, in the loss, and downwards. In the end nothing is left of it."""
+    """By SIGKILL: in the forward sweep, the loss and the backward sweep. No stages remain."""
     text, scratch = tmp_path / "text.txt", tmp_path / "scratch"
     text.write_text(random_text(400))
     options = CalibrationOptions(samples=3, seq_len=24, dtype="float32")

@@ -1,4 +1,4 @@
-"""Quantized checkpoints calibrate as what they stand for; decoding agrees with other libraries."""
+"""Quantized checkpoints calibrate like their decoded weights; decoding equals other libraries'."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sums_are_those_of_the_plain_checkpoint(originals, tmp_path, kind):
 
 
 def test_a_configuration_within_another(tmp_path):
-    """As of models that take images, whose text model transformers builds of the inner part."""
+    """For models that take images: transformers builds the text model from the inner part."""
     save_random(make_qwen3_5(), tmp_path / "original", fused=False)
     model = tmp_path / "model"
     plain = quantize_checkpoint(tmp_path / "original", model, "fp8-channel")
@@ -65,7 +65,7 @@ def test_a_configuration_within_another(tmp_path):
 
 @pytest.mark.parametrize("kind", ["fp8-block", "fp8-channel", "int4", "gpt-oss"])
 def test_transformers_decodes_to_the_same_weights(originals, tmp_path, kind):
-    """Of the formats that it knows how to."""
+    """For the formats that it supports."""
     model = tmp_path / "model"
     quantized(originals, model, kind, linears=False)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, device_map=CPU)

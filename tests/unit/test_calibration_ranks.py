@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 
 def test_alone_unless_torchrun_started_it(monkeypatch):
-    """Batch systems set RANK, too."""
+    """Batch systems set RANK too."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert Ranks.here() == Ranks()

@@ -235,7 +235,7 @@ def test_the_accumulator_adds_in_float64_and_leaves_its_input_alone():
 
 
 def shards_of(whole: dict[int, LayerSums]) -> list[Statistics]:
-    """Statistics cut in two by domain: shard 1 saw the first, shard 2 the second."""
+    """Statistics split by domain: shard 1 saw the first domain, shard 2 the second."""
     parts = []
     for domain in (0, 1):
         sums = {}

@@ -1,4 +1,4 @@
-"""Calibration layer by layer sums up what calibration in memory does."""
+"""Calibration layer by layer gives the same sums as calibration in memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def streamed(directory, info, text, batch_size=2, gradients=True, dtype="float32
 
 
 def check_equal(found, wanted, tolerance=1e-6):
-    """Within `tolerance` of the largest sum of a layer; what is counted is the same."""
+    """Within `tolerance` of the largest sum of a layer; counts are equal."""
     assert found.keys() == wanted.keys()
     for layer, sums in wanted.items():
         named = found[layer].tensors()
@@ -95,7 +95,7 @@ def test_sums_are_those_of_memory(architecture, gradients, tmp_path):
 
 
 def masks(method, sums):
-    """Which atoms stay if 40 % go."""
+    """The kept atoms if 40 % are pruned."""
     layers = score_layers(method, sums, method_options(method, {"allow_unseen": True}))
     return select_masks(method, layers, 0.4, RouterNeeds(1), {}).keep.values()
 
@@ -190,7 +190,7 @@ def test_further_outputs_of_layers_are_carried(tmp_path):
 
 
 def test_a_configuration_within_another(tmp_path):
-    """As of models that take images: the text model is built of the inner part."""
+    """For models that take images: the text model is built from the inner part."""
     info = save_random(make_qwen3_5(), tmp_path, fused=True)
     text = text_of(2)
     check_equal(streamed(tmp_path, info, text), in_memory(tmp_path, info, text))

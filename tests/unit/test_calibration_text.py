@@ -317,7 +317,7 @@ def test_arrow_streams_and_files(stream, tmp_path):
 
 
 def save_to_disk(directory, *shards):
-    """As the package datasets does."""
+    """Save as the package datasets does."""
     directory.mkdir(parents=True)
     names = [f"data-{index:05}-of-{len(shards):05}.arrow" for index in range(len(shards))]
     for name, texts in zip(names, shards, strict=True):

@@ -97,7 +97,7 @@ def test_digest_does_not_depend_on_sharding(tmp_path):
 
 
 def test_prediction_layers_are_left_out(tmp_path):
-    """Also with fewer experts than the model, of another size."""
+    """Also if they have fewer experts than the model, of another size."""
     info = make_checkpoint("qwen3_moe", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -333,7 +333,7 @@ def test_a_configuration_may_leave_the_number_of_layers_open(tmp_path):
 
 
 def test_shards_are_closed_while_threads_read(tmp_path):
-    """transformers' threads go on for a while after one of them failed."""
+    """transformers' threads continue for a while after one of them fails."""
     save_file({f"t{index}": torch.ones(9, 9) for index in range(9)}, tmp_path / "model.safetensors")
     over = Event()
 

@@ -336,7 +336,7 @@ def test_prediction_head_is_left_alone(tmp_path):
 
 
 def test_calibrate_streams_with_the_same_sums(work, tmp_path):
-    """From the command line; what is printed is the same."""
+    """From the command line, with the same output."""
     command = (
         "calibrate", work / "model", "--data", work / "one.txt",
         "--data", f"{work / 'two.txt'}:second", "-o", tmp_path / "streamed", *SMALL,
@@ -357,7 +357,7 @@ def test_calibrate_streams_with_the_same_sums(work, tmp_path):
 
 
 def test_progress_off_a_terminal_is_a_line_a_minute():
-    """The time left is that of what was done since, not of what a resumed run began with."""
+    """The time left is estimated from steps of this run, not from those before it resumed."""
     times = iter([0.0, 10.0, 40.0, 70.0, 100.0, 131.0, 200.0])
     lines = ProgressLines("calibrating", lambda: next(times))
     found = [lines.line(done, 1000) for done in (400, 430, 460, 490, 521, 1000)]

@@ -1,4 +1,4 @@
-"""Which decoder layers config.json makes dense, against the models that transformers builds."""
+"""The dense layers of config.json, compared with the models that transformers builds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dockerfile, Compose and the release: by their linters, and what they name exists."""
+"""Dockerfile, Compose and the release pass their linters, and what they name exists."""
 
 from __future__ import annotations
 

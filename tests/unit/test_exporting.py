@@ -55,7 +55,7 @@ def make_model(path: Path, architecture: str = "qwen3_moe", layout: str = "per_e
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """For tests that do not change it."""
+    """One model for all tests that do not change it."""
     return make_model(tmp_path_factory.mktemp("models") / "model")
 
 
@@ -75,7 +75,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def data_bytes(path: Path) -> int:
-    """Bytes of a safetensors file behind its header."""
+    """Bytes of a safetensors file after its header."""
     with open(path, "rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
@@ -164,7 +164,7 @@ def test_stored_dtypes_are_kept_and_experts_of_other_layers_copied_whole(model, 
 
 
 def test_a_correction_bias_among_the_experts_is_copied(model, tmp_path):
-    """As Laguna has it."""
+    """As in Laguna."""
     name = "model.layers.0.mlp.experts.e_score_correction_bias"
     before = describe_checkpoint(model.path).router
     change(model.weights, lambda tensors: {**tensors, name: torch.arange(8.0)})

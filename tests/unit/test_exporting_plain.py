@@ -1,6 +1,6 @@
 """Ordinary checkpoints: the tensors are cut and the numbers updated, or one line says why not.
 
-`tests/serving/test_plain_export.py` has what others read of them.
+`tests/serving/test_plain_export.py` reads them with other engines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm_atomic_moe.files.profiles import PruningProfile
 
 
 def plain(model, output, profile=None, experts=6, width=64, **options):
-    """Export a profile, by default a uniform one, and give the tensors of the result."""
+    """Export a profile, by default a uniform one; returns the tensors of the result."""
     if profile is None:
         profile = uniform_profile(describe_checkpoint(model), experts, width)
     path = output.parent / f"{profile.name}.safetensors"
@@ -135,7 +135,7 @@ def test_transformers_computes_what_it_does_with_masked_routers(tmp_path, archit
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_loses_experts(tmp_path, architecture):
-    """And transformers, where it has the class, takes every tensor of what is left."""
+    """transformers, if it has the class, loads every tensor of the result."""
     model, it = tmp_path / "model", ARCHITECTURES[architecture]
     profile = uniform_profile(make_checkpoint(architecture, model), 6, 64)
     if architecture == "dbrx":
@@ -312,7 +312,7 @@ def test_the_options_that_refusals_name_make_such_profiles(tmp_path, architectur
 
 
 def refused(model, profile, words):
-    """One line, and nothing is left."""
+    """One line, and nothing is written."""
     output = model.parent / "refused"
     with pytest.raises(ValueError, match=words) as error:
         plain(model, output, profile)

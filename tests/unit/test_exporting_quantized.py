@@ -50,7 +50,7 @@ def quantized(originals, model, kind):
 
 
 def values(directory, keep):
-    """(layer, part, expert) -> the weights of the atoms of `keep`; biases of (…, "bias") too."""
+    """(layer, part, expert) -> weights of the atoms in `keep`; (…, "bias") -> their biases."""
     info, found = describe_checkpoint(directory), {}
     with Shards(directory) as source:
         experts, _ = split_names(source, info)

@@ -86,7 +86,7 @@ def test_a_chat_template_runs_in_a_sandbox(tmp_path, monkeypatch, template):
     ],
 )
 def test_the_key_counts_in_one_header_only(client, given):
-    """A browser sends that header for no page of another site."""
+    """Pages of other sites cannot make a browser send that header."""
     client.cookies = given.pop("cookies", None)
     assert client.put("/anything", **given).status_code == 401
     headers = {"Authorization": f"Bearer {KEY}"}

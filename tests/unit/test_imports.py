@@ -63,7 +63,7 @@ def test_imports_point_down_only():
 
 
 def test_register_loads_no_layer():
-    """Every vLLM process registers; few load a pruned model."""
+    """Every vLLM process calls it; few load a pruned model."""
     code = "import vllm_atomic_moe; vllm_atomic_moe.register()"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {code}; print(' '.join(sys.modules))"],

@@ -1,4 +1,4 @@
-"""The CPU backend: its tiles, its C++ in every variant, and how that is compiled."""
+"""The CPU backend: its tiles, its C++ in every variant, and its compilation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CODED = (FP8, INT4, AWQ, NVFP4)
 
 @contextmanager
 def forced(isa: str) -> Iterator[None]:
-    """While open, `isa` is the widest instruction set."""
+    """Within the context, `isa` is the widest instruction set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATOMIC_MOE_CPU_ISA", isa)
         cpu._load.cache_clear()
@@ -133,7 +133,7 @@ def make_problem(widths=WIDTHS, hidden_size=152, dtype=torch.bfloat16) -> Proble
 
 
 def make_input(tokens, experts, hidden_size=152, dtype=torch.bfloat16, k=3):
-    """Activations, router weights and ids, of which some belong to nobody here."""
+    """Activations, router weights and ids, some of which belong to no expert here."""
     generator = torch.Generator().manual_seed(1)
     x_TH = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
     ids_TK = torch.rand(tokens, experts + 2, generator=generator).topk(k, dim=1).indices - 1
@@ -159,7 +159,7 @@ def assert_close(found, expected):
 
 
 def unpack(problem: Problem, expert: int, hidden_size: int) -> dict[str, torch.Tensor]:
-    """The layout in words of indices: rows of an expert, padding included, [F, H]."""
+    """The layout, written with indices: rows of an expert, padding included, [F, H]."""
     packed = problem.packed
     per_unit = 2 if packed.dtype == torch.bfloat16 else 1
     widths = [(width + 1) // 2 * 2 for width in problem.offsets_E1.diff().tolist()]
@@ -233,7 +233,7 @@ def test_rows_of_any_strides_and_dtype_are_written(projection, source):
 @pytest.mark.parametrize("hidden_size", [2, 62, 64, 152])
 @pytest.mark.parametrize("turned", [False, True])
 def test_codes_have_the_layout_of_weights(bits, hidden_size, turned):
-    """Half as wide, or a quarter: read back through the layout of float16, a number each."""
+    """They take half or a quarter of the space: read back as float16, one number each."""
     row_format = FP8 if bits == 8 else INT4
     generator = torch.Generator().manual_seed(0)
     offsets_E1 = torch.tensor([0, *WIDTHS]).cumsum(0)
@@ -261,7 +261,7 @@ def test_codes_have_the_layout_of_weights(bits, hidden_size, turned):
 
 
 def unpack_codes_of_panels(packed, bits, offsets_E1, hidden_size):
-    """Panels of codes as panels of a number each, float16."""
+    """Panels of codes as panels of float16, one number per code."""
     if bits == 8:
         return packed.half()
     panels, at = [], 0
@@ -278,7 +278,7 @@ def unpack_codes_of_panels(packed, bits, offsets_E1, hidden_size):
 
 
 def make_codes(row_format, dtype, widths=WIDTHS, hidden_size=152, storage=cpu.STORAGE):
-    """Experts of random codes and scales, all atoms of which one slot uses and another some."""
+    """Experts of random codes and scales; one slot uses all of their atoms, another some."""
     generator = torch.Generator().manual_seed(0)
     full = max(widths)
     keep_EI = torch.arange(full) < torch.tensor(widths)[:, None]
@@ -531,7 +531,7 @@ def test_extreme_gates_saturate(dtype):
 
 @needs_library
 def test_gates_of_any_size_equal_torch():
-    """Each the gate of an expert of its own, whose other factors are 1."""
+    """Each is the gate of its own expert, whose other factors are 1."""
     sizes = [0, 1e-30, 1, 50, 87, 90, 100, 1e4, 1e15, 1e30, torch.inf, torch.nan]
     gates_E = torch.tensor([sign * size for size in sizes for sign in (1, -1)])
     offsets_E1 = torch.arange(len(gates_E) + 1)
@@ -552,7 +552,7 @@ def test_gates_of_any_size_equal_torch():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["native", "emulated"])
 def test_many_tokens_are_computed_in_chunks(dtype, variant, request):
-    """Scratch is bounded: with 16 experts a token as wide as this one, about 100 tokens of it."""
+    """Scratch is bounded: with 16 experts of this width per token, to about 100 tokens."""
     library = None if variant == "native" else request.getfixturevalue("emulated")
     problem = make_problem((20000, 7), hidden_size=2, dtype=dtype)
     generator = torch.Generator().manual_seed(2)
@@ -643,7 +643,7 @@ def test_running_out_of_memory_raises():
 
 @needs_library
 def test_weights_of_another_dtype_at_the_same_address():
-    """What was checked of a layer is remembered by its addresses."""
+    """Checks of a layer are cached by its addresses."""
     one, two = make_problem(dtype=torch.bfloat16), make_problem(dtype=torch.float16)
     index = one.bits(one.whole()), one.words, one.offsets_E1
     memory = one.packed
@@ -839,7 +839,7 @@ def test_other_devices_dtypes_and_processors_are_declined(monkeypatch):
 
 
 def test_a_missing_instruction_set_is_reported(unloaded):
-    """Refused, or a typing mistake would be measured as the slow loop."""
+    """Refused: otherwise a typo would measure the slow loop."""
     unloaded.setenv("ATOMIC_MOE_CPU_ISA", "mmx")
     said = f"ATOMIC_MOE_CPU_ISA is 'mmx', this processor has {', '.join(USABLE)}; name one"
     with pytest.raises(ValueError, match=said):
@@ -879,7 +879,7 @@ def test_a_quota_idles_threads_and_changes_no_bit(monkeypatch, tokens):
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 @pytest.mark.parametrize("name", [v.name for v in cpu_library.variants_of_machine()])
 def test_every_variant_parses(compiler, name):
-    """Also those that do not run here, and not by emulation, which replaces AMX's macros."""
+    """Also those that do not run here; without the emulation, which replaces AMX's macros."""
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
     include = "-isystem", str(Path(torch.__file__).parent / "include")
@@ -934,7 +934,7 @@ def test_a_user_without_a_home(fresh):
 
 @pytest.mark.parametrize("mode", [0o775, 0o757])
 def test_a_cache_writable_by_others_is_refused(fresh, tmp_path, mode):
-    """What lies there would run here."""
+    """Libraries in the cache run in this process."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(mode)
     reason = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
@@ -960,7 +960,7 @@ def test_a_cache_belongs_to_its_user_or_root(fresh, tmp_path):
 
 @needs_library
 def test_a_prebuilt_cache_may_be_read_only(fresh):
-    """Not even a lock is opened where the library is there."""
+    """If the library exists, not even a lock is opened."""
     library = cpu_library.build(VARIANTS[LOWEST])
     library.with_suffix(".lock").unlink()
     library.parent.chmod(0o555)
@@ -1011,7 +1011,7 @@ def build_ahead():
 
 
 def test_building_ahead_skips_unsupported_variants(fresh, tmp_path):
-    """Those without bf16 instructions are compiled here, and only in name."""
+    """The compiler here is a stand-in that accepts only variants without bf16 instructions."""
     compiler = tmp_path / "old-compiler"
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *bf16*) echo "error: unknown option" >&2; exit 1;; esac\n'

@@ -22,7 +22,7 @@ NVFP4 = RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn, facto
 
 @pytest.mark.parametrize("tier", ["not full", pytest.param("full", marks=pytest.mark.full)])
 def test_kernels_in_the_interpreter(tier):
-    """The tests of triton_interpreted.py, in the process of their own that they need."""
+    """The tests of triton_interpreted.py, which need their own process."""
     file = Path(__file__).with_name("triton_interpreted.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", tier, file],
@@ -34,7 +34,7 @@ def test_kernels_in_the_interpreter(tier):
 
 
 class NoHostReads(TorchDispatchMode):
-    """Refuses what makes the host wait for the device, and so cannot be captured."""
+    """Refuses calls that make the host wait for the device, which cannot be captured."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -43,7 +43,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def shapes(argument):
-    """Of a tensor, also within tuples."""
+    """Shapes of tensors, also within tuples."""
     if isinstance(argument, tuple):
         return tuple(map(shapes, argument))
     return tuple(argument.shape) if torch.is_tensor(argument) else str(argument)

@@ -37,7 +37,7 @@ WRITABLE = {"/home/vllm", "/tmp", "/dev/shm"}
 
 @pytest.fixture(scope="module")
 def setups(tmp_path_factory):
-    """Every setup's objects by name; a component stands on the base."""
+    """Every setup's objects by name; a component is added to the base."""
     directory = tmp_path_factory.mktemp("kustomize")
 
     def with_components(name, components):
@@ -112,7 +112,7 @@ def environment(container):
 
 
 def command_of(container, directory):
-    """What the container runs by `vllm` and `ray`, each as its list of arguments."""
+    """The container's calls of `vllm` and `ray`, each as its list of arguments."""
     calls = directory / "calls"
     for name in ("vllm", "ray"):
         (directory / name).write_text(

@@ -1,4 +1,4 @@
-"""Divergence over what two models tell of their predictions, and answers compared."""
+"""KL divergence of two models' reported predictions, and agreement of answers."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def pins(path):
 
 
 def test_every_package_is_pinned_to_one_version():
-    """One environment gets the first two, with the third beside it; the release's tools have one
-    of their own.
+    """One environment gets the first two, with the third beside it; the release's tools have their
+    own.
     """
     cpu, dev, lm_eval, release = (pins(ROOT / f"deploy/requirements-{it}.lock") for it in KINDS)
     assert not cpu.keys() & dev.keys()

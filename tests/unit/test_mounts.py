@@ -127,7 +127,7 @@ def test_an_export_that_cannot_be_renamed_is_kept(original, tmp_path, monkeypatc
 
 
 def test_statistics_are_written_elsewhere_if_the_disk_is_full(original, tmp_path):
-    """A write that fails for real: files may not be larger than 64 KiB, the first time."""
+    """A real failure: the first write is limited to files of 64 KiB."""
     script = (
         "import resource, sys\n"
         "from vllm_atomic_moe.files import tensors\n"
@@ -224,7 +224,7 @@ def test_an_index_that_is_a_pointer(model):
 
 
 def test_every_result_is_written_somewhere(tmp_path, monkeypatch):
-    """The place of the file is full, then the temporary directory, then the working directory."""
+    """The disk of the file is full, then the temporary directory, then the working directory."""
     places = [tmp_path / name for name in ("output", "temporary", "here")]
     for place in places:
         place.mkdir()

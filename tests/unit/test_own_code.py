@@ -93,7 +93,7 @@ def test_a_tokenizer_with_its_own_code(model):
 
 
 def test_an_architecture_without_a_language_model(model):
-    """What transformers says of it takes thousands of characters."""
+    """transformers' message has thousands of characters."""
     text = json.loads((model / "config.json").read_text())
     outer = {"model_type": "qwen3_vl_moe_vision", "architectures": ["X"], "text_config": text}
     (model / "config.json").write_text(json.dumps(outer))
@@ -108,7 +108,7 @@ def test_an_architecture_without_a_language_model(model):
 
 
 def test_code_beside_a_model_that_takes_images_is_not_needed(model):
-    """As of one that transformers has a text model of."""
+    """For a model whose text model transformers has."""
     auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     edit(model / "config.json", model_type="aria", auto_map=auto_map)
     check_model_code(model, trusted=False)
@@ -161,7 +161,7 @@ def in_half_precision(original, change):
 
 
 def test_a_gradient_beyond_float16_ends_the_run_at_its_window(original):
-    """The loss is finite: experts put out nothing, and the residual stream is small."""
+    """The loss is finite: experts output zero, and the residual stream is small."""
 
     def change(layer):
         with torch.no_grad():
@@ -195,6 +195,6 @@ def test_an_activation_beyond_float16_ends_the_run_at_its_window(original):
 
 
 def test_a_model_in_mistrals_own_format_has_no_code(tmp_path):
-    """Its `params.json` is asked in the place of config.json."""
+    """Its `params.json` is read instead of config.json."""
     make_mistral_checkpoint(tmp_path)
     check_model_code(tmp_path, trusted=False)

@@ -1,4 +1,4 @@
-"""Packed rows hold the right atoms, and bits say which of them a profile uses."""
+"""Packed rows hold the right atoms, and bits select those of a profile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ masks = st.builds(
 
 
 def used_rows(layout: PackedLayout, name: str) -> list[list[int]]:
-    """Rows of every expert, counted from its first, that a profile's bits name."""
+    """Rows of every expert, counted from its first, that a profile's bits select."""
     rows = []
     for expert in range(layout.num_experts):
         first, end = layout.words_E1[expert : expert + 2].tolist()
@@ -69,7 +69,7 @@ def test_bits_name_exactly_the_mask(keep):
 
 @given(masks, st.integers(0, 1 << 20))
 def test_any_mask_of_resident_atoms_has_bits(keep, seed):
-    """Those of a mask that the layout was built for, and of one that comes later."""
+    """For a mask that the layout was built for, and for a later one."""
     layout = build_layout(keep)
     for name, mask in keep.items():
         assert torch.equal(layout.bits_of(mask), layout.bits[name])
@@ -153,7 +153,7 @@ def shares(keep, size):
 
 
 def spread(shares_NEI, mask):
-    """How many atoms of `mask` the fullest rank holds beyond the emptiest."""
+    """Difference between the most and the fewest atoms of `mask` on a rank."""
     held_N = (shares_NEI & mask).sum(dim=(1, 2))
     return int(held_N.max() - held_N.min())
 
@@ -187,7 +187,7 @@ def test_nested_profiles_are_even_on_all_ranks(seed, count, size):
 
 
 def test_fewer_atoms_than_ranks():
-    """Width one everywhere: remainders go round, or the first rank would hold everything."""
+    """Width one everywhere: remainders rotate, or the first rank would hold everything."""
     keep = {"only": torch.eye(6, 4, dtype=torch.bool) | torch.eye(6, 4, dtype=torch.bool).flip(0)}
     assert keep["only"].sum(dim=1).max() == 2
     assert shares(keep, 3).sum(dim=(1, 2)).tolist() == [3, 3, 2]
@@ -222,7 +222,7 @@ def test_load_slices_rows_and_transposed_columns():
 
 @given(masks, st.integers(0, 1 << 20))
 def test_stored_rows_reach_the_rows_that_are_resident(keep, seed):
-    """Whatever else an exported checkpoint holds, and however resident rows are ordered."""
+    """Whatever else an exported checkpoint holds, in any order of resident rows."""
     generator = torch.Generator().manual_seed(seed)
     union = torch.stack(list(keep.values())).any(dim=0)
     stored = union | (torch.rand(union.shape, generator=generator) < 0.3)

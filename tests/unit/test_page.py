@@ -1,4 +1,4 @@
-"""The operator's page over HTTP: static files that need no key and tell nothing."""
+"""The operator's page over HTTP: static files that need no key and reveal nothing."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ CUDA_BUILD = pytest.mark.skipif(
 def test_torchvision_still_needs_its_operators(monkeypatch):
     """Fails when PyPI's torchvision loads beside a CPU torch by itself: the patch can go.
 
-    With operators that are said to be loaded, torchvision's own module runs.
+    If the operators are reported as loaded, torchvision's own module runs.
     """
     from torchvision import _meta_registrations, extension
 

@@ -1,4 +1,4 @@
-"""Properties of the pictures that a test can check. Look at them as well."""
+"""Properties of plots that a test can check. Look at the plots as well."""
 
 import dataclasses
 import subprocess
@@ -184,7 +184,7 @@ def test_methods_keep_their_colors_from_picture_to_picture(tmp_path):
 
 
 def test_labels_are_verbatim(tmp_path):
-    """Neither formulas nor hidden labels, whatever another tool calls its method."""
+    """No formulas and no hidden labels, whatever another tool calls its method."""
     methods = [r"a$\foo$b", "_mine", r"c\$d", "$$", "e_1^{2}", "<&>"]
     rows = [PerplexityPoint(method, 0.8, 16.0 + i) for i, method in enumerate(methods)]
     with matplotlib.rc_context({"svg.fonttype": "none"}):

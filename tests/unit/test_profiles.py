@@ -1,4 +1,4 @@
-"""The profile file: what is written is read, and everything else is refused in one line."""
+"""The profile file: written files read back equal, and everything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_foreign_files_are_refused(tmp_path, content):
 
 
 def test_unknown_dtypes_are_refused(tmp_path):
-    """A header this torch cannot read a tensor of: the file opens, the tensor does not."""
+    """The file opens, but this torch cannot read a tensor in it."""
     header = {
         "__metadata__": HEADER,
         "layers.1.keep": {"dtype": "F6_E2M3", "shape": [4, 6], "data_offsets": [0, 18]},

@@ -64,7 +64,7 @@ class Answering:
 
 @pytest.fixture
 def proxy(monkeypatch):
-    """A proxy that every variable names; no host goes past it."""
+    """A proxy that every variable names, with no exceptions."""
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     with Answering("<html>Bad gateway</html>", 502, "text/html") as server:
@@ -122,7 +122,7 @@ def test_proxies_that_httpx_refuses(monkeypatch, value, no_proxy):
 
 @pytest.mark.parametrize("variable", ["ALL_PROXY=socks5://127.0.0.1:9", "ALL_PROXY=socks://a:9"])
 def test_a_hub_that_cannot_be_asked_through_a_proxy_is_one_line(variable, tmp_path):
-    """In a process of its own: the hub's library keeps its client."""
+    """In its own process, since the hub's library keeps its client."""
     name, _, value = variable.partition("=")
     script = (
         "import os, sys\n"
@@ -195,7 +195,7 @@ def test_answers_of_other_services(content, status, kind, words):
 
 
 def test_servers_of_this_machine_are_waited_for_directly(proxy, tmp_path):
-    """A proxy's 200 is not a healthy server, and its 502 is not one that is not."""
+    """A proxy's 200 does not mean a healthy server, and its 502 does not mean an unhealthy one."""
     port = free_port()
     script = (
         "import os, sys, time\n"

@@ -197,7 +197,7 @@ def test_config_must_agree_with_the_tensors(original, tmp_path, name, settings, 
 
 @pytest.mark.parametrize("name", ["int4", "gptq", "awq"])
 def test_one_group_of_down_is_one_of_many_of_gate(tmp_path, name):
-    """Where I is the group size: scales of gate are not one for all inputs."""
+    """If I is the group size, scales of gate are still one per group of inputs."""
     make_checkpoint("qwen3_moe", tmp_path / "original", moe_intermediate_size=32)
     quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
     scheme = describe_checkpoint(tmp_path / "model").scheme(0)

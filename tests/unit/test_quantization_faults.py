@@ -30,7 +30,7 @@ def matrix(kind, projection, seed=0):
 
 
 def told_of(kind, parts):
-    """What headers say of a down_proj; of gpt-oss, of all experts."""
+    """The headers of a down_proj; for gpt-oss, of all experts."""
     all_of = (2,) if kind == "gpt-oss" else ()
     return {name: (SPELLED[part.dtype], (*all_of, *part.shape)) for name, part in parts.items()}
 

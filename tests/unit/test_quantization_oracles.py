@@ -1,4 +1,4 @@
-"""Files of compressed-tensors are read here as compressed-tensors itself reads them."""
+"""Our reading of compressed-tensors' files equals its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = {
 
 
 def compressed(name, matrix):
-    """Parts, as they are saved, and the matrix that they are read as."""
+    """The saved parts of a matrix, and the matrix as decoded by the library."""
     kind, arguments, (rows, columns) = CASES[name]
     scheme = QuantizationScheme(
         targets=["Linear"], weights=QuantizationArgs(symmetric=True, **arguments)

@@ -1,4 +1,4 @@
-"""Fits that make up for what is pruned: least squares exactly, and never worse than nothing.
+"""Fits that offset the error of pruning: exact least squares, never worse than no fit.
 
 Legend: T tokens, E experts, H hidden size, F kept atoms of an expert, I all of them.
 """
@@ -29,7 +29,7 @@ RIDGE = 1e-3
 
 
 def some_rows(seed: int, tokens: int = T) -> dict[int, ExpertRows]:
-    """What experts 0 and 1 did, in random numbers; expert 2 saw nothing."""
+    """Random rows of experts 0 and 1; expert 2 saw no tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = {}
     for expert in (0, 1):
@@ -41,7 +41,7 @@ def some_rows(seed: int, tokens: int = T) -> dict[int, ExpertRows]:
 
 @pytest.fixture
 def exact(monkeypatch):
-    """One ridge, and steps to the end."""
+    """With one ridge, and steps until convergence."""
     monkeypatch.setattr(fitting, "RIDGES", (RIDGE,))
     monkeypatch.setattr(fitting, "STEPS", 300)
     monkeypatch.setattr(fitting, "ENOUGH", 1e-12)
@@ -104,7 +104,7 @@ def test_scale_and_bias_are_the_least_squares_of_all_experts_at_once(exact):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["columns", "scale and bias"])
 def test_a_fit_is_never_worse_on_what_is_held_out(seed, kind):
-    """Random errors cannot be foreseen; and what can, is."""
+    """Random errors cannot be predicted; predictable ones are corrected."""
     correction = Columns(keep_mask()) if kind == "columns" else ScaleAndBias()
     rows = [some_rows(10 + seed), some_rows(20 + seed)]
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ def test_errors_of_zero_are_left_alone():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model of narrow experts, of which a quarter of the atoms goes, and a text."""
+    """A model of narrow experts, a profile without a quarter of their atoms, and a text."""
     directory = tmp_path_factory.mktemp("models") / "model"
     info = make_model("qwen3_moe", directory, moe_intermediate_size=32, num_hidden_layers=2)
     generator = torch.Generator().manual_seed(4)
@@ -163,7 +163,7 @@ def letters() -> torch.Tensor:
 
 
 def fitted_logits(directory, profile, refitted):
-    """Of the model with these columns in place of its own, and none of the pruned atoms."""
+    """Logits of the model with these columns and without the pruned atoms."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         for layer, keep_EI in profile.keep.items():
@@ -175,7 +175,7 @@ def fitted_logits(directory, profile, refitted):
 
 
 def test_exports_hold_the_fitted_columns_and_are_nearer_to_the_dense_model(tiny, tmp_path):
-    """Packed and ordinary ones."""
+    """Packed and ordinary exports."""
     profile = PruningProfile.read(tiny / "atomic_profiles" / "uniform.safetensors")
     path, lines = tiny / "atomic_profiles" / "uniform.safetensors", []
     told = {"refit": True, "data": [str(tiny / "text.txt")], "on_note": lines.append, **FIT}

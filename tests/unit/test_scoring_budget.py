@@ -17,7 +17,7 @@ SIZE = 8
 
 @st.composite
 def layer_scores(draw, values=(-1.0, 0.0, 1.0, 2.0), least_experts=1):
-    """Scores with few different values: ties are the rule."""
+    """Scores with few distinct values, so that ties are common."""
     layers = draw(st.lists(st.integers(0, 50), min_size=1, max_size=4, unique=True))
     experts = draw(st.integers(least_experts, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -33,7 +33,7 @@ def layer_scores(draw, values=(-1.0, 0.0, 1.0, 2.0), least_experts=1):
 
 
 def whole(scores):
-    """The same as scores of whole experts."""
+    """The same scores for whole experts."""
     return {layer: LayerScores.whole(x.experts, SIZE) for layer, x in scores.items()}
 
 
@@ -357,7 +357,7 @@ def test_tenp_keeps_protected_experts_whole_or_refuses():
 
 
 def literal_shape(scores, ratio, top_k):
-    """Bisection for α over prefixes, as the paper has it."""
+    """Bisection for α over prefixes, as in the paper."""
     order = {
         layer: x.atoms[:, 0].argsort(descending=True, stable=True) for layer, x in scores.items()
     }
@@ -469,7 +469,7 @@ def test_every_group_of_a_router_loses_as_much(method):
 def test_whole_experts_leave_a_router_with_groups_what_it_needs(
     seed, method, groups, biased, top_k, ratio
 ):
-    """Or are refused: `atomic-moe check` never refuses what `prune` wrote."""
+    """Otherwise they are refused: `atomic-moe check` never refuses a profile that `prune` wrote."""
     number, chosen = groups
     if top_k > chosen * 16 // number:
         return

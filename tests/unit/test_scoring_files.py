@@ -196,7 +196,7 @@ def test_groups_that_no_calibration_writes_are_refused(stats_path, told):
 
 
 def test_statistics_that_do_not_tell_groups(stats_path):
-    """As version 0.1 wrote them; profiles that mask no router need none."""
+    """As in version 0.1; profiles that do not mask routers need no groups."""
     for method, warned in (("reap", True), ("shape", True), ("heapr", False)):
         scores = load_scores(stats_path, method, {})
         profile = make_profile(scores, 0.25)

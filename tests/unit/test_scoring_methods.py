@@ -29,7 +29,7 @@ WHOLE = tuple(name for name, it in known_methods().entries.items() if it.whole_e
     ],
 )
 def calibrated(request, tmp_path_factory):
-    """Sums of the calibration run, and the long way over the same two domains, in float64."""
+    """Sums of a calibration run, and of the slow oracle over the same two domains, in float64."""
     directory = tmp_path_factory.mktemp(request.param)
     info = make_model(request.param, directory, num_experts_per_tok=2)
     domains = [random_windows(2, SEQ_LEN), random_windows(3, SEQ_LEN, seed=1)]

@@ -1,4 +1,4 @@
-"""Servers as child processes, and their end after any failure."""
+"""Servers as child processes, which end after any failure."""
 
 from __future__ import annotations
 

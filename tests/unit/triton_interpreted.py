@@ -38,7 +38,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 
 
 class TestTriton(KernelSuite):
-    """Everything in both forms, whatever the shapes would choose."""
+    """Everything in both forms, whichever the shapes would choose."""
 
     backend = "triton"
 
@@ -106,7 +106,7 @@ class TestTriton(KernelSuite):
 
 
 def stretches() -> Experts:
-    """Four experts of 150 atoms, packed in their order, whatever the profiles keep of them."""
+    """Four experts of 150 atoms, packed in order, whatever the profiles keep."""
     kept = {
         "ends": [range(1), range(149, 150)],
         "gap": [range(3, 36), range(100, 150)],
@@ -132,7 +132,7 @@ def test_codes_are_decoded_as_by_the_reference(name, dtype):
 
 @pytest.mark.parametrize("out_atoms", [32, 64])
 def test_experts_of_more_than_64_words(out_atoms):
-    """Down takes them 64 at a time; the last of these, the first of the next, none between."""
+    """Down takes 64 words at a time: test atoms in the last of these and the first of the next."""
     H, F = 16, 5000
     words = -(-F // 32)
     bits_SW = torch.zeros(SLOTS, words, dtype=torch.int32)
@@ -153,7 +153,7 @@ def test_experts_of_more_than_64_words(out_atoms):
 
 @pytest.mark.parametrize("one_kernel", [False, True])
 def test_weights_of_more_than_2_31_elements(one_kernel):
-    """Only the last rows are ever touched, so that they alone take memory."""
+    """Only the last rows are ever touched, so only they take memory."""
     H, rows = 512, (1 << 22) + 40
     weight_PH = torch.empty(rows, H, dtype=torch.float16)
     weight_PH[-40:] = torch.randn(40, H) * H**-0.5
@@ -212,7 +212,7 @@ def test_deterministic_form_is_chosen_and_repeats(monkeypatch):
 
 @pytest.mark.parametrize("T", [1, 8])
 def test_ids_beyond_32_bits(T):
-    """Not ours, whether rows are sorted or not."""
+    """They belong to no expert, whether rows are sorted or not."""
     experts = make_experts({"a": ragged()}, torch.float16, "triton")
     ids = torch.full((T, 2), (1 << 32) + 5)
     found = experts(torch.randn(T, 24).half(), torch.rand(T, 2), ids)
@@ -222,7 +222,7 @@ def test_ids_beyond_32_bits(T):
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_sorted_rows(block, ids_dtype):
-    """Every routed row stands once, in order, in a block of its expert, whatever its slot."""
+    """Every routed row appears once, in order, in a block of its expert, whatever its slot."""
     E, N = 5, 5000
     ids_N = torch.randint(-1, E + 1, (N,), generator=torch.Generator().manual_seed(3))
     ids_N[ids_N == 3] = 2

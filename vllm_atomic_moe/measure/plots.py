@@ -26,7 +26,7 @@ ZERO_WIDTH = (1.0, 1.0, 1.0)
 NOT_ROUTABLE = (0.84, 0.15, 0.16)
 # White lines across the latter, for prints without color.
 HATCHED: Mapping[str, Any] = {"hatch": "///", "edgecolor": "1.0"}
-COLOUR_MAP = "viridis"
+COLOR_MAP = "viridis"
 # Profiles -> columns of the grid (panels are wide, so rows come cheap); beyond, rows of four.
 COLUMNS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
 PANEL_WIDTH = {1: 9.0, 2: 6.5, 3: 5.0, 4: 4.2}
@@ -124,7 +124,7 @@ def plot_widths(profiles: Sequence[PruningProfile], path: Path) -> None:
         figsize=(columns * width + 1.0, rows * (height + 0.75) + 0.5), layout="constrained"
     )
     size = max(mask.shape[1] for profile in profiles for mask in profile.keep.values())
-    scale = ScalarMappable(Normalize(0, size), COLOUR_MAP)
+    scale = ScalarMappable(Normalize(0, size), COLOR_MAP)
     panels = figure.subplots(rows, columns, squeeze=False)
     for index, panel in enumerate(panels.flat):
         if index < len(profiles):

@@ -2,7 +2,7 @@
 
 Pruning experts of random weights shows nothing, and a pretrained MoE is too large to ship. This
 one is small enough to train in about 35 minutes on two cores and still large enough that its
-experts specialise. The number of threads is part of the recipe: it decides the order of sums.
+experts specialize. The number of threads is part of the recipe: it decides the order of sums.
 """
 
 import argparse
