@@ -90,12 +90,9 @@ def evaluate(
     else:
         _print(rows)
     if plot is not None:
-        from vllm_atomic_moe.measure.plots import PerplexityPoint, plot_perplexity
+        from vllm_atomic_moe.measure.plots import perplexity_points, plot_perplexity
 
-        points = [
-            PerplexityPoint(row.method, row.kept, row.perplexity["all"], row.settings, row.profile)
-            for row in rows
-        ]
+        points = perplexity_points([dataclasses.asdict(row) for row in rows])
         draw(plot, lambda: plot_perplexity(points, plot), quiet=as_json)
     if failure:
         raise failure

@@ -10,7 +10,7 @@ from typing import Any
 from vllm_atomic_moe.files.plain_files import check_output, one_line
 from vllm_atomic_moe.files.profiles import DENSE, ProfileStore, PruningProfile
 from vllm_atomic_moe.files.tensors import replaced_file, shorten
-from vllm_atomic_moe.measure.plots import PerplexityPoint, plot_perplexity, plot_widths
+from vllm_atomic_moe.measure.plots import perplexity_points, plot_perplexity, plot_widths
 
 CARD, WIDTHS, PERPLEXITY = "README.md", "widths.png", "perplexity.png"
 MADE_BY = "<!-- Written by `atomic-moe card`, which replaces all of it. -->"
@@ -48,17 +48,7 @@ def write_card(model: str, directory: Path, measured: Path | None) -> Path:
         raise ValueError(f"{card}: `atomic-moe card` did not write it; move it elsewhere")
     plot_widths(profiles, directory / WIDTHS)
     if rows:
-        points = [
-            PerplexityPoint(
-                row["method"],
-                row["kept"],
-                row["perplexity"]["all"],
-                row["settings"],
-                row["profile"],
-            )
-            for row in rows
-        ]
-        plot_perplexity(points, directory / PERPLEXITY)
+        plot_perplexity(perplexity_points(rows), directory / PERPLEXITY)
     text = "\n".join([*_head(model, profiles), *_profiles(profiles), *_perplexities(rows)])
     with replaced_file(card) as path:
         path.write_text(text, encoding="utf-8")

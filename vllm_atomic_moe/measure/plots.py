@@ -67,6 +67,16 @@ class PerplexityPoint:
     name: str = ""
 
 
+def perplexity_points(rows: Sequence[Mapping[str, Any]]) -> list[PerplexityPoint]:
+    """One point per row of `atomic-moe eval --json`, over all domains."""
+    return [
+        PerplexityPoint(
+            row["method"], row["kept"], row["perplexity"]["all"], row["settings"], row["profile"]
+        )
+        for row in rows
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPoint:
     """One measured cell of the layer benchmark.
