@@ -64,7 +64,8 @@ def test_engines_share_quantized_experts(tmp_path, encoding):
         check(server, wanted, NAMES)
         memory = server.status()["memory"]
     assert len(memory["rank_resident_bytes"]) == 2
-    assert memory["resident_bytes"] < 1.02 * alone
+    # Scales of a group whose atoms are split are held twice: 2.0 % of the demo in INT4.
+    assert memory["resident_bytes"] < 1.03 * alone
     shutil.rmtree(model)
 
 
