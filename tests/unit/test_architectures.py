@@ -84,7 +84,7 @@ def test_a_layer_computes_what_transformers_computes(tmp_path, architecture):
 
 
 def packed_layer(module, info, tensors, layer, keep_EI) -> PackedExperts:
-    """A packed layer with the atoms of `keep_EI` in the first slot."""
+    """A layer's atoms that `keep_EI` keeps, in the first slot."""
     activation = Activation() if module.has_gate else Activation("relu2")
     layout = build_layout({"ragged": keep_EI})
     packed = PackedExperts(layout, info.hidden_size, torch.float32, activation=activation)

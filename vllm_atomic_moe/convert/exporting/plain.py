@@ -100,7 +100,7 @@ def plan_plain(
     for name in (name for block in blocks for name in block.names.all_of("weight").values()):
         if source.shape(name)[0] == info.num_experts * info.intermediate_size:
             raise ValueError(
-                f"{name}: experts are stacked in one matrix; such a model is not exported "
+                f"{name}: experts stand one below another; such a model is not exported "
                 "with --plain"
             )
     expert_names = {
