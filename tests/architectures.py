@@ -7,11 +7,12 @@ Legend: E = 8 experts, K = 2 of them per token, H = 128 hidden size, I = 64 inte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests import listed_tensors
+from tests import listed_tensors, published
+from vllm_atomic_moe.experts.activation import Activation
 
 COMMON = {
     "vocab_size": 256,
@@ -69,12 +70,24 @@ LATENT = {
 }
 # Sparse attention, of as many tokens as there are at most.
 INDEXED = {"index_topk": 128, "index_n_heads": 2, "index_head_dim": 32}
+# Rotary positions, also of images.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 128,
+}
 FIRST_DENSE = ["dense", "sparse", "sparse"]
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
 
 
+SILU = Activation()
 VLLM = "against vLLM's dense model, two profiles in one batch"
 ALONE = "against vLLM's dense model, prompt by prompt"
+ROUTED_HERE = "against vLLM's dense model, both routed by the test: vLLM's router needs a GPU"
 TRANSFORMERS = "against transformers, two profiles in one batch"
 LAYER = "against transformers, layer by layer"
 
@@ -87,12 +100,14 @@ class Architecture:
         model: its class in vLLM.
         settings: of its configuration, beside COMMON.
         kind: transformers' model type, or one that takes such settings; "": the table's key.
-        tested: one of the four above. ALONE where stock vLLM's answers on a CPU depend on the rest
+        tested: one of the five above. ALONE where stock vLLM's answers on a CPU depend on the rest
             of a batch; TRANSFORMERS where stock vLLM on a CPU does not compute such experts; LAYER
             where it does not start (`no_cpu`).
         no_cpu: pattern of stock vLLM's own error on a CPU.
         not_calibrated, not_exported: "", or a pattern of the refusal.
         tensors: the checkpoint's tensors, where transformers has no class of that name.
+        published: makes a published checkpoint of the one that transformers saves, if they differ.
+        activation: of its experts, where layers are compared; in vLLM's it is the layer's own.
     """
 
     model: str
@@ -103,11 +118,13 @@ class Architecture:
     not_calibrated: str = ""
     not_exported: str = ""
     tensors: Mapping[str, tuple[int, ...]] | None = None
+    published: Callable[..., published.Checkpoint] | None = None
+    activation: Activation = SILU
 
     @property
     def options(self) -> dict[str, Any]:
         """Of vLLM's engines that are compared; of a model that takes images, with text alone."""
-        alone = {"max_num_seqs": 1} if self.tested == ALONE else {}
+        alone = {"max_num_seqs": 1} if self.tested in (ALONE, ROUTED_HERE) else {}
         return alone | ({"language_model_only": True} if "text_config" in self.settings else {})
 
 
@@ -317,6 +334,47 @@ ARCHITECTURES = {
             "projector_patch_to_query_dict": {16: 4},
         },
     ),
+    "qwen3_vl_moe": Architecture(
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": {
+                **COMMON,
+                **MOE,
+                "hidden_size": 96,  # unlike the rows of gate and up
+                "head_dim": 32,
+                "norm_topk_prob": True,
+                "rope_parameters": {**ROPE, "mrope_section": [8, 4, 4]},
+            },
+            "vision_config": {
+                **VISION,
+                "out_hidden_size": 96,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+        published=published.qwen3_vl_moe,
+    ),
+    "glm4v_moe": Architecture(
+        "Glm4vMoeForConditionalGeneration",
+        {
+            "text_config": {
+                **COMMON,
+                **ROUTED,
+                **GROUPS,
+                "head_dim": 32,
+                "first_k_dense_replace": 1,
+                "n_shared_experts": 1,
+                "routed_scaling_factor": 1.5,
+                "use_qk_norm": False,
+                "rope_parameters": {
+                    **ROPE,
+                    "mrope_section": [4, 2, 2],
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+            "vision_config": {**VISION, "image_size": 16},
+        },
+    ),
     "ernie4_5_moe": Architecture(
         "Ernie4_5_MoeForCausalLM",
         {
@@ -462,7 +520,7 @@ ARCHITECTURES = {
             "use_mamba_kernels": False,
         },
         tested=LAYER,
-        no_cpu="_lib_fn_wrapper",
+        no_cpu="_lib_fn_wrapper|selective_scan_fwd",
     ),
     "nemotron_h": Architecture(
         "NemotronHForCausalLM",
@@ -480,7 +538,130 @@ ARCHITECTURES = {
         },
         tested=LAYER,
         no_cpu="_lib_fn_wrapper|is_act_and_mul=False is supported only",
+        activation=Activation("relu2"),
         not_exported="gate_proj of expert 0 is missing",
+    ),
+    "hy_v4": Architecture(
+        "HYV4ForCausalLM",
+        {
+            **ROUTED,
+            **LATENT,
+            **INDEXED,
+            "n_shared_experts": 1,
+            "hc_mult": 2,
+            "swiglu_limit": 2.0,
+            "mlp_layer_types": FIRST_DENSE,
+            # vLLM's own names.
+            "num_experts": 8,
+            "expert_hidden_dim": 64,
+            "num_shared_experts": 1,
+            "route_norm": True,
+        },
+        tested=LAYER,
+        no_cpu="no valid sparse MLA backend",
+        activation=Activation(limit=2.0),
+    ),
+    "glm5_next": Architecture(
+        "Glm5NextForConditionalGeneration",
+        {
+            "text_config": {
+                **COMMON,
+                **ROUTED,
+                **LATENT,
+                **INDEXED,
+                "qk_rope_head_dim": 0,
+                "n_shared_experts": 1,
+                "index_kpool": 4,
+                "linear_head_dim": 32,
+                "linear_num_heads": 4,
+                "hc_mult": 2,
+                "swiglu_limit": 2.0,
+                "mlp_layer_types": FIRST_DENSE,
+                "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+                "indexer_types": ["full"] * 3,
+            },
+            "vision_config": {**VISION, "image_size": 16, "projection_intermediate_size": 64},
+        },
+        tested=LAYER,
+        no_cpu="mamba-block-size",
+        activation=Activation(limit=2.0),
+    ),
+    "deepseek_v4": Architecture(
+        "DeepseekV4ForCausalLM",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "num_key_value_heads": 1,
+            "head_dim": 512,
+            "qk_rope_head_dim": 64,
+            "q_lora_rank": 32,
+            "o_lora_rank": 32,
+            "o_groups": 2,
+            "index_topk": 128,
+            "index_n_heads": 2,
+            "index_head_dim": 128,
+            "hc_mult": 4,
+            "swiglu_limit": 2.0,
+            "sliding_window": 64,
+            "num_hash_layers": 1,
+            "compress_ratios": [0, 4, 128],
+        },
+        tested=LAYER,
+        no_cpu="convert_weight_packed",  # of CPUs with AVX-512
+        published=published.deepseek_v4,
+        activation=Activation(limit=2.0),
+    ),
+    # transformers loads no published checkpoint: it wants gate and up of zero experts.
+    "longcat_flash": Architecture(
+        "LongcatFlashForCausalLM",
+        {
+            **LATENT,
+            # The sizes that vLLM's latent attention takes.
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "head_dim": 64,
+            "num_hidden_layers": 6,  # of attention: two in a layer
+            "n_routed_experts": 8,
+            "zero_expert_num": 4,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 64,
+            "ffn_hidden_size": 128,
+        },
+        tested=ROUTED_HERE,
+        no_cpu="topk_softmax",
+        not_calibrated="transformers cannot load it",
+        published=published.longcat_flash,
+    ),
+    "minimax_m3_vl": Architecture(
+        "MiniMaxM3SparseForConditionalGeneration",
+        {
+            "text_config": {
+                **COMMON,
+                **LOCAL,
+                "head_dim": 32,
+                "rotary_dim": 16,
+                "dense_intermediate_size": 128,
+                "shared_intermediate_size": 96,
+                "swiglu_limit": 2.0,
+                "moe_layer_freq": [0, 1, 1],
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "projector_hidden_size": 64,
+        },
+        tested=LAYER,
+        no_cpu="No Unquantized MoE backend supports the deployment configuration",
+        published=published.minimax_m3,
+        activation=Activation(limit=2.0, alpha=1.702, beta=1.0),
     ),
     "phimoe": Architecture(
         "PhiMoEForCausalLM", {**LOCAL, "attention_bias": True, "lm_head_bias": True}
@@ -544,6 +725,26 @@ ARCHITECTURES = {
         },
         kind="qwen3_moe",
         tensors=listed_tensors.horizon(),
+    ),
+    "step3": Architecture(
+        "Step3TextForCausalLM",
+        {
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "share_expert_dim": 96,
+            "moe_layers_enum": "1,2",
+            "norm_expert_weight": True,
+            "head_dim": 32,
+            "share_q_dim": 64,
+            "num_key_value_heads": 1,
+            "num_attention_groups": 1,
+            "max_position_embedding": 128,
+            "rope_parameters": ROPE,
+        },
+        kind="step3_text",
+        tensors=listed_tensors.step3(),
     ),
     "step3p5": Architecture(
         "Step3p5ForCausalLM",

@@ -44,8 +44,8 @@ def make_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     path = directory / "config.json"
     if it.tensors is None:
-        config = transformers.CONFIG_MAPPING[kind](**settings)
-        model = auto_class(config).from_config(config, dtype=torch.float32)
+        built = transformers.CONFIG_MAPPING[kind](**settings)
+        model = auto_class(built).from_config(built, dtype=torch.float32)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 _randomize(name, tensor, generator)
@@ -58,7 +58,11 @@ def make_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"model_type": kind, **settings}))
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [it.model]}))
+    config = {**json.loads(path.read_text()), "architectures": [it.model]}
+    if it.published:
+        tensors, config = it.published(load_file(directory / "model.safetensors"), config)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path.write_text(json.dumps(config))
     if layout == "fused":
         state = {
             _fused_name(architecture, name): tensor.contiguous() for name, tensor in tensors.items()
@@ -68,9 +72,12 @@ def make_checkpoint(
 
 
 def _randomize(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
-    """Randomize matrices, some of which transformers leaves zero, and correction biases."""
+    """Matrices, some of which transformers leaves zero, correction biases and experts by token."""
     if name.endswith(CORRECTION_BIAS):
         tensor.normal_(std=0.3, generator=generator)
+    elif name.endswith("tid2eid"):
+        order = torch.rand(len(tensor), 8, generator=generator).argsort(dim=1)
+        tensor.copy_(order[:, : tensor.shape[1]])
     elif tensor.dim() > 1 and tensor.is_floating_point():
         tensor.normal_(std=0.2, generator=generator)
 

@@ -56,6 +56,21 @@ def bailing(bias: str = "") -> Shapes:
     return decoder(layer, "word_embeddings")
 
 
+def step3() -> Shapes:
+    """`step3_text.py`: one head of keys and values; the first layer is dense."""
+
+    def layer(index: int) -> Shapes:
+        shapes = linear("self_attn.q_proj", 64, 128) | linear("self_attn.wq", 128, 64)
+        shapes |= linear("self_attn.k_proj", 32, 128) | linear("self_attn.v_proj", 32, 128)
+        shapes |= linear("self_attn.o_proj", 128, 128) | norms("self_attn.inter_norm", size=64)
+        if not index:
+            return shapes | mlp("mlp", 128)
+        experts = {name: (8, *shape) for name, shape in mlp("moe", 64).items()}
+        return shapes | experts | linear("moe.gate", 8, 128) | mlp("share_expert", 96)
+
+    return decoder(layer)
+
+
 def step() -> Shapes:
     """`step3p5.py`: the first layer is dense."""
 

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from tests.architectures import ARCHITECTURES, LAYER, PER_EXPERT, QUICK, TRANSFORMERS
+from tests.architectures import ARCHITECTURES, LAYER, PER_EXPERT, QUICK, ROUTED_HERE, TRANSFORMERS
 from tests.checkpoints import make_checkpoint, write_profile, zero_pruned
 from tests.mistral_names import make_mistral_checkpoint
 from tests.serving.conftest import (
@@ -21,6 +21,7 @@ from tests.serving.conftest import (
     prompt_logprobs,
     transformers_logprobs,
 )
+from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.export import export
 
 NAMES = ["ragged", "second"]
@@ -41,8 +42,11 @@ PACKED = {
 )
 def test_served_and_exported(tmp_path, monkeypatch, architecture):
     it, model = ARCHITECTURES[architecture], tmp_path / "model"
-    # In float32 on CPUs vLLM has no latent attention of its own; others have none at all.
-    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    if it.tested == ROUTED_HERE:
+        route_zero_experts_here(monkeypatch)
+    else:
+        # In float32 on CPUs vLLM has no latent attention of its own; others have none at all.
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     info = make_checkpoint(architecture, model)
     assert (info.architecture, info.num_experts, info.intermediate_size) == (it.model, 8, 64)
     wanted = {}
@@ -68,6 +72,25 @@ def test_served_and_exported(tmp_path, monkeypatch, architecture):
     exported = logprobs_of(output, load_format="atomic-pruned", **it.options)
     # In another batch; bit for bit in test_export.py.
     assert (exported - found[NAMES[0]]).abs().max() < TOLERANCE
+
+
+def route_zero_experts_here(monkeypatch) -> None:
+    """LongCat's router, whose two kernels vLLM has for GPUs alone."""
+    from vllm.model_executor.layers.fused_moe.router import zero_expert_router
+
+    def choose(*, gating_output, e_score_correction_bias, topk, indices_type, **settings):
+        assert (settings["scoring_func"], settings["renormalize"]) == ("softmax", False)
+        scores_TE = gating_output.float().softmax(dim=-1)
+        ids_TK = (scores_TE + e_score_correction_bias).topk(topk).indices
+        return scores_TE.gather(1, ids_TK), ids_TK.to(indices_type or torch.int32)
+
+    def identity(*, expert_indices, expert_scales, num_experts, zero_expert_type, hidden_states):
+        assert zero_expert_type == "identity"
+        zero_TK = torch.where(expert_indices >= num_experts, expert_scales, 0)
+        return hidden_states * zero_TK.sum(dim=1, keepdim=True)
+
+    monkeypatch.setattr(zero_expert_router, "fused_topk_bias", choose)
+    monkeypatch.setattr(zero_expert_router, "zero_experts_compute_triton", identity)
 
 
 @pytest.mark.full
@@ -108,7 +131,8 @@ def test_mistrals_own_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", [name for name, it in ARCHITECTURES.items() if it.no_cpu])
 def test_what_stock_vllm_does_not_run_on_a_cpu(tmp_path, architecture):
     """If this changes, the matrix can compare log-probabilities."""
-    make_checkpoint(architecture, tmp_path)
+    it = ARCHITECTURES[architecture]
+    make_model(architecture, tmp_path)
     with pytest.raises(Exception) as failure:  # noqa: PT011
-        logprobs_of(tmp_path)
-    assert re.search(ARCHITECTURES[architecture].no_cpu, repr(failure.value))
+        logprobs_of(tmp_path, skip_tokenizer_init=False, **it.options)
+    assert re.search(it.no_cpu, repr(failure.value))

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint, write_profile, write_routing_profiles
-from tests.quantized import quantize_checkpoint
+from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import activate, core, engine, mixed_logprobs, prompt_logprobs
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 TOLERANCE = 1e-4
+# vLLM serves other formats in float32 too.
+IN_FLOAT16 = ("fp8-block", "gptq", "awq", "nvfp4-modelopt", "fp8-modelopt")
 ATOM_BYTES = 3 * 128 * 4
 # Ragged with widths 0 and 1; another, not nested; whole experts out of the router; ragged as well.
 NAMES = ("narrow", "other", "whole", "ragged")
@@ -135,13 +137,22 @@ def test_biases_are_added_once(tmp_path, ranks):
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
-@pytest.mark.parametrize("name", ["fp8-channel", "int4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_quantized_experts(tmp_path, name, ranks):
     """Codes are split like plain rows; each rank has the groups of scales that it needs."""
-    info = make_checkpoint("qwen2_moe", tmp_path / "original")
+    info = make_checkpoint("qwen3_moe", tmp_path / "original")
     model = tmp_path / "model"
     quantize_checkpoint(tmp_path / "original", model, name)
-    check_as_one(model, info, ranks)
+    check_as_one(model, info, ranks, dtype=dtype_of(name))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", ["tensor", "expert", "pipeline"])
+def test_gpt_oss_as_published(tmp_path, ranks):
+    info = make_model("gpt_oss", tmp_path / "original", intermediate_size=96)
+    in_bfloat16(tmp_path / "original")
+    quantize_gpt_oss(tmp_path / "original", tmp_path / "model")
+    check_as_one(tmp_path / "model", info, ranks, dtype="bfloat16")
 
 
 @pytest.mark.full
@@ -149,27 +160,38 @@ def test_quantized_experts(tmp_path, name, ranks):
 @pytest.mark.parametrize("name", ["fp8-block", "int4", "gptq"])
 def test_exported_quantized_experts(tmp_path, name, ranks):
     """Export the union of two profiles, and serve both from it."""
-    info = make_checkpoint("qwen2_moe", tmp_path / "original")
+    info = make_checkpoint("qwen3_moe", tmp_path / "original")
     quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
     profiles = [write_profile(info, it, tmp_path, seed) for seed, it in enumerate(NAMES[:2], 1)]
     keep = {it: profiles[0].keep[it] | profiles[1].keep[it] for it in info.layers}
     PruningProfile("union", keep).write(tmp_path / "union.safetensors")
     export(str(tmp_path / "model"), tmp_path / "union.safetensors", tmp_path / "exported")
-    check_as_one(tmp_path / "exported", info, ranks)
+    check_as_one(tmp_path / "exported", info, ranks, dtype=dtype_of(name))
 
 
-def check_as_one(model, info, ranks) -> None:
-    """Two profiles in one batch, float32."""
+def dtype_of(name: str) -> str:
+    return "float16" if name in IN_FLOAT16 else "float32"
+
+
+def check_as_one(model, info, ranks, dtype="float32") -> None:
+    """Two profiles in one batch. In 16 bits random layers carry rounding far: the median counts."""
     for seed, name in enumerate(NAMES[:2], start=1):
         write_profile(info, name, model / "atomic_profiles", seed)
     extra = {"active": NAMES[0], "resident": NAMES[1:2]}
     found = []
     for options in ({}, RANKS[ranks]):
         loader = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
-        with engine(model, **loader, **options) as llm:
+        with engine(model, dtype=dtype, **loader, **options) as llm:
             found.append(mixed_logprobs(llm, NAMES[:2]))
+    alone, together = found
     for name in NAMES[:2]:
-        assert (found[0][name] - found[1][name]).abs().max() < TOLERANCE, name
+        apart = (alone[name] - together[name]).abs()
+        print(ranks, dtype, name, float(apart.median()), float(apart.max()))
+        if dtype == "float32":
+            assert apart.max() < TOLERANCE, name
+        else:
+            another = (alone[NAMES[0]] - alone[NAMES[1]]).abs().median()
+            assert apart.median() < {"float16": 5e-3, "bfloat16": 5e-2}[dtype] < another, name
 
 
 @pytest.mark.full

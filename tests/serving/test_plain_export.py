@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.architectures import ALONE, ARCHITECTURES, LAYER, NARROW, TRANSFORMERS
+from tests.architectures import ALONE, ARCHITECTURES, LAYER, NARROW, ROUTED_HERE, TRANSFORMERS
 from tests.checkpoints import make_checkpoint, uniform_profile
 from tests.prediction_heads import make_glm4_moe_with_head
 from tests.serving.conftest import PROMPTS, engine, logprobs_of, transformers_logprobs
@@ -28,7 +28,7 @@ CASES = [
     )
     for name, it in ARCHITECTURES.items()
     for shape in SHAPES
-    if it.tested != LAYER and (shape == "fewer" or name in NARROW)
+    if it.tested not in (LAYER, ROUTED_HERE) and (shape == "fewer" or name in NARROW)
     if shape != "both" or name in ("qwen2_moe", "granitemoe")
 ]
 

@@ -277,6 +277,15 @@ def test_masks_that_were_not_prepared_are_refused():
     assert masked.routable_SE[2].all()
 
 
+def test_a_bias_of_more_experts_than_are_packed_is_left_alone_without_masks():
+    """LongCat's: its router also chooses among experts that compute nothing."""
+    from vllm_atomic_moe.engine.routing import RoutingMask
+
+    plain = RoutingMask({"dense": torch.ones(4, dtype=torch.bool)})
+    plain.prepare(torch.ones(6))
+    assert not plain.masks_routing
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

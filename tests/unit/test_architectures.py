@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from tests.architectures import ARCHITECTURES, LAYER, QUICK
@@ -16,9 +16,9 @@ from tests.checkpoints import write_profile
 from tests.documents import ROOT
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.calibration.experts import find_experts
+from vllm_atomic_moe.calibration.model import auto_class
 from vllm_atomic_moe.cli import app
 from vllm_atomic_moe.convert.exporting.export import export
-from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.backends.reference import fused_experts
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
 from vllm_atomic_moe.files.layouts import PACKED_ROWS, expert_tensor
@@ -69,9 +69,11 @@ def test_a_layer_computes_what_transformers_computes(tmp_path, architecture):
     model = tmp_path / "model"
     info = make_model(architecture, model)
     profile = write_profile(info, "ragged", tmp_path, seed=1)
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    it = ARCHITECTURES[architecture]
+    kind = auto_class(AutoConfig.from_pretrained(model))
+    dense = kind.from_pretrained(model, dtype=torch.float32)
     stored = {"model": load_file(model / "model.safetensors")}
-    refusal = ARCHITECTURES[architecture].not_exported
+    refusal = it.not_exported
     with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
         export(str(model), tmp_path / "ragged.safetensors", tmp_path / "out")
         [shard] = (tmp_path / "out" / "atomic_weights").glob("*.safetensors")
@@ -80,24 +82,33 @@ def test_a_layer_computes_what_transformers_computes(tmp_path, architecture):
         with torch.no_grad():
             module.down_proj *= profile.keep[layer][:, None, :]
         for tensors in stored.values():
-            check_layer(module, packed_layer(module, info, tensors, layer, profile.keep[layer]))
+            check_layer(module, packed_layer(it, info, tensors, layer, profile.keep[layer]))
 
 
-def packed_layer(module, info, tensors, layer, keep_EI) -> PackedExperts:
+def packed_layer(it, info, tensors, layer, keep_EI) -> PackedExperts:
     """A layer's atoms that `keep_EI` keeps, in the first slot."""
-    activation = Activation() if module.has_gate else Activation("relu2")
     layout = build_layout({"ragged": keep_EI})
-    packed = PackedExperts(layout, info.hidden_size, torch.float32, activation=activation)
+    packed = PackedExperts(layout, info.hidden_size, torch.float32, activation=it.activation)
     for name, tensor in tensors.items():
         found = expert_tensor(name)
         if found is None or found.layer != layer:
             continue
-        if not found.packed:
+        if found.part == "gate_up":
+            for part, matrices in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
+                load_all(packed, part, matrices)
+        elif found.expert is None and not found.packed:
+            load_all(packed, found.part, tensor)
+        elif not found.packed:
             packed.load_expert(found.expert, found.part, tensor)
         elif found.part in PACKED_ROWS:
             packed.load_rows(found.part.removesuffix("_t"), tensor, keep_EI)
     packed.set_slot(0, keep_EI)
     return packed
+
+
+def load_all(packed: PackedExperts, part, matrices) -> None:
+    for expert, matrix in enumerate(matrices):
+        packed.load_expert(expert, part, matrix)
 
 
 @torch.inference_mode()
@@ -119,7 +130,7 @@ def table() -> str:
     """README's table: architectures of one verdict share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for it in ARCHITECTURES.values():
-        served = "not tried: vLLM needs a GPU" if it.no_cpu else "yes"
+        served = "not tried: vLLM needs other hardware" if it.tested == LAYER else "yes"
         verdict = (
             served,
             "no" if it.not_calibrated or it.tensors else "yes",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeModel
 
 from tests.architectures import COMMON, FIRST_DENSE, LATENT, MIXED, QUICK, ROUTED
 from tests.gated_delta_net import make_qwen3_5, save_random
@@ -208,6 +208,25 @@ def test_a_model_that_computes_between_its_layers_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(Qwen3MoeModel, "forward", with_sums)
     words = "Qwen3MoeForCausalLM computes between its layers, so the model cannot be .* --no-stream"
     with pytest.raises(ValueError, match=words):
+        streamed(tmp_path, info, text_of(1))
+
+
+def test_a_layer_that_writes_into_what_it_only_reads_is_refused(tmp_path, monkeypatch):
+    """What DeepSeek-V4 gives all layers in a dictionary would reach no other layer."""
+    info = make_model("qwen3_moe", tmp_path)
+    forward = Qwen3MoeModel.forward
+
+    def with_angles(self, *args, **kwargs):
+        return forward(self, *args, **kwargs, angles={"main": torch.zeros(1)})
+
+    def writing(self, *args, angles=None, **kwargs):
+        angles["main"] = torch.ones(1)
+        return layer(self, *args, **kwargs)
+
+    layer = Qwen3MoeDecoderLayer.forward
+    monkeypatch.setattr(Qwen3MoeModel, "forward", with_angles)
+    monkeypatch.setattr(Qwen3MoeDecoderLayer, "forward", writing)
+    with pytest.raises(ValueError, match="'mappingproxy' object does not support item assignment"):
         streamed(tmp_path, info, text_of(1))
 
 

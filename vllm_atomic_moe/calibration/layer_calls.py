@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,11 +66,11 @@ class LayerCall:
 
         Args:
             block: the layer.
-            given: the inputs named by `takes`, and all entries of dictionaries so far. Layers may
-                write into it.
+            given: the inputs named by `takes`, except those that are None; and all entries of
+                dictionaries so far. Layers may write into it.
 
         Returns:
-            The hidden state, further outputs, and all entries of dictionaries.
+            The hidden state, further outputs that are not None, and all entries of dictionaries.
 
         Raises:
             CannotStreamError: the layer returns or shares something unexpected.
@@ -78,7 +79,7 @@ class LayerCall:
 
         def put_in(value: Any, place: str) -> Any:
             if isinstance(value, Given):
-                return given[value.name]
+                return given.get(value.name)
             if isinstance(value, Shared):
                 return dictionaries.setdefault(place, _filled(value, given))
             return value
@@ -93,7 +94,8 @@ class LayerCall:
             )
         # Entries go to the layers above even if this one does not get their dictionary.
         made = {name: tensor for name, tensor in given.items() if is_entry(name)}
-        made |= zip(_names(self.extras), (answer,) if bare else answer, strict=False)
+        outputs = zip(_names(self.extras), (answer,) if bare else answer, strict=False)
+        made |= {name: output for name, output in outputs if output is not None}
         for place, dictionary in dictionaries.items():
             made |= _flattened(type(block).__name__, place, dictionary)
         return made
@@ -244,6 +246,9 @@ def _mapped(arguments: Arguments, leaf: Callable[[Any, str], Any]) -> Arguments:
     def walk(value: Any, place: str) -> Any:
         if type(value) in (tuple, list):
             return type(value)(walk(item, place) for item in value)
+        if isinstance(value, Mapping) and value:
+            # Read only: what a layer wrote would not reach the layers above.
+            return MappingProxyType({key: walk(item, place) for key, item in value.items()})
         return leaf(value, place)
 
     args, kwargs = arguments

@@ -28,6 +28,8 @@ ROUTER_MODULES = (
 )
 # Includes the correction bias: it affects the choice of experts, not their weights.
 CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias", "router_bias")
+# DeepSeek-V4's table of hash routing: the experts of every token.
+EXPERTS_OF_TOKENS = ".tid2eid"
 # Sampled values of all routers together, and at least of one tensor.
 SAMPLE, OF_A_TENSOR = 64, 8
 # Twice the rounding of bfloat16, the coarsest of plain dtypes; and the least of float16.

@@ -40,7 +40,7 @@ class Search:
         files = parse_files([f"{text}:{text.name.split('.')[0]}" for text in texts])
         tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
         windows = draw_windows(files, tokenizer, TOKENS, WINDOWS, 1, None).windows
-        self.ids = torch.cat(list(windows.values()))
+        self.ids = torch.cat(list(windows.values())).long()
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             DEMO / "model", dtype=torch.float32
         )

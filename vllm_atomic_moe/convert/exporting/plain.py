@@ -37,7 +37,12 @@ from vllm_atomic_moe.files.checkpoint import CheckpointInfo, describe_checkpoint
 from vllm_atomic_moe.files.config import read_config
 from vllm_atomic_moe.files.layouts import quantized_tensor
 from vllm_atomic_moe.files.profiles import PruningProfile
-from vllm_atomic_moe.files.router import CORRECTION_BIAS, ExpertGroups, router_names
+from vllm_atomic_moe.files.router import (
+    CORRECTION_BIAS,
+    EXPERTS_OF_TOKENS,
+    ExpertGroups,
+    router_names,
+)
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
@@ -384,6 +389,11 @@ def _router(source: Shards, info: CheckpointInfo, name: str, block: Block) -> St
     shape = source.shape(name)
     if len(block.experts) == info.num_experts:
         return copied(source, name)
+    if name.endswith(EXPERTS_OF_TOKENS):
+        raise ValueError(
+            f"{name} names the experts of every token; a model with hash routing keeps all of "
+            "them: export it without --plain"
+        )
     if source.dtype(name) not in PLAIN_DTYPES:
         raise ValueError(f"{name} is {source.dtype(name)}; routers of plain floats are exported")
     if info.num_experts not in shape:
