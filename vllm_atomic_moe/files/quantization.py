@@ -20,10 +20,8 @@ Kind = Literal["plain", "fp8", "int4", "gptq", "awq", "mxfp4", "mxfp4-blocks", "
 Part = tuple[str, tuple[int, ...]]
 
 FP8, FLOATS = "F8_E4M3", ("F32", "BF16", "F16")
-E8M0 = (
-    "U8",
-    "F8_E8M0",
-)  # Parts without information about weights: scales of activations, which stay in 16 bits here, and
+E8M0 = ("U8", "F8_E8M0")
+# Parts without information about weights: scales of activations, which stay in 16 bits here, and
 # shapes that the tensors have already.
 IGNORED = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
 # Parts that hold a matrix itself.
