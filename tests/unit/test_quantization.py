@@ -89,6 +89,27 @@ def test_describes_quantized_checkpoints_as_their_originals(original, tmp_path, 
     assert kind != "plain"
 
 
+@pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu])
+def test_deepseek_v4_spells_scales_otherwise(original, tmp_path, scales):
+    model = tmp_path / "model"
+    quantize_checkpoint(original, model, "fp8-block")
+    wanted = describe_checkpoint(model).identity()
+    path = model / "model.safetensors"
+    tensors = {
+        name.replace("weight_scale_inv", "scale"): (
+            tensor.to(scales) if name.endswith("_inv") else tensor
+        )
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path)
+    if scales == torch.float32:
+        assert describe_checkpoint(model).identity() == wanted
+    else:
+        words = "in a way that is not known: weight F8_E4M3 .* weight_scale_inv F8_E8M0"
+        with pytest.raises(ValueError, match=words):
+            describe_checkpoint(model)
+
+
 DOWN = "model.layers.1.mlp.experts.3.down_proj"
 FIRST_UP = "model.layers.1.mlp.experts.0.up_proj.g_idx"
 

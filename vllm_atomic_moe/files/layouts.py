@@ -42,10 +42,14 @@ FUSED = (
 QUANTITIES = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_shape"),
     *("weight_global_scale", "weight_zero_point", "weight_g_idx", "qscale_weight", "qscale_act"),
-    *("input_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx"),
+    *("input_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx", "scale"),
 )
-# Mistral's spelling -> the common one.
-OTHER_QUANTITIES = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
+# Mistral's and DeepSeek-V4's spelling -> the common one.
+OTHER_QUANTITIES = {
+    "qscale_weight": "weight_scale",
+    "qscale_act": "input_scale",
+    "scale": "weight_scale_inv",
+}
 FUSED_CODES = ("blocks", "scales")
 FUSED_QUANTITIES = (*FUSED_CODES, "bias")
 PACKED_ROWS = ("gate", "up", "down_t")
