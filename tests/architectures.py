@@ -114,7 +114,7 @@ class Architecture:
         tested: one of the five above. ALONE where stock vLLM's answers on a CPU depend on the rest
             of a batch; TRANSFORMERS where stock vLLM on a CPU does not compute such experts; LAYER
             where it does not start (`no_cpu`).
-        no_cpu: pattern of stock vLLM's own error on a CPU.
+        no_cpu: pattern of stock vLLM's own error on a CPU, and the line that raises it.
         not_calibrated, not_exported: "", or a pattern of the refusal.
         tensors: the checkpoint's tensors, where transformers has no class of that name.
         published: makes a published checkpoint of the one that transformers saves, if they differ.
@@ -484,7 +484,7 @@ ARCHITECTURES = {
             "mlp_layer_types": FIRST_DENSE,
         },
         tested=LAYER,
-        no_cpu="AssertionError",  # its router's
+        no_cpu='AssertionError.*assert self.scoring_func == "softmax"',  # its router's
     ),
     "mimo_v2_flash": Architecture(
         "MiMoV2FlashForCausalLM",
