@@ -217,7 +217,11 @@ def save_qwen3_omni(directory) -> None:
             "upsampling_ratios": [2],
         },
     )
-    transformers.Qwen3OmniMoeForConditionalGeneration(config).save_pretrained(directory)
+    model = transformers.Qwen3OmniMoeForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # transformers leaves some of them uninitialized
+            parameter.normal_()
+    model.save_pretrained(directory)
 
 
 def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):
