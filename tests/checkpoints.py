@@ -45,7 +45,10 @@ def make_checkpoint(
     path = directory / "config.json"
     if it.tensors is None:
         built = transformers.CONFIG_MAPPING[kind](**settings)
-        model = auto_class(built).from_config(built, dtype=torch.float32)
+        # Qwen3.5's text model has a class of its own.
+        images = transformers.AutoModelForImageTextToText
+        model_class = images if "vision_config" in settings else auto_class(built)
+        model = model_class.from_config(built, dtype=torch.float32)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 _randomize(name, tensor, generator)

@@ -7,6 +7,7 @@ equals what was served. Calibration is in `tests/unit/test_architectures.py`.
 from __future__ import annotations
 
 import re
+import traceback
 
 import pytest
 import torch
@@ -135,4 +136,5 @@ def test_what_stock_vllm_does_not_run_on_a_cpu(tmp_path, architecture):
     make_model(architecture, tmp_path)
     with pytest.raises(Exception) as failure:  # noqa: PT011
         logprobs_of(tmp_path, skip_tokenizer_init=False, **it.options)
-    assert re.search(it.no_cpu, repr(failure.value))
+    [*_, raised] = traceback.extract_tb(failure.tb)
+    assert re.search(it.no_cpu, f"{failure.value!r} {raised.line}")

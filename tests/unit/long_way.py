@@ -13,12 +13,28 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
 
 from vllm_atomic_moe.calibration.experts import find_experts
+from vllm_atomic_moe.calibration.model import auto_class
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 
 GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+# Limit of gate and up; tests/architectures.py has those of 2.
+LIMITS = {
+    "GptOssForCausalLM": 7.0,
+    "DeepseekV4ForCausalLM": 2.0,
+    "HYV4ForCausalLM": 2.0,
+    "MiniMaxM3SparseForConditionalGeneration": 2.0,
+}
+SWIGLU_OAI = ("GptOssForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
+# All experts in one tensor, gate before up.
+FUSED = ("Llama4ForCausalLM", "Gemma4ForCausalLM", "HYV4ForCausalLM")
+
+
+def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, in transformers."""
+    return auto_class(AutoConfig.from_pretrained(directory)).from_pretrained(directory, dtype=dtype)
 
 
 def read_matrix(directory: Path, layer: int, expert: int, names: tuple[str, str]) -> torch.Tensor:
@@ -57,8 +73,8 @@ class LongWay:
         self.weighted_input = info.architecture == "Llama4ForCausalLM"
         if self.biased:
             self._read_gpt_oss(directory, layer, dtype)
-        elif self.weighted_input:
-            self._read_llama4(directory, layer, dtype)
+        elif info.architecture in FUSED:
+            self._read_fused(directory, info.blocks[layer], dtype)
         else:
             self.up, self.down = matrices(UP), matrices(DOWN)
             self.gate = self.up if self.ungated else matrices(GATE)
@@ -81,14 +97,17 @@ class LongWay:
         self.down = list(of_layer["down_proj"].transpose(1, 2))
         self.bias = list(zip(bias[:, ::2], bias[:, 1::2], of_layer["down_proj_bias"], strict=True))
 
-    def _read_llama4(self, directory: Path, layer: int, dtype: torch.dtype) -> None:
-        """All experts in one tensor, [E, H, 2I], gate before up, and [E, I, H]."""
-        name = f"model.layers.{layer}.feed_forward.experts"
+    def _read_fused(self, directory: Path, block: str, dtype: torch.dtype) -> None:
+        """All experts in one tensor, [E, 2I, H], gate before up, and [E, H, I]; Llama-4's are
+        transposed.
+        """
         with safe_open(directory / "model.safetensors", framework="pt") as file:
             gate_up, down = (
-                file.get_tensor(f"{name}.{part}").to(dtype).transpose(1, 2)
+                file.get_tensor(f"{block}.experts.{part}").to(dtype)
                 for part in ("gate_up_proj", "down_proj")
             )
+        if self.weighted_input:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         size = down.shape[2]
         self.gate, self.up, self.down = list(gate_up[:, :size]), list(gate_up[:, size:]), list(down)
 
@@ -99,12 +118,21 @@ class LongWay:
             h = functional.relu(up) ** 2
             return h, h @ self.down[expert].T
         if not self.biased:
-            h = functional.silu(gate) * up
+            h = self.activate(gate, up)
             return h, h @ self.down[expert].T
         gate_bias, up_bias, down_bias = self.bias[expert]
-        gate, up = (gate + gate_bias).clamp(max=7), (up + up_bias).clamp(-7, 7)
-        h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        h = self.activate(gate + gate_bias, up + up_bias)
         return h, h @ self.down[expert].T + down_bias
+
+    def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """h, with a gate."""
+        if limit := LIMITS.get(self.info.architecture):
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if self.info.architecture in SWIGLU_OAI:
+            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        if self.info.architecture == "Gemma4ForCausalLM":
+            return functional.gelu(gate, approximate="tanh") * up
+        return functional.silu(gate) * up
 
     def forward(self, hidden, topk_ids, topk_weights):
         output = torch.zeros_like(hidden)
@@ -155,7 +183,7 @@ def run_the_long_way(
     directory: Path, info: CheckpointInfo, domains: list[torch.Tensor], dtype: torch.dtype
 ) -> dict[int, LongWay]:
     """Every parameter trainable, one window at a time, the loss written out."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model = load(directory, dtype).eval()
     layers = {}
     for layer, module in find_experts(model, info).items():
         layers[layer] = LongWay(directory, layer, info, dtype)

@@ -102,6 +102,20 @@ def test_experts_without_a_gate(original, checkpoint):
     assert describe_checkpoint(checkpoint(tensors)).num_experts == 8
 
 
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [("nemotron_h", "moe_latent_size"), ("kimi_linear", "routed_expert_hidden_size")],
+)
+def test_experts_in_a_latent_space_are_refused(tmp_path, architecture, key):
+    words = rf"^not served by this version: experts in a latent space \(.*: {key} 32\); serve the m"
+    with pytest.raises(ValueError, match=words):
+        make_checkpoint(architecture, tmp_path, **{key: 32})
+    profile = tmp_path / "p.safetensors"
+    PruningProfile("p", {1: torch.ones(8, 64).bool()}).write(profile)
+    line = refused("check", tmp_path, profile)
+    assert f"config.json: {key} 32); serve the model dense" in line
+
+
 def test_a_layer_whose_experts_are_missing(original, checkpoint):
     dense = {n: t for n, t in original[0].items() if not n.startswith("model.layers.1.mlp.")}
     with pytest.raises(ValueError, match="gives layer 1 routed experts, the files hold none there"):

@@ -11,10 +11,12 @@ from threading import Event
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.architectures import PER_EXPERT
-from tests.checkpoints import make_checkpoint
+from tests.architectures import COMMON, MOE, PER_EXPERT, ROPE, VISION
+from tests.checkpoints import make_checkpoint, uniform_profile
+from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.layouts import ExpertTensor, expert_tensor
 from vllm_atomic_moe.files.router import ExpertGroups, expert_groups
@@ -152,6 +154,74 @@ def test_two_moe_blocks_in_one_layer_are_refused(tmp_path):
     save_file({**tensors, **twin}, path)
     with pytest.raises(ValueError, match="one MoE block per decoder layer"):
         describe_checkpoint(tmp_path)
+
+
+def test_the_thinker_of_qwen3_omni_is_the_model(tmp_path):
+    """Its talker has experts too: four in each of four layers, which vLLM leaves out."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    save_qwen3_omni(model)
+    info = describe_checkpoint(model)
+    assert (info.num_experts, info.intermediate_size, info.hidden_size) == (8, 64, 128)
+    assert info.blocks == {layer: f"thinker.model.layers.{layer}.mlp" for layer in range(3)}
+    profile = tmp_path / "fewer.safetensors"
+    uniform_profile(info, 6, 64).write(profile)
+    export(str(model), profile, out, plain=True)
+    assert describe_checkpoint(out).num_experts == 6
+    [shard] = out.glob("*.safetensors")
+    before, after = load_file(model / "model.safetensors"), load_file(shard)
+    talker = [name for name in before if name.startswith("talker.")]
+    assert any("experts" in name for name in talker)
+    assert all(torch.equal(before[name], after[name]) for name in talker)
+
+
+def save_qwen3_omni(directory) -> None:
+    text = {
+        **COMMON,
+        **MOE,
+        "head_dim": 32,
+        "rope_parameters": {**ROPE, "mrope_section": [8, 4, 4]},
+    }
+    fewer = {"num_experts": 4, "num_hidden_layers": 4, "shared_expert_intermediate_size": 96}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    audio = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    config = transformers.Qwen3OmniMoeConfig(
+        thinker_config={
+            "text_config": text,
+            "vision_config": {
+                **VISION,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            "audio_config": {
+                **audio,
+                "d_model": 32,
+                "num_mel_bins": 16,
+                "output_dim": 128,
+                "downsample_hidden_size": 16,
+            },
+        },
+        talker_config={
+            "text_config": text | fewer,
+            "thinker_hidden_size": 128,
+            "accept_hidden_layer": 1,
+            "spatial_merge_size": 2,
+            "num_code_groups": 2,
+            "code_predictor_config": {**COMMON, **small, "num_code_groups": 2},
+        },
+        code2wav_config={
+            **small,
+            "decoder_dim": 32,
+            "codebook_size": 16,
+            "num_quantizers": 2,
+            "upsample_rates": [2],
+            "upsampling_ratios": [2],
+        },
+    )
+    model = transformers.Qwen3OmniMoeForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # transformers leaves some of them uninitialized
+            parameter.normal_()
+    model.save_pretrained(directory)
 
 
 def test_hub_models_are_fetched_with_their_profiles(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_atomic_moe.calibration.accumulator import Batch, LayerAccumulator
-from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe, serving_notes
+from vllm_atomic_moe.calibration.experts import ExpertsModule, find_experts, observe
 from vllm_atomic_moe.calibration.findings import inspect_sums
 from vllm_atomic_moe.calibration.layer_reader import LayerReader
 from vllm_atomic_moe.calibration.model import (
@@ -168,7 +168,7 @@ def _calibrate(
     if shard:
         calibration["shards"] = {"of": shard[1], "here": [shard[0]]}
     statistics = Statistics(checkpoint.identity(), calibration, sums)
-    return statistics, text.warnings + serving_notes(experts) + inspect_sums(sums)
+    return statistics, text.warnings + inspect_sums(sums)
 
 
 def find_original(model: str) -> tuple[Path, CheckpointInfo]:

@@ -243,27 +243,6 @@ def find_experts(
     return dict(sorted(experts.items()))
 
 
-def serving_notes(experts: Mapping[int, ExpertsModule]) -> list[str]:
-    """One line if the server might refuse these experts, though they can be calibrated.
-
-    The server asks vLLM for the activation when it builds them. SiLU and tanh GELU are served; a
-    model's own activation (as in gpt-oss) may be.
-    """
-    for module in experts.values():
-        own = not module.has_gate or (
-            type(module)._apply_gate.__module__ != "transformers.integrations.moe"
-        )
-        activation = getattr(module, "act_fn", None)
-        name = type(activation).__name__.lower()
-        known = activation is functional.silu or "silu" in name or "gelutanh" in name
-        if own or not known:
-            return [
-                f"{type(module).__name__} computes its own activation, or an uncommon one; its "
-                "statistics are right, and the server says at start whether it serves them"
-            ]
-    return []
-
-
 def _first(module: ExpertsModule) -> str:
     """The projection ahead of the activation."""
     return "gate_up_proj" if module.has_gate else "up_proj"

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_atomic_moe.files.config import (
     EXPERT_GROUPS,
+    LATENT_EXPERTS,
     declared_experts,
     decoder_layers,
     dense_layers,
@@ -49,6 +50,16 @@ class LayerFacts:
     scheme: Scheme = PLAIN_SCHEME
     down: dict[int, tuple[int, ...]] = field(default_factory=dict)
     whole: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def check_latent_experts(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse experts in a latent space."""
+    for key in LATENT_EXPERTS:
+        if config.get(key) is not None:
+            raise ValueError(
+                f"not served by this version: experts in a latent space ({directory}/config.json: "
+                f"{key} {config[key]!r:.40}); serve the model dense"
+            )
 
 
 def check_depth(

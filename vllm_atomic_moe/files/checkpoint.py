@@ -23,6 +23,7 @@ from vllm_atomic_moe.files.agreement import (
     check_choice,
     check_dense_layers,
     check_depth,
+    check_latent_experts,
     check_layout,
     check_routers,
     count_experts,
@@ -193,13 +194,14 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
     """Describe the routed experts of the checkpoint in `directory`.
 
     Raises:
-        ValueError: no routed experts; experts in an unknown layout, with an unknown quantization or
-            another than config.json says, of unequal width, in another number than the router or
-            config.json say, or in other layers; no router tensors; an exported checkpoint with
-            packed rows, offsets and masks that do not fit together.
+        ValueError: no routed experts; experts in a latent space, in an unknown layout, with an
+            unknown quantization or another than config.json says, of unequal width, in another
+            number than the router or config.json say, or in other layers; no router tensors; an
+            exported checkpoint with packed rows, offsets and masks that do not fit together.
     """
     check_encodings(directory)
     config = read_config(directory)
+    check_latent_experts(directory, config)
     where = locate_tensors(directory)
     settings = quantization_settings(directory, config)
     layers = _gather_layers(where, config, settings)

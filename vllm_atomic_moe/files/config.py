@@ -25,6 +25,8 @@ NUM_EXPERTS = (
     "num_routed_experts",
     "moe_num_experts",
 )
+# Hidden size of routed experts between two projections of their own: Nemotron's, Kimi-K3's.
+LATENT_EXPERTS = ("moe_latent_size", "routed_expert_hidden_size")
 # Router groups of experts; Kimi has its own names.
 EXPERT_GROUPS = ("n_group", "num_expert_group")
 # Layers of multi-token prediction, after the decoder's.
@@ -71,6 +73,8 @@ READ_BY_OTHERS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
+# Parts of a configuration that hold the text model's: Qwen3-Omni's thinker has a text model.
+OF_TEXT = ("thinker_config", "text_config")
 # Part of a configuration that describes experts: DBRX's, Mistral's.
 OF_EXPERTS = ("ffn_config", "moe")
 # DBRX's and Mistral's names -> the common ones.
@@ -99,10 +103,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json_object(path)
     if path.name == MISTRAL:
         config = _of_mistral(config)
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        outer = {key: config[key] for key in OF_THE_WHOLE if config.get(key)}
-        config = {**text, **outer}
+    outer = {key: config[key] for key in OF_THE_WHOLE if config.get(key)}
+    config = {**text_part(config), **outer}
     for part in OF_EXPERTS:
         if isinstance(config.get(part), dict):
             config = {**config[part], **config}
@@ -119,6 +121,14 @@ def read_config(directory: Path) -> dict[str, Any]:
             config.pop(key, None)
         elif not isinstance(config[key], kind):
             raise ValueError(f"{path}: `{key}` is {config[key]!r:.80}, wanted {wanted}")
+    return config
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's part of a configuration, itself if it has none; not a copy."""
+    for key in OF_TEXT:
+        if isinstance(part := config.get(key), dict):
+            config = part
     return config
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 # Maps tensors to shards.
 INDEX = "model.safetensors.index.json"
+# Prefix of Qwen3-Omni's model of speech, an MoE of its own, which vLLM leaves out.
+SPEECH = "talker."
 # Part of a layout -> its spelling; one entry per family of models.
 PER_EXPERT = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
@@ -128,7 +130,7 @@ def expert_tensor(name: str) -> ExpertTensor | None:
 def decoder_layer(name: str) -> int | None:
     """The decoder layer of a tensor; None if its name has none, or several."""
     found = _LAYER.findall(name)
-    return int(found[0]) if len(found) == 1 else None
+    return int(found[0]) if len(found) == 1 and not name.startswith(SPEECH) else None
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
@@ -141,7 +143,10 @@ _WITHIN = "|".join(
     for block, _, name in (it.partition("|") for it in _FUSED_PARTS)
     if name
 )
-_BLOCK = r"(?P<block>(?:.*\.)?(?:layers|blocks)\.(?P<layer>\d+)(?:\..*)?)\."
+_BLOCK = (
+    rf"(?!{re.escape(SPEECH)})"
+    r"(?P<block>(?:.*\.)?(?:layers|blocks)\.(?P<layer>\d+)(?:\..*)?)\."
+)
 _MATRIX = rf"experts\.(?P<expert>\d+)\.(?P<own>{_OWN})"
 _NAME = re.compile(
     rf"{_BLOCK}(?:{_MATRIX}\.weight"

@@ -26,7 +26,7 @@ from vllm_atomic_moe.convert.exporting.rows import (
     split_names,
 )
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
-from vllm_atomic_moe.files.config import config_file
+from vllm_atomic_moe.files.config import config_file, text_part
 from vllm_atomic_moe.files.export_format import (
     EXPORT_DIRECTORY,
     EXPORT_FORMAT,
@@ -139,8 +139,7 @@ def complete_config(config_json: bytes, source: Shards) -> bytes:
     own_head = any(name.endswith("lm_head.weight") for name in source.where)
     if own_head and config.get("tie_word_embeddings") is not False:
         changes["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"]["tie_word_embeddings"] = False
+        text_part(config)["tie_word_embeddings"] = False
     if not changes:
         return config_json
     return json.dumps({**config, **changes}, indent=2).encode() + b"\n"

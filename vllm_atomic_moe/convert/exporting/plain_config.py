@@ -14,6 +14,7 @@ from vllm_atomic_moe.files.config import (
     config_file,
     declared_experts,
     quantization_settings,
+    text_part,
 )
 
 # Keys of the width of routed experts alone.
@@ -107,8 +108,7 @@ def changed_config(
     if width < info.intermediate_size:
         changes |= dict.fromkeys(_routed_width_keys(config, info), width)
     told = json.loads(path.read_bytes())
-    text = told.get("text_config")
-    (text if isinstance(text, dict) else told).update(changes)
+    text_part(told).update(changes)
     return json.dumps(told, indent=2).encode() + b"\n"
 
 

@@ -184,11 +184,17 @@ def split_names(source: Shards, info: CheckpointInfo) -> tuple[dict[int, LayerNa
 
 
 def check_names(names: LayerNames, quantities: Collection[str]) -> None:
-    """Refuse expert tensors that an export would omit.
+    """Refuse expert tensors that an export would omit, and experts without a gate.
 
     Raises:
-        ValueError: one line that names the first.
+        ValueError: one line, which names the first such tensor.
     """
+    parts = {part for part, _ in names.known}
+    if "up" in parts and "gate" not in parts:
+        raise ValueError(
+            "experts without a gate are not exported; serve the original checkpoint with the "
+            "profile"
+        )
     unknown = names.strange + [
         name
         for of in names.known.values()
