@@ -137,7 +137,7 @@ FIRST_UP = "model.layers.1.mlp.experts.0.up_proj.g_idx"
             lambda tensors: tensors.update(
                 {f"{DOWN}.weight_packed": torch.zeros(H, 6, dtype=torch.int32)}
             ),
-            r"experts|intermediate size",
+            r"down_proj: quantized as int4 g16, others of its layer as int4 g32",
         ),
         (
             "int4",
@@ -213,6 +213,57 @@ def test_config_must_agree_with_the_tensors(original, tmp_path, name, settings, 
     config = json.loads(path.read_text()) | {"quantization_config": settings}
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
+        describe_checkpoint(tmp_path / "model")
+
+
+SAME = {("fp8-tensor", "fp8-modelopt"), ("fp8-modelopt", "fp8-tensor")}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_settings_of_every_other_format_are_refused(original, tmp_path, name):
+    quantize_checkpoint(original, tmp_path / "model", name)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    for other, settings in SETTINGS.items():
+        path.write_text(json.dumps(config | {"quantization_config": settings}))
+        if other == name or (name, other) in SAME:
+            describe_checkpoint(tmp_path / "model")
+            continue
+        with pytest.raises(ValueError, match=r"config.json says|^not served|wanted .* blocks"):
+            describe_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("int4", {"symmetric": False}, "not served by this version: asymmetric weights"),
+        ("int4", {"num_bits": 8}, "not served by this version: integers of 8 bits"),
+        ("awq", {"zero_point": False}, "AWQ with zero_point False"),
+        ("awq", {"bits": 8}, "AWQ with bits 8"),
+        ("awq", {"version": "gemv"}, "AWQ with version 'gemv'"),
+        ("fp8-block", {"fmt": "e5m2"}, "FP8 with fmt 'e5m2'"),
+    ],
+)
+def test_settings_that_are_not_served(original, tmp_path, name, change, words):
+    quantize_checkpoint(original, tmp_path / "model", name)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    settings = config["quantization_config"]
+    groups = settings.get("config_groups")
+    (groups["group_0"]["weights"] if groups else settings).update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
+        describe_checkpoint(tmp_path / "model")
+
+
+def test_zero_points_of_compressed_tensors_are_refused_by_name(original, tmp_path):
+    quantize_checkpoint(original, tmp_path / "model", "int4")
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("down_proj.weight_scale")]:
+        tensors[name.replace("scale", "zero_point")] = torch.zeros(24, 3, dtype=torch.int32)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="not served by this version: asymmetric weights"):
         describe_checkpoint(tmp_path / "model")
 
 

@@ -299,8 +299,8 @@ def _gather_layers(
             scheme, size = scheme_of_down(matrix, parts, hidden_size, settings)
             if layer.scheme not in (scheme, PLAIN_SCHEME):
                 raise ValueError(
-                    f"{matrix}: quantized as {scheme.kind}, others of its layer as "
-                    f"{layer.scheme.kind}; fetch the checkpoint again"
+                    f"{matrix}: quantized as {scheme.name}, others of its layer as "
+                    f"{layer.scheme.name}; fetch the checkpoint again"
                 )
             layer.scheme = scheme
         if "blocks" in parts:

@@ -7,7 +7,7 @@ agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,26 @@ METHODS: Mapping[Kind, tuple[str, ...]] = {
     "mxfp4-blocks": ("mxfp4", "gpt_oss_mxfp4"),
     "nvfp4": ("compressed-tensors",),
     "nvfp4-2": ("modelopt", "modelopt_fp4"),
+}
+# Bits and type of the weights in compressed-tensors' words, and what is in ModelOpt's name.
+WEIGHTS: Mapping[Kind, tuple[int, str]] = {
+    "fp8": (8, "float"),
+    "int4": (4, "int"),
+    "mxfp4": (4, "float"),
+    "nvfp4": (4, "float"),
+}
+ALGORITHMS: Mapping[Kind, str] = {"fp8": "FP8", "nvfp4-2": "NVFP4"}
+# ModelOpt's name -> what has a scale of its own.
+MODELOPT_SCALES = {
+    "FP8": "tensor",
+    "FP8_PB_WO": "block",
+    "FP8_PER_CHANNEL_PER_TOKEN": "channel",
+}
+# Settings whose other values are not served.
+SERVED: Mapping[Kind, Mapping[str, tuple[Any, ...]]] = {
+    "gptq": {"sym": (True, None), "bits": (4, None)},
+    "awq": {"bits": (4, None), "zero_point": (True, None), "version": ("gemm", "GEMM", None)},
+    "fp8": {"fmt": ("e4m3", None)},
 }
 
 
@@ -158,11 +178,24 @@ def scheme_of_down(
         pass
     except ValueError as error:
         raise ValueError(f"{where}: {error}; fetch the checkpoint again") from None
+    if reason := _unserved(parts, settings):
+        raise ValueError(
+            f"not served by this version: {reason} ({where}); use the checkpoint that it was made "
+            "from"
+        )
     found = ", ".join(f"{name} {dtype} {[*shape]}" for name, (dtype, shape) in parts.items())
     raise ValueError(
         f"{where}: quantized in a way that is not known: {found:.120}; use the checkpoint that it "
         "was made from"
     )
+
+
+def _unserved(parts: Collection[str], settings: Mapping[str, Any]) -> str:
+    """What is known and not served; "" if it is unknown."""
+    if "weight_zero_point" in parts:
+        return "asymmetric weights"
+    bits = settings.get("bits", settings.get("w_bit")) if "qweight" in parts else _bits(settings)
+    return f"integers of {bits!r:.20} bits" if bits not in (None, 4) else ""
 
 
 def _scheme_of_down(
@@ -270,8 +303,9 @@ def _scheme(kind: Kind, dtype: str, group: int) -> Scheme:
 
 
 def _bits(settings: Mapping[str, Any]) -> int | None:
-    """Of compressed-tensors' weights, if all groups agree."""
-    found = [group["num_bits"] for group in _weight_groups(settings) if "num_bits" in group]
+    """Of compressed-tensors' integers, if all groups agree."""
+    groups = [group for group in _weight_groups(settings) if group.get("type", "int") == "int"]
+    found = [group["num_bits"] for group in groups if "num_bits" in group]
     return found[0] if found and all(bits == found[0] for bits in found) else None
 
 
@@ -324,13 +358,13 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             "this the right config.json?"
         )
     settings = quantization_settings(directory, config)
-    wanted = {"sym": (True, None), "bits": (4, None)} if scheme.kind == "gptq" else {}
-    for key, values in wanted.items():
+    for key, values in SERVED.get(scheme.kind, {}).items():
         if settings.get(key) not in values:
             raise ValueError(
-                f"not served by this version: GPTQ with {key} {settings[key]!r} ({directory}); use "
-                "the checkpoint that it was made from"
+                f"not served by this version: {scheme.kind.upper()} with {key} "
+                f"{settings[key]!r:.40} ({directory}); use the checkpoint that it was made from"
             )
+    _check_weights(directory, settings, scheme)
     sizes = list(_group_sizes(settings))
     if scheme.kind == "fp8":
         _check_strategy(directory, settings, scheme)
@@ -341,6 +375,28 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
         )
 
 
+def _check_weights(directory: Path, settings: Mapping[str, Any], scheme: Scheme) -> None:
+    """Refuse weights of other bits or another type than the settings say, or asymmetric ones."""
+    groups = [it for it in _weight_groups(settings) if {"num_bits", "type"} <= it.keys()]
+    same = [it for it in groups if (it["num_bits"], it["type"]) == WEIGHTS.get(scheme.kind)]
+    algorithm = settings.get("quant_algo")
+    said = ""
+    if groups and not same:
+        said = f"{groups[0]['num_bits']!r:.20} bits, type {groups[0]['type']!r:.20}"
+    elif isinstance(algorithm, str) and "MIXED" not in algorithm.upper():
+        said = "" if ALGORITHMS.get(scheme.kind, "") in algorithm.upper() else algorithm[:40]
+    if said:
+        raise ValueError(
+            f"{directory}: its experts are quantized as {scheme.name}, config.json says {said}; is "
+            "this the right config.json?"
+        )
+    if same and all(it.get("symmetric") is False for it in same):
+        raise ValueError(
+            f"not served by this version: asymmetric weights ({directory}/config.json); use the "
+            "checkpoint that it was made from"
+        )
+
+
 def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme) -> None:
     """Refuse FP8 scales of other blocks, channels or tensors than the settings say."""
     found = "tensor" if not scheme.rows else "block" if scheme.columns else "channel"
@@ -348,6 +404,8 @@ def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme
     told = [it["strategy"] for it in groups if isinstance(it.get("strategy"), str)]
     if settings.get("weight_block_size"):
         told = ["block"]
+    elif settings.get("quant_algo") in MODELOPT_SCALES:
+        told = [MODELOPT_SCALES[settings["quant_algo"]]]
     if told and found not in told:
         raise ValueError(
             f"{directory}: config.json says FP8 with a scale per {told[0]}, the files hold one per "
