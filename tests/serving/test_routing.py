@@ -284,6 +284,8 @@ def test_a_bias_of_more_experts_than_are_packed_is_left_alone_without_masks():
     plain = RoutingMask({"dense": torch.ones(4, dtype=torch.bool)})
     plain.prepare(torch.ones(6))
     assert not plain.masks_routing
+    plain.prepare(torch.ones(4))  # masks of another layer wrap this one's router, too
+    assert plain.bias_VE.tolist() == [[1.0] * 4]
 
 
 # --- refusals -------------------------------------------------------------------------------------

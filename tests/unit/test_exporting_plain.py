@@ -397,7 +397,7 @@ def test_models_that_are_not_understood(tmp_path):
             torch.ones(64),
             "is not a known part of an expert's projection",
         ),
-        ("gate.tid2eid", torch.ones(8, dtype=torch.int64), "I64; routers of plain floats"),
+        ("gate.other", torch.ones(8, dtype=torch.int64), "I64; routers of plain floats"),
         ("gate.rank", torch.ones(3, 5), r"is \[3, 5\], wanted a row or a value for each of 8"),
     ):
         save_file({**load_file(weights), f"model.layers.1.mlp.{name}": tensor}, weights)

@@ -113,11 +113,13 @@ class RoutingMask(nn.Module):
 
         Args:
             correction_bias_E: the model's own bias [E], any float dtype, not modified; None if the
-                router has none. If no profile masks routing, it may be of more experts (LongCat's
-                zero experts have biases too).
+                router has none. Only without masks may it be of more experts: LongCat's zero
+                experts have biases, too, and its router follows no masks.
         """
         self.biased = correction_bias_E is not None
-        if correction_bias_E is not None and self.masks_routing:
+        if correction_bias_E is None:
+            return
+        if self.masks_routing or len(correction_bias_E) == self.bias_VE.shape[1]:
             excluded_VE = ~self.distinct_VE.to(self.bias_VE.device)
             self.bias_VE.copy_(correction_bias_E.float().masked_fill(excluded_VE, MASKED_BIAS))
 
