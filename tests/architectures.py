@@ -70,6 +70,14 @@ BIASED = {
     "moe_router_enable_expert_bias": True,
     "routed_scaling_factor": 1.5,
 }
+STEP = {
+    "moe_num_experts": 8,
+    "moe_top_k": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 128,
+    "share_expert_dim": 96,
+    "moe_layers_enum": "1,2",
+}
 # Multi-head latent attention.
 LATENT = {
     "num_key_value_heads": 4,
@@ -748,12 +756,7 @@ ARCHITECTURES = {
     "step3": Architecture(
         "Step3TextForCausalLM",
         {
-            "moe_num_experts": 8,
-            "moe_top_k": 2,
-            "moe_intermediate_size": 64,
-            "intermediate_size": 128,
-            "share_expert_dim": 96,
-            "moe_layers_enum": "1,2",
+            **STEP,
             "norm_expert_weight": True,
             "head_dim": 32,
             "share_q_dim": 64,
@@ -768,12 +771,7 @@ ARCHITECTURES = {
     "step3p5": Architecture(
         "Step3p5ForCausalLM",
         {
-            "moe_num_experts": 8,
-            "moe_top_k": 2,
-            "moe_intermediate_size": 64,
-            "intermediate_size": 128,
-            "share_expert_dim": 96,
-            "moe_layers_enum": "1,2",
+            **STEP,
             "head_dim": 32,
             "use_head_wise_attn_gate": True,
             "layer_types": MIXED,

@@ -65,7 +65,7 @@ def test_engines_share_quantized_experts(tmp_path, encoding):
         memory = server.status()["memory"]
     assert len(memory["rank_resident_bytes"]) == 2
     # Scales of a group whose atoms are split are held twice: 2.0 % of the demo in INT4.
-    assert memory["resident_bytes"] < 1.03 * alone
+    assert memory["resident_bytes"] < (1.03 if encoding == "int4" else 1.02) * alone
     shutil.rmtree(model)
 
 

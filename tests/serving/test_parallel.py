@@ -140,7 +140,7 @@ def test_biases_are_added_once(tmp_path, ranks):
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantized_experts(tmp_path, name, ranks):
     """Codes are split like plain rows; each rank has the groups of scales that it needs."""
-    info = make_checkpoint("qwen3_moe", tmp_path / "original")
+    info = make_checkpoint(architecture_of(name), tmp_path / "original")
     model = tmp_path / "model"
     quantize_checkpoint(tmp_path / "original", model, name)
     check_as_one(model, info, ranks, dtype=dtype_of(name))
@@ -160,13 +160,18 @@ def test_gpt_oss_as_published(tmp_path, ranks):
 @pytest.mark.parametrize("name", ["fp8-block", "int4", "gptq"])
 def test_exported_quantized_experts(tmp_path, name, ranks):
     """Export the union of two profiles, and serve both from it."""
-    info = make_checkpoint("qwen3_moe", tmp_path / "original")
+    info = make_checkpoint(architecture_of(name), tmp_path / "original")
     quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
     profiles = [write_profile(info, it, tmp_path, seed) for seed, it in enumerate(NAMES[:2], 1)]
     keep = {it: profiles[0].keep[it] | profiles[1].keep[it] for it in info.layers}
     PruningProfile("union", keep).write(tmp_path / "union.safetensors")
     export(str(tmp_path / "model"), tmp_path / "union.safetensors", tmp_path / "exported")
     check_as_one(tmp_path / "exported", info, ranks, dtype=dtype_of(name))
+
+
+def architecture_of(name: str) -> str:
+    """With a shared expert, unless vLLM takes that for a quantized one (AWQ)."""
+    return "qwen3_moe" if name in IN_FLOAT16 else "qwen2_moe"
 
 
 def dtype_of(name: str) -> str:

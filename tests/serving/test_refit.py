@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.checkpoints import uniform_profile
 from tests.serving.conftest import logprobs_of, transformers_logprobs
@@ -37,7 +36,9 @@ def test_served_logits_equal_transformers(tmp_path, architecture):
     api.export(model, profile, tmp_path / "plain", plain=True, **fit)
     wanted = transformers_logprobs(tmp_path / "plain")
     found = logprobs_of(tmp_path / "packed", load_format="atomic-pruned")
-    # Of GraniteMoe stock vLLM and transformers differ by 2e-4 of -11 by themselves.
-    torch.testing.assert_close(found, wanted, rtol=3e-5, atol=TOLERANCE)
+    if architecture == "granitemoe":
+        # Of the same checkpoint stock vLLM and transformers differ by 2e-4 here.
+        wanted = logprobs_of(tmp_path / "plain")
+    assert (found - wanted).abs().max() < TOLERANCE
     masked = logprobs_of(model, load_format="atomic-pruned")
     assert (masked - wanted).abs().max() > 0.01, "the test is blind"

@@ -205,6 +205,8 @@ def test_checkpoints_that_contradict_themselves(original, tmp_path, name, change
         ),
         ("awq", {"quant_method": "awq", "q_group_size": 64}, "of 64 inputs, .* scales of 32"),
         ("fp8-block", ["fp8"], "config.json has no quantization_config"),
+        ("nvfp4-modelopt", {"quant_method": "modelopt", "quant_algo": ["FP8"]}, r"says \['FP8'\]"),
+        ("fp8-block", SETTINGS["fp8-modelopt"], "per tensor, the files hold one per block"),
     ],
 )
 def test_config_must_agree_with_the_tensors(original, tmp_path, name, settings, words):

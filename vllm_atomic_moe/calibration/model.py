@@ -208,7 +208,7 @@ def check_missing(directory: Path, model: PreTrainedModel, missing: Collection[s
 def auto_class(config: Any) -> Any:
     """transformers' class for models of a configuration.
 
-    The text model's class; if there is no separate one (Aria), the class that takes images.
+    The text class, or the image-text class if the model has no text class (Aria).
     """
     mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     reads, sees = (type(config) in mapping for mapping in mappings)

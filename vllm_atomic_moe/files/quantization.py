@@ -347,24 +347,29 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             "quantization_config; fetch the checkpoint again"
         )
     method = told.split()[0]
-    if method not in METHODS[scheme.kind]:
-        if not any(method in methods for methods in METHODS.values()):
-            raise ValueError(
-                f"not served by this version: the quantization method {told} ({directory}); use "
-                "the checkpoint that it was made from"
-            )
+    if not any(method in methods for methods in METHODS.values()):
         raise ValueError(
-            f"{directory}: its experts are quantized as {scheme.name}, config.json says {told}; is "
-            "this the right config.json?"
+            f"not served by this version: the quantization method {told} ({directory}); use the "
+            "checkpoint that it was made from"
         )
     settings = quantization_settings(directory, config)
+    if other := told if method not in METHODS[scheme.kind] else _other_weights(settings, scheme):
+        raise ValueError(
+            f"{directory}: its experts are quantized as {scheme.name}, config.json says {other}; "
+            "is this the right config.json?"
+        )
     for key, values in SERVED.get(scheme.kind, {}).items():
         if settings.get(key) not in values:
             raise ValueError(
                 f"not served by this version: {scheme.kind.upper()} with {key} "
                 f"{settings[key]!r:.40} ({directory}); use the checkpoint that it was made from"
             )
-    _check_weights(directory, settings, scheme)
+    same = _same_weights(settings, scheme)
+    if same and all(group.get("symmetric") is False for group in same):
+        raise ValueError(
+            f"not served by this version: asymmetric weights ({directory}/config.json); use the "
+            "checkpoint that it was made from"
+        )
     sizes = list(_group_sizes(settings))
     if scheme.kind == "fp8":
         _check_strategy(directory, settings, scheme)
@@ -375,26 +380,21 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
         )
 
 
-def _check_weights(directory: Path, settings: Mapping[str, Any], scheme: Scheme) -> None:
-    """Refuse weights of other bits or another type than the settings say, or asymmetric ones."""
-    groups = [it for it in _weight_groups(settings) if {"num_bits", "type"} <= it.keys()]
-    same = [it for it in groups if (it["num_bits"], it["type"]) == WEIGHTS.get(scheme.kind)]
-    algorithm = settings.get("quant_algo")
-    said = ""
-    if groups and not same:
-        said = f"{groups[0]['num_bits']!r:.20} bits, type {groups[0]['type']!r:.20}"
-    elif isinstance(algorithm, str) and "MIXED" not in algorithm.upper():
-        said = "" if ALGORITHMS.get(scheme.kind, "") in algorithm.upper() else algorithm[:40]
-    if said:
-        raise ValueError(
-            f"{directory}: its experts are quantized as {scheme.name}, config.json says {said}; is "
-            "this the right config.json?"
-        )
-    if same and all(it.get("symmetric") is False for it in same):
-        raise ValueError(
-            f"not served by this version: asymmetric weights ({directory}/config.json); use the "
-            "checkpoint that it was made from"
-        )
+def _other_weights(settings: Mapping[str, Any], scheme: Scheme) -> str:
+    """The weights that the settings describe; "" if they have the scheme's bits and type."""
+    groups = [group for group in _weight_groups(settings) if {"num_bits", "type"} <= group.keys()]
+    if groups and not _same_weights(settings, scheme):
+        return f"{groups[0]['num_bits']!r:.20} bits, type {groups[0]['type']!r:.20}"
+    algorithm = str(settings.get("quant_algo") or "").upper()
+    if not algorithm or "MIXED" in algorithm or ALGORITHMS.get(scheme.kind, "") in algorithm:
+        return ""
+    return algorithm[:40]
+
+
+def _same_weights(settings: Mapping[str, Any], scheme: Scheme) -> list[Mapping[str, Any]]:
+    wanted = WEIGHTS.get(scheme.kind)
+    groups = _weight_groups(settings)
+    return [group for group in groups if (group.get("num_bits"), group.get("type")) == wanted]
 
 
 def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme) -> None:
@@ -404,8 +404,8 @@ def _check_strategy(directory: Path, settings: Mapping[str, Any], scheme: Scheme
     told = [it["strategy"] for it in groups if isinstance(it.get("strategy"), str)]
     if settings.get("weight_block_size"):
         told = ["block"]
-    elif settings.get("quant_algo") in MODELOPT_SCALES:
-        told = [MODELOPT_SCALES[settings["quant_algo"]]]
+    elif (of := MODELOPT_SCALES.get(str(settings.get("quant_algo")))) is not None:
+        told = [of]
     if told and found not in told:
         raise ValueError(
             f"{directory}: config.json says FP8 with a scale per {told[0]}, the files hold one per "

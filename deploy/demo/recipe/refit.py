@@ -1,10 +1,10 @@
 """What makes up for what is pruned: the demo's held-out perplexity, refitted and compensated.
 
-    .venv/bin/python deploy/demo/recipe/refit.py [RATIO ...]
+    .venv/bin/python deploy/demo/recipe/refit.py [PROFILE ...]
 
-fits HEAPr's profiles (20, 40 and 60 %) to the calibration texts as `atomic-moe export --refit` and
-`prune --compensate` do, and prints the perplexity of each over all held-out text: float32, by
-transformers, no vLLM involved.
+fits profiles (the demo's of HEAPr, or the named files) to the calibration texts as `atomic-moe
+export --refit` and `prune --compensate` do, and prints the perplexity of each over all held-out
+text: float32, by transformers, no vLLM involved.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def main() -> None:
     logging.disable_progress_bar()
     dense = perplexity()
     print(f"dense: {dense:.2f}", flush=True)
-    for ratio in map(int, sys.argv[1:] or (20, 40, 60)):
-        profile = PruningProfile.read(MODEL / f"atomic_profiles/heapr-{ratio}.safetensors")
-        show = partial(report, f"heapr-{ratio}", dense)
+    heapr = [MODEL / f"atomic_profiles/heapr-{percent}.safetensors" for percent in (20, 40, 60)]
+    for path in map(Path, sys.argv[1:] or heapr):
+        profile = PruningProfile.read(path)
+        show = partial(report, profile.name, dense)
         show("as it is", perplexity(profile))
         for kind, words in (("scale and bias", "compensated"), ("columns", "refitted")):
             show(words, perplexity(profile, fit(profile, kind)))
