@@ -53,8 +53,8 @@ test: install ## what CI runs
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind \
 	  $(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-full: install ## every test: also the long ones
-	$(BIN)/python -m pytest
+test-full: install ## every test, also the long ones; PART=unit, serving or e2e: one part
+	$(BIN)/python -m pytest tests/$(PART)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
