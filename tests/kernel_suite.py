@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from tests.quantized import FORMATS, Quantized
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import backend_module
-from vllm_atomic_moe.experts.encoding import SCALE_DTYPES, encode
-from vllm_atomic_moe.experts.encoding import row_format as row_format_of
-from vllm_atomic_moe.experts.formats import PLAIN, Encoded, Projection, RowFormat
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import Encoded
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
     SLOTS,
@@ -32,7 +31,8 @@ from vllm_atomic_moe.experts.packing import (
     tensor_parallel_share,
     with_slots,
 )
-from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
+from vllm_atomic_moe.files.quantization import IGNORED, SCALE_DTYPES, scheme_of_down
+from vllm_atomic_moe.files.row_formats import PLAIN, Projection, RowFormat
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
@@ -242,7 +242,7 @@ def _quantized(
         (expert, projection): encode(scheme, projection, parts, hidden_size, full)
         for (expert, projection), parts in encoded.items()
     }
-    return tuple(after), loaded, row_format_of(scheme, hidden_size, full)
+    return tuple(after), loaded, scheme.row_format(hidden_size, full)
 
 
 def ragged(seed: int = 0) -> torch.Tensor:

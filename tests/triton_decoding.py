@@ -17,7 +17,8 @@ from vllm_atomic_moe.experts.backends.triton_rows import (
     rows_of,
     scale_rows,
 )
-from vllm_atomic_moe.experts.formats import Block, RowFormat, stored_values
+from vllm_atomic_moe.experts.formats import stored_values
+from vllm_atomic_moe.files.row_formats import Block, RowFormat
 
 P, E, H = 40, 2, 96
 # What kernels ask for: less and more than a block of scales, and than H.

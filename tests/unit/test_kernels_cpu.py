@@ -23,8 +23,9 @@ from tests.kernel_suite import WIDTHS, KernelSuite
 from vllm_atomic_moe.experts.backends import choose_backend, cpu, reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
-from vllm_atomic_moe.experts.formats import PLAIN, Block, Encoded, RowFormat
-from vllm_atomic_moe.experts.packing import PROJECTIONS, PackedExperts, build_layout, with_slots
+from vllm_atomic_moe.experts.formats import Encoded
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN, PROJECTIONS, Block, RowFormat
 
 REASON = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
 needs_library = pytest.mark.skipif(REASON is not None, reason=REASON or "")

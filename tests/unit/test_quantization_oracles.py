@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from tests.kernel_suite import SPELLED
-from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.encoding import encode
 from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
 
@@ -70,7 +70,7 @@ def test_compressed_tensors_reads_the_same(name, projection):
     shape = (H, FULL) if projection == "down" else (FULL, H)
     parts, wanted = compressed(name, torch.randn(shape, generator=generator))
     found = decode(
-        encode(scheme, projection, parts, H, FULL), row_format(scheme, H, FULL), projection
+        encode(scheme, projection, parts, H, FULL), scheme.row_format(H, FULL), projection
     )
     found = found.t() if projection == "down" else found
     assert wanted.unique().numel() > 10

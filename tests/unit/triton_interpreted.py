@@ -31,8 +31,8 @@ from tests.triton_decoding import DECODED, check_decoding
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends import triton as triton_backend
-from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import SLOTS, with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 

@@ -16,7 +16,8 @@ import torch
 import triton
 from triton import language as tl
 
-from vllm_atomic_moe.experts.formats import TABLES, RowFormat
+from vllm_atomic_moe.experts.formats import TABLES
+from vllm_atomic_moe.files.row_formats import RowFormat
 
 # Columns of a scale that a whole row shares: divisible by tiles of any width.
 WHOLE_ROW = 1 << 30

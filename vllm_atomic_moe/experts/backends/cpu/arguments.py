@@ -10,13 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_atomic_moe.experts.formats import CODES, FACTORS, TABLES, Projection, RowFormat
-from vllm_atomic_moe.experts.packing import (
-    BIAS_SLACK,
-    PROJECTIONS,
-    SLOTS,
-    projections_of,
-)
+from vllm_atomic_moe.experts.formats import TABLES
+from vllm_atomic_moe.experts.packing import BIAS_SLACK, SLOTS, projections_of
+from vllm_atomic_moe.files.row_formats import CODES, FACTORS, PROJECTIONS, Projection, RowFormat
 
 # Dtypes of scales, in the order of their numbers in C++.
 SCALE_DTYPES = (
@@ -56,7 +52,7 @@ def bits_of(row_format: RowFormat, dtype: torch.dtype) -> int:
 def quantized(scales: Sequence[torch.Tensor], row_format: RowFormat) -> Quantized:
     """The C++ arguments for codes; valid as long as the scales."""
     found = Quantized(
-        CODES.index(row_format.code) - 1,
+        [*CODES].index(row_format.code) - 1,
         SCALE_DTYPES.index(scales[0].dtype),
         FACTORS.index(row_format.factor),
     )
