@@ -17,7 +17,7 @@ import torch
 from vllm_atomic_moe.files.row_formats import CODES, Code, Factor, Projection, RowFormat
 
 # Tables of each projection, in this order; those that a format lacks are empty.
-TABLES = ("scales", "rows", "zeros", "factors")
+TABLES = ("scales", "rows", "firsts", "zeros", "factors")
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -179,8 +179,8 @@ def stored_values(
     stored = weights[which][rows_F]
     if row_format.plain:
         return stored.float()
-    scales_GC, rows_P, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
-    groups_F = rows_P[rows_F].long() if rows_P.numel() else rows_F
+    scales_GC, rows_P, firsts_E, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
+    groups_F = firsts_E[expert] + rows_P[rows_F].long() if rows_P.numel() else rows_F
     factor = factors_E[expert] if factors_E.numel() else None
     block = row_format.columns if which == len(weights) - 1 else row_format.rows
     return decode_rows(
@@ -197,8 +197,9 @@ class ScaleTables:
 
     Attributes:
         tensors: name -> tensor: of every projection `{projection}_{table}` for TABLES: scales
-            [G, C] of the format's dtype; rows int32 [P], the scale row of every packed row, empty
-            if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
+            [G, C] of the format's dtype; rows int16 [P], the scale row of every packed row,
+            counted from the first of its expert, and firsts int32 [E], these first ones, both
+            empty if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
     """
 
     def __init__(
@@ -228,12 +229,17 @@ class ScaleTables:
                 ]
                 self._groups[name] = kept
                 self._first[name] = [0, *torch.tensor([*map(len, kept)]).cumsum(0).tolist()]
+                most = torch.iinfo(torch.int16).max
+                assert max(map(len, kept)) <= most, f"more than {most} scale rows of an expert"
             rows = self._first[name][-1] if kept else self._offsets[-1]
             shape = (rows, -(-hidden_size // block.columns))
             made = {
                 "scales": torch.empty(shape, dtype=row_format.scale, device=device),
                 "rows": torch.empty(
-                    self._offsets[-1] if kept else 0, dtype=torch.int32, device=device
+                    self._offsets[-1] if kept else 0, dtype=torch.int16, device=device
+                ),
+                "firsts": torch.tensor(
+                    self._first[name][:-1] if kept else [], dtype=torch.int32, device=device
                 ),
                 "zeros": torch.empty(
                     shape if row_format.zeros else (0,), dtype=torch.uint8, device=device
@@ -254,7 +260,9 @@ class ScaleTables:
         Args:
             atoms_F: int64 [F_e], the rows of `encoded` that are resident, in packed order.
         """
-        scales, rows, zeros, factors = (self.tensors[f"{projection}_{table}"] for table in TABLES)
+        scales, rows, _, zeros, factors = (
+            self.tensors[f"{projection}_{table}"] for table in TABLES
+        )
         start, end = self._offsets[expert : expert + 2]
         if encoded.factor is not None:
             factors[expert] = encoded.factor
@@ -274,7 +282,7 @@ class ScaleTables:
             if encoded.group_S is None
             else encoded.group_S.cpu()[atoms_F]
         )
-        rows[start:end].copy_(first + torch.searchsorted(kept, groups_F))
+        rows[start:end].copy_(torch.searchsorted(kept, groups_F))
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
