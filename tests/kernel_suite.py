@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.quantized import FORMATS, Quantized
+from tests.quantized import FORMATS, Quantized, gptq
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import backend_module
 from vllm_atomic_moe.experts.encoding import encode
@@ -333,24 +333,41 @@ class KernelSuite:
                 names = [("a", "b")[token % 2] for token in range(tokens)]
                 experts.check(x, weights, ids, names)
 
-    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda it: it.spec)
     @pytest.mark.parametrize(
-        "activation", [ACTIVATIONS[2], ACTIVATIONS[-1]], ids=lambda it: it.spec
+        "name",
+        [pytest.param(name, marks=[] if name == "awq" else pytest.mark.full) for name in FORMATS],
     )
-    def test_codes_with_every_shape_of_expert(self, activation: Activation, has_bias: bool) -> None:
-        """Biases, and no gate."""
+    def test_codes_with_every_activation(self, name: str, activation: Activation) -> None:
+        """Every format with biases in every activation, gated and not."""
+        self._check_codes({"activation": activation, "has_bias": True}, FORMATS[name])
+
+    def test_codes_without_gate_and_biases(self) -> None:
+        """Two matrices per expert."""
+        self._check_codes({"activation": ACTIVATIONS[-1]}, FORMATS["mxfp4"])
+
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_activation_order(self, has_bias: bool) -> None:
+        """GPTQ's `g_idx` of down gives the groups of atoms in any order."""
+        order = torch.arange(FULL) // 32
+        order = order[torch.randperm(FULL, generator=torch.Generator().manual_seed(6))]
+
+        def quantize(matrix: torch.Tensor) -> Quantized:
+            return gptq(matrix, order=order if matrix.shape[1] == FULL else None)
+
+        experts = self._check_codes({"has_bias": has_bias}, quantize)
+        rows = experts.packed.down_rows
+        assert bool((rows.diff() < 0).any())
+
+    def _check_codes(
+        self, more: dict[str, Any], quantize: Callable[[torch.Tensor], Quantized]
+    ) -> Experts:
         for dtype in self.dtypes:
-            experts = self.make(
-                {"a": ragged()},
-                dtype,
-                hidden_size=96,
-                activation=activation,
-                has_bias=has_bias,
-                quantize=FORMATS["mxfp4"],
-            )
+            experts = self.make({"a": ragged()}, dtype, hidden_size=96, quantize=quantize, **more)
             for tokens in (1, 20):
                 x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
                 experts.check(5 * x, weights, ids)
+        return experts
 
     def test_a_bias_remains_without_atoms(self) -> None:
         """The bias of down, weighted by the router, is added once."""
