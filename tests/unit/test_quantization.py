@@ -241,6 +241,7 @@ def test_settings_of_every_other_format_are_refused(original, tmp_path, name):
     [
         ("int4", {"symmetric": False}, "not served by this version: asymmetric weights"),
         ("int4", {"num_bits": 8}, "not served by this version: integers of 8 bits"),
+        ("gptq", {"checkpoint_format": "marlin"}, "GPTQ with checkpoint_format 'marlin'"),
         ("awq", {"zero_point": False}, "AWQ with zero_point False"),
         ("awq", {"bits": 8}, "AWQ with bits 8"),
         ("awq", {"version": "gemv"}, "AWQ with version 'gemv'"),
@@ -276,6 +277,24 @@ def test_modelopt_may_describe_its_weights_as_compressed_tensors_does(original, 
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"config.json says {12 - bits} bits, type 'float'"):
         describe_checkpoint(tmp_path / "model")
+
+
+def test_both_versions_of_gptq_are_served(original, tmp_path):
+    """Of symmetric weights, only the stored zero points differ: 7, or 8 in version 2."""
+    quantize_checkpoint(original, tmp_path / "model", "gptq")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    path.write_text(json.dumps(config))
+    scheme = describe_checkpoint(tmp_path / "model").scheme(0)
+    one, _ = FORMATS["gptq"](torch.randn(FULL, H))
+    two = {**one, "qzeros": torch.full_like(one["qzeros"], -0x77777778)}
+    assert torch.equal(
+        *(
+            decode(encode(scheme, "up", parts, H, FULL), scheme.row_format(H, FULL), "up")
+            for parts in (one, two)
+        )
+    )
 
 
 def test_zero_points_of_compressed_tensors_are_refused_by_name(original, tmp_path):

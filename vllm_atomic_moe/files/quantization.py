@@ -108,7 +108,12 @@ KINDS: Mapping[str, Kind] = {
         transposed=True,
         scattered=True,
         methods=("gptq",),
-        served={"sym": (True, None), "bits": (4, None)},
+        # Version 2 differs only in its zero points, which symmetric weights do not need.
+        served={
+            "sym": (True, None),
+            "bits": (4, None),
+            "checkpoint_format": ("gptq", "gptq_v2", None),
+        },
     ),
     "awq": Kind(
         parts=("qweight", "scales", "qzeros"),
