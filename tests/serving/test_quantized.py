@@ -13,10 +13,11 @@ from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.engine.expert_tensors import experts_taken_by
-from vllm_atomic_moe.experts.encoding import encode, row_format
-from vllm_atomic_moe.experts.formats import RowFormat, decode
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import scheme_of_down
+from vllm_atomic_moe.files.row_formats import RowFormat
 
 NAMES = ["ragged", "second"]
 # Neither is a multiple of 128.
@@ -110,7 +111,7 @@ def test_nvfp4_equals_vllms_emulation():
     parts, _ = FORMATS["nvfp4-modelopt"](torch.randn(96, 192))
     told = {"weight": ("U8", (96, 96)), "weight_scale": ("F8_E4M3", (96, 12))}
     scheme, _ = scheme_of_down("down", {**told, "weight_scale_2": ("F32", ())}, 96, {})
-    found = decode(encode(scheme, "up", parts, 192, 96), row_format(scheme, 192, 96), "up")
+    found = decode(encode(scheme, "up", parts, 192, 96), scheme.row_format(192, 96), "up")
     wanted = nvfp4_emulation_utils.dequantize_to_dtype(
         *(parts[name] for name in scheme.parts), torch.float32, swizzle=False
     )

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
 from tests.quantized import FORMATS, SCHEMES, SETTINGS, quantize_checkpoint
-from vllm_atomic_moe.experts.encoding import encode, row_format
-from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
+from vllm_atomic_moe.files.row_formats import PROJECTIONS
 
 H, FULL = 192, 96
 
@@ -37,7 +38,7 @@ def test_decodes_to_the_meanings_of_codes(name):
         scheme, size = scheme_of_down("down", told, H, {})
         assert size == FULL
         rows = encode(scheme, projection, parts_of(parts), H, FULL)
-        found = decode(rows, row_format(scheme, H, FULL), projection)
+        found = decode(rows, scheme.row_format(H, FULL), projection)
         assert torch.equal(found.t() if projection == "down" else found, dense)
 
 
@@ -240,6 +241,7 @@ def test_settings_of_every_other_format_are_refused(original, tmp_path, name):
     [
         ("int4", {"symmetric": False}, "not served by this version: asymmetric weights"),
         ("int4", {"num_bits": 8}, "not served by this version: integers of 8 bits"),
+        ("gptq", {"checkpoint_format": "marlin"}, "GPTQ with checkpoint_format 'marlin'"),
         ("awq", {"zero_point": False}, "AWQ with zero_point False"),
         ("awq", {"bits": 8}, "AWQ with bits 8"),
         ("awq", {"version": "gemv"}, "AWQ with version 'gemv'"),
@@ -256,6 +258,43 @@ def test_settings_that_are_not_served(original, tmp_path, name, change, words):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         describe_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["nvfp4-modelopt", "fp8-modelopt"])
+def test_modelopt_may_describe_its_weights_as_compressed_tensors_does(original, tmp_path, name):
+    quantize_checkpoint(original, tmp_path / "model", name)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    bits = 4 if name.startswith("nvfp4") else 8
+    weights = {"dynamic": False, "num_bits": bits, "type": "float"}
+    if bits == 4:
+        weights["group_size"] = 16
+    groups = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    config["quantization_config"]["config_groups"] = groups
+    path.write_text(json.dumps(config))
+    assert describe_checkpoint(tmp_path / "model").scheme(0).kind.startswith(name[:3])
+    weights["num_bits"] = 12 - bits
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json says {12 - bits} bits, type 'float'"):
+        describe_checkpoint(tmp_path / "model")
+
+
+def test_both_versions_of_gptq_are_served(original, tmp_path):
+    """Of symmetric weights, only the stored zero points differ: 7, or 8 in version 2."""
+    quantize_checkpoint(original, tmp_path / "model", "gptq")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    path.write_text(json.dumps(config))
+    scheme = describe_checkpoint(tmp_path / "model").scheme(0)
+    one, _ = FORMATS["gptq"](torch.randn(FULL, H))
+    two = {**one, "qzeros": torch.full_like(one["qzeros"], -0x77777778)}
+    assert torch.equal(
+        *(
+            decode(encode(scheme, "up", parts, H, FULL), scheme.row_format(H, FULL), "up")
+            for parts in (one, two)
+        )
+    )
 
 
 def test_zero_points_of_compressed_tensors_are_refused_by_name(original, tmp_path):
@@ -278,7 +317,7 @@ def test_one_group_of_down_is_one_of_many_of_gate(tmp_path, name):
     assert (scheme.rows, scheme.columns) == (1, 32)
     parts, dense = FORMATS[name](torch.randn(32, 128))
     rows = encode(scheme, "gate", parts_of(parts), 128, 32)
-    assert torch.equal(decode(rows, row_format(scheme, 128, 32), "gate"), dense)
+    assert torch.equal(decode(rows, scheme.row_format(128, 32), "gate"), dense)
 
 
 def test_a_truncated_shard(original, tmp_path):
@@ -295,7 +334,7 @@ def test_resident_bytes_follow_the_kept_atoms(name, ratio):
     """At most two points more, for scales that atoms share, at a real model's sizes."""
     hidden, size, experts = 2048, 768, 4
     keep = torch.rand(experts, size, generator=torch.Generator().manual_seed(0)) >= ratio
-    rows = row_format(SCHEMES[name], hidden, size)
+    rows = SCHEMES[name].row_format(hidden, size)
     packed = PackedExperts(build_layout({"a": keep}), hidden, torch.bfloat16, row_format=rows)
     whole = experts * rows.expert_bytes(hidden, size, itemsize=2)
     assert -1e-6 < packed.weight_bytes / whole - keep.double().mean() < 0.02

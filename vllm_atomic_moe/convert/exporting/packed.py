@@ -84,7 +84,7 @@ def plan_tensors(
     experts, others = split_names(source, info)
     planned = [copied(source, name) for name in others]
     for layer, names in experts.items():
-        find = find_rows if info.scheme(layer).kind == "plain" else find_codes
+        find = find_rows if info.scheme(layer).plain else find_codes
         naming = partial(packed_name, info.blocks[layer])
         parts = (find(source, info, layer, names), find_biases(source, info, layer, names))
         kept = profile.keep[layer], info.hidden_size
@@ -115,7 +115,7 @@ def row_formats(
         if (found := expert_tensor(tensor.name))
     )
     schemes = {layer: info.scheme(layer) for layer in info.layers}
-    if not biased and all(scheme.kind == "plain" for scheme in schemes.values()):
+    if not biased and all(scheme.plain for scheme in schemes.values()):
         return None
     return {
         str(layer): {part: scheme.told() for part in PACKED_ROWS}

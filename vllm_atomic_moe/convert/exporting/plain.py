@@ -184,7 +184,7 @@ def one_shape(info: CheckpointInfo, profile: PruningProfile) -> tuple[int, int]:
 
 
 def _check_plain_weights(info: CheckpointInfo, profile: PruningProfile) -> None:
-    if any(info.scheme(layer).kind != "plain" for layer in info.layers):
+    if any(not info.scheme(layer).plain for layer in info.layers):
         raise ValueError(
             f"profile {profile.name!r} narrows experts, which are quantized as "
             f"{', '.join(info.row_formats)}; narrow the 16-bit original, or prune "
