@@ -42,6 +42,8 @@ SPELLED = {
     torch.uint8: "U8",
     torch.int32: "I32",
 }
+# Formats whose tables of scales differ in kind: blocks, groups in any order, zeros, a factor.
+SCALES_APART = ("fp8-block", "gptq", "awq", "nvfp4")
 ACTIVATIONS = (
     SILU,
     Activation(limit=1.5),
@@ -481,25 +483,43 @@ class KernelSuite:
         for name in masks:
             experts.check(*routed(5, 2, 3, self.dtypes[0]), profiles=name)
 
-    def test_ranks_add_up(self) -> None:
-        """Tensor and expert parallel: what other ranks hold has no rows here and adds nothing."""
-        dtype = self.dtypes[0]
+    @pytest.mark.parametrize(
+        "name",
+        [
+            PLAIN.code,
+            *(
+                pytest.param(name, marks=[] if name in SCALES_APART else pytest.mark.full)
+                for name in FORMATS
+            ),
+        ],
+    )
+    def test_ranks_add_up(self, name: str) -> None:
+        """Tensor and expert parallel: what other ranks hold has no rows here and adds nothing.
+
+        Every rank has its own table of scales, of the groups that its rows need.
+        """
+        dtype, quantize = self.dtypes[0], FORMATS.get(name)
+        hidden = 96 if quantize else 24
         masks = {"a": ragged(), "b": ragged(1)}
-        arguments = routed(7, 3, len(WIDTHS), dtype)
+        arguments = routed(7, 3, len(WIDTHS), dtype, hidden)
         first_E1 = torch.arange(len(WIDTHS))[:, None] < 4
-        whole = self.make(masks, dtype)
+
+        def make(share: torch.Tensor) -> Experts:
+            own = {profile: mask & share for profile, mask in masks.items()}
+            return self.make(own, dtype, hidden_size=hidden, quantize=quantize)
+
+        whole = make(torch.tensor(True))
+        assert whole.packed.row_format.plain == (quantize is None)
         for shares in (
             [tensor_parallel_share(masks, rank, 3) for rank in range(3)],
             [first_E1, ~first_E1],
         ):
-            ranks = [
-                self.make({name: mask & share for name, mask in masks.items()}, dtype)
-                for share in shares
-            ]
-            for name in masks:
-                parts = torch.stack([rank.check(*arguments, profiles=name) for rank in ranks])
-                found, wanted = parts.double().sum(dim=0), whole.check(*arguments, profiles=name)
-                assert (found - wanted).norm() <= 4 * TOLERANCE[dtype] * wanted.double().norm()
+            ranks = [make(share) for share in shares]
+            for profile in masks:
+                parts = torch.stack([rank.check(*arguments, profiles=profile) for rank in ranks])
+                found = parts.double().sum(dim=0)
+                wanted = whole.check(*arguments, profiles=profile).double()
+                assert (found - wanted).norm() <= 4 * TOLERANCE[dtype] * wanted.norm()
 
     def test_arguments_that_are_not_contiguous(self) -> None:
         """Strided activations, weights and ids; 64-bit ids; router weights in the model's dtype."""

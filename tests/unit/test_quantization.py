@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
 from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
@@ -15,7 +18,7 @@ from vllm_atomic_moe.experts.encoding import encode
 from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
-from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
+from vllm_atomic_moe.files.quantization import IGNORED, Scheme, scheme_of_down
 from vllm_atomic_moe.files.row_formats import PROJECTIONS
 
 H, FULL = 192, 96
@@ -25,18 +28,21 @@ def parts_of(quantized: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: part for name, part in quantized.items() if name not in IGNORED}
 
 
+def scheme_of(name: str, hidden: int = H, full: int = FULL) -> Scheme:
+    down = parts_of(FORMATS[name](torch.randn(hidden, full))[0])
+    told = {part: (SPELLED[value.dtype], (*value.shape,)) for part, value in down.items()}
+    scheme, size = scheme_of_down("down", told, hidden, {})
+    assert size == full
+    return scheme
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_decodes_to_the_meanings_of_codes(name):
     generator = torch.Generator().manual_seed(0)
     for projection in PROJECTIONS:
         shape = (H, FULL) if projection == "down" else (FULL, H)
         parts, dense = FORMATS[name](torch.randn(shape, generator=generator))
-        down, _ = FORMATS[name](torch.randn(H, FULL, generator=generator))
-        told = {
-            part: (SPELLED[value.dtype], (*value.shape,)) for part, value in parts_of(down).items()
-        }
-        scheme, size = scheme_of_down("down", told, H, {})
-        assert size == FULL
+        scheme = scheme_of(name)
         rows = encode(scheme, projection, parts_of(parts), H, FULL)
         found = decode(rows, scheme.row_format(H, FULL), projection)
         assert torch.equal(found.t() if projection == "down" else found, dense)
@@ -70,6 +76,37 @@ def test_default_dtype_changes_nothing():
         torch.set_default_dtype(torch.float32)
     factors = [tensor for tensor in made.packed.scales if tensor.shape == (len(ragged()),)]
     assert [factor.dtype for factor in factors] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("name", ["plain", *FORMATS])
+def test_temporary_memory_of_a_matrix_that_loads(name):
+    """Next to none for plain rows; 2.5 bytes per code, less than half an expert in 16 bits."""
+    hidden, full, quantize = 512, 256, FORMATS.get(name)
+    whole = {"a": torch.ones(1, full, dtype=torch.bool)}
+    packed = make_experts(
+        whole, torch.bfloat16, "cpu", hidden_size=hidden, quantize=quantize
+    ).packed
+    for projection in PROJECTIONS:
+        matrix = torch.randn((hidden, full) if projection == "down" else (full, hidden))
+        if quantize is None:
+            load = functools.partial(packed.load_expert, 0, projection, matrix.bfloat16())
+        else:
+            scheme = scheme_of(name, hidden, full)
+            load = functools.partial(
+                _load, packed, scheme, projection, parts_of(quantize(matrix)[0])
+            )
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            load()
+        events = profiler.profiler.kineto_results.events()
+        changes = [it.nbytes() for it in events if it.name() == "[memory]"]
+        peak = max(itertools.accumulate(changes), default=0)
+        assert (peak > hidden) == (quantize is not None)
+        assert peak < 2.6 * hidden * full, peak / (hidden * full)
+
+
+def _load(packed, scheme, projection, parts):
+    sizes = packed.hidden_size, packed.layout.intermediate_size
+    packed.load_encoded(0, projection, encode(scheme, projection, parts, *sizes))
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,14 @@ class TestTriton(KernelSuite):
     def test_codes_with_every_activation(self, name: str, activation: Activation) -> None:
         super().test_codes_with_every_activation(name, activation)
 
+    # Half a minute each; kernels do not know of ranks. These two have tables of all kinds.
+    @pytest.mark.parametrize(
+        "name",
+        [PLAIN.code, *(pytest.param(it, marks=pytest.mark.full) for it in ("awq", "nvfp4"))],
+    )
+    def test_ranks_add_up(self, name: str) -> None:
+        super().test_ranks_add_up(name)
+
     @pytest.mark.parametrize("tiles", [tiles for _, tiles in triton_backend.TILES], ids=str)
     def test_all_tiles(self, tiles, monkeypatch):
         monkeypatch.setattr(triton_backend, "TILES", ((None, tiles),))

@@ -108,9 +108,10 @@ class AtomicRoutedExperts(RoutedExperts):
     ) -> FusedMoEMethodBase:
         resident, _, _ = self._loading()
         self.scheme = resident.model.scheme(extract_layer_index(prefix))
-        # Do not build vLLM's own method for quantized experts: it requires a kernel of vLLM's.
+        # Do not build vLLM's own method for quantized experts: it requires a kernel of vLLM's. For
+        # plain ones among them neither: it ignores GPTQ's `dynamic` at sizes that Marlin lacks.
         resolved = None
-        if quant_config and self.scheme.plain:
+        if quant_config and resident.model.row_formats.keys() == {"plain"}:
             resolved = resolve_quant_method(quant_config, self, prefix)
         check_layer(self, resolved)
         return AtomicExpertsMethod(moe_config)
