@@ -1,7 +1,8 @@
-"""Make the demo model from nothing but package names: the whole recipe, top to bottom.
+"""Make a small model from nothing but package names: the whole recipe, top to bottom.
 
 Every step is a program of its own in this folder. About 35 minutes on two idle cores, nearly all
-of it training. `--output` with `--steps` makes a quick trial that leaves the shipped model alone.
+of it training. `--output` leaves the shipped model alone: for a quick trial, with `--steps`, or for
+another kind of model, with `--kind`.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kinds import KINDS, Plan
 from layout import BUILD_DIR, DEMO_DIR, RECIPE_DIR
 
 # Two threads, as pinned in the steps; passive waiting keeps them from spinning on a busy machine.
@@ -30,7 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=BUILD_DIR, help="downloads and corpus")
     parser.add_argument("--output", type=Path, default=DEMO_DIR, help="gets model/ and data/")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--kind", choices=KINDS, default="qwen3", help="what to train")
+    parser.add_argument("--steps", type=int, default=Plan().steps, help="training steps")
     options = parser.parse_args()
     downloads, corpus = options.build / "downloads", options.build / "corpus"
     tokenizer, training = options.build / "tokenizer.json", options.build / "training.json"
@@ -45,6 +48,7 @@ def main() -> None:
         tokenizer=tokenizer,
         model=model,
         report=training,
+        kind=options.kind,
         steps=options.steps,
     )
     run_step("excerpts.py", corpus=corpus, data=data)
