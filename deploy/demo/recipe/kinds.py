@@ -23,7 +23,7 @@ from transformers import (
 class Plan:
     """Everything that decides the result, besides the kind, the corpus and the tokenizer."""
 
-    steps: int = 4000
+    steps: int
     learning_rate: float = 4e-3
     warmup_steps: int = 150
     final_learning_rate_share: float = 0.05
@@ -50,11 +50,13 @@ class Kind:
         model: its class in transformers.
         config: from a plan and what every kind shares to its configuration.
         router: name of the router in a layer's `mlp`; its third output is the chosen experts.
+        steps: how long it is trained.
     """
 
     model: type[PreTrainedModel]
     config: Callable[[Plan, Mapping[str, Any]], PretrainedConfig]
     router: str
+    steps: int
 
 
 def qwen3(plan: Plan, shared: Mapping[str, Any]) -> Qwen3MoeConfig:
@@ -94,8 +96,8 @@ def gpt_oss(plan: Plan, shared: Mapping[str, Any]) -> GptOssConfig:
 
 
 KINDS = {
-    "qwen3": Kind(Qwen3MoeForCausalLM, qwen3, "gate"),
-    "gpt-oss": Kind(GptOssForCausalLM, gpt_oss, "router"),
+    "qwen3": Kind(Qwen3MoeForCausalLM, qwen3, "gate", steps=4000),
+    "gpt-oss": Kind(GptOssForCausalLM, gpt_oss, "router", steps=300),
 }
 
 

@@ -153,13 +153,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEMO_DIR / "model")
     parser.add_argument("--report", type=Path, default=BUILD_DIR / "training.json")
     parser.add_argument("--kind", choices=KINDS, default="qwen3")
-    parser.add_argument("--steps", type=int, default=Plan().steps)
+    parser.add_argument("--steps", type=int, help="default: those of the kind")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    kind, plan = KINDS[arguments.kind], Plan(steps=arguments.steps)
+    kind = KINDS[arguments.kind]
+    plan = Plan(steps=arguments.steps or kind.steps)
     torch.set_num_threads(THREADS)
     torch.manual_seed(plan.seed)
     torch.use_deterministic_algorithms(True)  # scattered sums in a fixed order, whatever the timing
