@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized demo-refit second-model quality clean
+.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-quantized demo-refit second-model quality clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -110,18 +110,29 @@ demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %
 	  --method $$method --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done; done
 	$(BIN)/atomic-moe prune $(STATISTICS) --method heapr --ratio 0.6 -o $(DEMO)/model/atomic_profiles
 
-second-model: install ## train a small gpt-oss by the demo's recipe (build/gpt-oss)
-	$(BIN)/python $(DEMO)/recipe/make_demo_model.py --kind gpt-oss --output build/gpt-oss
-
 HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
 
-quality: $(STATISTICS) ## every method and baseline on the demo, with intervals (build/demo/quality)
-	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe quality $(DEMO)/model $(STATISTICS) \
-	  $(HELDOUT_TEXT) -o build/demo/quality
+SECOND := build/gpt-oss
 
-demo-report: $(STATISTICS) ## methods, options and domains on the demo (deploy/demo/quality.md)
-	rm -rf build/demo/report
-	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py $(STATISTICS) build/demo/report
+$(SECOND)/model/model.safetensors: $(STAMP)
+	$(BIN)/python $(DEMO)/recipe/make_demo_model.py --kind gpt-oss --output $(SECOND)
+
+second-model: $(SECOND)/model/model.safetensors ## train a model of another kind (build/gpt-oss)
+
+$(SECOND)/statistics.safetensors: $(SECOND)/model/model.safetensors
+	$(BIN)/atomic-moe calibrate $(SECOND)/model $(CALIBRATION_TEXT) --seq-len 512 -o $@
+
+# What is measured already, of a run that was interrupted, is not measured again.
+MEASURE = VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe quality --dtype float32
+
+build/demo/quality/quality.md: $(STATISTICS)
+	$(MEASURE) $(DEMO)/model $< $(HELDOUT_TEXT) -o $(@D)
+
+$(SECOND)/quality/quality.md: $(SECOND)/statistics.safetensors
+	$(MEASURE) $(SECOND)/model $< $(HELDOUT_TEXT) -o $(@D)
+
+quality: build/demo/quality/quality.md $(SECOND)/quality/quality.md ## methods and baselines on two models (deploy/demo/quality.md)
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/report.py
 
 demo-quantized: install ## the demo in FP8, INT4 and MXFP4, dense and pruned (deploy/demo/quantized.md)
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python $(DEMO)/recipe/quantized.py build/demo/quantized

@@ -14,6 +14,7 @@ from tests.documents import ROOT
 from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, SETS
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.cli import app
+from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.statistics import LayerSums, Statistics
 from vllm_atomic_moe.scoring import known_methods
 
@@ -69,13 +70,14 @@ def test_every_method_is_measured_and_random_ones_with_three_seeds():
     assert not any("aligned" in it.label for it in candidates((0.2,), 48))
 
 
-def test_profiles_of_the_demos_report(tmp_path, monkeypatch):
-    """Each section has its own profiles; options and domains are told apart by their names."""
+def test_specialized_profiles_of_the_demos_report(tmp_path, monkeypatch):
+    """They are scored by different domains and told apart by their names."""
     monkeypatch.syspath_prepend(ROOT / "deploy/demo/recipe")
     import report
 
     generator = torch.Generator().manual_seed(0)
-    domains = [domain for kind in report.DOMAINS.values() for domain in kind]
+    domains = [domain for kind in report.SPECIALIZED.values() for domain in kind]
+    assert sorted(domains) == sorted(report.DOMAINS)
 
     def positive(*shape):
         return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
@@ -91,17 +93,20 @@ def test_profiles_of_the_demos_report(tmp_path, monkeypatch):
     )
     model = {**MODEL, "num_experts": 16, "intermediate_size": 128, "layers": [0]}
     told = {**CALIBRATION, "domains": domains, "windows_sha256": dict.fromkeys(domains, "0" * 64)}
-    made = {}
-    for title, (_, wanted) in report.sections(Statistics(model, told, {0: sums})).items():
-        made[title] = report.prune(wanted, tmp_path / title)
-        files = {path.stem for path in (tmp_path / title).iterdir()}
-        assert files == set(made[title])
-        assert len(files) == len(made[title])
-    methods, options, specialized = made.values()
-    assert {f"{name}-20" for name in known_methods().entries if "random" not in name} < {*methods}
-    assert {"random-40-seed-2", "heapr-60"} < {*methods}
-    assert {"camera-layer-20", "heapr-align-16-40"} < {*options}
-    assert {*specialized} == {f"heapr-{it}-{at}" for it in report.DOMAINS for at in (20, 40)}
+    names = report.specialize(Statistics(model, told, {0: sums}), tmp_path)
+    assert sorted(names) == sorted(
+        f"heapr-{it}-{at}" for it in report.SPECIALIZED for at in (20, 40)
+    )
+    profiles = [PruningProfile.read(tmp_path / f"{name}.safetensors") for name in names]
+    assert len({tuple(profile.keep[0].flatten().tolist()) for profile in profiles}) == len(names)
+
+
+def test_the_demos_page_has_every_method_for_both_models():
+    from vllm_atomic_moe.measure.quality import candidates
+
+    page = (ROOT / "deploy/demo/quality.md").read_text()
+    for label in {it.label for it in candidates((0.2,), 128)}:
+        assert page.count(f"\n| {label} | ") == 2, label
 
 
 @pytest.mark.full

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from layout import DEMO_DIR as DEMO
 from quantize import FORMATS, quantize
-from report import DEMO, evaluate
+from report import evaluate
 
 PROFILES = ("heapr-20", "heapr-40", "heapr-60")
 ORIGINAL = "bf16"

@@ -1,108 +1,86 @@
-"""The demo's evidence, domain by domain: methods, options and specialized profiles, as served.
+"""The page of what pruning costs: the demo, a model of another kind, and profiles for some domains.
 
-    .venv/bin/python deploy/demo/recipe/report.py STATISTICS WORK_DIRECTORY
+    .venv/bin/python deploy/demo/recipe/report.py
 
-makes the profiles as `atomic-moe quality` does, measures their held-out perplexity with `atomic-moe
-eval`, and writes deploy/demo/quality.md and deploy/demo/quality.png. A section that WORK_DIRECTORY
-holds already (SECTION.md, from a run that was interrupted) is not measured again.
+puts together what `atomic-moe quality` wrote about both models below build/, measures profiles of
+the demo that are scored by some domains only, and writes deploy/demo/quality.md and its pictures.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kinds import KINDS
+from layout import BUILD_DIR, DEMO_DIR, DOMAINS
+
 from vllm_atomic_moe.files.statistics import Statistics
 from vllm_atomic_moe.measure.card import perplexity_table
-from vllm_atomic_moe.measure.quality import Candidate, candidates, make_profiles
-from vllm_atomic_moe.scoring import known_methods
+from vllm_atomic_moe.measure.quality import Candidate, make_profiles
 
-DEMO = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).parent / "atomic-moe"
-DOMAINS = {
+SPECIALIZED = {
     "code": ("python", "c", "json"),
     "prose": ("english", "spanish", "french", "man", "rst"),
 }
 RATIOS = (0.2, 0.4)
-BY_LAYER = ("heapr", "magnitude", "camera", "reap")
+# Name of a picture -> title, what the model is, and where `atomic-moe quality` wrote.
+MODELS = {
+    "quality": (
+        "The demo, a Qwen3-MoE",
+        "Experts with a plain SwiGLU.",
+        BUILD_DIR / "quality",
+    ),
+    "quality-gpt-oss": (
+        "A small gpt-oss",
+        f"The same recipe, corpus and sizes, but only {KINDS['gpt-oss'].steps} steps of training "
+        f"(the demo: {KINDS['qwen3'].steps}).\nExperts with biases and a clamped SwiGLU, attention "
+        "sinks, sliding windows. `make second-model`\nmakes it; it is not committed.",
+        BUILD_DIR.parent / "gpt-oss/quality",
+    ),
+}
+HEAD = """\
+# Held-out perplexity, as served
 
-# Statistics and the profiles to make from them.
-Wanted = tuple[Statistics, Sequence[Candidate]]
+Made by `make quality`: vLLM's prompt log-probabilities through the loader, in float32, on the
+held-out texts in `data/`. Each domain has one text, cut into windows, so the intervals resample
+windows and not documents.
 
-
-def sections(statistics: Statistics) -> dict[str, tuple[str, list[Wanted]]]:
-    """Title -> what it shows, and its profiles."""
-    defaults = [
-        it
-        for it in candidates((*RATIOS, 0.6), size=128)
-        if it.label in known_methods().entries and (it.ratio in RATIOS or it.label == "heapr")
-    ]
-    options: list[tuple[str, str, dict[str, Any]]] = [
-        *((f"{name} layer", name, {"scope": "layer"}) for name in BY_LAYER),
-        ("heapr expert", "heapr", {"scope": "expert"}),
-        ("heapr frequency", "heapr", {"weight_by_frequency": True}),
-        ("heapr align 16", "heapr", {"align": 16}),
-    ]
-    return {
-        "Methods": (
-            "Every method with its default options; random ones with three seeds.",
-            [(statistics, sorted(defaults, key=lambda it: (it.ratio, it.name)))],
-        ),
-        "Options": (
-            "`--scope layer` and `--scope expert`, `--weight-by-frequency`, `--align 16`.",
-            [
-                (
-                    statistics,
-                    [Candidate(label, ratio, name, given) for label, name, given in options],
-                )
-                for ratio in RATIOS
-            ],
-        ),
-        "Specialized profiles": (
-            "HEAPr scored by some domains only: "
-            + ", ".join(f"{kind} ({', '.join(domains)})" for kind, domains in DOMAINS.items())
-            + ".",
-            [
-                (statistics.select(domains), [Candidate(f"heapr {kind}", ratio, "heapr", {})])
-                for ratio in RATIOS
-                for kind, domains in DOMAINS.items()
-            ],
-        ),
-    }
+What a refit wins back and budgets of layers tuned by measured loss (no gain on held-out text):
+[measured.md](../measured.md#quality).
+"""
 
 
 def main() -> None:
-    """Prune, measure, write."""
-    statistics, work = Statistics.read(Path(sys.argv[1])), Path(sys.argv[2])
-    document = [
-        "# Held-out perplexity of the demo, as served",
-        "",
-        "Made by `make demo-report`: bf16, vLLM's prompt log-probabilities through the loader, the",
-        "held-out texts in `data/`; percentages are against dense.",
-        "",
-        "![perplexity over kept fraction](quality.png)",
-    ]
-    for title, (what, wanted) in sections(statistics).items():
-        directory = work / title.split()[0].lower()
-        done = directory.with_suffix(".md")
-        if not done.exists():
-            names = prune(wanted, directory)
-            plot = ("--plot", DEMO / "quality.png") if title == "Methods" else ()
-            rows = evaluate(DEMO / "model", names, "--profiles", directory, *plot)
-            done.write_text("\n".join(perplexity_table(rows)) + "\n")
-        document += ["", f"## {title}", "", what, "", *done.read_text().splitlines()]
-    (DEMO / "quality.md").write_text("\n".join(document) + "\n")
+    """Collect, measure, write."""
+    sections = [HEAD]
+    for picture, (title, what, directory) in MODELS.items():
+        table = (directory / "quality.md").read_text().split("\n", 2)[2]
+        table = table.replace("(quality.png)", f"({picture}.png)")
+        shutil.copyfile(directory / "quality.png", DEMO_DIR / f"{picture}.png")
+        sections.append(f"## {title}\n\n{what}\n\n{table}")
+    statistics = Statistics.read(BUILD_DIR / "statistics.safetensors")
+    profiles = BUILD_DIR / "quality/specialized"
+    names = specialize(statistics, profiles)
+    options = ("--profiles", profiles, "--dtype", "float32")
+    rows = evaluate(DEMO_DIR / "model", names, *options)
+    kinds = ", ".join(f"{kind} ({', '.join(of_kind)})" for kind, of_kind in SPECIALIZED.items())
+    lines = ["## Specialized profiles of the demo", "", f"HEAPr, scored by some domains: {kinds}."]
+    sections.append("\n".join([*lines, "", *perplexity_table(rows), ""]))
+    (DEMO_DIR / "quality.md").write_text("\n".join(sections))
 
 
-def prune(wanted: Sequence[Wanted], directory: Path) -> list[str]:
-    """Make the profiles of one section; their names."""
+def specialize(statistics: Statistics, directory: Path) -> list[str]:
+    """Make the profiles that are scored by some domains; their names."""
     names = []
-    for statistics, of_statistics in wanted:
-        made, refused = make_profiles(statistics, of_statistics, directory)
+    for kind, domains in SPECIALIZED.items():
+        wanted = [Candidate(f"heapr {kind}", ratio, "heapr", {}) for ratio in RATIOS]
+        made, refused = make_profiles(statistics.select(domains), wanted, directory)
         if refused:
             raise SystemExit("\n".join(refused))
         names += [candidate.name for candidate in made]
@@ -114,8 +92,8 @@ def evaluate(model: Path, names: Sequence[str], *options: object) -> list[dict[s
 
     Errors and progress go to the terminal.
     """
-    texts = sorted((DEMO / "data").glob("*.heldout.txt"))
-    data = [part for text in texts for part in ("--data", f"{text}:{text.name.split('.')[0]}")]
+    texts = [(DEMO_DIR / f"data/{domain}.heldout.txt", domain) for domain in sorted(DOMAINS)]
+    data = [part for text, domain in texts for part in ("--data", f"{text}:{domain}")]
     chosen = [part for name in names for part in ("--profile", name)]
     command = (COMMAND, "eval", model, *data, *chosen, *options, "--json")
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True)
