@@ -66,6 +66,7 @@ def row_format(scheme: Scheme, hidden_size: int, intermediate_size: int) -> RowF
         zeros=scheme.kind == "awq",
         factor=factor,
         scattered=scheme.kind == "gptq",
+        plain_down=scheme.plain_down,
     )
 
 

@@ -76,6 +76,7 @@ class RowFormat:
         zeros: whether there are zero points.
         factor: whether, and how, one float32 per expert and projection acts on the scales.
         scattered: whether the checkpoint says to which group an atom of down belongs.
+        plain_down: whether down has plain rows beside the codes of gate and up.
     """
 
     code: Code = "plain"
@@ -85,6 +86,11 @@ class RowFormat:
     zeros: bool = False
     factor: Factor = "none"
     scattered: bool = False
+    plain_down: bool = False
+
+    def of(self, projection: Projection) -> RowFormat:
+        """The format of one projection's rows."""
+        return PLAIN if self.plain_down and projection == "down" else self
 
     @property
     def plain(self) -> bool:
@@ -99,7 +105,8 @@ class RowFormat:
     @property
     def spec(self) -> str:
         """The input of `parse`; kernels need no more."""
-        return f"{self.code}:{self.rows.columns}:{self.columns.columns}:{self.factor}"
+        down = "plain" if self.plain_down else self.columns.columns
+        return f"{self.code}:{self.rows.columns}:{down}:{self.factor}"
 
     @classmethod
     @functools.cache
@@ -108,6 +115,8 @@ class RowFormat:
         code, rows, columns, factor = spec.split(":")
         assert code in CODES, f"code {code!r} is none of {CODES}"
         assert factor in FACTORS, f"factor {factor!r} is none of {FACTORS}"
+        if columns == "plain":
+            return cls(code, Block(1, int(rows)), factor=factor, plain_down=True)
         return cls(code, Block(1, int(rows)), Block(1, int(columns)), factor=factor)
 
     def block(self, projection: Projection) -> Block:
@@ -146,12 +155,12 @@ class RowFormat:
         Args:
             itemsize: bytes of a plain weight.
         """
-        names = PROJECTIONS if gated else PROJECTIONS[1:]
-        weights = hidden_size * intermediate_size
-        if self.plain:
-            return len(names) * weights * itemsize
-        total = len(names) * weights * self.bits // 8
-        for name in names:
+        weights, total = hidden_size * intermediate_size, 0
+        for name in PROJECTIONS if gated else PROJECTIONS[1:]:
+            if self.of(name).plain:
+                total += weights * itemsize
+                continue
+            total += weights * self.bits // 8
             atoms, columns = self.block(name)
             scales = -(-intermediate_size // atoms) * -(-hidden_size // columns)
             total += scales * self.scale.itemsize + (scales // 2 if self.zeros else 0)
@@ -294,18 +303,18 @@ def stored_values(
 
     Args:
         weights: plain rows or codes, [P, ·] for every projection, down last.
-        scales: tables of every projection, as in `ScaleTables`.
+        scales: tables of every projection with codes, as in `ScaleTables`.
         which: index of the projection.
         row_format: has at least what `RowFormat.parse` returns.
         rows_F: int64, packed rows, all of `expert`.
     """
-    stored = weights[which][rows_F]
-    if row_format.plain:
+    stored, down = weights[which][rows_F], which == len(weights) - 1
+    if row_format.of("down" if down else "up").plain:
         return stored.float()
     scales_GC, rows_P, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
     groups_F = rows_P[rows_F].long() if rows_P.numel() else rows_F
     factor = factors_E[expert] if factors_E.numel() else None
-    block = row_format.columns if which == len(weights) - 1 else row_format.rows
+    block = row_format.columns if down else row_format.rows
     return decode_rows(
         unpack_codes(stored, row_format.bits),
         row_format.code,
@@ -319,9 +328,9 @@ class ScaleTables:
     """The scales of one layer's packed rows: allocated before they are known, filled by expert.
 
     Attributes:
-        tensors: name -> tensor: of every projection `{projection}_{table}` for TABLES: scales
-            [G, C] of the format's dtype; rows int32 [P], the scale row of every packed row, empty
-            if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
+        tensors: name -> tensor: of every projection with codes `{projection}_{table}` for TABLES:
+            scales [G, C] of the format's dtype; rows int32 [P], the scale row of every packed row,
+            empty if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
     """
 
     def __init__(
@@ -339,9 +348,9 @@ class ScaleTables:
         self._groups: dict[Projection, list[torch.Tensor]] = {}
         self._first: dict[Projection, list[int]] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        if row_format.plain:
-            return
         for name in projections:
+            if row_format.of(name).plain:
+                continue
             block = row_format.block(name)
             kept: list[torch.Tensor] = []
             if row_format.shared(name):

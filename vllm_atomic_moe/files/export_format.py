@@ -12,6 +12,7 @@ Legend: E experts, H hidden size, I full intermediate size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,7 +80,8 @@ def stored_schemes(directory: Path, layers: Sequence[int]) -> dict[int, Scheme]:
         layers: indices of its MoE layers.
 
     Raises:
-        ValueError: its index lacks a projection, or projections of one layer differ.
+        ValueError: its index lacks a projection, or projections of one layer differ, except that
+            down may be plain.
     """
     path = directory / EXPORT_DIRECTORY / INDEX
     metadata = read_json_object(path)["metadata"]
@@ -99,13 +101,14 @@ def stored_schemes(directory: Path, layers: Sequence[int]) -> dict[int, Scheme]:
             raise ValueError(
                 f"{path}: layer {layer}: {error}; was it made by this version of atomic-moe?"
             ) from None
-        if len({*found.values()}) > 1:
+        gate, up, down = (found[part] for part in PACKED_ROWS)
+        if gate != up or down not in (gate, PLAIN_SCHEME):
             names = ", ".join(f"{part} {scheme.name}" for part, scheme in found.items())
             raise ValueError(
                 f"not served by this version: layer {layer} of {path}: projections encoded "
                 f"differently ({names}); export the model again"
             )
-        schemes[layer] = found["gate"]
+        schemes[layer] = gate if down == gate else replace(gate, plain_down=True)
     return schemes
 
 
@@ -133,7 +136,7 @@ def stored_masks(
         tables = [
             packed_name(block, part, table)
             for part in PACKED_ROWS
-            for table in stored_tables(schemes[index].kind, part)
+            for table in stored_tables(schemes[index].of(part).kind, part)
         ]
         if missing := [name for name in (*names.values(), *tables) if name not in where]:
             raise ValueError(f"layer {index}: {missing[0]} is missing; export the model again")
@@ -143,9 +146,9 @@ def stored_masks(
                 f"layer {index}: {names['offsets']} does not count the atoms of {names['keep']}; "
                 "export the model again"
             )
-        bits = schemes[index].bits
-        wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
-        for name in (names[part] for part in PACKED_ROWS):
+        for part in PACKED_ROWS:
+            name, bits = names[part], schemes[index].of(part).bits
+            wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
             with open_safetensors(where[name]) as (_, shard):
                 entry = shard.get_slice(name)
                 shape, dtype = entry.get_shape(), entry.get_dtype()

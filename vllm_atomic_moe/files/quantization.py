@@ -8,7 +8,7 @@ agree.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +92,7 @@ class Scheme:
         parts: the parts that every matrix must have.
         rows, columns: block of one scale, of N and of K; 0 means all.
         scale: dtype of the scales, as safetensors spells it.
+        plain_down: whether an export has plain rows of down beside codes of gate and up.
     """
 
     kind: Kind = "plain"
@@ -99,6 +100,11 @@ class Scheme:
     rows: int = 0
     columns: int = 0
     scale: str = "F32"
+    plain_down: bool = False
+
+    def of(self, part: str) -> Scheme:
+        """How the rows of one part of the packed layout are quantized."""
+        return PLAIN_SCHEME if self.plain_down and part == "down_t" else self
 
     @property
     def bits(self) -> int:
@@ -107,7 +113,9 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """For display: fp8 128x128, fp8 channel, gptq g128, nvfp4."""
+        """For display: fp8 128x128, fp8 channel, gptq g128, nvfp4, "mxfp4, down plain"."""
+        if self.plain_down:
+            return f"{replace(self, plain_down=False).name}, down plain"
         kind = self.kind.split("-")[0]
         if self.kind == "plain" or self.kind in GROUPS:
             return kind

@@ -16,6 +16,7 @@ from vllm_atomic_moe.convert.exporting.rows import (
     Naming,
     by_expert,
     check_names,
+    tables_of,
 )
 from vllm_atomic_moe.experts.encoding import encode, encode_scales, row_format
 from vllm_atomic_moe.experts.formats import Encoded, RowFormat
@@ -45,36 +46,32 @@ class LayerCodes:
     rows: Rows
 
     def packed(
-        self, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
+        self, part: str, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
     ) -> Iterator[StreamedTensor]:
-        """Codes and tables of the atoms in `keep_EI`, of every projection."""
+        """Codes and tables of the atoms in `keep_EI`, of one of PACKED_ROWS."""
         number, size = keep_EI.shape
-        atoms = int(keep_EI.sum())
-        for part, projection in PART_PROJECTIONS.items():
-            groups = sum(
-                len(self.row_format.kept_groups(projection, keep_I.nonzero().flatten(), size))
-                for keep_I in keep_EI
-            )
-            table = (groups, -(-hidden_size // self.row_format.block(projection).columns))
-            shapes = {
-                "weight": ("U8", (atoms, hidden_size * self.row_format.bits // 8), 1),
-                "scales": (self.scheme.scale, table, self.row_format.scale.itemsize),
-                "zeros": ("U8", table, 1),
-                "groups": ("I32", (atoms,), 4),
-                "factors": ("F32", (number,), 4),
-            }
-            for quantity in ("weight", *stored_tables(self.scheme.kind, part)):
-                dtype, shape, itemsize = shapes[quantity]
+        atoms, projection = int(keep_EI.sum()), PART_PROJECTIONS[part]
+        groups = sum(
+            len(self.row_format.kept_groups(projection, keep_I.nonzero().flatten(), size))
+            for keep_I in keep_EI
+        )
+        table = (groups, -(-hidden_size // self.row_format.block(projection).columns))
+        shapes = {
+            "weight": ("U8", (atoms, hidden_size * self.row_format.bits // 8), 1),
+            "scales": (self.scheme.scale, table, self.row_format.scale.itemsize),
+            "zeros": ("U8", table, 1),
+            "groups": ("I32", (atoms,), 4),
+            "factors": ("F32", (number,), 4),
+        }
+        for quantity in ("weight", *stored_tables(self.scheme.kind, part)):
+            dtype, shape, itemsize = shapes[quantity]
 
-                def piece(
-                    expert: int, keep_I: torch.Tensor, part: str = part, name: str = quantity
-                ) -> torch.Tensor:
-                    encoded = self.rows(part, expert, name == "weight")
-                    atoms_F = keep_I.nonzero().flatten()
-                    return taken(name, encoded, self.row_format, PART_PROJECTIONS[part], atoms_F)
+            def piece(expert: int, keep_I: torch.Tensor, name: str = quantity) -> torch.Tensor:
+                encoded = self.rows(part, expert, name == "weight")
+                atoms_F = keep_I.nonzero().flatten()
+                return taken(name, encoded, self.row_format, projection, atoms_F)
 
-                name = naming(part, quantity)
-                yield by_expert(name, dtype, shape, itemsize, keep_EI, piece)
+            yield by_expert(naming(part, quantity), dtype, shape, itemsize, keep_EI, piece)
 
 
 def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerCodes:
@@ -86,8 +83,7 @@ def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNam
     scheme, sizes = info.scheme(layer), (info.hidden_size, info.intermediate_size)
     form = row_format(scheme, *sizes)
     if info.stored is not None:
-        tables = {table for part in PACKED_ROWS for table in stored_tables(scheme.kind, part)}
-        check_names(names, {"weight", "bias", *tables})
+        check_names(names, {"weight", "bias", *tables_of(scheme)})
         return LayerCodes(scheme, form, _stored(source, info, layer, names, form))
     check_names(names, (*scheme.parts, "bias", *IGNORED))
     for part in PACKED_ROWS:
@@ -120,11 +116,11 @@ def _stored(
 ) -> Rows:
     """Reads the rows of an exported checkpoint's layer."""
     assert info.stored is not None
-    kind, stored_EI = info.scheme(layer).kind, info.stored[layer]
+    scheme, stored_EI = info.scheme(layer), info.stored[layer]
 
     @cache
     def stored(part: str) -> StoredRows:
-        wanted = ("weight", *stored_tables(kind, part))
+        wanted = ("weight", *stored_tables(scheme.kind, part))
         parts = {name: source.tensor(names.known[part, None][name]) for name in wanted}
         return StoredRows(parts, stored_EI, form, PART_PROJECTIONS[part], info.hidden_size)
 
