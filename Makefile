@@ -16,7 +16,7 @@ METHODS := heapr tenp shape random magnitude camera reap
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized demo-refit quality clean
+.PHONY: help install serve test test-full lint dist release-check audit image demo-model demo-profiles demo-report demo-quantized demo-refit second-model quality clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -53,8 +53,8 @@ test: install ## what CI runs
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind \
 	  $(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-full: install ## every test: also the long ones
-	$(BIN)/python -m pytest
+test-full: install ## every test, also the long ones; PART=unit, serving or e2e: one part
+	$(BIN)/python -m pytest tests/$(PART)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
@@ -109,6 +109,9 @@ demo-profiles: $(STATISTICS) ## the demo's profiles: every method at 20 and 40 %
 	for method in $(METHODS); do for ratio in 0.2 0.4; do $(BIN)/atomic-moe prune $(STATISTICS) \
 	  --method $$method --ratio $$ratio -o $(DEMO)/model/atomic_profiles || exit 1; done; done
 	$(BIN)/atomic-moe prune $(STATISTICS) --method heapr --ratio 0.6 -o $(DEMO)/model/atomic_profiles
+
+second-model: install ## train a small gpt-oss by the demo's recipe (build/gpt-oss)
+	$(BIN)/python $(DEMO)/recipe/make_demo_model.py --kind gpt-oss --output build/gpt-oss
 
 HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout.txt:$(domain))
 

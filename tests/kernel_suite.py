@@ -17,12 +17,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.quantized import FORMATS, Quantized
+from tests.quantized import FORMATS, Quantized, gptq
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import backend_module
-from vllm_atomic_moe.experts.encoding import SCALE_DTYPES, encode
-from vllm_atomic_moe.experts.encoding import row_format as row_format_of
-from vllm_atomic_moe.experts.formats import PLAIN, Encoded, Projection, RowFormat
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import Encoded
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
     SLOTS,
@@ -32,7 +31,8 @@ from vllm_atomic_moe.experts.packing import (
     tensor_parallel_share,
     with_slots,
 )
-from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
+from vllm_atomic_moe.files.quantization import IGNORED, SCALE_DTYPES, scheme_of_down
+from vllm_atomic_moe.files.row_formats import PLAIN, Projection, RowFormat
 
 WIDTHS = (0, 1, 31, 32, 33, 127, 128, 129, 160)
 FULL = 160
@@ -42,6 +42,8 @@ SPELLED = {
     torch.uint8: "U8",
     torch.int32: "I32",
 }
+# Formats whose tables of scales differ in kind: blocks, groups in any order, zeros, a factor.
+SCALES_APART = ("fp8-block", "gptq", "awq", "nvfp4")
 ACTIVATIONS = (
     SILU,
     Activation(limit=1.5),
@@ -249,7 +251,7 @@ def _quantized(
         (expert, projection): encode(scheme, projection, parts, hidden_size, full)
         for (expert, projection), parts in encoded.items()
     }
-    return tuple(after), loaded, row_format_of(scheme, hidden_size, full)
+    return tuple(after), loaded, scheme.row_format(hidden_size, full)
 
 
 def ragged(seed: int = 0) -> torch.Tensor:
@@ -340,24 +342,41 @@ class KernelSuite:
                 names = [("a", "b")[token % 2] for token in range(tokens)]
                 experts.check(x, weights, ids, names)
 
-    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda it: it.spec)
     @pytest.mark.parametrize(
-        "activation", [ACTIVATIONS[2], ACTIVATIONS[-1]], ids=lambda it: it.spec
+        "name",
+        [pytest.param(name, marks=[] if name == "awq" else pytest.mark.full) for name in FORMATS],
     )
-    def test_codes_with_every_shape_of_expert(self, activation: Activation, has_bias: bool) -> None:
-        """Biases, and no gate."""
+    def test_codes_with_every_activation(self, name: str, activation: Activation) -> None:
+        """Every format with biases in every activation, gated and not."""
+        self._check_codes({"activation": activation, "has_bias": True}, FORMATS[name])
+
+    def test_codes_without_gate_and_biases(self) -> None:
+        """Two matrices per expert."""
+        self._check_codes({"activation": ACTIVATIONS[-1]}, FORMATS["mxfp4"])
+
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_activation_order(self, has_bias: bool) -> None:
+        """GPTQ's `g_idx` of down gives the groups of atoms in any order."""
+        order = torch.arange(FULL) // 32
+        order = order[torch.randperm(FULL, generator=torch.Generator().manual_seed(6))]
+
+        def quantize(matrix: torch.Tensor) -> Quantized:
+            return gptq(matrix, order=order if matrix.shape[1] == FULL else None)
+
+        experts = self._check_codes({"has_bias": has_bias}, quantize)
+        rows = experts.packed.down_rows
+        assert bool((rows.diff() < 0).any())
+
+    def _check_codes(
+        self, more: dict[str, Any], quantize: Callable[[torch.Tensor], Quantized]
+    ) -> Experts:
         for dtype in self.dtypes:
-            experts = self.make(
-                {"a": ragged()},
-                dtype,
-                hidden_size=96,
-                activation=activation,
-                has_bias=has_bias,
-                quantize=FORMATS["mxfp4"],
-            )
+            experts = self.make({"a": ragged()}, dtype, hidden_size=96, quantize=quantize, **more)
             for tokens in (1, 20):
                 x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
                 experts.check(5 * x, weights, ids)
+        return experts
 
     @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize(
@@ -500,25 +519,43 @@ class KernelSuite:
         for name in masks:
             experts.check(*routed(5, 2, 3, self.dtypes[0]), profiles=name)
 
-    def test_ranks_add_up(self) -> None:
-        """Tensor and expert parallel: what other ranks hold has no rows here and adds nothing."""
-        dtype = self.dtypes[0]
+    @pytest.mark.parametrize(
+        "name",
+        [
+            PLAIN.code,
+            *(
+                pytest.param(name, marks=[] if name in SCALES_APART else pytest.mark.full)
+                for name in FORMATS
+            ),
+        ],
+    )
+    def test_ranks_add_up(self, name: str) -> None:
+        """Tensor and expert parallel: what other ranks hold has no rows here and adds nothing.
+
+        Every rank has its own table of scales, of the groups that its rows need.
+        """
+        dtype, quantize = self.dtypes[0], FORMATS.get(name)
+        hidden = 96 if quantize else 24
         masks = {"a": ragged(), "b": ragged(1)}
-        arguments = routed(7, 3, len(WIDTHS), dtype)
+        arguments = routed(7, 3, len(WIDTHS), dtype, hidden)
         first_E1 = torch.arange(len(WIDTHS))[:, None] < 4
-        whole = self.make(masks, dtype)
+
+        def make(share: torch.Tensor) -> Experts:
+            own = {profile: mask & share for profile, mask in masks.items()}
+            return self.make(own, dtype, hidden_size=hidden, quantize=quantize)
+
+        whole = make(torch.tensor(True))
+        assert whole.packed.row_format.plain == (quantize is None)
         for shares in (
             [tensor_parallel_share(masks, rank, 3) for rank in range(3)],
             [first_E1, ~first_E1],
         ):
-            ranks = [
-                self.make({name: mask & share for name, mask in masks.items()}, dtype)
-                for share in shares
-            ]
-            for name in masks:
-                parts = torch.stack([rank.check(*arguments, profiles=name) for rank in ranks])
-                found, wanted = parts.double().sum(dim=0), whole.check(*arguments, profiles=name)
-                assert (found - wanted).norm() <= 4 * TOLERANCE[dtype] * wanted.double().norm()
+            ranks = [make(share) for share in shares]
+            for profile in masks:
+                parts = torch.stack([rank.check(*arguments, profiles=profile) for rank in ranks])
+                found = parts.double().sum(dim=0)
+                wanted = whole.check(*arguments, profiles=profile).double()
+                assert (found - wanted).norm() <= 4 * TOLERANCE[dtype] * wanted.norm()
 
     def test_arguments_that_are_not_contiguous(self) -> None:
         """Strided activations, weights and ids; 64-bit ids; router weights in the model's dtype."""

@@ -6,8 +6,9 @@ Written from the formats' descriptions, independent of the package's own decodin
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -329,7 +330,9 @@ def in_bfloat16(directory: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = False) -> Path:
+def quantize_checkpoint(
+    source: Path, target: Path, name: str, linears: bool = False, left: Collection[int] = ()
+) -> Path:
     """Write a checkpoint with quantized experts, and beside it a plain one with the same values.
 
     Args:
@@ -338,6 +341,7 @@ def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = F
         name: key of FORMATS.
         linears: whether attention is quantized, too; config.json does not say so, and vLLM cannot
             serve it then.
+        left: layers whose experts stay plain; config.json says so, in the words of the format.
 
     Returns:
         The directory of the plain checkpoint with the same values, rounded to the source's dtype.
@@ -347,14 +351,30 @@ def quantize_checkpoint(source: Path, target: Path, name: str, linears: bool = F
     quantized, dense = {}, {}
     for tensor_name, tensor in load_file(source / "model.safetensors").items():
         found = expert_tensor(tensor_name)
-        if found is None and not (linears and tensor_name.endswith("_proj.weight")):
+        quantize = linears and tensor_name.endswith("_proj.weight")
+        if not quantize if found is None else found.layer in left:
             quantized[tensor_name] = dense[tensor_name] = tensor
             continue
         parts, values = FORMATS[name](tensor)
         stem = tensor_name.removesuffix("weight")
         quantized |= {f"{stem}{part}": value.contiguous() for part, value in parts.items()}
         dense[tensor_name] = values.to(tensor.dtype).contiguous()
-    return _write(source, target, quantized, dense, SETTINGS[name])
+    return _write(source, target, quantized, dense, _without(SETTINGS[name], left))
+
+
+def _without(settings: dict, layers: Collection[int]) -> dict:
+    """Settings that also exclude the experts of some layers."""
+    experts = [f"model.layers.{layer}.mlp.experts" for layer in layers]
+    if settings["quant_method"] == "gptq":
+        more = {f"-:{re.escape(name)}.*": {} for name in experts}
+        return {**settings, "dynamic": {**settings["dynamic"], **more}}
+    key = "ignore" if "ignore" in settings else "modules_to_not_convert"
+    if settings["quant_method"] in ("fp8", "compressed-tensors"):  # names of matrices
+        projections = ("gate", "up", "down")
+        experts = [
+            f"{it}.{e}.{name}_proj" for it in experts for e in range(8) for name in projections
+        ]
+    return {**settings, key: [*settings[key], *experts]}
 
 
 def quantize_gpt_oss(source: Path, target: Path) -> Path:

@@ -17,7 +17,8 @@ from vllm_atomic_moe.experts.backends.triton_rows import (
     rows_of,
     scale_rows,
 )
-from vllm_atomic_moe.experts.formats import Block, RowFormat, stored_values
+from vllm_atomic_moe.experts.formats import stored_values
+from vllm_atomic_moe.files.row_formats import Block, RowFormat
 
 P, E, H = 40, 2, 96
 # What kernels ask for: less and more than a block of scales, and than H.
@@ -49,7 +50,7 @@ def _decode_kernel(
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     packed_f = tl.arange(0, BLOCK_F).to(tl.int64)
     kept_f = packed_f < num_rows
-    rows_f = scale_rows(weights, packed_f, kept_f)
+    rows_f = scale_rows(weights, packed_f, kept_f, expert)
     factor = load_factor(weights, expert)
     for start in range(0, H, BLOCK_H):
         tile_fh = load_rows(weights, packed_f, kept_f, rows_f, factor, start, H, DTYPE, BLOCK_H)
@@ -93,12 +94,14 @@ def _random_rows(
             table = table.to(torch.uint8).view(row_format.scale)
         else:
             table = torch.rand(groups, columns, generator=generator).to(row_format.scale)
-        rows_P = torch.randint(0, groups, (P if shared else 0,), generator=generator).int()
+        rows_P = torch.randint(0, groups - E + 1, (P if shared else 0,), generator=generator)
+        firsts_E = torch.arange(E if shared else 0)
         zeros = torch.randint(0, 16, (groups, columns), generator=generator).to(torch.uint8)
         factors_E = torch.rand(E, generator=generator) * 3000
         scales += [
             table,
-            rows_P,
+            rows_P.short(),
+            firsts_E.int(),
             zeros if row_format.zeros else zeros[:0],
             factors_E if row_format.factor != "none" else factors_E[:0],
         ]

@@ -1,6 +1,6 @@
 """Serve pruned Mixture-of-Experts models in vLLM: experts of any width."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _registered = False
 

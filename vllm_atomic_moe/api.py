@@ -23,6 +23,7 @@ from vllm_atomic_moe.convert.exporting.export import ExportResult, Refitted
 from vllm_atomic_moe.files.plain_files import check_output
 from vllm_atomic_moe.files.profiles import PruningProfile as Profile
 from vllm_atomic_moe.files.statistics import Statistics
+from vllm_atomic_moe.measure.incomplete import IncompleteError
 from vllm_atomic_moe.scoring.method import Value
 from vllm_atomic_moe.scoring.pruning import (
     load_scores,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExportResult",
+    "IncompleteError",
     "Profile",
     "Statistics",
     "calibrate",

@@ -125,11 +125,16 @@ def test_the_servers_are_gone(measured):
     assert not any(server_process.processes_of_group(group) for group in groups)
 
 
-def test_quantized_models_are_dense_through_the_loader(tmp_path, monkeypatch):
+# Bits of a weight, and of scales for each: H and I are 128.
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [("fp8-channel", 8 + 32 / 128), ("int4", 4 + 16 / 32), ("mxfp4", 4 + 8 / 32)],
+)
+def test_quantized_models_are_dense_through_the_loader(tmp_path, monkeypatch, kind, bits):
     """On a CPU, where vLLM has no kernel for such experts."""
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
-    quantize_checkpoint(DEMO, tmp_path / "model", "fp8-channel")
+    quantize_checkpoint(DEMO, tmp_path / "model", kind)
     report = measure_servers(
         tmp_path / "model",
         DEMO / "atomic_profiles",
@@ -140,7 +145,8 @@ def test_quantized_models_are_dense_through_the_loader(tmp_path, monkeypatch):
     dense, pruned = report.runs
     assert (dense.profile, pruned.profile) == ("dense", "heapr-40")
     assert dense.dense_bytes == pruned.dense_bytes
-    # And of every row the number of its scales.
-    assert dense.resident_bytes == pytest.approx(dense.dense_bytes, rel=0.02)
-    assert pruned.resident_bytes == pytest.approx(0.6 * pruned.dense_bytes, rel=0.02)
-    assert DENSE_BYTES / 2 < dense.dense_bytes < 0.52 * DENSE_BYTES
+    # And of every row the number of its scales; nearly all groups of 32 atoms have one that stays.
+    more = (0.02 if kind == "fp8-channel" else 0.03) * dense.dense_bytes
+    assert dense.resident_bytes == pytest.approx(dense.dense_bytes, abs=more)
+    assert pruned.resident_bytes == pytest.approx(0.6 * pruned.dense_bytes, abs=more)
+    assert dense.dense_bytes == DENSE_BYTES * bits / 16

@@ -19,6 +19,7 @@ import pytest
 
 from tests.e2e.conftest import DEMO, ENVIRONMENT, ROOT, admin_server, free_port, serve_command
 from tests.e2e.faults import GATHERS
+from tests.quantized import quantize_checkpoint
 from vllm_atomic_moe.measure.server_process import processes_of_group
 
 ACTIVE, OTHER, EXTRA = "heapr-20", "heapr-40", "heapr-60"
@@ -26,6 +27,7 @@ PROFILES = {"active": ACTIVE, "resident": [OTHER, "shape-20"]}
 NAMES = [ACTIVE, OTHER, "shape-20"]
 PROMPTS = ["import os\nimport sys\n\n\ndef main(", "The moon was", '{\n  "name":']
 RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", GATHERS: "1"}
+SMALL_GROUPS = ("int4", "nvfp4")
 FLAGS = ("--data-parallel-size=2", "--api-server-count=2")
 pytestmark = pytest.mark.full
 
@@ -49,12 +51,16 @@ def scores_of(server, names):
     return first
 
 
-@pytest.mark.parametrize("encoding", ["fp8", "int4", "mxfp4"])
+@pytest.mark.parametrize("encoding", ["fp8", "int4", "mxfp4", "nvfp4"])
 def test_engines_share_quantized_experts(tmp_path, encoding):
     """Every engine holds the codes and scales of its share, and both answer like one."""
     model = tmp_path / "model"
-    recipe = ROOT / "deploy/demo/recipe/quantize.py"
-    subprocess.run([sys.executable, recipe, DEMO, model, encoding], check=True)
+    if encoding == "nvfp4":
+        quantize_checkpoint(DEMO, model, encoding)
+        shutil.copytree(DEMO / "atomic_profiles", model / "atomic_profiles")
+    else:
+        recipe = ROOT / "deploy/demo/recipe/quantize.py"
+        subprocess.run([sys.executable, recipe, DEMO, model, encoding], check=True)
     (tmp_path / "one").mkdir()
     with admin_server(tmp_path / "one", PROFILES, model=model) as server:
         alone = server.status()["memory"]["resident_bytes"]
@@ -65,7 +71,7 @@ def test_engines_share_quantized_experts(tmp_path, encoding):
         memory = server.status()["memory"]
     assert len(memory["rank_resident_bytes"]) == 2
     # Scales of a group whose atoms are split are held twice: 2.0 % of the demo in INT4.
-    assert memory["resident_bytes"] < (1.03 if encoding == "int4" else 1.02) * alone
+    assert memory["resident_bytes"] < (1.03 if encoding in SMALL_GROUPS else 1.02) * alone
     shutil.rmtree(model)
 
 

@@ -19,7 +19,7 @@ from vllm_atomic_moe.measure.synthetic import Sizes, make_checkpoint
 
 pytestmark = pytest.mark.full
 SIZES = Sizes(layers=3)
-SLACK_BYTES = 64 * 2**20  # what vLLM's model and loader allocate besides the weights
+SLACK_BYTES = 16 * 2**20  # what vLLM's model and loader allocate besides the weights
 PLAN = ServerPlan(
     phases=(Phase("decode", input_tokens=8, output_tokens=8, concurrency=1, requests=1),),
     warmups=0,
@@ -74,14 +74,16 @@ def test_resident_memory_is_what_is_kept(measured):
         assert whole == SIZES.expert_bytes
     assert reported == whole
     assert dense.resident_bytes == pytest.approx(whole, rel=0 if name == "bf16" else 0.02)
-    # Nearly every INT4 group of 32 atoms has one that is kept, and its scales stay: 52.004 %.
-    more = 0.0201 if name == "int4" else 0.02
-    assert pruned.resident_bytes / whole == pytest.approx(pruned.kept, abs=more)
+    # Nearly every INT4 group of 32 atoms has one that is kept, and its scales stay.
+    assert pruned.resident_bytes / whole == pytest.approx(pruned.kept, abs=0.02)
     saved = (1 - pruned.kept) * whole
     assert dense.rest_bytes - pruned.rest_bytes > saved - SLACK_BYTES
     assert pruned.freed == pytest.approx((dense.rest_bytes - pruned.rest_bytes) / saved)
 
 
-def test_peak_is_resident_plus_one_shard_at_most(measured):
-    _, layer_bytes, _, _, pruned = measured
-    assert pruned.peak_bytes < pruned.rest_bytes + layer_bytes + SLACK_BYTES
+def test_peak_is_resident_plus_one_expert_at_most(measured):
+    """One in 16 bits; test_quantization.py counts what a matrix takes while it is decoded. Mapped
+    shards do not count: the system takes pages of files back when it needs memory.
+    """
+    *_, pruned = measured
+    assert pruned.peak_bytes < pruned.rest_bytes + SIZES.shard_bytes / SIZES.experts

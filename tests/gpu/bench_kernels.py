@@ -24,9 +24,8 @@ import torch
 from tests.quantized import SCHEMES, load_at_random
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
-from vllm_atomic_moe.experts.encoding import row_format
-from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 TOKENS = (1, 8, 64, 512, 2048)
@@ -93,7 +92,7 @@ class Row:
 
 def make_experts(E: int, H: int, full: int, dtype: torch.dtype, name: str) -> PackedExperts:
     """Dense experts; pruned ones use the first of their rows."""
-    rows = row_format(SCHEMES[name], H, full) if name in SCHEMES else PLAIN
+    rows = SCHEMES[name].row_format(H, full) if name in SCHEMES else PLAIN
     layout = build_layout({"dense": torch.ones(E, full, dtype=torch.bool)})
     packed = PackedExperts(layout, H, dtype, torch.device("cuda"), row_format=rows)
     if rows.plain:

@@ -15,8 +15,7 @@ from tests.triton_decoding import DECODED, check_decoding
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
 from vllm_atomic_moe.experts.backends import triton as triton_backend
-from vllm_atomic_moe.experts.encoding import row_format
-from vllm_atomic_moe.experts.formats import PLAIN, stored_values
+from vllm_atomic_moe.experts.formats import stored_values
 from vllm_atomic_moe.experts.packing import (
     SLOTS,
     PackedExperts,
@@ -24,6 +23,7 @@ from vllm_atomic_moe.experts.packing import (
     unpack_bits,
     with_slots,
 )
+from vllm_atomic_moe.files.row_formats import PLAIN
 from vllm_atomic_moe.measure.shapes import SHAPES
 
 pytestmark = [
@@ -89,7 +89,7 @@ def test_real_shapes(model, name, tokens, dtype):
     for name, part in (("half", 0.5), ("tenth", 0.1)):
         masks[name] = whole_EI & (torch.rand(E, full, generator=generator) < part)
     layout = build_layout(masks)
-    rows = row_format(SCHEMES[name], H, full) if name in SCHEMES else PLAIN
+    rows = SCHEMES[name].row_format(H, full) if name in SCHEMES else PLAIN
     packed = PackedExperts(layout, H, dtype, torch.device("cuda"), row_format=rows)
     if rows.plain:
         for weight in packed.weights:

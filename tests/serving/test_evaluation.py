@@ -114,10 +114,23 @@ def test_rows_and_numbers(tmp_path):
     assert dense["tokens"]["all"] == sum(dense["tokens"][domain] for domain in texts)
 
 
-def test_quantized_checkpoints_beside_what_they_stand_for(tmp_path):
+# H is 128, I is 64. Codes, and their scales: 16 bits or 8 for every 32 codes; or 32 for every atom
+# of gate and up, and for every output of down.
+ATOM_BYTES = {
+    "int4": 3 * (128 // 2 + 2 * 128 // 32),
+    "mxfp4": 3 * (128 // 2 + 128 // 32),
+    "fp8-channel": 3 * 128 + 4 * (2 + 128 // 64),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(it, marks=[] if it == "int4" else pytest.mark.full) for it in ATOM_BYTES],
+)
+def test_quantized_checkpoints_beside_what_they_stand_for(tmp_path, name):
     """Dense too goes through the loader: not every CPU has a vLLM kernel for such experts."""
     make_model("qwen3_moe", tmp_path / "original")
-    plain = quantize_checkpoint(tmp_path / "original", tmp_path / "model", "int4")
+    plain = quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
     (tmp_path / "t.txt").write_text(random_text(400))
     info = describe_checkpoint(plain)
     masks = write_profile(info, "half", tmp_path / "profiles", seed=1)
@@ -137,8 +150,7 @@ def test_quantized_checkpoints_beside_what_they_stand_for(tmp_path):
     for ours, wanted in zip(*found, strict=True):
         assert ours["profile"] == wanted["profile"]
         assert ours["perplexity"]["all"] == pytest.approx(wanted["perplexity"]["all"], rel=1e-3)
-    # Codes of 4 bits, a scale of 16 for every 32; down's groups are as many.
-    assert found[0][1]["kept_bytes"] == masks.kept_atoms * 3 * (128 // 2 + 2 * 128 // 32)
+    assert found[0][1]["kept_bytes"] == masks.kept_atoms * ATOM_BYTES[name]
 
 
 @pytest.fixture

@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import make_checkpoint, write_profile
+from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
 from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import engine, mixed_logprobs, packed_layers_of
 from tests.unit.tiny_models import make_model
+from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.engine.expert_tensors import experts_taken_by
-from vllm_atomic_moe.experts.encoding import encode, row_format
-from vllm_atomic_moe.experts.formats import RowFormat, decode
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
+from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.quantization import scheme_of_down
+from vllm_atomic_moe.files.row_formats import RowFormat
 
 NAMES = ["ragged", "second"]
 # Neither is a multiple of 128.
@@ -35,13 +38,14 @@ def original(tmp_path_factory):
     return directory
 
 
-def answers(model, info, dtype, **options) -> tuple[dict[str, torch.Tensor], RowFormat]:
+def answers(model, info, dtype, **options) -> tuple[dict[str, torch.Tensor], list[RowFormat]]:
     for seed, name in enumerate(NAMES, start=1):
         write_profile(info, name, model / "atomic_profiles", seed)
     extra = {"active": NAMES[0], "resident": NAMES[1:], **options}
     settings = {"load_format": "atomic-pruned", "model_loader_extra_config": extra}
     with engine(model, dtype=dtype, **settings) as llm:
-        return mixed_logprobs(llm, NAMES), packed_layers_of(llm)[0].packed.row_format
+        formats = [layer.packed.row_format for layer in packed_layers_of(llm)]
+        return mixed_logprobs(llm, NAMES), formats
 
 
 @pytest.mark.parametrize(
@@ -66,16 +70,42 @@ def test_gpt_oss_as_published(tmp_path):
     check_kernel(tmp_path / "model", plain, "bfloat16")
 
 
-def check_bits(model, plain) -> None:
-    """The reference kernel in bfloat16 gives the bits of the plain checkpoint."""
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "awq" else pytest.mark.full) for name in FORMATS],
+)
+def test_a_plain_layer_before_quantized_ones(original, tmp_path, name):
+    """As published: config.json lists what is not quantized. The same bits from an export."""
+    model = tmp_path / "model"
+    plain = quantize_checkpoint(original, model, name, left=[0])
+    found = check_bits(model, plain, left=[0])
+    info = describe_checkpoint(model)
+    ragged, second = (ragged_masks(info, seed) for seed in (1, 2))
+    union = {layer: ragged[layer] | second[layer] for layer in info.layers}
+    PruningProfile("union", union).write(tmp_path / "union.safetensors")
+    export(str(model), tmp_path / "union.safetensors", tmp_path / "exported")
+    again, formats = answers(tmp_path / "exported", info, "bfloat16", kernel="reference")
+    assert [it.plain for it in formats] == [True, False]
+    for profile in NAMES:
+        assert torch.equal(again[profile], found[profile]), profile
+
+
+def check_bits(model, plain, left=()) -> dict[str, torch.Tensor]:
+    """The reference kernel in bfloat16 gives the bits of the plain checkpoint; returns them.
+
+    Args:
+        left: layers that are plain in both.
+    """
     info = describe_checkpoint(model)
     assert info.identity() == describe_checkpoint(plain).identity()
-    found, row_format = answers(model, info, "bfloat16", kernel="reference")
-    assert not row_format.plain
-    wanted, row_format = answers(plain, info, "bfloat16", kernel="reference")
-    assert row_format.plain
+    found, formats = answers(model, info, "bfloat16", kernel="reference")
+    assert [it.plain for it in formats] == [index in left for index in info.layers]
+    wanted, formats = answers(plain, info, "bfloat16", kernel="reference")
+    assert all(it.plain for it in formats)
     for profile in NAMES:
         assert torch.equal(found[profile], wanted[profile]), profile
+    assert not torch.equal(*found.values())
+    return found
 
 
 def check_kernel(model, plain, dtype) -> None:
@@ -110,7 +140,7 @@ def test_nvfp4_equals_vllms_emulation():
     parts, _ = FORMATS["nvfp4-modelopt"](torch.randn(96, 192))
     told = {"weight": ("U8", (96, 96)), "weight_scale": ("F8_E4M3", (96, 12))}
     scheme, _ = scheme_of_down("down", {**told, "weight_scale_2": ("F32", ())}, 96, {})
-    found = decode(encode(scheme, "up", parts, 192, 96), row_format(scheme, 192, 96), "up")
+    found = decode(encode(scheme, "up", parts, 192, 96), scheme.row_format(192, 96), "up")
     wanted = nvfp4_emulation_utils.dequantize_to_dtype(
         *(parts[name] for name in scheme.parts), torch.float32, swizzle=False
     )

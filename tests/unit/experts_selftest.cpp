@@ -17,12 +17,13 @@ const std::vector<int64_t> kWidths = {33, 0, 70, 1, 128};
 struct Coded {
   std::vector<uint8_t> codes, zeros;
   std::vector<float> scales;
-  std::vector<int32_t> rows;
+  std::vector<int32_t> rows, firsts;
+  std::vector<int16_t> relative;
   int64_t columns;
 
   ScaleTable table() const {
     const int64_t C = kHidden / columns;
-    return {scales.data(), rows.data(), zeros.empty() ? nullptr : zeros.data(), nullptr, C, columns};
+    return {scales.data(), relative.data(), firsts.data(), zeros.empty() ? nullptr : zeros.data(), nullptr, C, columns};
   }
   double weight(int code, int64_t row, int64_t h) const {
     const uint8_t found = codes[row * kHidden + h];
@@ -65,7 +66,7 @@ double check(int dtype, int code) {
   std::vector<double> weights_of[3];
   const float scale = 1 / std::sqrt(float(H));
   for (int which = 0; which < 3; ++which) {
-    auto& [codes, zeros, scales, rows, columns] = coded[which];
+    auto& [codes, zeros, scales, rows, firsts, relative, columns] = coded[which];
     if (code < 0) {
       matrices[which] = draw(P * H, scale);
       weights_of[which].assign(matrices[which].begin(), matrices[which].end());
@@ -73,6 +74,11 @@ double check(int dtype, int code) {
     }
     columns = which == 2 ? 1 : 24;
     for (int64_t row = 0; row < P; ++row) rows.push_back(which == 2 ? row / 8 : row);
+    for (int64_t e = 0; e < E; ++e) {
+      firsts.push_back(offsets[e] < P ? rows[offsets[e]] : rows.back());
+      for (int64_t row = offsets[e]; row < offsets[e + 1]; ++row)
+        relative.push_back(rows[row] - firsts[e]);
+    }
     for (int64_t n = 0; n < P * H; ++n)
       codes.push_back(code == kE4M3 ? random() % 120 + random() % 2 * 128 : random() % 16);
     const float largest = code == kE4M3 ? 480 : 8;

@@ -17,7 +17,14 @@ from vllm_atomic_moe.engine.unserved import CONFIGURATION, LAYER, ROUTING
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 SECURITY = (ROOT / "SECURITY.md").read_text()
-ALL = [*DOCUMENTS, "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md", "patches/README.md"]
+ALL = [
+    *DOCUMENTS,
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "patches/README.md",
+    "deploy/measured.md",
+]
 # Files with messages of other packages.
 THEIRS = {
     "vllm": (
@@ -236,5 +243,5 @@ def test_the_version_is_in_one_place():
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
     for path in ("Dockerfile", "Makefile", "pyproject.toml", "deploy/compose.yaml"):
         assert __version__ not in Path(ROOT / path).read_text(), path
-    tags = re.findall(r"\b([\d.]+)-[cg]pu\b", (ROOT / "deploy/README.md").read_text())
+    tags = re.findall(r"\b(\d[\w.]*)-[cg]pu\b", (ROOT / "deploy/README.md").read_text())
     assert set(tags) == {__version__}

@@ -134,7 +134,7 @@ def test_transformers_computes_what_it_does_with_masked_routers(tmp_path, archit
 
 
 REFUSED = {
-    "dbrx": "experts stand one below another; such a model is",
+    "dbrx": "the experts are stacked in one matrix, which --plain does not export",
     "longcat_flash": "wanted a row or a value for each of 8 experts; this router is not exported",
     "deepseek_v4": "names the experts of every token; a model with hash routing keeps all of them",
 }

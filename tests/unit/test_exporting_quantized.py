@@ -15,11 +15,12 @@ from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.codes import find_codes
 from vllm_atomic_moe.convert.exporting.export import Refitted, export
 from vllm_atomic_moe.convert.exporting.rows import find_biases, find_rows, split_names
-from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY
 from vllm_atomic_moe.files.layouts import INDEX, PACKED_ROWS
 from vllm_atomic_moe.files.profiles import PruningProfile
+from vllm_atomic_moe.files.row_formats import PROJECTIONS
 from vllm_atomic_moe.files.shards import Shards
 
 SHARD = f"{EXPORT_DIRECTORY}/model-00001-of-00001.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,10 +15,13 @@ from tests.documents import ROOT, blocks, files_of, run
 from tests.unit.test_calibration_statistics import CALIBRATION, MODEL, make_sums
 from tests.unit.test_cli import refused
 from tests.unit.test_cli import run as command
+from vllm_atomic_moe import api
+from vllm_atomic_moe.cli.prune import prune as cli_prune
+from vllm_atomic_moe.cli.score import score as cli_score
 from vllm_atomic_moe.convert.importing import known_importers
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.statistics import Statistics
-from vllm_atomic_moe.scoring import known_methods
+from vllm_atomic_moe.scoring import RESERVED, known_methods
 from vllm_atomic_moe.scoring.pruning import load_scores, make_profile
 
 DEMO = ROOT / "deploy/demo/model"
@@ -116,6 +120,13 @@ def test_a_method_appears_in_the_help_with_its_options(installed, statistics, tm
     assert "method 'heapr' has no option --pace" in refused(*prune, "--method", "heapr")
 
 
+def test_no_option_of_a_method_takes_a_name_of_the_commands_or_functions():
+    used = set()
+    for function in (api.prune, cli_prune, cli_score):
+        used |= {*inspect.signature(function).parameters}
+    assert used <= {*RESERVED}
+
+
 @pytest.mark.parametrize(
     ("module", "points", "words"),
     [
@@ -127,6 +138,11 @@ def test_a_method_appears_in_the_help_with_its_options(installed, statistics, tm
             HALF + 'METHOD = Method(score, "x", options={"ratio": Option(1, "y")})',
             {"new": "METHOD"},
             "its option 'ratio' cannot have that name",
+        ),
+        (
+            HALF + 'METHOD = Method(score, "x", options={"samples": Option(1, "y")})',
+            {"new": "METHOD"},
+            "its option 'samples' cannot have that name",
         ),
         (
             HALF + 'METHOD = Method(score, "x", options={"scope": Option(1, "y")}, selection={})',

@@ -10,8 +10,8 @@ from vllm_atomic_moe.engine.options import LoaderOptions
 from vllm_atomic_moe.experts import backends
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import choose_backend
-from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import triton as backend
-from vllm_atomic_moe.experts.formats import PLAIN, Block, RowFormat
 from vllm_atomic_moe.experts.packing import SLOTS, PackedExperts, build_layout
+from vllm_atomic_moe.files.row_formats import PLAIN, Block, RowFormat
 
 NVFP4 = RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn, factor="over")
 

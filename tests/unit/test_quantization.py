@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
 from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
 from tests.quantized import FORMATS, SCHEMES, SETTINGS, quantize_checkpoint
-from vllm_atomic_moe.experts.encoding import encode, row_format
-from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
-from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
+from vllm_atomic_moe.files.quantization import IGNORED, Scheme, scheme_of_down
+from vllm_atomic_moe.files.row_formats import PROJECTIONS
 
 H, FULL = 192, 96
 
@@ -24,20 +28,23 @@ def parts_of(quantized: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: part for name, part in quantized.items() if name not in IGNORED}
 
 
+def scheme_of(name: str, hidden: int = H, full: int = FULL) -> Scheme:
+    down = parts_of(FORMATS[name](torch.randn(hidden, full))[0])
+    told = {part: (SPELLED[value.dtype], (*value.shape,)) for part, value in down.items()}
+    scheme, size = scheme_of_down("down", told, hidden, {})
+    assert size == full
+    return scheme
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_decodes_to_the_meanings_of_codes(name):
     generator = torch.Generator().manual_seed(0)
     for projection in PROJECTIONS:
         shape = (H, FULL) if projection == "down" else (FULL, H)
         parts, dense = FORMATS[name](torch.randn(shape, generator=generator))
-        down, _ = FORMATS[name](torch.randn(H, FULL, generator=generator))
-        told = {
-            part: (SPELLED[value.dtype], (*value.shape,)) for part, value in parts_of(down).items()
-        }
-        scheme, size = scheme_of_down("down", told, H, {})
-        assert size == FULL
+        scheme = scheme_of(name)
         rows = encode(scheme, projection, parts_of(parts), H, FULL)
-        found = decode(rows, row_format(scheme, H, FULL), projection)
+        found = decode(rows, scheme.row_format(H, FULL), projection)
         assert torch.equal(found.t() if projection == "down" else found, dense)
 
 
@@ -69,6 +76,37 @@ def test_default_dtype_changes_nothing():
         torch.set_default_dtype(torch.float32)
     factors = [tensor for tensor in made.packed.scales if tensor.shape == (len(ragged()),)]
     assert [factor.dtype for factor in factors] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("name", ["plain", *FORMATS])
+def test_temporary_memory_of_a_matrix_that_loads(name):
+    """Next to none for plain rows; 2.5 bytes per code, less than half an expert in 16 bits."""
+    hidden, full, quantize = 512, 256, FORMATS.get(name)
+    whole = {"a": torch.ones(1, full, dtype=torch.bool)}
+    packed = make_experts(
+        whole, torch.bfloat16, "cpu", hidden_size=hidden, quantize=quantize
+    ).packed
+    for projection in PROJECTIONS:
+        matrix = torch.randn((hidden, full) if projection == "down" else (full, hidden))
+        if quantize is None:
+            load = functools.partial(packed.load_expert, 0, projection, matrix.bfloat16())
+        else:
+            scheme = scheme_of(name, hidden, full)
+            load = functools.partial(
+                _load, packed, scheme, projection, parts_of(quantize(matrix)[0])
+            )
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            load()
+        events = profiler.profiler.kineto_results.events()
+        changes = [it.nbytes() for it in events if it.name() == "[memory]"]
+        peak = max(itertools.accumulate(changes), default=0)
+        assert (peak > hidden) == (quantize is not None)
+        assert peak < 2.6 * hidden * full, peak / (hidden * full)
+
+
+def _load(packed, scheme, projection, parts):
+    sizes = packed.hidden_size, packed.layout.intermediate_size
+    packed.load_encoded(0, projection, encode(scheme, projection, parts, *sizes))
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +278,7 @@ def test_settings_of_every_other_format_are_refused(original, tmp_path, name):
     [
         ("int4", {"symmetric": False}, "not served by this version: asymmetric weights"),
         ("int4", {"num_bits": 8}, "not served by this version: integers of 8 bits"),
+        ("gptq", {"checkpoint_format": "marlin"}, "GPTQ with checkpoint_format 'marlin'"),
         ("awq", {"zero_point": False}, "AWQ with zero_point False"),
         ("awq", {"bits": 8}, "AWQ with bits 8"),
         ("awq", {"version": "gemv"}, "AWQ with version 'gemv'"),
@@ -256,6 +295,43 @@ def test_settings_that_are_not_served(original, tmp_path, name, change, words):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         describe_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["nvfp4-modelopt", "fp8-modelopt"])
+def test_modelopt_may_describe_its_weights_as_compressed_tensors_does(original, tmp_path, name):
+    quantize_checkpoint(original, tmp_path / "model", name)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    bits = 4 if name.startswith("nvfp4") else 8
+    weights = {"dynamic": False, "num_bits": bits, "type": "float"}
+    if bits == 4:
+        weights["group_size"] = 16
+    groups = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    config["quantization_config"]["config_groups"] = groups
+    path.write_text(json.dumps(config))
+    assert describe_checkpoint(tmp_path / "model").scheme(0).kind.startswith(name[:3])
+    weights["num_bits"] = 12 - bits
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json says {12 - bits} bits, type 'float'"):
+        describe_checkpoint(tmp_path / "model")
+
+
+def test_both_versions_of_gptq_are_served(original, tmp_path):
+    """Of symmetric weights, only the stored zero points differ: 7, or 8 in version 2."""
+    quantize_checkpoint(original, tmp_path / "model", "gptq")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    path.write_text(json.dumps(config))
+    scheme = describe_checkpoint(tmp_path / "model").scheme(0)
+    one, _ = FORMATS["gptq"](torch.randn(FULL, H))
+    two = {**one, "qzeros": torch.full_like(one["qzeros"], -0x77777778)}
+    assert torch.equal(
+        *(
+            decode(encode(scheme, "up", parts, H, FULL), scheme.row_format(H, FULL), "up")
+            for parts in (one, two)
+        )
+    )
 
 
 def test_zero_points_of_compressed_tensors_are_refused_by_name(original, tmp_path):
@@ -278,7 +354,7 @@ def test_one_group_of_down_is_one_of_many_of_gate(tmp_path, name):
     assert (scheme.rows, scheme.columns) == (1, 32)
     parts, dense = FORMATS[name](torch.randn(32, 128))
     rows = encode(scheme, "gate", parts_of(parts), 128, 32)
-    assert torch.equal(decode(rows, row_format(scheme, 128, 32), "gate"), dense)
+    assert torch.equal(decode(rows, scheme.row_format(128, 32), "gate"), dense)
 
 
 def test_a_truncated_shard(original, tmp_path):
@@ -295,7 +371,7 @@ def test_resident_bytes_follow_the_kept_atoms(name, ratio):
     """At most two points more, for scales that atoms share, at a real model's sizes."""
     hidden, size, experts = 2048, 768, 4
     keep = torch.rand(experts, size, generator=torch.Generator().manual_seed(0)) >= ratio
-    rows = row_format(SCHEMES[name], hidden, size)
+    rows = SCHEMES[name].row_format(hidden, size)
     packed = PackedExperts(build_layout({"a": keep}), hidden, torch.bfloat16, row_format=rows)
     whole = experts * rows.expert_bytes(hidden, size, itemsize=2)
     assert -1e-6 < packed.weight_bytes / whole - keep.double().mean() < 0.02

@@ -9,15 +9,18 @@ import torch
 
 from tests.kernel_suite import SPELLED
 from tests.quantized import FORMATS, SETTINGS, mxfp4_blocks
-from vllm_atomic_moe.experts.encoding import encode, row_format
-from vllm_atomic_moe.experts.formats import PROJECTIONS, decode
-from vllm_atomic_moe.files.quantization import IGNORED, PARTS, scheme_of_down
+from vllm_atomic_moe.experts.encoding import encode
+from vllm_atomic_moe.experts.formats import decode
+from vllm_atomic_moe.files.quantization import IGNORED, KINDS, scheme_of_down
+from vllm_atomic_moe.files.row_formats import PROJECTIONS
 
 H, FULL = 64, 32
 SIZES = [(H, FULL), (FULL, H)]
-KINDS = (*FORMATS, "gpt-oss")
+EXAMPLES = (*FORMATS, "gpt-oss")
 DTYPES = [dtype for dtype in SPELLED if dtype != torch.bool]
-NAMES = sorted({name for names in PARTS.values() for name in names} | {"weight_zero_point", "bias"})
+NAMES = sorted(
+    {name for kind in KINDS.values() for name in kind.parts} | {"weight_zero_point", "bias"}
+)
 
 
 def matrix(kind, projection, seed=0):
@@ -37,7 +40,7 @@ def told_of(kind, parts):
 
 SCHEMES = {
     kind: scheme_of_down("down", told_of(kind, matrix(kind, "down")), H, SETTINGS.get(kind, {}))[0]
-    for kind in KINDS
+    for kind in EXAMPLES
 }
 
 
@@ -50,13 +53,13 @@ def check_one_line(error):
 
 def numbers(scheme, projection, parts):
     decoded = decode(
-        encode(scheme, projection, parts, H, FULL), row_format(scheme, H, FULL), projection
+        encode(scheme, projection, parts, H, FULL), scheme.row_format(H, FULL), projection
     )
     assert decoded.shape == (FULL, H)
     assert decoded.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXAMPLES)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_broken_scales(kind, projection):
     scheme = SCHEMES[kind]
@@ -164,18 +167,18 @@ def mutated_parts(choose, parts):
 
 def mutate(seeds):
     refused = 0
-    whole = {(kind, projection): matrix(kind, projection) for kind in KINDS
+    whole = {(kind, projection): matrix(kind, projection) for kind in EXAMPLES
              for projection in PROJECTIONS}  # fmt: skip
     for seed in seeds:
         choose = random.Random(seed)
-        kind, projection = choose.choice(KINDS), choose.choice(PROJECTIONS)
+        kind, projection = choose.choice(EXAMPLES), choose.choice(PROJECTIONS)
         try:
             told = mutated_told(choose, told_of(kind, whole[kind, "down"]))
             settings = mutated_settings(choose, SETTINGS.get(kind, {}))
             scheme, size = scheme_of_down("layers.1.mlp.experts.3.down_proj", told, H, settings)
             assert type(size) is int
             if scheme.kind != "plain":
-                row_format(scheme, H, FULL)
+                scheme.row_format(H, FULL)
         except ValueError as error:
             check_one_line(error)
         try:

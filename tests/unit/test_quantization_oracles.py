@@ -1,4 +1,4 @@
-"""Our reading of compressed-tensors' files equals its own."""
+"""Our reading of quantized matrices equals that of compressed-tensors, and of vLLM's packers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from tests.kernel_suite import SPELLED
-from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.encoding import encode
 from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.quantization import IGNORED, scheme_of_down
 
@@ -70,10 +70,52 @@ def test_compressed_tensors_reads_the_same(name, projection):
     shape = (H, FULL) if projection == "down" else (FULL, H)
     parts, wanted = compressed(name, torch.randn(shape, generator=generator))
     found = decode(
-        encode(scheme, projection, parts, H, FULL), row_format(scheme, H, FULL), projection
+        encode(scheme, projection, parts, H, FULL), scheme.row_format(H, FULL), projection
     )
     found = found.t() if projection == "down" else found
     assert wanted.unique().numel() > 10
     # It multiplies in the dtype that codes are unpacked to.
     rounding = {torch.bfloat16: 2**-8}.get(wanted.dtype, 2e-7)
     torch.testing.assert_close(found, wanted.float(), rtol=rounding, atol=0)
+
+
+def packed_by_vllm(name, shape, generator):
+    """A matrix as vLLM's own quantizer and packer store it, and its values."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        awq_pack,
+        gptq_pack,
+        quantize_weights,
+    )
+    from vllm.scalar_type import scalar_types
+
+    outputs, inputs = shape
+    matrix_KN = torch.randn(inputs, outputs, generator=generator)
+    if name == "awq":
+        values, codes, scales, zeros = quantize_weights(matrix_KN, scalar_types.uint4, 32, True)
+        qzeros = awq_pack(zeros, 4, inputs // 32, outputs)
+        parts = {"qweight": awq_pack(codes, 4, inputs, outputs), "qzeros": qzeros}
+    else:
+        values, codes, scales, _ = quantize_weights(matrix_KN, scalar_types.uint4b8, 32)
+        parts = {
+            "qweight": gptq_pack(codes, 4, inputs, outputs),
+            "qzeros": torch.full((inputs // 32, outputs // 8), 0x77777777, dtype=torch.int32),
+            "g_idx": (torch.arange(inputs) // 32).int(),
+        }
+    assert codes.unique().tolist() == list(range(16))
+    return {**parts, "scales": scales}, values.t()
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("projection", ["up", "down"])
+def test_vllm_packs_the_same(name, projection):
+    generator = torch.Generator().manual_seed(0)
+    shape = (H, FULL) if projection == "down" else (FULL, H)
+    parts, wanted = packed_by_vllm(name, shape, generator)
+    down = parts if projection == "down" else packed_by_vllm(name, (H, FULL), generator)[0]
+    told = {part: (SPELLED[value.dtype], tuple(value.shape)) for part, value in down.items()}
+    scheme, size = scheme_of_down("down", told, H, {})
+    assert (size, scheme.name) == (FULL, f"{name} g32")
+    found = decode(
+        encode(scheme, projection, parts, H, FULL), scheme.row_format(H, FULL), projection
+    )
+    assert torch.equal(found.t() if projection == "down" else found, wanted)

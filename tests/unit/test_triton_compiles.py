@@ -21,9 +21,8 @@ from tests.kernel_suite import ACTIVATIONS
 from tests.quantized import SCHEMES
 from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import triton as backend
-from vllm_atomic_moe.experts.encoding import row_format
-from vllm_atomic_moe.experts.formats import PLAIN, RowFormat
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
+from vllm_atomic_moe.files.row_formats import PLAIN, RowFormat
 
 # What a block may have on compute capability 8.6 and 8.9, the smallest of those supported.
 SHARED_MEMORY = 99 * 1024
@@ -132,7 +131,7 @@ def test_every_activation_compiles_with_biases(activation):
 )
 def test_every_row_format_compiles(name, dtype, capability):
     """Decoding and prefill; one format in another dtype, which decodes in the same way."""
-    rows = row_format(SCHEMES[name], H, WIDEST)
+    rows = SCHEMES[name].row_format(H, WIDEST)
     kernels = compile_all(capability, dtype, (TOKENS[0], TOKENS[-1]), rows=rows)
     assert {kernel.metadata.name for kernel in kernels} >= {*GEMMS}
     for kernel in kernels:

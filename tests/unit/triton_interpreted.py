@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from tests.kernel_suite import (
+    ACTIVATIONS,
     TOLERANCE,
     WIDTHS,
     Experts,
@@ -28,11 +29,11 @@ from tests.kernel_suite import (
 )
 from tests.quantized import FORMATS
 from tests.triton_decoding import DECODED, check_decoding
-from vllm_atomic_moe.experts.activation import SILU
+from vllm_atomic_moe.experts.activation import SILU, Activation
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends import triton as triton_backend
-from vllm_atomic_moe.experts.formats import PLAIN
 from vllm_atomic_moe.experts.packing import SLOTS, with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 
@@ -61,6 +62,29 @@ class TestTriton(KernelSuite):
     )
     def test_rows_of_codes(self, name: str) -> None:
         super().test_rows_of_codes(name)
+
+    @pytest.mark.parametrize(
+        ("name", "activation"),
+        [
+            pytest.param(
+                *(name, activation),
+                id=f"{name}-{activation.spec}",
+                marks=[] if name == "awq" and activation.kind == "relu2" else pytest.mark.full,
+            )
+            for name in FORMATS
+            for activation in ACTIVATIONS
+        ],
+    )
+    def test_codes_with_every_activation(self, name: str, activation: Activation) -> None:
+        super().test_codes_with_every_activation(name, activation)
+
+    # Half a minute each; kernels do not know of ranks. These two have tables of all kinds.
+    @pytest.mark.parametrize(
+        "name",
+        [PLAIN.code, *(pytest.param(it, marks=pytest.mark.full) for it in ("awq", "nvfp4"))],
+    )
+    def test_ranks_add_up(self, name: str) -> None:
+        super().test_ranks_add_up(name)
 
     @pytest.mark.parametrize("tiles", [tiles for _, tiles in triton_backend.TILES], ids=str)
     def test_all_tiles(self, tiles, monkeypatch):

@@ -16,10 +16,18 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.encoding import encode
 from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.layouts import FUSED_CODES, QUANTITIES
-from vllm_atomic_moe.files.quantization import IGNORED, MATRICES, Part, Scheme, scheme_of_down
+from vllm_atomic_moe.files.quantization import (
+    IGNORED,
+    KINDS,
+    MATRICES,
+    Part,
+    Scheme,
+    kind_of,
+    scheme_of_down,
+)
 from vllm_atomic_moe.files.shards import Shards
 
 _PARTS = "|".join({*QUANTITIES, *IGNORED, "weight"})
@@ -90,13 +98,13 @@ def stored_weights(
     for (stem, fused), parts in matrices.items():
         # Norms have a weight too; learned scales may be called like those of a matrix.
         alone = parts.keys() == {"weight"} and len(source.shape(parts["weight"])) != 2
-        if alone or not parts.keys() & {*MATRICES}:
+        if alone or not parts.keys() & MATRICES.keys():
             weights |= {name: plain(name) for name in parts.values()}
             continue
         told = {part: (source.dtype(name), (*source.shape(name),)) for part, name in parts.items()}
         outputs = _outputs(told)
         scheme, inputs = scheme_of_down(stem, told, outputs, settings)
-        if scheme.kind == "plain":
+        if scheme.plain:
             weights[parts["weight"]] = plain(parts["weight"])
             continue
         read = partial(_decoded, source, parts, scheme, outputs, inputs)
@@ -107,27 +115,28 @@ def stored_weights(
 
 
 def _outputs(parts: Mapping[str, Part]) -> int:
-    """N of a matrix."""
-    shapes = {part: shape for part, (_, shape) in parts.items()}
-    if "blocks" in shapes:
-        return shapes["blocks"][1] if len(shapes["blocks"]) > 1 else 0
-    if "qweight" in shapes:  # [K / 8, N] of GPTQ, [K, N / 8] of AWQ
-        return shapes["qweight"][-1] * (1 if "g_idx" in shapes else 8)
-    return next(shapes[name][0] for name in ("weight", "weight_packed") if name in shapes)
+    """N of a matrix; of a kind that is not known, which is refused later, any number."""
+    name, shape = next((name, shape) for name, (_, shape) in parts.items() if name in MATRICES)
+    try:
+        if len(shape) == MATRICES[name]:
+            return KINDS[kind_of(parts)].sizes(shape)[0]
+    except KeyError:
+        pass  # plain, or FP8 with the other spelling of its scales
+    return shape[0] if shape else 0
 
 
 def _decoded(
     source: Shards, names: Mapping[str, str], scheme: Scheme, outputs: int, inputs: int
 ) -> torch.Tensor:
     parts = {part: source.tensor(names[part]) for part in scheme.parts}
-    row = row_format(scheme, outputs, inputs)
+    row = scheme.row_format(outputs, inputs)
 
     def transposed(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # As a down_proj, where the order of activations may be any.
         return decode(encode(scheme, "down", parts, outputs, inputs), row, "down")
 
     try:
-        if scheme.kind != "mxfp4-blocks":
+        if not scheme.facts.fused:
             return transposed(parts).t()
         experts = [dict(zip(parts, of, strict=True)) for of in zip(*parts.values(), strict=True)]
         return torch.stack([transposed(expert) for expert in experts])

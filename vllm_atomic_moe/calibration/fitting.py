@@ -33,14 +33,12 @@ class Fit:
     Attributes:
         parameters: of every expert that was corrected.
         before, after: squared error of the held-out tokens.
-        ridge: the selected one; None if no correction reduced the error.
         steps: number of conjugate gradient steps.
     """
 
     parameters: Parameters
     before: float
     after: float
-    ridge: float | None
     steps: int
 
 
@@ -82,7 +80,7 @@ class _Solver:
         found = {expert: torch.zeros_like(it) for expert, it in gradient.items()}
         ridge = self._choose_ridge(gradient)
         if ridge is None:
-            return Fit({}, before, before, None, 0)
+            return Fit({}, before, before, 0)
         direction: Parameters = {}
         product = 0.0
         for step in range(STEPS):
@@ -98,11 +96,11 @@ class _Solver:
                 self.left[number].sub_(image, alpha=length)
             now = self._held_out_error()
             if now > error * (1 - ENOUGH):
-                return Fit(found, before, error, ridge, step)
+                return Fit(found, before, error, step)
             error = now
             found = {expert: it + length * direction[expert] for expert, it in found.items()}
             gradient = {expert: it - length * normal[expert] for expert, it in gradient.items()}
-        return Fit(found, before, error, ridge, STEPS)
+        return Fit(found, before, error, STEPS)
 
     def _first_pass(self) -> Parameters:
         """Right-hand sides, and every expert's own normal equations."""

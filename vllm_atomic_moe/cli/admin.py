@@ -132,7 +132,7 @@ def activate(
     proxy: Proxy = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change the profile of requests that name none, on servers one after another."""
+    """Change the profile of requests that do not name one, on servers one after another."""
     if mode is not None or timeout is not None:
         print_warning(
             "--mode and --timeout belong to version 0.1; the next version drops them; see --running"

@@ -95,7 +95,7 @@ async def get_profile(request: Request, name: ProfilePath) -> ProfileWidths:
 
 @router.put("/active", summary="Change the active profile", responses=_errors(400, 404, 409))
 async def put_active(request: Request, wanted: ActiveRequest) -> ActiveAnswer:
-    """Change the profile of requests that name none, from now on.
+    """Change the profile of requests that do not name one, from now on.
 
     Nothing waits and no cache is emptied: requests in the engine keep their profile. Naming the
     profile that is already active changes nothing and is not an error.

@@ -121,7 +121,7 @@ class Changes:
     # --- changes ----------------------------------------------------------------------------------
 
     async def activate(self, profile: str, running: Running) -> State:
-        """Make a loaded profile the active one, which requests get that name none.
+        """Make a loaded profile the active one: requests that do not name a profile get it.
 
         Raises:
             AdminError: 404 unknown; 409 not loaded; 503 an engine or API server does not answer.

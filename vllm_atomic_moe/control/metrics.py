@@ -26,7 +26,8 @@ class ProfileMetrics:
 
         self._gauges = {
             "active": gauge(
-                "active_profile", "1 for the profile of requests that name none, 0 for others."
+                "active_profile",
+                "1 for the profile of requests that do not name one, 0 for others.",
             ),
             "running": gauge("running", "Running requests, by profile."),
             "waiting": gauge("waiting", "Waiting requests, by profile."),

@@ -15,7 +15,7 @@ Running = Literal["finish", "abort"]
 
 
 class ActiveRequest(BaseModel):
-    """The profile that requests get that name none, from now on."""
+    """From now on, the profile of requests that do not name one."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +36,7 @@ class ActiveRequest(BaseModel):
 class ActiveAnswer(BaseModel):
     """Requests that arrive from now on, at any API server, get the new profile."""
 
-    active: str = Field(description="The profile of requests that name none.")
+    active: str = Field(description="The profile of requests that do not name one.")
     previous: str = Field(description="The one before; the same if nothing had to change.")
     generation: int = Field(description="Grows with every change.")
     running: dict[str, int] = Field(description="Requests that run or wait, by profile.")
@@ -79,7 +79,7 @@ class ProfileRequests(BaseModel):
 class Status(BaseModel):
     """What the server serves."""
 
-    active: str = Field(description="The profile of requests that name none.")
+    active: str = Field(description="The profile of requests that do not name one.")
     generation: int = Field(description="Grows with every change.")
     agreed: bool = Field(description="Whether all engines say the same.")
     engines: int = Field(description="Number of engines: data parallel ranks behind this server.")
@@ -96,7 +96,7 @@ class Profile(BaseModel):
     bytes: int = Field(description="Bytes of those atoms in the serving dtype.")
     loaded: bool = Field(description="Requests may name it.")
     servable: bool = Field(description="All of its atoms are in memory: it may be loaded.")
-    active: bool = Field(description="Requests that name none get it.")
+    active: bool = Field(description="Requests that do not name a profile get it.")
 
 
 class ProfileWidths(Profile):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
-from vllm_atomic_moe.experts.formats import Projection
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.layouts import ExpertTensor, quantized_tensor
 from vllm_atomic_moe.files.quantization import IGNORED
+from vllm_atomic_moe.files.row_formats import Projection
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
@@ -43,7 +43,7 @@ def experts_taken_by(
     blocks = {
         index: checkpoint.blocks[index]
         for index, scheme in checkpoint.schemes.items()
-        if special or scheme.kind != "plain"
+        if special or not scheme.plain
     }
     if not blocks:
         yield

@@ -20,13 +20,12 @@ import torch
 from vllm.config import ModelConfig
 
 from vllm_atomic_moe.engine.weight_stream import Weights, weights_through
-from vllm_atomic_moe.experts.stored import PART_PROJECTIONS, StoredRows
+from vllm_atomic_moe.experts.stored import StoredRows
 from vllm_atomic_moe.files.layouts import expert_tensor
-from vllm_atomic_moe.files.quantization import stored_tables
+from vllm_atomic_moe.files.row_formats import PART_PROJECTIONS, Projection
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.engine.layer import AtomicRoutedExperts
-    from vllm_atomic_moe.experts.packing import Projection
 
 
 def reading_from(folder: Path, model_config: ModelConfig) -> ModelConfig:
@@ -65,12 +64,12 @@ def packed_rows_taken_by(
                 continue
             if found.quantity == "bias":
                 _load_biases(layer, name, projection, tensor, stored[found.layer])
-            elif layer.scheme.of(found.part).kind == "plain":
+            elif layer.scheme.of(found.part).plain:
                 layer.mark_loaded(f"{projection}_proj", name)
                 layer.packed.load_rows(projection, tensor, stored[found.layer])
             else:
                 parts = gathered[found.layer, found.part]
-                wanted = {"weight", *stored_tables(layer.scheme.kind, found.part)}
+                wanted = {"weight", *layer.packed.row_format.stored_tables(projection)}
                 if found.quantity not in wanted - parts.keys():
                     raise ValueError(
                         f"{name} arrives twice, or is not wanted; export the model again"

@@ -33,11 +33,10 @@ from vllm_atomic_moe.engine.refusals import check_layer
 from vllm_atomic_moe.engine.routing import RoutingMask
 from vllm_atomic_moe.experts.backends import Backend
 from vllm_atomic_moe.experts.compensation import SlotCompensation
-from vllm_atomic_moe.experts.encoding import encode, row_format
+from vllm_atomic_moe.experts.encoding import encode
 from vllm_atomic_moe.experts.op import fused_experts
 from vllm_atomic_moe.experts.packing import (
     PackedExperts,
-    Projection,
     build_layout,
     projections_of,
     tensor_parallel_share,
@@ -45,6 +44,7 @@ from vllm_atomic_moe.experts.packing import (
 )
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.quantization import Scheme
+from vllm_atomic_moe.files.row_formats import Projection
 
 SHARD_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 PLACEHOLDERS = ("w13_weight", "w2_weight")
@@ -108,9 +108,10 @@ class AtomicRoutedExperts(RoutedExperts):
     ) -> FusedMoEMethodBase:
         resident, _, _ = self._loading()
         self.scheme = resident.model.scheme(extract_layer_index(prefix))
-        # Do not build vLLM's own method for quantized experts: it requires a kernel of vLLM's.
+        # Do not build vLLM's own method for quantized experts: it requires a kernel of vLLM's. For
+        # plain ones among them neither: it ignores GPTQ's `dynamic` at sizes that Marlin lacks.
         resolved = None
-        if quant_config and self.scheme.kind == "plain":
+        if quant_config and resident.model.row_formats.keys() == {"plain"}:
             resolved = resolve_quant_method(quant_config, self, prefix)
         check_layer(self, resolved)
         return AtomicExpertsMethod(moe_config)
@@ -155,7 +156,7 @@ class AtomicRoutedExperts(RoutedExperts):
             storage=self.backend.storage,
             activation=activation,
             has_bias=config.has_bias,
-            row_format=row_format(self.scheme, hidden_size, model.intermediate_size),
+            row_format=self.scheme.row_format(hidden_size, model.intermediate_size),
         )
         self.routing = RoutingMask(resident.routing_masks(self.index))
         self.compensation = self._make_compensation(resident, hidden_size, dtype)

@@ -43,7 +43,7 @@ class Served:
 
     Attributes:
         generation: grows with every change; the higher of two states is valid.
-        active: the profile of requests that name none.
+        active: the profile of requests that do not name one.
         loaded: name -> profile.
     """
 

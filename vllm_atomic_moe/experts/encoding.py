@@ -12,62 +12,13 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_atomic_moe.experts.formats import (
-    PLAIN,
-    Block,
-    Code,
-    Encoded,
-    Factor,
-    Projection,
-    RowFormat,
-    check_values,
-    unpack_codes,
-)
+from vllm_atomic_moe.experts.formats import Encoded, check_values, unpack_codes
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
-from vllm_atomic_moe.files.quantization import Scheme
+from vllm_atomic_moe.files.quantization import SCALE_DTYPES, Scheme
+from vllm_atomic_moe.files.row_formats import Projection
 
-SCALE_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.float8_e8m0fnu,  # older versions of safetensors lack that name
-}
-_CODES: Mapping[str, tuple[Code, Factor]] = {
-    "fp8": ("e4m3", "none"),
-    "int4": ("int4", "none"),
-    "gptq": ("int4", "none"),
-    "awq": ("uint4", "none"),
-    "mxfp4": ("e2m1", "none"),
-    "mxfp4-blocks": ("e2m1", "none"),
-    "nvfp4": ("e2m1", "over"),
-    "nvfp4-2": ("e2m1", "times"),
-}
 # AWQ's order of the eight codes within an int32.
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-
-
-def row_format(scheme: Scheme, hidden_size: int, intermediate_size: int) -> RowFormat:
-    """The format of a layer's packed rows.
-
-    Args:
-        hidden_size: H.
-        intermediate_size: I.
-    """
-    if scheme.kind == "plain":
-        return PLAIN
-    code, factor = _CODES[scheme.kind]
-    return RowFormat(
-        code,
-        rows=Block(scheme.rows or intermediate_size, scheme.columns or hidden_size),
-        columns=Block(scheme.columns or intermediate_size, scheme.rows or hidden_size),
-        scale=SCALE_DTYPES[scheme.scale],
-        zeros=scheme.kind == "awq",
-        factor=factor,
-        scattered=scheme.kind == "gptq",
-        plain_down=scheme.plain_down,
-    )
 
 
 def dense_bytes(model: CheckpointInfo, itemsize: int, gated: bool = True) -> int:
@@ -79,7 +30,7 @@ def dense_bytes(model: CheckpointInfo, itemsize: int, gated: bool = True) -> int
     """
     sizes = model.hidden_size, model.intermediate_size
     return model.num_experts * sum(
-        row_format(model.scheme(layer), *sizes).expert_bytes(*sizes, itemsize, gated)
+        model.scheme(layer).row_format(*sizes).expert_bytes(*sizes, itemsize, gated)
         for layer in model.layers
     )
 
@@ -110,7 +61,7 @@ def encode(
             f"{outputs} x {inputs}"
         )
     encoded = scales._replace(codes_SH=codes_NK.t() if projection == "down" else codes_NK)
-    check_values(encoded, row_format(scheme, *sizes), projection)
+    check_values(encoded, scheme.row_format(*sizes), projection)
     return encoded
 
 
@@ -136,7 +87,7 @@ def encode_scales(
     if zeros_NK is not None and zeros_NK.shape != scales_NK.shape:
         raise ValueError(f"zeros are {list(zeros_NK.shape)}, wanted {list(wanted)}")
     group_K = None
-    if scheme.kind == "gptq":
+    if scheme.facts.scattered:
         group_K = _part(parts, "g_idx", torch.int32, 1).long()
         if len(group_K) != inputs or bool(((group_K < 0) | (group_K >= wanted[1])).any()):
             raise ValueError(f"g_idx does not give a group to each of {inputs} inputs")
@@ -154,28 +105,27 @@ def encode_scales(
 
 def _read_codes(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Codes [N, K] of a matrix, uint8."""
-    name = scheme.parts[0]
-    if scheme.kind == "fp8":
+    name, facts = scheme.parts[0], scheme.facts
+    if facts.dtype == "F8_E4M3":
         return _part(parts, name, torch.float8_e4m3fn, 2).view(torch.uint8)
-    if scheme.kind in ("int4", "gptq", "awq"):
-        packed = _part(parts, name, torch.int32, 2)
-        if scheme.kind == "gptq":
-            return _nibbles(packed.t())
-        return _in_awq_order(packed).t() if scheme.kind == "awq" else _nibbles(packed)
-    blocks = scheme.kind == "mxfp4-blocks"
-    codes = _part(parts, name, torch.uint8, 3 if blocks else 2)
-    codes = codes.flatten(-2) if blocks else codes
-    return unpack_codes(codes, 4)
+    if facts.dtype == "U8":
+        codes = _part(parts, name, torch.uint8, 3 if facts.fused else 2)
+        return unpack_codes(codes.flatten(1), 4)
+    packed = _part(parts, name, torch.int32, 2)
+    if not facts.transposed:
+        return _nibbles(packed)
+    # [K / 8, N] of GPTQ, [K, N / 8] of AWQ
+    return _in_awq_order(packed).t() if facts.per_element[0] > 1 else _nibbles(packed.t())
 
 
 def _read_scales(
     scheme: Scheme, parts: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Scales, zero points [N, K / group], and the factor of a matrix."""
-    if scheme.kind in ("gptq", "awq"):
+    if scheme.facts.transposed:
         scales_NG = _part(parts, "scales", None, 2).t()
         packed = _part(parts, "qzeros", torch.int32, 2)
-        if scheme.kind == "awq":
+        if scheme.facts.zeros:
             return scales_NG, _in_awq_order(packed).t(), None
         # 8 in both versions of the format; the first version stores 7.
         stored = _nibbles(packed)
@@ -184,7 +134,7 @@ def _read_scales(
         return scales_NG, None, None
     scales, *others = (_part(parts, name) for name in scheme.parts[1:])
     scales = scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
-    if scheme.kind == "fp8" and scales.dim() < 2:
+    if scheme.facts.code == "e4m3" and scales.dim() < 2:
         scales = scales.reshape(-1, 1)
     if others and (others[0].dtype != torch.float32 or others[0].numel() != 1):
         raise ValueError(

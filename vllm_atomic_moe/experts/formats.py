@@ -1,13 +1,6 @@
-"""Row formats: how the numbers of packed rows are encoded, and their size.
+"""Encoded rows: decode them, check them, and keep the scales of packed ones.
 
-A quantized checkpoint's codes and scales stay as they are. One formula gives the value of a number,
-
-    value[a, h] = (meaning of code[a, h] − zero[g, c]) · scale[g, c] · factor
-
-where a block of atoms and columns shares a scale, and a zero point if there are any: g = row of
-`scales` that atom a belongs to, c = h // columns. For down_proj rows are its columns, so that its
-scales run across atoms: atoms of one group share them, and scales of a group without atoms are not
-kept. Plain weights are the format without codes.
+`files/row_formats.py` says what the encodings are.
 
 Legend: E experts, H hidden size, I full intermediate size, P packed rows, F_e resident atoms of an
 expert, G scale rows of a layer, C scale columns, S source rows.
@@ -15,35 +8,18 @@ expert, G scale rows of a layer, C scale columns, S source rows.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, Self, get_args
+from typing import NamedTuple
 
 import torch
 
-Code = Literal["plain", "e4m3", "int4", "uint4", "e2m1"]
-CODES: tuple[Code, ...] = get_args(Code)
-# How a factor changes the scales, if there is one.
-Factor = Literal["none", "times", "over"]
-FACTORS: tuple[Factor, ...] = get_args(Factor)
-Projection = Literal["gate", "up", "down"]
-PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+from vllm_atomic_moe.files.row_formats import CODES, Code, Factor, Projection, RowFormat
+
 # Tables of each projection, in this order; those that a format lacks are empty.
-TABLES = ("scales", "rows", "zeros", "factors")
+TABLES = ("scales", "rows", "firsts", "zeros", "factors")
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-class Block(NamedTuple):
-    """The block of one scale: its numbers of atoms and columns."""
-
-    atoms: int
-    columns: int
-
-
-ATOM = Block(1, 0)
 
 
 class Encoded(NamedTuple):
@@ -62,113 +38,6 @@ class Encoded(NamedTuple):
     zeros_GC: torch.Tensor | None = None
     factor: torch.Tensor | None = None
     group_S: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowFormat:
-    """How the packed rows of one layer are encoded; hashable, and a string for operators.
-
-    Attributes:
-        code: e4m3 one byte; int4 (code − 8), uint4 and e2m1 half a byte; plain the weights' dtype.
-        rows: block of a scale of gate and up.
-        columns: block of a scale of down; its rows are down_proj's columns.
-        scale: dtype of the scales.
-        zeros: whether there are zero points.
-        factor: whether, and how, one float32 per expert and projection acts on the scales.
-        scattered: whether the checkpoint says to which group an atom of down belongs.
-        plain_down: whether down has plain rows beside the codes of gate and up.
-    """
-
-    code: Code = "plain"
-    rows: Block = ATOM
-    columns: Block = ATOM
-    scale: torch.dtype = torch.float32
-    zeros: bool = False
-    factor: Factor = "none"
-    scattered: bool = False
-    plain_down: bool = False
-
-    def of(self, projection: Projection) -> RowFormat:
-        """The format of one projection's rows."""
-        return PLAIN if self.plain_down and projection == "down" else self
-
-    @property
-    def plain(self) -> bool:
-        """Whether rows are weights, not codes."""
-        return self.code == "plain"
-
-    @property
-    def bits(self) -> int:
-        """Of one code; 0 of plain rows, which are as wide as their dtype."""
-        return {"plain": 0, "e4m3": 8}.get(self.code, 4)
-
-    @property
-    def spec(self) -> str:
-        """The input of `parse`; kernels need no more."""
-        down = "plain" if self.plain_down else self.columns.columns
-        return f"{self.code}:{self.rows.columns}:{down}:{self.factor}"
-
-    @classmethod
-    @functools.cache
-    def parse(cls, spec: str) -> Self:
-        """The parts of a format that a spec holds: codes, columns of a block, factor."""
-        code, rows, columns, factor = spec.split(":")
-        assert code in CODES, f"code {code!r} is none of {CODES}"
-        assert factor in FACTORS, f"factor {factor!r} is none of {FACTORS}"
-        if columns == "plain":
-            return cls(code, Block(1, int(rows)), factor=factor, plain_down=True)
-        return cls(code, Block(1, int(rows)), Block(1, int(columns)), factor=factor)
-
-    def block(self, projection: Projection) -> Block:
-        """Of a scale of one projection."""
-        return self.columns if projection == "down" else self.rows
-
-    def shared(self, projection: Projection) -> bool:
-        """Whether atoms share scales, so that a table maps rows to scale rows."""
-        return self.block(projection).atoms > 1
-
-    def groups_of(self, projection: Projection, atoms_F: torch.Tensor) -> torch.Tensor:
-        """Scale row of each atom, within its expert: int64 [F]."""
-        return atoms_F // self.block(projection).atoms
-
-    def kept_groups(
-        self, projection: Projection, atoms_F: torch.Tensor, intermediate_size: int
-    ) -> torch.Tensor:
-        """Scale rows of an expert that are kept for some of its atoms: int64, ascending.
-
-        Args:
-            atoms_F: int64 [F], any order.
-            intermediate_size: I.
-        """
-        if not self.shared(projection):
-            return atoms_F
-        if self.scattered and projection == "down" and len(atoms_F):
-            groups = -(-intermediate_size // self.block(projection).atoms)
-            return torch.arange(groups, device=atoms_F.device)
-        return self.groups_of(projection, atoms_F).unique()
-
-    def expert_bytes(
-        self, hidden_size: int, intermediate_size: int, itemsize: int, gated: bool = True
-    ) -> int:
-        """Bytes of one whole expert in a checkpoint, without biases.
-
-        Args:
-            itemsize: bytes of a plain weight.
-        """
-        weights, total = hidden_size * intermediate_size, 0
-        for name in PROJECTIONS if gated else PROJECTIONS[1:]:
-            if self.of(name).plain:
-                total += weights * itemsize
-                continue
-            total += weights * self.bits // 8
-            atoms, columns = self.block(name)
-            scales = -(-intermediate_size // atoms) * -(-hidden_size // columns)
-            total += scales * self.scale.itemsize + (scales // 2 if self.zeros else 0)
-            total += 4 * (self.factor != "none")
-        return total
-
-
-PLAIN = RowFormat()
 
 
 def pack_codes(codes_SH: torch.Tensor, bits: int) -> torch.Tensor:
@@ -279,8 +148,7 @@ def check_values(encoded: Encoded, row_format: RowFormat, projection: Projection
     if factor is not None and not (factor.isfinite() and factor):
         raise ValueError(f"the factor of its scales is {factor.item()}")
     scales = effective_scales(scales_GC, factor, row_format.factor)
-    most = {"e4m3": 448, "e2m1": 6}.get(row_format.code, 15)
-    if not (scales * most).isfinite().all():
+    if not (scales * CODES[row_format.code].most).isfinite().all():
         raise ValueError("scales are not finite, or too large")
     if bool((nothing := scales == 0).any()):
         group_S = scale_rows(encoded, row_format, projection)
@@ -311,8 +179,8 @@ def stored_values(
     stored, down = weights[which][rows_F], which == len(weights) - 1
     if row_format.of("down" if down else "up").plain:
         return stored.float()
-    scales_GC, rows_P, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
-    groups_F = rows_P[rows_F].long() if rows_P.numel() else rows_F
+    scales_GC, rows_P, firsts_E, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
+    groups_F = firsts_E[expert] + rows_P[rows_F].long() if rows_P.numel() else rows_F
     factor = factors_E[expert] if factors_E.numel() else None
     block = row_format.columns if down else row_format.rows
     return decode_rows(
@@ -329,7 +197,8 @@ class ScaleTables:
 
     Attributes:
         tensors: name -> tensor: of every projection with codes `{projection}_{table}` for TABLES:
-            scales [G, C] of the format's dtype; rows int32 [P], the scale row of every packed row,
+            scales [G, C] of the format's dtype; rows int16 [P], the scale row of every packed row,
+            counted from the first of its expert, and firsts int32 [E], these first ones, both
             empty if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
     """
 
@@ -360,12 +229,17 @@ class ScaleTables:
                 ]
                 self._groups[name] = kept
                 self._first[name] = [0, *torch.tensor([*map(len, kept)]).cumsum(0).tolist()]
+                most = torch.iinfo(torch.int16).max
+                assert max(map(len, kept)) <= most, f"more than {most} scale rows of an expert"
             rows = self._first[name][-1] if kept else self._offsets[-1]
             shape = (rows, -(-hidden_size // block.columns))
             made = {
                 "scales": torch.empty(shape, dtype=row_format.scale, device=device),
                 "rows": torch.empty(
-                    self._offsets[-1] if kept else 0, dtype=torch.int32, device=device
+                    self._offsets[-1] if kept else 0, dtype=torch.int16, device=device
+                ),
+                "firsts": torch.tensor(
+                    self._first[name][:-1] if kept else [], dtype=torch.int32, device=device
                 ),
                 "zeros": torch.empty(
                     shape if row_format.zeros else (0,), dtype=torch.uint8, device=device
@@ -386,7 +260,9 @@ class ScaleTables:
         Args:
             atoms_F: int64 [F_e], the rows of `encoded` that are resident, in packed order.
         """
-        scales, rows, zeros, factors = (self.tensors[f"{projection}_{table}"] for table in TABLES)
+        scales, rows, _, zeros, factors = (
+            self.tensors[f"{projection}_{table}"] for table in TABLES
+        )
         start, end = self._offsets[expert : expert + 2]
         if encoded.factor is not None:
             factors[expert] = encoded.factor
@@ -406,7 +282,7 @@ class ScaleTables:
             if encoded.group_S is None
             else encoded.group_S.cpu()[atoms_F]
         )
-        rows[start:end].copy_(first + torch.searchsorted(kept, groups_F))
+        rows[start:end].copy_(torch.searchsorted(kept, groups_F))
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:

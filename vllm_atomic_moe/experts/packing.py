@@ -23,16 +23,9 @@ import torch
 from torch import nn
 
 from vllm_atomic_moe.experts.activation import SILU, Activation
-from vllm_atomic_moe.experts.formats import (
-    PLAIN,
-    PROJECTIONS,
-    Encoded,
-    Projection,
-    RowFormat,
-    ScaleTables,
-    pack_codes,
-)
+from vllm_atomic_moe.experts.formats import Encoded, ScaleTables, pack_codes
 from vllm_atomic_moe.files.export_format import packed_offsets
+from vllm_atomic_moe.files.row_formats import PLAIN, PROJECTIONS, Projection, RowFormat
 
 SLOTS = 16
 WORD_BITS = 32

@@ -15,17 +15,31 @@ from itertools import accumulate
 
 import torch
 
-from vllm_atomic_moe.experts.formats import (
-    Encoded,
-    Projection,
-    RowFormat,
-    check_values,
-    pack_codes,
-    unpack_codes,
-)
+from vllm_atomic_moe.experts.formats import Encoded, check_values, pack_codes, unpack_codes
+from vllm_atomic_moe.files.row_formats import Projection, RowFormat
 
-# Part of the packed layout -> projection.
-PART_PROJECTIONS: dict[str, Projection] = {"gate": "gate", "up": "up", "down_t": "down"}
+
+def stored_shapes(
+    row_format: RowFormat, projection: Projection, stored_EI: torch.Tensor, hidden_size: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the codes, called weight, and of each table of one projection.
+
+    Args:
+        stored_EI: bool [E, I], the atoms with stored rows.
+    """
+    atoms, groups = int(stored_EI.sum()), 0
+    for keep_I in stored_EI:
+        kept = keep_I.nonzero().flatten()
+        groups += len(row_format.kept_groups(projection, kept, len(keep_I)))
+    table = (groups, -(-hidden_size // row_format.block(projection).columns))
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight": (torch.uint8, (atoms, hidden_size * row_format.bits // 8)),
+        "scales": (row_format.scale, table),
+        "groups": (torch.int32, (atoms,)),
+        "zeros": (torch.uint8, table),
+        "factors": (torch.float32, (len(stored_EI),)),
+    }
+    return {name: shapes[name] for name in ("weight", *row_format.stored_tables(projection))}
 
 
 class StoredRows:
@@ -45,7 +59,7 @@ class StoredRows:
     ) -> None:
         """
         Args:
-            parts: weight (the codes) and what `quantization.stored_tables` names.
+            parts: as `stored_shapes` says.
 
         Raises:
             ValueError: a part has the wrong dtype or shape; one line without the layer's name.
@@ -62,14 +76,7 @@ class StoredRows:
         ]
         self._rows = [0, *accumulate(map(len, self._atoms))]
         self._groups = [0, *accumulate(map(len, self._kept))]
-        table = (self._groups[-1], -(-hidden_size // row_format.block(projection).columns))
-        wanted = {
-            "weight": (torch.uint8, (self._rows[-1], hidden_size * row_format.bits // 8)),
-            "scales": (row_format.scale, table),
-            "zeros": (torch.uint8, table),
-            "groups": (torch.int32, (self._rows[-1],)),
-            "factors": (torch.float32, (len(self._atoms),)),
-        }
+        wanted = stored_shapes(row_format, projection, stored_EI, hidden_size)
         for name, part in parts.items():
             found = part.dtype, tuple(part.shape)
             if found != wanted[name]:
@@ -123,7 +130,7 @@ def taken(
     """The stored part of some atoms of one expert.
 
     Args:
-        name: weight, or one of `quantization.stored_tables`.
+        name: one of `stored_shapes`.
         encoded: all its atoms; the codes may be missing if a table is asked for.
         atoms_F: int64 [F_e], ascending.
     """

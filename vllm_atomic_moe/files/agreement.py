@@ -210,7 +210,9 @@ def _check_quantities(directory: Path, index: int, layer: LayerFacts) -> None:
 
 def check_activation_order(where: Mapping[str, Path], layers: Mapping[int, LayerFacts]) -> None:
     """Refuse GPTQ's activation order in gate and up; checks the first expert of every layer."""
-    ordered = {it.block: index for index, it in layers.items() if it.scheme.kind == "gptq"}
+    ordered = {
+        it.block for it in layers.values() if not it.scheme.plain and it.scheme.facts.scattered
+    }
     for name in where if ordered else ():
         found = quantized_tensor(name)
         if found is None or (found.quantity, found.expert) != ("g_idx", 0) or found.part == "down":

@@ -309,6 +309,6 @@ def _gather_layers(
         elif expert is None:
             layer.whole[part] = next(iter(parts.values()))[1]
         else:
-            plain = scheme.kind == "plain"
+            plain = scheme.plain
             layer.down[expert] = parts["weight"][1] if plain else (hidden_size, size)
     return layers

@@ -11,7 +11,7 @@ Legend: E experts, H hidden size, I full intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,8 @@ import torch
 
 from vllm_atomic_moe.files.layouts import INDEX, PACKED, PACKED_ROWS, packed_name
 from vllm_atomic_moe.files.plain_files import read_json_object
-from vllm_atomic_moe.files.quantization import (
-    PLAIN_SCHEME,
-    Scheme,
-    stored_scheme,
-    stored_tables,
-)
+from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme, stored_scheme
+from vllm_atomic_moe.files.row_formats import PART_PROJECTIONS
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor, safetensors_files
 
 EXPORT_DIRECTORY = "atomic_weights"
@@ -133,21 +129,18 @@ def stored_masks(
     masks: dict[int, torch.Tensor] = {}
     for index, block in blocks.items():
         names = {part: packed_name(block, part) for part in PACKED}
-        tables = [
-            packed_name(block, part, table)
-            for part in PACKED_ROWS
-            for table in stored_tables(schemes[index].of(part).kind, part)
-        ]
-        if missing := [name for name in (*names.values(), *tables) if name not in where]:
-            raise ValueError(f"layer {index}: {missing[0]} is missing; export the model again")
+        _check_present(index, names.values(), where)
         keep, offsets = (read_tensor(where[names[p]], names[p]) for p in ("keep", "offsets"))
         if keep.dtype != torch.bool or not torch.equal(offsets, packed_offsets(keep)):
             raise ValueError(
                 f"layer {index}: {names['offsets']} does not count the atoms of {names['keep']}; "
                 "export the model again"
             )
-        for part in PACKED_ROWS:
-            name, bits = names[part], schemes[index].of(part).bits
+        row_format = schemes[index].row_format(hidden_size, keep.shape[1])
+        for part, projection in PART_PROJECTIONS.items():
+            tables = row_format.stored_tables(projection)
+            _check_present(index, [packed_name(block, part, table) for table in tables], where)
+            name, bits = names[part], row_format.of(projection).bits
             wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
             with open_safetensors(where[name]) as (_, shard):
                 entry = shard.get_slice(name)
@@ -159,3 +152,8 @@ def stored_masks(
                 )
         masks[index] = keep
     return masks
+
+
+def _check_present(layer: int, names: Iterable[str], where: Mapping[str, Path]) -> None:
+    if missing := [name for name in names if name not in where]:
+        raise ValueError(f"layer {layer}: {missing[0]} is missing; export the model again")

@@ -55,7 +55,8 @@ def fetch(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{what} is neither a directory nor on the Hugging Face Hub "
-            f"({type(error).__name__}); check the path or the id"
+            f"({type(error).__name__}); check the path or the id, or set HF_TOKEN for a gated "
+            "or private one"
         ) from error
     except OSError as error:
         raise ValueError(
@@ -74,8 +75,8 @@ def resolve_profiles(profiles: str, cache_dir: str | None = None) -> Path:
     """The directory of profiles: itself if it is one, else a folder of a Hub repository.
 
     Repositories are written `org/name`, `org/name@revision`, `org/name/folder` or
-    `org/name@revision/folder`. Only that folder's profile files and the repository's card are
-    fetched. Any other string is returned as a path.
+    `org/name@revision/folder`. Only that folder's profile files and README.md are fetched.
+    Any other string is returned as a path.
 
     Args:
         profiles: path or repository.

@@ -8,78 +8,171 @@ agree.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from vllm_atomic_moe.files.config import quantization, quantization_settings
-
-Kind = Literal["plain", "fp8", "int4", "gptq", "awq", "mxfp4", "mxfp4-blocks", "nvfp4", "nvfp4-2"]
+from vllm_atomic_moe.files.row_formats import CODES, PLAIN, Block, Code, Factor, RowFormat
 
 # A part's dtype as safetensors spells it, and its shape.
 Part = tuple[str, tuple[int, ...]]
 
 FP8, FLOATS = "F8_E4M3", ("F32", "BF16", "F16")
 E8M0 = ("U8", "F8_E8M0")
+SCALE_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,  # older versions of safetensors lack that name
+}
 # Parts without information about weights: scales of activations, which stay in 16 bits here, and
 # shapes that the tensors have already.
 IGNORED = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
-# Parts that hold a matrix itself.
-MATRICES = ("weight", "weight_packed", "qweight", "blocks")
-PARTS: Mapping[Kind, tuple[str, ...]] = {
-    "plain": ("weight",),
-    "fp8": ("weight", "weight_scale"),
-    "int4": ("weight_packed", "weight_scale"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "mxfp4": ("weight_packed", "weight_scale"),
-    "mxfp4-blocks": ("blocks", "scales"),
-    "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
-    "nvfp4-2": ("weight", "weight_scale", "weight_scale_2"),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A way to store a quantized matrix.
+
+    Attributes:
+        parts: of a matrix: its codes, their scales, and others.
+        dtype: of the codes, as safetensors spells it.
+        code: what they are.
+        per_element: numbers of outputs and of inputs in one element of the codes.
+        transposed: whether codes and scales are [K, N].
+        fused: whether a part holds all experts, and the codes of a group have an axis of their own.
+        scales: dtypes that scales may have.
+        group: inputs of a group, if the kind fixes them.
+        zeros, factor, scattered: as of `RowFormat`.
+        methods: first words of `quantization` for checkpoints that may hold this kind.
+        algorithm: what is in ModelOpt's name for it.
+        served: settings whose other values are not served.
+    """
+
+    parts: tuple[str, ...]
+    dtype: str
+    code: Code
+    per_element: tuple[int, int] = (1, 1)
+    transposed: bool = False
+    fused: bool = False
+    scales: tuple[str, ...] = FLOATS
+    group: int = 0
+    zeros: bool = False
+    factor: Factor = "none"
+    scattered: bool = False
+    methods: tuple[str, ...]
+    algorithm: str = ""
+    served: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> tuple[int, str]:
+        """Bits and type of the weights in compressed-tensors' words."""
+        return CODES[self.code][:2]
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """N and K of a matrix with codes of this shape."""
+        if self.fused:
+            _, outputs, groups, elements = shape
+            shape = (outputs, groups * elements)
+        outputs, inputs = shape[::-1] if self.transposed else shape
+        return outputs * self.per_element[0], inputs * self.per_element[1]
+
+
+# The name of every kind -> what is to know of it, except for how `encoding.py` reads its parts.
+KINDS: Mapping[str, Kind] = {
+    "fp8": Kind(
+        parts=("weight", "weight_scale"),
+        dtype=FP8,
+        code="e4m3",
+        methods=("fp8", "compressed-tensors", "modelopt"),
+        algorithm="FP8",
+        served={"fmt": ("e4m3", None)},
+    ),
+    "int4": Kind(
+        parts=("weight_packed", "weight_scale"),
+        dtype="I32",
+        code="int4",
+        per_element=(1, 8),
+        methods=("compressed-tensors",),
+    ),
+    "gptq": Kind(
+        parts=("qweight", "scales", "qzeros", "g_idx"),
+        dtype="I32",
+        code="int4",
+        per_element=(1, 8),
+        transposed=True,
+        scattered=True,
+        methods=("gptq",),
+        # Version 2 differs only in its zero points, which symmetric weights do not need.
+        served={
+            "sym": (True, None),
+            "bits": (4, None),
+            "checkpoint_format": ("gptq", "gptq_v2", None),
+        },
+    ),
+    "awq": Kind(
+        parts=("qweight", "scales", "qzeros"),
+        dtype="I32",
+        code="uint4",
+        per_element=(8, 1),
+        transposed=True,
+        zeros=True,
+        methods=("awq",),
+        served={"bits": (4, None), "zero_point": (True, None), "version": ("gemm", "GEMM", None)},
+    ),
+    "mxfp4": Kind(
+        parts=("weight_packed", "weight_scale"),
+        dtype="U8",
+        code="e2m1",
+        per_element=(1, 2),
+        scales=E8M0,
+        group=32,
+        methods=("compressed-tensors",),
+    ),
+    "mxfp4-blocks": Kind(
+        parts=("blocks", "scales"),
+        dtype="U8",
+        code="e2m1",
+        per_element=(1, 2),
+        fused=True,
+        scales=E8M0,
+        group=32,
+        methods=("mxfp4", "gpt_oss_mxfp4"),
+    ),
+    "nvfp4": Kind(
+        parts=("weight_packed", "weight_scale", "weight_global_scale"),
+        dtype="U8",
+        code="e2m1",
+        per_element=(1, 2),
+        scales=(FP8,),
+        group=16,
+        factor="over",
+        methods=("compressed-tensors",),
+    ),
+    "nvfp4-2": Kind(
+        parts=("weight", "weight_scale", "weight_scale_2"),
+        dtype="U8",
+        code="e2m1",
+        per_element=(1, 2),
+        scales=(FP8,),
+        group=16,
+        factor="times",
+        methods=("modelopt", "modelopt_fp4"),
+        algorithm="NVFP4",
+    ),
 }
-# Dtypes that scales may have.
-SCALES: Mapping[Kind, tuple[str, ...]] = {
-    "fp8": FLOATS,
-    "int4": FLOATS,
-    "gptq": FLOATS,
-    "awq": FLOATS,
-    "mxfp4": E8M0,
-    "mxfp4-blocks": E8M0,
-    "nvfp4": (FP8,),
-    "nvfp4-2": (FP8,),
-}
-# Inputs of a group, if the kind fixes them.
-GROUPS: Mapping[Kind, int] = {"mxfp4": 32, "mxfp4-blocks": 32, "nvfp4": 16, "nvfp4-2": 16}
-# First words of `quantization` for checkpoints that may hold a kind.
-METHODS: Mapping[Kind, tuple[str, ...]] = {
-    "fp8": ("fp8", "compressed-tensors", "modelopt"),
-    "int4": ("compressed-tensors",),
-    "gptq": ("gptq",),
-    "awq": ("awq",),
-    "mxfp4": ("compressed-tensors",),
-    "mxfp4-blocks": ("mxfp4", "gpt_oss_mxfp4"),
-    "nvfp4": ("compressed-tensors",),
-    "nvfp4-2": ("modelopt", "modelopt_fp4"),
-}
-# Bits and type of the weights in compressed-tensors' words, and what is in ModelOpt's name.
-WEIGHTS: Mapping[Kind, tuple[int, str]] = {
-    "fp8": (8, "float"),
-    "int4": (4, "int"),
-    "mxfp4": (4, "float"),
-    "nvfp4": (4, "float"),
-}
-ALGORITHMS: Mapping[Kind, str] = {"fp8": "FP8", "nvfp4-2": "NVFP4"}
+# Parts that hold a matrix itself -> their dimensions.
+MATRICES = {"weight": 2, **{kind.parts[0]: 4 if kind.fused else 2 for kind in KINDS.values()}}
 # ModelOpt's name -> what has a scale of its own.
 MODELOPT_SCALES = {
     "FP8": "tensor",
     "FP8_PB_WO": "block",
     "FP8_PER_CHANNEL_PER_TOKEN": "channel",
-}
-# Settings whose other values are not served.
-SERVED: Mapping[Kind, Mapping[str, tuple[Any, ...]]] = {
-    "gptq": {"sym": (True, None), "bits": (4, None)},
-    "awq": {"bits": (4, None), "zero_point": (True, None), "version": ("gemm", "GEMM", None)},
-    "fp8": {"fmt": ("e4m3", None)},
 }
 
 
@@ -88,14 +181,14 @@ class Scheme:
     """How the expert matrices of a layer are quantized.
 
     Attributes:
-        kind: names the encoding.
+        kind: plain, or one of KINDS.
         parts: the parts that every matrix must have.
         rows, columns: block of one scale, of N and of K; 0 means all.
         scale: dtype of the scales, as safetensors spells it.
         plain_down: whether an export has plain rows of down beside codes of gate and up.
     """
 
-    kind: Kind = "plain"
+    kind: str = "plain"
     parts: tuple[str, ...] = ("weight",)
     rows: int = 0
     columns: int = 0
@@ -107,9 +200,14 @@ class Scheme:
         return PLAIN_SCHEME if self.plain_down and part == "down_t" else self
 
     @property
-    def bits(self) -> int:
-        """Of one code; 0 of plain weights."""
-        return {"plain": 0, "fp8": 8}.get(self.kind, 4)
+    def plain(self) -> bool:
+        """Whether the matrices are not quantized."""
+        return self.kind == "plain"
+
+    @property
+    def facts(self) -> Kind:
+        """Of its kind; not for plain matrices."""
+        return KINDS[self.kind]
 
     @property
     def name(self) -> str:
@@ -117,15 +215,35 @@ class Scheme:
         if self.plain_down:
             return f"{replace(self, plain_down=False).name}, down plain"
         kind = self.kind.split("-")[0]
-        if self.kind == "plain" or self.kind in GROUPS:
+        if self.plain or self.facts.group:
             return kind
         if not self.columns:
             return f"{kind} {'channel' if self.rows else 'tensor'}"
         return f"{kind} g{self.columns}" if self.rows == 1 else f"{kind} {self.rows}x{self.columns}"
 
+    def row_format(self, hidden_size: int, intermediate_size: int) -> RowFormat:
+        """The format of packed rows of such experts.
+
+        Args:
+            hidden_size: H.
+            intermediate_size: I.
+        """
+        if self.plain:
+            return PLAIN
+        return RowFormat(
+            self.facts.code,
+            rows=Block(self.rows or intermediate_size, self.columns or hidden_size),
+            columns=Block(self.columns or intermediate_size, self.rows or hidden_size),
+            scale=SCALE_DTYPES[self.scale],
+            zeros=self.facts.zeros,
+            factor=self.facts.factor,
+            scattered=self.facts.scattered,
+            plain_down=self.plain_down,
+        )
+
     def told(self) -> dict[str, Any]:
         """Its entry in an exported checkpoint's index; `stored_scheme` reads it."""
-        if self.kind == "plain":
+        if self.plain:
             return {"kind": self.kind}
         names = ("kind", "rows", "columns", "scale")
         return {name: getattr(self, name) for name in names}
@@ -145,25 +263,11 @@ def stored_scheme(told: Any) -> Scheme:
     try:
         kind, rows, columns, scale = (told[key] for key in ("kind", "rows", "columns", "scale"))
         whole = all(type(size) is int and size >= 0 for size in (rows, columns))
-        if kind in SCALES and whole and scale in SCALES[kind]:
+        if whole and scale in KINDS[kind].scales:
             return Scheme(kind, ("weight",), rows, columns, scale)
     except (KeyError, TypeError):
         pass
     raise ValueError(f"a row format that is not known, {told!r:.80}")
-
-
-def stored_tables(kind: Kind, part: str) -> tuple[str, ...]:
-    """The PACKED_TABLES that an exported checkpoint holds for quantized rows.
-
-    Args:
-        part: one of PACKED_ROWS.
-    """
-    if kind == "plain":
-        return ()
-    if kind == "gptq" and part == "down_t":  # where the order of activations may tell the groups
-        return ("scales", "groups")
-    more = {"awq": ("zeros",), "nvfp4": ("factors",), "nvfp4-2": ("factors",)}
-    return ("scales", *more.get(kind, ()))
 
 
 def scheme_of_down(
@@ -215,19 +319,11 @@ def _scheme_of_down(
     if names == {"weight"} and dtypes["weight"] in (*FLOATS, "F64"):
         rows, columns = shapes["weight"][-2:]
         return PLAIN_SCHEME, columns if rows == hidden_size else rows
-    for name in names & {*MATRICES}:
-        if len(shapes[name]) != (4 if name == "blocks" else 2) or 0 in shapes[name]:
+    for name in names & MATRICES.keys():
+        if len(shapes[name]) != MATRICES[name] or 0 in shapes[name]:
             raise ValueError(
                 f"a layout that is not known: {name} {[*shapes[name]]} of {dtypes[name]}"
             )
-    if names == {*PARTS["mxfp4-blocks"]} and dtypes["blocks"] == "U8":
-        experts, outputs, groups, pairs = shapes["blocks"]
-        if (outputs, pairs) != (hidden_size, 16):
-            raise ValueError(f"blocks are {[*shapes['blocks']]} for {hidden_size} outputs")
-        if shapes["scales"] != (experts, outputs, groups):
-            raise ValueError(f"scales are {[*shapes['scales']]}, blocks {[*shapes['blocks']]}")
-        scheme = _scheme("mxfp4-blocks", dtypes["scales"], GROUPS["mxfp4-blocks"])
-        return scheme, groups * 32
     for name in ("weight", "weight_packed"):
         if name in names and shapes[name][0] != hidden_size:
             raise ValueError(
@@ -235,32 +331,21 @@ def _scheme_of_down(
             )
     if dtypes.get("weight") == FP8:
         return _fp8(parts, settings)
-    if names == {*PARTS["nvfp4-2"]} and dtypes["weight"] == "U8":
-        size = shapes["weight"][1] * 2
-        return _grouped("nvfp4-2", parts["weight_scale"], hidden_size, size, settings), size
-    if "weight_packed" in names:
-        if dtypes["weight_packed"] == "I32" and names == {*PARTS["int4"]}:
-            size = shapes["weight_packed"][1] * 8
-            kind: Kind = "int4"
-        elif dtypes["weight_packed"] == "U8" and names == {*PARTS["nvfp4"]}:
-            size, kind = shapes["weight_packed"][1] * 2, "nvfp4"
-        elif dtypes["weight_packed"] == "U8" and names == {*PARTS["mxfp4"]}:
-            size, kind = shapes["weight_packed"][1] * 2, "mxfp4"
-        else:
-            raise KeyError
-        if kind == "int4" and _bits(settings) not in (None, 4):
-            raise KeyError
-        return _grouped(kind, parts["weight_scale"], hidden_size, size, settings), size
-    if "qweight" in names and dtypes["qweight"] == "I32":
-        packed = shapes["qweight"]
-        if packed[1] == hidden_size and names == {*PARTS["gptq"]}:
-            kind, size = "gptq", packed[0] * 8
-        elif packed[1] * 8 == hidden_size and names == {*PARTS["awq"]}:
-            kind, size = "awq", packed[0]
-        else:
-            raise KeyError
-        dtype, shape = parts["scales"]
-        return _grouped(kind, (dtype, shape[::-1]), hidden_size, size, settings), size
+    kind = kind_of(parts)
+    if kind == "int4" and _bits(settings) not in (None, 4):
+        raise KeyError
+    return _grouped(kind, parts, hidden_size, settings)
+
+
+def kind_of(parts: Mapping[str, Part]) -> str:
+    """The kind with these parts; of FP8, which spells scales in two ways, the usual one.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for name, kind in KINDS.items():
+        if parts.keys() == {*kind.parts} and parts[kind.parts[0]][0] == kind.dtype:
+            return name
     raise KeyError
 
 
@@ -287,27 +372,30 @@ def _fp8(parts: Mapping[str, Part], settings: Mapping[str, Any]) -> tuple[Scheme
 
 
 def _grouped(
-    kind: Kind, scales: Part, outputs: int, size: int, settings: Mapping[str, Any]
-) -> Scheme:
-    """Scales [N, K / group]."""
-    dtype, shape = scales
-    if len(shape) != 2 or shape[0] != outputs or size % shape[1]:
+    kind: str, parts: Mapping[str, Part], outputs: int, settings: Mapping[str, Any]
+) -> tuple[Scheme, int]:
+    """The scheme with scales [N, K / group], and K."""
+    facts = KINDS[kind]
+    (_, codes), (dtype, shape) = (parts[name] for name in facts.parts[:2])
+    found, size = facts.sizes(codes)
+    if facts.fused and (found, shape[:1]) != (outputs, codes[:1]):
+        raise ValueError(
+            f"{facts.parts[0]} are {[*codes]}, scales {[*shape]}, for {outputs} outputs"
+        )
+    if found != outputs or dtype not in facts.scales:
+        raise KeyError
+    table = shape[1:] if facts.fused else shape[::-1] if facts.transposed else shape
+    if len(table) != 2 or table[0] != outputs or size % table[1]:
         raise ValueError(
             f"scales are {[*shape]} for {outputs} outputs and {size} inputs, which are not whole "
             "groups"
         )
-    group = size // shape[1]
-    if group != GROUPS.get(kind, group):
-        raise ValueError(f"scales are of groups of {group} inputs, {kind} has {GROUPS[kind]}")
+    group = size // table[1]
+    if group != (facts.group or group):
+        raise ValueError(f"scales are of groups of {group} inputs, {kind} has {facts.group}")
     # A single scale for all inputs of down may be one of many for gate, which has more inputs.
-    told = kind in GROUPS or group in _group_sizes(settings)
-    return _scheme(kind, dtype, group if shape[1] > 1 or told else 0)
-
-
-def _scheme(kind: Kind, dtype: str, group: int) -> Scheme:
-    if dtype not in SCALES[kind]:
-        raise KeyError
-    return Scheme(kind, PARTS[kind], 1, group, dtype)
+    told = facts.group or group in _group_sizes(settings)
+    return Scheme(kind, facts.parts, 1, group if table[1] > 1 or told else 0, dtype), size
 
 
 def _bits(settings: Mapping[str, Any]) -> int | None:
@@ -346,7 +434,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
     Raises:
         ValueError: one line.
     """
-    if scheme.kind == "plain":
+    if scheme.plain:
         return
     told = quantization(directory, config)
     if told is None:
@@ -355,18 +443,18 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             "quantization_config; fetch the checkpoint again"
         )
     method = told.split()[0]
-    if not any(method in methods for methods in METHODS.values()):
+    if not any(method in kind.methods for kind in KINDS.values()):
         raise ValueError(
             f"not served by this version: the quantization method {told} ({directory}); use the "
             "checkpoint that it was made from"
         )
     settings = quantization_settings(directory, config)
-    if other := told if method not in METHODS[scheme.kind] else _other_weights(settings, scheme):
+    if other := told if method not in scheme.facts.methods else _other_weights(settings, scheme):
         raise ValueError(
             f"{directory}: its experts are quantized as {scheme.name}, config.json says {other}; "
             "is this the right config.json?"
         )
-    for key, values in SERVED.get(scheme.kind, {}).items():
+    for key, values in scheme.facts.served.items():
         if settings.get(key) not in values:
             raise ValueError(
                 f"not served by this version: {scheme.kind.upper()} with {key} "
@@ -394,14 +482,13 @@ def _other_weights(settings: Mapping[str, Any], scheme: Scheme) -> str:
     if groups and not _same_weights(settings, scheme):
         return f"{groups[0]['num_bits']!r:.20} bits, type {groups[0]['type']!r:.20}"
     algorithm = str(settings.get("quant_algo") or "").upper()
-    if not algorithm or "MIXED" in algorithm or ALGORITHMS.get(scheme.kind, "") in algorithm:
+    if not algorithm or "MIXED" in algorithm or scheme.facts.algorithm in algorithm:
         return ""
     return algorithm[:40]
 
 
 def _same_weights(settings: Mapping[str, Any], scheme: Scheme) -> list[Mapping[str, Any]]:
-    wanted = WEIGHTS.get(scheme.kind)
-    groups = _weight_groups(settings)
+    wanted, groups = scheme.facts.weights, _weight_groups(settings)
     return [group for group in groups if (group.get("num_bits"), group.get("type")) == wanted]
 
 

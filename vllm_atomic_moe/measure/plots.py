@@ -27,7 +27,7 @@ NOT_ROUTABLE = (0.84, 0.15, 0.16)
 # White lines across the latter, for prints without color.
 HATCHED: Mapping[str, Any] = {"hatch": "///", "edgecolor": "1.0"}
 COLOR_MAP = "viridis"
-# Profiles -> columns of the grid (panels are wide, so rows come cheap); beyond, rows of four.
+# Profiles -> columns of the grid; four columns above eight profiles.
 COLUMNS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
 PANEL_WIDTH = {1: 9.0, 2: 6.5, 3: 5.0, 4: 4.2}
 DPI = 150

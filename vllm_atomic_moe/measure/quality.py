@@ -36,6 +36,8 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "heapr per layer": ("heapr", {"scope": "layer"}),
     "uniform width, best atoms": ("heapr", {"scope": "expert"}),
     "uniform width, aligned to 32": ("heapr", {"scope": "expert", "align": 32}),
+    "camera per layer": ("camera", {"scope": "layer"}),
+    "magnitude per layer": ("magnitude", {"scope": "layer"}),
     "reap per layer": ("reap", {"scope": "layer"}),
 }
 

@@ -20,8 +20,9 @@ import torch
 
 from vllm_atomic_moe.experts.activation import Activation
 from vllm_atomic_moe.experts.backends import Backend, choose_backend
-from vllm_atomic_moe.experts.formats import PLAIN, PROJECTIONS, Block, Encoded, RowFormat
+from vllm_atomic_moe.experts.formats import Encoded
 from vllm_atomic_moe.experts.packing import PackedExperts, PackedLayout, build_layout, with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN, PROJECTIONS, Block, RowFormat
 from vllm_atomic_moe.measure.layer_benchmark import (
     PROFILE,
     LayerPlan,

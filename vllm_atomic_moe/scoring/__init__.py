@@ -25,8 +25,9 @@ from vllm_atomic_moe.scoring.router import RouterNeeds
 ENTRY_POINTS = "atomic_moe.methods"
 # Names that the command and the function use for something else.
 RESERVED = (
-    *("source", "statistics", "ratio", "output", "method", "name", "domain", "on_warning"),
-    *("as_json", "json", "help"),
+    *("source", "statistics", "ratio", "output", "method", "name", "domain", "compensate", "data"),
+    *("field", "samples", "seq_len", "batch_size", "dtype", "device", "trust_remote_code"),
+    *("on_note", "on_warning", "options", "context", "as_json", "json", "help"),
 )
 # Scores from other tools rank atoms.
 FOREIGN = Method(lambda *_: LayerScores(torch.empty(0)), "atoms, by another tool")

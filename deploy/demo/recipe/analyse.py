@@ -14,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kinds import KINDS, Kind
 from layout import BUILD_DIR, DEMO_DIR, DOMAINS
 from perplexity import encode, encode_split, perplexities
 from tokenizers import Tokenizer
-from transformers import Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 THREADS = 2
 
 
 @contextmanager
-def counting_routes(model: Qwen3MoeForCausalLM) -> Iterator[torch.Tensor]:
+def counting_routes(kind: Kind, model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """Yield counts [layers, experts] that grow with every token routed inside the context."""
     experts = model.config.num_experts
     counts_LE = torch.zeros(model.config.num_hidden_layers, experts, dtype=torch.float64)
@@ -32,7 +33,7 @@ def counting_routes(model: Qwen3MoeForCausalLM) -> Iterator[torch.Tensor]:
         counts_LE[layer] += torch.bincount(output[2].flatten(), minlength=experts)
 
     handles = [
-        layer.mlp.gate.register_forward_hook(
+        getattr(layer.mlp, kind.router).register_forward_hook(
             lambda module, inputs, output, index=index: count(index, output)
         )
         for index, layer in enumerate(model.model.layers)
@@ -44,11 +45,13 @@ def counting_routes(model: Qwen3MoeForCausalLM) -> Iterator[torch.Tensor]:
             handle.remove()
 
 
-def routing_shares(model: Qwen3MoeForCausalLM, tokens: dict[str, np.ndarray]) -> torch.Tensor:
+def routing_shares(
+    kind: Kind, model: PreTrainedModel, tokens: dict[str, np.ndarray]
+) -> torch.Tensor:
     """Share of the routed slots that each expert gets, [layers, domains, experts]."""
     shares = []
     for domain in DOMAINS:
-        with counting_routes(model) as counts_LE:
+        with counting_routes(kind, model) as counts_LE:
             perplexities(model, {domain: tokens[domain]})
         shares.append(counts_LE / counts_LE.sum(-1, keepdim=True))
     return torch.stack(shares, dim=1)
@@ -69,17 +72,17 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in values.items()}
 
 
-def analyse(model_dir: Path, corpus_dir: Path, data_dir: Path) -> dict:
+def analyse(kind: Kind, model_dir: Path, corpus_dir: Path, data_dir: Path) -> dict:
     """Perplexity on the whole test split and on the committed text, and the routing."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    model = Qwen3MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = kind.model.from_pretrained(model_dir, dtype=torch.float32).eval()
     test_tokens = encode_split(tokenizer, corpus_dir, "test")
     heldout_paths = {domain: data_dir / f"{domain}.heldout.txt" for domain in DOMAINS}
     heldout_tokens = {
         domain: encode(tokenizer, path.read_text(encoding="utf-8"))
         for domain, path in heldout_paths.items()
     }
-    shares_LDE = routing_shares(model, test_tokens)
+    shares_LDE = routing_shares(kind, model, test_tokens)
     information_L = mutual_information(shares_LDE)
     return {
         "test_tokens": {domain: len(ids) for domain, ids in test_tokens.items()},
@@ -100,11 +103,17 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=DEMO_DIR, help="folder of model/ and data/")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
+    training = json.loads(arguments.training.read_text(encoding="utf-8"))
     card = {
         "domains": DOMAINS,
         "corpus": json.loads((arguments.corpus / "corpus.json").read_text(encoding="utf-8")),
-        "training": json.loads(arguments.training.read_text(encoding="utf-8")),
-        **analyse(arguments.demo / "model", arguments.corpus, arguments.demo / "data"),
+        "training": training,
+        **analyse(
+            KINDS[training["kind"]],
+            arguments.demo / "model",
+            arguments.corpus,
+            arguments.demo / "data",
+        ),
     }
     content = json.dumps(card, indent=1) + "\n"
     (arguments.demo / "model_card.json").write_text(content, encoding="utf-8")

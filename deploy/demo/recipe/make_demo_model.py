@@ -1,7 +1,8 @@
-"""Make the demo model from nothing but package names: the whole recipe, top to bottom.
+"""Make a small model from nothing but package names: the whole recipe, top to bottom.
 
 Every step is a program of its own in this folder. About 35 minutes on two idle cores, nearly all
-of it training. `--output` with `--steps` makes a quick trial that leaves the shipped model alone.
+of it training. `--output` leaves the shipped model alone: for a quick trial, with `--steps`, or for
+another kind of model, with `--kind`.
 """
 
 import argparse
@@ -10,10 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kinds import KINDS
 from layout import BUILD_DIR, DEMO_DIR, RECIPE_DIR
 
 # Two threads, as pinned in the steps; passive waiting keeps them from spinning on a busy machine.
-ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    **{"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+    # Keep freed memory: glibc would map and clear the large tensors anew in every step.
+    **{"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)},
+}
 
 
 def run_step(script: str, **options: object) -> None:
@@ -30,7 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=BUILD_DIR, help="downloads and corpus")
     parser.add_argument("--output", type=Path, default=DEMO_DIR, help="gets model/ and data/")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--kind", choices=KINDS, default="qwen3", help="what to train")
+    parser.add_argument("--steps", type=int, help="training steps, if not those of the kind")
     options = parser.parse_args()
     downloads, corpus = options.build / "downloads", options.build / "corpus"
     tokenizer, training = options.build / "tokenizer.json", options.build / "training.json"
@@ -45,7 +52,8 @@ def main() -> None:
         tokenizer=tokenizer,
         model=model,
         report=training,
-        steps=options.steps,
+        kind=options.kind,
+        steps=options.steps or KINDS[options.kind].steps,
     )
     run_step("excerpts.py", corpus=corpus, data=data)
     run_step("analyse.py", corpus=corpus, training=training, demo=options.output)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from layout import DOMAINS, WINDOW_TOKENS, split_path
 from tokenizers import Tokenizer
-from transformers import Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 PIECE_CHARACTERS = 1 << 20
 BATCH_WINDOWS = 8
@@ -41,9 +41,7 @@ def window_batches(token_ids: np.ndarray, every: int = 1) -> Iterator[torch.Tens
 
 
 @torch.no_grad()
-def loss_sum(
-    model: Qwen3MoeForCausalLM, token_ids: np.ndarray, every: int = 1
-) -> tuple[float, int]:
+def loss_sum(model: PreTrainedModel, token_ids: np.ndarray, every: int = 1) -> tuple[float, int]:
     """Summed negative log-likelihood in nats and the number of tokens predicted."""
     total, count = 0.0, 0
     for batch in window_batches(token_ids, every):
@@ -56,7 +54,7 @@ def loss_sum(
 
 
 def perplexities(
-    model: Qwen3MoeForCausalLM, tokens: dict[str, np.ndarray], every: int = 1
+    model: PreTrainedModel, tokens: dict[str, np.ndarray], every: int = 1
 ) -> dict[str, float]:
     """Perplexity of each domain, and `all`: over the tokens of all domains together."""
     sums = {domain: loss_sum(model, token_ids, every) for domain, token_ids in tokens.items()}

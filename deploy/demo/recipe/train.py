@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: a small Qwen3-MoE, in float32 on two threads.
+"""Train a small MoE from scratch, in float32 on two threads: the demo or another kind.
 
 Pruning experts of random weights shows nothing, and a pretrained MoE is too large to ship. This
 one is small enough to train in about 35 minutes on two cores and still large enough that its
@@ -9,16 +9,17 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from kinds import KINDS, Kind, Plan, model_config
 from layout import BUILD_DIR, DEMO_DIR, DOMAINS, END_OF_TEXT, WINDOW_TOKENS
 from perplexity import encode_split, perplexities
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 THREADS = 2
 LOG_EVERY, VALIDATE_EVERY, VALIDATE_STRIDE = 50, 500, 8
@@ -26,62 +27,9 @@ CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
 EXPERT_IMPLEMENTATION = "grouped_mm"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that decides the result, besides the corpus and the tokenizer."""
-
-    steps: int = 4000
-    learning_rate: float = 4e-3
-    warmup_steps: int = 150
-    final_learning_rate_share: float = 0.05
-    weight_decay: float = 0.1
-    gradient_norm: float = 1.0
-    balance_weight: float = 0.01  # of the load-balancing loss
-    layers: int = 4
-    hidden_size: int = 128
-    heads: int = 4
-    key_value_heads: int = 2
-    head_size: int = 32
-    experts: int = 16
-    experts_per_token: int = 4
-    expert_width: int = 128
-    initial_deviation: float = 0.03
-    seed: int = 0
-
-
-def model_config(plan: Plan, vocabulary_size: int, end_of_text: int) -> Qwen3MoeConfig:
-    """The architecture: every layer is a mixture of experts, the embeddings are tied."""
-    return Qwen3MoeConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=plan.hidden_size,
-        intermediate_size=plan.expert_width * plan.experts_per_token,
-        moe_intermediate_size=plan.expert_width,
-        num_hidden_layers=plan.layers,
-        num_attention_heads=plan.heads,
-        num_key_value_heads=plan.key_value_heads,
-        head_dim=plan.head_size,
-        num_experts=plan.experts,
-        num_experts_per_tok=plan.experts_per_token,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        max_position_embeddings=WINDOW_TOKENS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=plan.balance_weight,
-        output_router_logits=False,
-        initializer_range=plan.initial_deviation,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=None,
-        use_cache=True,
-    )
-
-
-def initial_model(plan: Plan, config: Qwen3MoeConfig) -> Qwen3MoeForCausalLM:
+def initial_model(kind: Kind, plan: Plan, config: PretrainedConfig) -> PreTrainedModel:
     """A new model; what writes to the residual stream starts smaller, by its number of writers."""
-    model = Qwen3MoeForCausalLM(config)
+    model = kind.model(config)
     model.set_experts_implementation(EXPERT_IMPLEMENTATION)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,10 +38,13 @@ def initial_model(plan: Plan, config: Qwen3MoeConfig) -> Qwen3MoeForCausalLM:
     return model
 
 
-def make_optimizer(plan: Plan, model: Qwen3MoeForCausalLM) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and leaves the norms alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+def make_optimizer(plan: Plan, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW that decays matrices and leaves norms and biases alone."""
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        # The biases of all experts are one matrix.
+        is_matrix = parameter.dim() >= 2 and not name.endswith("bias")
+        (matrices if is_matrix else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": plan.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -135,7 +86,7 @@ def draw_batch(tokens: dict[str, np.ndarray], generator: np.random.Generator) ->
 
 
 def train_step(
-    plan: Plan, model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor
+    plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor
 ) -> dict[str, float]:
     """One update; returns the two losses and the norm of the gradient before clipping."""
     output = model(input_ids=batch[:, :-1], use_cache=False, output_router_logits=True)
@@ -151,7 +102,7 @@ def train_step(
 
 def train(
     plan: Plan,
-    model: Qwen3MoeForCausalLM,
+    model: PreTrainedModel,
     train_tokens: dict[str, np.ndarray],
     valid_tokens: dict[str, np.ndarray],
 ) -> list[dict]:
@@ -177,7 +128,7 @@ def train(
     return log
 
 
-def save(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, model_dir: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Tokenizer, model_dir: Path) -> None:
     """Write the model in bfloat16 and the tokenizer, readable for everyone."""
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
@@ -201,13 +152,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, default=BUILD_DIR / "tokenizer.json")
     parser.add_argument("--model", type=Path, default=DEMO_DIR / "model")
     parser.add_argument("--report", type=Path, default=BUILD_DIR / "training.json")
-    parser.add_argument("--steps", type=int, default=Plan().steps)
+    parser.add_argument("--kind", choices=KINDS, default="qwen3")
+    parser.add_argument("--steps", type=int, help="default: those of the kind")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    plan = Plan(steps=arguments.steps)
+    kind = KINDS[arguments.kind]
+    plan = Plan(steps=arguments.steps or kind.steps)
     torch.set_num_threads(THREADS)
     torch.manual_seed(plan.seed)
     torch.use_deterministic_algorithms(True)  # scattered sums in a fixed order, whatever the timing
@@ -217,10 +170,12 @@ def main() -> None:
         encode_split(tokenizer, arguments.corpus, split) for split in ("train", "valid")
     )
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    model = initial_model(plan, model_config(plan, tokenizer.get_vocab_size(), end_of_text))
+    config = model_config(kind, plan, tokenizer.get_vocab_size(), end_of_text)
+    model = initial_model(kind, plan, config)
     started = time.perf_counter()
     log = train(plan, model, train_tokens, valid_tokens)
     report = {
+        "kind": arguments.kind,
         "plan": asdict(plan),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_tokens": plan.steps * len(DOMAINS) * WINDOW_TOKENS,

@@ -41,14 +41,14 @@ function keyIn(name) {
 export async function admin(method, path, body) {
   const signal = AbortSignal.timeout(ANSWER_TIMEOUT_MS);
   const answer = await send(`v1/${path}`, method, adminKey.get(), body, signal);
-  return parsed(await answer.text(), answer.status);
+  return parsed(await textOf(answer), answer.status);
 }
 
 /** The model names of the API server, as `GET /v1/models` lists them. */
 export async function models() {
   const signal = AbortSignal.timeout(ANSWER_TIMEOUT_MS);
   const answer = await send("../v1/models", "GET", servingKey.get(), undefined, signal);
-  return parsed(await answer.text(), answer.status).data;
+  return parsed(await textOf(answer), answer.status).data;
 }
 
 /**
@@ -81,8 +81,12 @@ async function send(url, method, key, body, signal) {
   const options = { method, headers, signal, cache: "no-store", credentials: "same-origin" };
   if (body !== undefined) options.body = JSON.stringify(body);
   const answer = await fetch(url, options).catch(unreachable);
-  if (!answer.ok) throw failure(parsed(await answer.text(), answer.status), answer.status);
+  if (!answer.ok) throw failure(parsed(await textOf(answer), answer.status), answer.status);
   return answer;
+}
+
+function textOf(answer) {
+  return answer.text().catch(unreachable);
 }
 
 function unreachable(error) {

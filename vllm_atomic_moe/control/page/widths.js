@@ -79,7 +79,7 @@ export class Widths {
         const [x, y] = [LEFT + expert * width, TOP + row * height];
         pen.fillStyle = colors.of(atoms / this.#full);
         pen.fillRect(x, y, width - gap, height - gap);
-        if (!atoms) cross(pen, x, y, width - gap, height - gap, colors.none);
+        if (!atoms) frame(pen, x, y, width - gap, height - gap, colors.frame);
       }),
     );
     this.#number(pen, colors.text);
@@ -177,7 +177,7 @@ export class Widths {
   }
 }
 
-/** Colors of the style sheet, mixed: of(0..1), and that of the crosses at width 0. */
+/** Colors of the style sheet, mixed: of(0..1), and that of the frames at width 0. */
 function palette() {
   const scale = getComputedStyle(byId("legend-scale"));
   const mixed = Array.from({ length: LEVELS + 1 }, (_, level) => {
@@ -186,23 +186,15 @@ function palette() {
   });
   return {
     of: (fraction) => (fraction ? mixed[Math.round(fraction * LEVELS)] : scale.outlineColor),
-    none: scale.borderTopColor,
+    frame: scale.borderTopColor,
     text: getComputedStyle(byId("map-keys")).color,
   };
 }
 
-/** A frame with a small cross in it: nothing is left here. */
-function cross(pen, x, y, width, height, color) {
-  const arm = Math.min(4, width / 2 - 1, height / 2 - 1);
-  const [middle, center] = [x + width / 2, y + height / 2];
+/** An empty frame: nothing is left here. */
+function frame(pen, x, y, width, height, color) {
   pen.strokeStyle = color;
-  if (Math.min(width, height) > 10) pen.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
-  pen.beginPath();
-  pen.moveTo(middle - arm, center - arm);
-  pen.lineTo(middle + arm, center + arm);
-  pen.moveTo(middle + arm, center - arm);
-  pen.lineTo(middle - arm, center + arm);
-  pen.stroke();
+  pen.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
 }
 
 /** The least of 1, 2, 5, 10, 20, … that is not below. */

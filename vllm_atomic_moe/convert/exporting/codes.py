@@ -18,15 +18,18 @@ from vllm_atomic_moe.convert.exporting.rows import (
     check_names,
     tables_of,
 )
-from vllm_atomic_moe.experts.encoding import encode, encode_scales, row_format
-from vllm_atomic_moe.experts.formats import Encoded, RowFormat
-from vllm_atomic_moe.experts.stored import PART_PROJECTIONS, StoredRows, taken
+from vllm_atomic_moe.experts.encoding import encode, encode_scales
+from vllm_atomic_moe.experts.formats import Encoded
+from vllm_atomic_moe.experts.stored import StoredRows, stored_shapes, taken
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.layouts import PACKED_ROWS
-from vllm_atomic_moe.files.quantization import IGNORED, Scheme, stored_tables
+from vllm_atomic_moe.files.quantization import IGNORED, Scheme
+from vllm_atomic_moe.files.row_formats import PART_PROJECTIONS, RowFormat
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
+# As safetensors spells dtypes of tables; scales have the checkpoint's own.
+SPELLED = {torch.uint8: "U8", torch.int32: "I32", torch.float32: "F32"}
 # (one of PACKED_ROWS, expert, whether to read codes) -> the expert's rows.
 Rows = Callable[[str, int, bool], Encoded]
 
@@ -49,29 +52,18 @@ class LayerCodes:
         self, part: str, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
     ) -> Iterator[StreamedTensor]:
         """Codes and tables of the atoms in `keep_EI`, of one of PACKED_ROWS."""
-        number, size = keep_EI.shape
-        atoms, projection = int(keep_EI.sum()), PART_PROJECTIONS[part]
-        groups = sum(
-            len(self.row_format.kept_groups(projection, keep_I.nonzero().flatten(), size))
-            for keep_I in keep_EI
-        )
-        table = (groups, -(-hidden_size // self.row_format.block(projection).columns))
-        shapes = {
-            "weight": ("U8", (atoms, hidden_size * self.row_format.bits // 8), 1),
-            "scales": (self.scheme.scale, table, self.row_format.scale.itemsize),
-            "zeros": ("U8", table, 1),
-            "groups": ("I32", (atoms,), 4),
-            "factors": ("F32", (number,), 4),
-        }
-        for quantity in ("weight", *stored_tables(self.scheme.kind, part)):
-            dtype, shape, itemsize = shapes[quantity]
+        projection = PART_PROJECTIONS[part]
+        shapes = stored_shapes(self.row_format, projection, keep_EI, hidden_size)
+        for quantity, (dtype, shape) in shapes.items():
 
             def piece(expert: int, keep_I: torch.Tensor, name: str = quantity) -> torch.Tensor:
                 encoded = self.rows(part, expert, name == "weight")
                 atoms_F = keep_I.nonzero().flatten()
                 return taken(name, encoded, self.row_format, projection, atoms_F)
 
-            yield by_expert(naming(part, quantity), dtype, shape, itemsize, keep_EI, piece)
+            name = naming(part, quantity)
+            spelled = self.scheme.scale if quantity == "scales" else SPELLED[dtype]
+            yield by_expert(name, spelled, shape, dtype.itemsize, keep_EI, piece)
 
 
 def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerCodes:
@@ -81,9 +73,9 @@ def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNam
         ValueError: a part of an expert is missing or does not fit the scheme.
     """
     scheme, sizes = info.scheme(layer), (info.hidden_size, info.intermediate_size)
-    form = row_format(scheme, *sizes)
+    form = scheme.row_format(*sizes)
     if info.stored is not None:
-        check_names(names, {"weight", "bias", *tables_of(scheme)})
+        check_names(names, {"weight", "bias", *tables_of(form)})
         return LayerCodes(scheme, form, _stored(source, info, layer, names, form))
     check_names(names, (*scheme.parts, "bias", *IGNORED))
     for part in PACKED_ROWS:
@@ -116,13 +108,14 @@ def _stored(
 ) -> Rows:
     """Reads the rows of an exported checkpoint's layer."""
     assert info.stored is not None
-    scheme, stored_EI = info.scheme(layer), info.stored[layer]
+    stored_EI = info.stored[layer]
 
     @cache
     def stored(part: str) -> StoredRows:
-        wanted = ("weight", *stored_tables(scheme.kind, part))
+        projection = PART_PROJECTIONS[part]
+        wanted = ("weight", *form.stored_tables(projection))
         parts = {name: source.tensor(names.known[part, None][name]) for name in wanted}
-        return StoredRows(parts, stored_EI, form, PART_PROJECTIONS[part], info.hidden_size)
+        return StoredRows(parts, stored_EI, form, projection, info.hidden_size)
 
     def rows(part: str, expert: int, with_codes: bool) -> Encoded:
         try:

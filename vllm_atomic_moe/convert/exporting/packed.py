@@ -88,7 +88,7 @@ def plan_tensors(
         naming = partial(packed_name, info.blocks[layer])
         kept = naming, profile.keep[layer], info.hidden_size
         scheme = info.scheme(layer)
-        plain = {part: scheme.of(part).kind == "plain" for part in PACKED_ROWS}
+        plain = {part: scheme.of(part).plain for part in PACKED_ROWS}
         rows = find_rows(source, info, layer, names) if any(plain.values()) else None
         codes = None if all(plain.values()) else find_codes(source, info, layer, names)
         for part in PACKED_ROWS:
@@ -124,7 +124,7 @@ def row_formats(
         if (found := expert_tensor(tensor.name))
     )
     schemes = {layer: info.scheme(layer) for layer in info.layers}
-    if not biased and all(scheme.kind == "plain" for scheme in schemes.values()):
+    if not biased and all(scheme.plain for scheme in schemes.values()):
         return None
     return {
         str(layer): {

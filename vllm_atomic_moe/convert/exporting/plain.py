@@ -105,8 +105,8 @@ def plan_plain(
     for name in (name for block in blocks for name in block.names.all_of("weight").values()):
         if source.shape(name)[0] == info.num_experts * info.intermediate_size:
             raise ValueError(
-                f"{name}: experts stand one below another; such a model is not exported "
-                "with --plain"
+                f"{name}: the experts are stacked in one matrix, which --plain does not export; "
+                "leave --plain out"
             )
     expert_names = {
         name for block in blocks for of in block.names.known.values() for name in of.values()
@@ -184,7 +184,7 @@ def one_shape(info: CheckpointInfo, profile: PruningProfile) -> tuple[int, int]:
 
 
 def _check_plain_weights(info: CheckpointInfo, profile: PruningProfile, refit: bool) -> None:
-    if any(info.scheme(layer).kind != "plain" for layer in info.layers):
+    if any(not info.scheme(layer).plain for layer in info.layers):
         if refit:
             raise ValueError(
                 f"experts are quantized as {', '.join(info.row_formats)}, and other engines read "

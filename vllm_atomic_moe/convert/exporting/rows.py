@@ -20,8 +20,8 @@ import torch
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.export_format import packed_offsets
 from vllm_atomic_moe.files.layouts import FUSED, PACKED_ROWS, PER_EXPERT, quantized_tensor
-from vllm_atomic_moe.files.quantization import Scheme, stored_tables
 from vllm_atomic_moe.files.router import CORRECTION_BIAS
+from vllm_atomic_moe.files.row_formats import PROJECTIONS, RowFormat
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
@@ -207,9 +207,9 @@ def check_names(names: LayerNames, quantities: Collection[str]) -> None:
         )
 
 
-def tables_of(scheme: Scheme) -> set[str]:
+def tables_of(row_format: RowFormat) -> set[str]:
     """The tables beside the packed rows of a layer."""
-    return {table for part in PACKED_ROWS for table in stored_tables(scheme.of(part).kind, part)}
+    return {table for name in PROJECTIONS for table in row_format.stored_tables(name)}
 
 
 def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerRows:
@@ -228,7 +228,7 @@ def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerName
     matrices = {
         name
         for (part, _), name in known.items()
-        if part not in ("offsets", "keep") and scheme.of(part).kind == "plain"
+        if part not in ("offsets", "keep") and scheme.of(part).plain
     }
     dtypes = {source.dtype(name) for name in matrices}
     if len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
@@ -237,7 +237,8 @@ def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerName
             f"dtype of {', '.join(PLAIN_DTYPES)} are exported, and quantized ones as published"
         )
     dtype = dtypes.pop()
-    check_names(names, ("weight", "bias", *tables_of(scheme)))
+    form = scheme.row_format(info.hidden_size, info.intermediate_size)
+    check_names(names, ("weight", "bias", *tables_of(form)))
     if info.stored is not None:
         return _packed_rows(source, info.stored[layer], known, dtype)
     for spelling in FUSED:

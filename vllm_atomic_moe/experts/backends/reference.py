@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 
 from vllm_atomic_moe.experts.activation import Activation
-from vllm_atomic_moe.experts.formats import RowFormat, stored_values
+from vllm_atomic_moe.experts.formats import stored_values
 from vllm_atomic_moe.experts.packing import SLOTS, RowStorage, unpack_bits
+from vllm_atomic_moe.files.row_formats import RowFormat
 
 STORAGE = RowStorage()
 

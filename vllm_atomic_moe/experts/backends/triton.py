@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vllm_atomic_moe.experts.activation import Activation
-from vllm_atomic_moe.experts.formats import RowFormat
 from vllm_atomic_moe.experts.packing import WORD_BITS, RowStorage
+from vllm_atomic_moe.files.row_formats import RowFormat
 
 if TYPE_CHECKING:
     from vllm_atomic_moe.experts.backends.triton_rows import Rows

@@ -218,9 +218,9 @@ def _activations(
     up_nf = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     if gate is not None:
         gate_factor = load_factor(gate, expert)
-        gate_scales_f = scale_rows(gate, packed_f, kept_f)
+        gate_scales_f = scale_rows(gate, packed_f, kept_f, expert)
     up_factor = load_factor(up, expert)
-    up_scales_f = scale_rows(up, packed_f, kept_f)
+    up_scales_f = scale_rows(up, packed_f, kept_f, expert)
     for start in range(0, H, BLOCK_H):
         inside_h = columns_h < H - start
         x_nh = tl.load(x_ptrs_nh + start, mask=live_n[:, None] & inside_h[None, :], other=0.0)
@@ -367,7 +367,7 @@ def down_kernel(
                 other=0.0,
             )
             packed_f, kept_f = first + atoms_f, used_f & (atoms_f < width)
-            scales_f = scale_rows(down_t, packed_f, kept_f)
+            scales_f = scale_rows(down_t, packed_f, kept_f, expert)
             down_fd = load_rows(
                 down_t, packed_f, kept_f, scales_f, factor, tile * BLOCK_D, H, DTYPE, BLOCK_D
             )
@@ -493,7 +493,7 @@ def fused_kernel(
     weights_n = tl.load(weights_ptr + rows_n, mask=live_n, other=0.0).to(tl.float32)
     out_ptrs_n = out_ptr + tokens_n.to(tl.int64) * H
     factor = load_factor(down_t, expert)
-    scales_f = scale_rows(down_t, packed_f, kept_f)
+    scales_f = scale_rows(down_t, packed_f, kept_f, expert)
     for start in range(0, H, BLOCK_D):
         columns_d = start + tl.arange(0, BLOCK_D)
         inside_d = columns_d < H

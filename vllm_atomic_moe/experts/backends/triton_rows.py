@@ -16,7 +16,8 @@ import torch
 import triton
 from triton import language as tl
 
-from vllm_atomic_moe.experts.formats import TABLES, RowFormat
+from vllm_atomic_moe.experts.formats import TABLES
+from vllm_atomic_moe.files.row_formats import RowFormat
 
 # Columns of a scale that a whole row shares: divisible by tiles of any width.
 WHOLE_ROW = 1 << 30
@@ -31,7 +32,9 @@ class Rows(NamedTuple):
         width: bytes of a row of codes. An argument, so that the compiler knows its divisibility.
         scales: [G, C]; 8-bit floats as uint8.
         scale_columns: C.
-        rows: int32 [P], the scale row of every packed row; None if it is the row's own number.
+        rows: int16 [P], the scale row of every packed row, counted from the first of its expert;
+            None if it is the row's own number.
+        firsts: int32 [E], these first ones.
         zeros: uint8 [G, C].
         factors: float32 [E].
         CODE, FACTOR: as in `RowFormat`.
@@ -45,6 +48,7 @@ class Rows(NamedTuple):
     scales: torch.Tensor | None = None
     scale_columns: int | None = None
     rows: torch.Tensor | None = None
+    firsts: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     factors: torch.Tensor | None = None
     CODE: tl.constexpr = tl.constexpr("plain")
@@ -69,7 +73,7 @@ def rows_of(
             found.append(Rows(weight, bias))
             continue
         tables = scales[which * len(TABLES) :][: len(TABLES)]
-        rows, zeros, factors = (table if table.numel() else None for table in tables[1:])
+        rows, firsts, zeros, factors = (table if table.numel() else None for table in tables[1:])
         block = row_format.columns if down else row_format.rows
         scale = tables[0]
         kind = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}.get(scale.dtype, "")
@@ -77,7 +81,7 @@ def rows_of(
             scale = scale.view(torch.uint8)
         columns = block.columns if block.columns < hidden_size else WHOLE_ROW
         constants = row_format.code, kind, columns, row_format.factor
-        tensors = weight, bias, weight.shape[1], scale, scale.shape[1], rows, zeros, factors
+        tensors = weight, bias, weight.shape[1], scale, scale.shape[1], rows, firsts, zeros, factors
         found.append(Rows(*tensors, *map(tl.constexpr, constants)))
     return found
 
@@ -92,11 +96,12 @@ def load_factor(weights, expert):
 
 
 @triton.jit
-def scale_rows(weights, packed_f, kept_f):
+def scale_rows(weights, packed_f, kept_f, expert):
     """The scale row of every packed row, int64."""
     rows_f = packed_f
     if weights.rows is not None:
         rows_f = tl.load(weights.rows + packed_f, mask=kept_f, other=0).to(tl.int64)
+        rows_f += tl.load(weights.firsts + expert)
     return rows_f
 
 

@@ -26,14 +26,9 @@ from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
 from vllm_atomic_moe.experts.backends.cpu.arguments import SLACK_BYTES, bits_of, tensors_of
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
-from vllm_atomic_moe.experts.formats import PLAIN, Block, Encoded, RowFormat
-from vllm_atomic_moe.experts.packing import (
-    PROJECTIONS,
-    PackedExperts,
-    Projection,
-    build_layout,
-    with_slots,
-)
+from vllm_atomic_moe.experts.formats import Encoded
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
+from vllm_atomic_moe.files.row_formats import PLAIN, PROJECTIONS, Block, Projection, RowFormat
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

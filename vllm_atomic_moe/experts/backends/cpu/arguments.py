@@ -10,19 +10,15 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_atomic_moe.experts.formats import (
+from vllm_atomic_moe.experts.formats import TABLES
+from vllm_atomic_moe.experts.packing import BIAS_SLACK, SLOTS, projections_of
+from vllm_atomic_moe.files.row_formats import (
     CODES,
     FACTORS,
     PLAIN,
-    TABLES,
+    PROJECTIONS,
     Projection,
     RowFormat,
-)
-from vllm_atomic_moe.experts.packing import (
-    BIAS_SLACK,
-    PROJECTIONS,
-    SLOTS,
-    projections_of,
 )
 
 # Dtypes of scales, in the order of their numbers in C++.
@@ -76,7 +72,7 @@ def coded(gated: bool, row_format: RowFormat) -> list[Projection]:
 def quantized(scales: Sequence[torch.Tensor], gated: bool, row_format: RowFormat) -> Quantized:
     """The C++ arguments for codes; valid as long as the scales."""
     found = Quantized(
-        CODES.index(row_format.code) - 1,
+        [*CODES].index(row_format.code) - 1,
         SCALE_DTYPES.index(scales[0].dtype),
         FACTORS.index(row_format.factor),
     )
@@ -149,12 +145,13 @@ def _check_scales(
     assert dtype in SCALE_DTYPES, f"scales are {dtype}"
     for which, name in enumerate(projections):
         tables = scales[which * len(TABLES) :][: len(TABLES)]
-        scales_GC, rows_P, _, _ = tables
+        scales_GC, rows_P, firsts_E, _, _ = tables
         groups, columns = len(scales_GC), -(-hidden_size // row_format.block(name).columns)
         factors = 0 if row_format.factor == "none" else experts
         wanted = (
             ((groups, columns), dtype),
-            ((atoms if rows_P.numel() else 0,), torch.int32),
+            ((atoms if rows_P.numel() else 0,), torch.int16),
+            ((experts if rows_P.numel() else 0,), torch.int32),
             ((groups, columns) if with_zeros else (0,), torch.uint8),
             ((factors,), torch.float32),
         )
@@ -166,6 +163,7 @@ def _check_scales(
         if not rows_P.numel():
             assert groups == atoms, f"{name}: {groups} rows of scales, wanted {atoms}"
             continue
-        low, high = rows_P.aminmax()
-        assert low >= 0, f"{name}: row {int(low)} of {groups} rows of scales"
-        assert high < groups, f"{name}: row {int(high)} of {groups} rows of scales"
+        low = min(int(firsts_E.min()), int(rows_P.min()))
+        high = int((firsts_E.repeat_interleave(offsets_E1.diff()) + rows_P).max())
+        assert low >= 0, f"{name}: row {low} of {groups} rows of scales"
+        assert high < groups, f"{name}: row {high} of {groups} rows of scales"

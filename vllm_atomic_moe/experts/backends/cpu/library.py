@@ -37,9 +37,9 @@ from vllm_atomic_moe.experts.backends.cpu.arguments import (
     quantized,
     tensors_of,
 )
-from vllm_atomic_moe.experts.formats import PLAIN, RowFormat
-from vllm_atomic_moe.experts.packing import PROJECTIONS, Projection, projections_of
+from vllm_atomic_moe.experts.packing import projections_of
 from vllm_atomic_moe.files.plain_files import allow_reading, lock
+from vllm_atomic_moe.files.row_formats import PLAIN, PROJECTIONS, Projection, RowFormat
 
 SOURCES = tuple(
     Path(__file__).with_name(name)

@@ -182,14 +182,14 @@ void plan_block(Plan<D>& plan, const Call& call, const Expert& expert, Block& bl
 template <class D>
 void plan_scales(Plan<D>& plan, const Call& call, Expert& expert) {
   const int64_t first = call.offsets_E1[expert.id], width = call.width(expert.id);
-  const int32_t* rows = call.quantized->tables[2].rows_P;
+  const ScaleTable& table = call.quantized->tables[2];
+  const int16_t* rows = table.rows_P;
   expert.table_rows = plan.table_rows_F.size();
   plan.table_rows_F.resize(expert.table_rows + expert.atoms, 0);
   if (!width) return;
   int32_t* to = plan.table_rows_F.data() + expert.table_rows;
-  expert.first_scale_row = rows ? *std::min_element(rows + first, rows + first + width) : first;
-  for (int64_t atom = 0; atom < width; ++atom)
-    to[atom] = rows ? rows[first + atom] - expert.first_scale_row : atom;
+  expert.first_scale_row = rows ? table.firsts_E[expert.id] : first;
+  for (int64_t atom = 0; atom < width; ++atom) to[atom] = rows ? rows[first + atom] : atom;
   expert.scale_rows = *std::max_element(to, to + width) + 1;
 }
 

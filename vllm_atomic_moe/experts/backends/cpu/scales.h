@@ -11,7 +11,9 @@ namespace {
 // The scales of one projection, as in formats.ScaleTables.
 struct ScaleTable {
   const void* scales_GC;
-  const int32_t* rows_P;     // the scale row of every packed row; null: its own index
+  const int16_t* rows_P;     // the scale row of every packed row, from its expert's first one;
+                             // null: its own index
+  const int32_t* firsts_E;   // these first ones
   const uint8_t* zeros_GC;   // may be null
   const float* factors_E;    // may be null
   int64_t C;
@@ -116,12 +118,14 @@ void with_scales(const Quantized& of, const ScaleTable& table, int64_t expert, B
 inline void fill_side(const Quantized& of, const ScaleTable& table, int64_t expert, int64_t first,
                       int64_t atoms, int64_t end, float* to) {
   const int64_t stride = of.table_columns();
-  with_scales(of, table, expert, [=, rows_P = table.rows_P](const auto reader) {
+  const int16_t* rows_P = table.rows_P;
+  const int64_t first_row = rows_P ? table.firsts_E[expert] : 0;
+  with_scales(of, table, expert, [=](const auto reader) {
     for (int64_t atom = 0; atom < atoms; atom += kWidth) {
       int64_t rows[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) {
         const int64_t packed = std::min(first + atom + i, end - 1);  // padding repeats the last
-        rows[i] = rows_P ? rows_P[packed] : packed;
+        rows[i] = rows_P ? first_row + rows_P[packed] : packed;
       }
       for (int64_t column = 0; column < reader.C; column += kWidth) {
         const auto load = [&](int i) { return reader.load(rows[i], column, reader.C - column); };
