@@ -351,9 +351,12 @@ class KernelSuite:
         """Every format with biases in every activation, gated and not."""
         self._check_codes({"activation": activation, "has_bias": True}, FORMATS[name])
 
-    def test_codes_without_gate_and_biases(self) -> None:
-        """Two matrices per expert."""
-        self._check_codes({"activation": ACTIVATIONS[-1]}, FORMATS["mxfp4"])
+    @pytest.mark.parametrize(
+        "activation", [ACTIVATIONS[2], ACTIVATIONS[-1]], ids=lambda it: it.spec
+    )
+    def test_codes_without_biases(self, activation: Activation) -> None:
+        """With three matrices per expert, and with two."""
+        self._check_codes({"activation": activation}, FORMATS["mxfp4"])
 
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_activation_order(self, has_bias: bool) -> None:

@@ -15,7 +15,7 @@ from tests.checkpoints import make_checkpoint
 from tests.kernel_suite import SPELLED, make_experts, ragged, routed
 from tests.quantized import FORMATS, SCHEMES, SETTINGS, quantize_checkpoint
 from vllm_atomic_moe.experts.encoding import encode
-from vllm_atomic_moe.experts.formats import decode
+from vllm_atomic_moe.experts.formats import TABLES, decode
 from vllm_atomic_moe.experts.packing import PackedExperts, build_layout
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import IGNORED, Scheme, scheme_of_down
@@ -74,7 +74,7 @@ def test_default_dtype_changes_nothing():
         )
     finally:
         torch.set_default_dtype(torch.float32)
-    factors = [tensor for tensor in made.packed.scales if tensor.shape == (len(ragged()),)]
+    factors = made.packed.scales[TABLES.index("factors") :: len(TABLES)]
     assert [factor.dtype for factor in factors] == [torch.float32] * 3
 
 
