@@ -381,14 +381,25 @@ class KernelSuite:
                 experts.check(5 * x, weights, ids)
         return experts
 
-    @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize(
-        ("name", "activation"),
+        ("name", "activation", "has_bias"),
         [
-            *((name, SILU) for name in ("fp8-block", "int4", "awq", "nvfp4")),
-            ("mxfp4", ACTIVATIONS[2]),
-            ("mxfp4", ACTIVATIONS[-1]),
+            # `make test` takes the two kinds of scale tables and what has no gate.
+            ("fp8-block", SILU, False),
+            ("awq", SILU, True),
+            ("mxfp4", ACTIVATIONS[-1], True),
+            *(
+                pytest.param(name, activation, has_bias, marks=pytest.mark.full)
+                for name, activation, has_bias in (
+                    ("fp8-block", SILU, True),
+                    ("awq", SILU, False),
+                    *((name, SILU, it) for name in ("int4", "nvfp4") for it in (False, True)),
+                    *(("mxfp4", ACTIVATIONS[2], it) for it in (False, True)),
+                    ("mxfp4", ACTIVATIONS[-1], False),
+                )
+            ),
         ],
+        ids=lambda it: str(getattr(it, "spec", it)),
     )
     def test_plain_down_beside_codes(
         self, name: str, activation: Activation, has_bias: bool

@@ -55,9 +55,9 @@ def test_served_logits_equal_transformers(tmp_path, architecture):
 @pytest.mark.parametrize(
     "name",
     [
-        "mxfp4-blocks",
+        "int4",
         pytest.param("fp8-block", marks=pytest.mark.full),
-        pytest.param("int4", marks=pytest.mark.full),
+        pytest.param("mxfp4-blocks", marks=pytest.mark.full),
     ],
 )
 def test_plain_columns_beside_codes_equal_the_decoded_model(tmp_path, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def test_from_text_to_an_export(work, tmp_path):
     assert told["row_formats"] == {"fp8 128x128": [0, 1, 2]}
     done = refused("calibrate", tmp_path / "out", "--data", text, "-o", statistics, *SMALL)
     assert "an exported checkpoint" in done
+
+    fit = ("--refit", "--data", text, *SMALL)
+    done = run("export", model, profile, "-o", tmp_path / "refitted", *fit)
+    assert done.exit_code == 0, done.output
+    costs = re.search(r"refitted down_proj: (.+) MiB of plain .+ instead of (.+) MiB", done.stdout)
+    assert 1.9 < float(costs[1]) / float(costs[2]) < 2
+    done = run("check", tmp_path / "refitted", profile)
+    assert done.stdout.startswith("experts: fp8 128x128, down plain\n")
 
 
 @pytest.mark.parametrize(("made_on", "checked_on"), [("original", "fp8"), ("fp8", "original")])
