@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -179,8 +179,10 @@ def make_experts(
     activation: Activation = SILU,
     has_bias: bool = False,
     quantize: Callable[[torch.Tensor], Quantized] | None = None,
+    plain_down: bool = False,
 ) -> Experts:
-    """Experts of random weights and biases, reduced to `masks`; optionally quantized."""
+    """Experts of random weights and biases, reduced to `masks`; optionally quantized, all of them
+    or gate and up alone."""
     generator = torch.Generator().manual_seed(0)
     num_experts, full = next(iter(masks.values())).shape
     shape = (num_experts, full, hidden_size)
@@ -189,7 +191,12 @@ def make_experts(
     dense = tuple((torch.randn(shape, generator=generator) * scale).to(dtype) for _ in projections)
     encoded, row_format = {}, PLAIN
     if quantize is not None:
+        down = dense[-1]
         dense, encoded, row_format = _quantized(dense, projections, quantize)
+        if plain_down:
+            dense, row_format = (*dense[:-1], down), replace(row_format, plain_down=True)
+            for expert in range(num_experts):
+                del encoded[expert, "down"]
         dense = tuple(matrix.to(dtype) for matrix in dense)
     packed = PackedExperts(
         build_layout(masks),
@@ -209,7 +216,7 @@ def make_experts(
     for expert in range(num_experts):
         for projection, matrix in zip(projections, dense, strict=True):
             rows = matrix[expert]
-            if encoded:
+            if (expert, projection) in encoded:
                 packed.load_encoded(expert, projection, encoded[expert, projection])
                 continue
             packed.load_expert(
@@ -373,6 +380,46 @@ class KernelSuite:
                 x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
                 experts.check(5 * x, weights, ids)
         return experts
+
+    @pytest.mark.parametrize(
+        ("name", "activation", "has_bias"),
+        [
+            # `make test` takes the two kinds of scale tables and what has no gate.
+            ("fp8-block", SILU, False),
+            ("awq", SILU, True),
+            ("mxfp4", ACTIVATIONS[-1], True),
+            *(
+                pytest.param(name, activation, has_bias, marks=pytest.mark.full)
+                for name, activation, has_bias in (
+                    ("fp8-block", SILU, True),
+                    ("awq", SILU, False),
+                    *((name, SILU, it) for name in ("int4", "nvfp4") for it in (False, True)),
+                    *(("mxfp4", ACTIVATIONS[2], it) for it in (False, True)),
+                    ("mxfp4", ACTIVATIONS[-1], False),
+                )
+            ),
+        ],
+        ids=lambda it: str(getattr(it, "spec", it)),
+    )
+    def test_plain_down_beside_codes(
+        self, name: str, activation: Activation, has_bias: bool
+    ) -> None:
+        """A refitted down_proj; two profiles in one batch, and no gate."""
+        masks = {"a": ragged(), "b": ragged(1)}
+        for dtype in self.dtypes:
+            experts = self.make(
+                masks,
+                dtype,
+                hidden_size=96,
+                activation=activation,
+                has_bias=has_bias,
+                quantize=FORMATS[name],
+                plain_down=True,
+            )
+            for tokens in (1, 3, 40):
+                x, weights, ids = routed(tokens, 4, len(WIDTHS), dtype, hidden_size=96)
+                names = [("a", "b")[token % 2] for token in range(tokens)]
+                experts.check(x, weights, ids, names)
 
     def test_a_bias_remains_without_atoms(self) -> None:
         """The bias of down, weighted by the router, is added once."""

@@ -119,7 +119,7 @@ double check(int dtype, int code) {
     ids[n] = (int32_t(random() % (E + 2)) - 1) * kSlots + n / kTop % kSlots;
   }
   std::vector<Element> out(kTokens * H);
-  failed += atomic_moe_fused_experts(packed.data(), code < 0 ? nullptr : &quantized, nullptr,
+  failed += atomic_moe_fused_experts(packed.data(), nullptr, code < 0 ? nullptr : &quantized, nullptr,
                                      nullptr, nullptr, slot_bits.data(), words.data(), offsets.data(), E, W, H, dtype, 0, INFINITY, 1,
                                      0, x.data(), weights.data(), ids.data(), out.data(), kTokens,
                                      kTop, false, 3, 2);

@@ -303,7 +303,7 @@ def test_export_is_smaller_checked_and_not_calibrated(work, profiles, tmp_path):
 
     stats = tmp_path / "stats"
     line = refused("calibrate", output, "--data", work / "one.txt", "-o", stats, *SMALL)
-    assert "an exported checkpoint, whose pruned atoms are gone; calibrate the original" in line
+    assert "an exported checkpoint, whose pruned atoms are gone; use the original model" in line
     heapr_40 = profiles / "heapr-40.safetensors"
     line = refused("export", work / "model", heapr_40, "-o", output)
     assert "holds an export of another model or profile, 'heapr-20'" in line

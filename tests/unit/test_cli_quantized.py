@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ SMALL = ("--samples", "4", "--seq-len", "32")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A bfloat16 `original`, its sibling `fp8` and text."""
+    """A float32 `original`, its sibling `fp8` and text."""
     directory = tmp_path_factory.mktemp("work")
     make_model("qwen3_moe", directory / "original")
     quantize_checkpoint(directory / "original", directory / "fp8", "fp8-block")
@@ -46,6 +47,15 @@ def test_from_text_to_an_export(work, tmp_path):
     assert told["row_formats"] == {"fp8 128x128": [0, 1, 2]}
     done = refused("calibrate", tmp_path / "out", "--data", text, "-o", statistics, *SMALL)
     assert "an exported checkpoint" in done
+
+    fit = ("--refit", "--data", text, *SMALL)
+    done = run("export", model, profile, "-o", tmp_path / "refitted", *fit)
+    assert done.exit_code == 0, done.output
+    costs = re.search(r"refitted down_proj: (.+) MiB of plain .+ instead of (.+) MiB", done.stdout)
+    # 32 bits, the dtype of this config.json, instead of 8.
+    assert float(costs[1]) / float(costs[2]) == pytest.approx(4, rel=0.1)
+    done = run("check", tmp_path / "refitted", profile)
+    assert done.stdout.startswith("experts: fp8 128x128, down plain\n")
 
 
 @pytest.mark.parametrize(("made_on", "checked_on"), [("original", "fp8"), ("fp8", "original")])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import make_checkpoint, ragged_masks, write_profile
+from tests.checkpoints import make_checkpoint, ragged_masks, uniform_profile, write_profile
 from tests.quantized import FORMATS, gptq, quantize_checkpoint, quantize_gpt_oss
 from tests.unit.tiny_models import make_model
 from vllm_atomic_moe.convert.exporting.codes import find_codes
-from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.convert.exporting.export import Refitted, export
 from vllm_atomic_moe.convert.exporting.rows import find_biases, find_rows, split_names
 from vllm_atomic_moe.experts.formats import decode
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
@@ -56,10 +56,10 @@ def values(directory, keep):
     with Shards(directory) as source:
         experts, _ = split_names(source, info)
         for layer, names in experts.items():
-            plain = info.scheme(layer).kind == "plain"
-            rows = (find_rows if plain else find_codes)(source, info, layer, names)
             biases = find_biases(source, info, layer, names)
             for part, projection in zip(PACKED_ROWS, PROJECTIONS, strict=True):
+                plain = info.scheme(layer).of(part).kind == "plain"
+                rows = (find_rows if plain else find_codes)(source, info, layer, names)
                 for expert, keep_I in enumerate(keep[layer]):
                     if plain:
                         kept = rows.kept(part, expert, keep_I).float()
@@ -105,6 +105,68 @@ def test_exports_keep_the_bits_of_the_atoms_that_stay(originals, tmp_path, kind)
     assert contents(again / EXPORT_DIRECTORY) == contents(at_once / EXPORT_DIRECTORY)
     rows, wanted = values(again, narrow), values(plain, narrow)
     assert all(torch.equal(rows[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "gptq", "nvfp4", "gpt-oss"])
+def test_refitted_columns_are_plain_beside_codes(originals, tmp_path, kind):
+    """Gate and up keep their bits, also in an export of the export; `check` names both formats."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    plain = quantized(originals, model, kind)
+    path = model / "profiles/wide.safetensors"
+    wide, narrow = (
+        PruningProfile.read(model / f"profiles/{name}.safetensors").keep
+        for name in ("wide", "narrow")
+    )
+    info = describe_checkpoint(model)
+    generator = torch.Generator().manual_seed(0)
+    columns = {
+        layer: torch.randn(int(keep_EI.sum()), info.hidden_size, generator=generator).bfloat16()
+        for layer, keep_EI in wide.items()
+    }
+    result = export(str(model), path, output, refit=lambda chosen: Refitted(columns, {"why": "x"}))
+    export(str(model), path, tmp_path / "unchanged")
+    sizes = [
+        sum(
+            tensor.nbytes
+            for name, tensor in load_file(directory / SHARD).items()
+            if ".packed.down_t" in name and not name.endswith("_bias")
+        )
+        for directory in (tmp_path / "unchanged", output)
+    ]
+    assert result.refit == {"why": "x", "down_proj_bytes": sizes}
+    assert sizes[1] == sum(it.nbytes for it in columns.values()) > sizes[0]
+
+    found = describe_checkpoint(output)
+    assert found == info
+    [name] = found.row_formats
+    assert name == f"{next(iter(info.row_formats))}, down plain"
+    wanted = values(plain, wide)
+    for layer, keep_EI in wide.items():
+        for expert, rows in enumerate(columns[layer].split(keep_EI.sum(dim=1).tolist())):
+            wanted[layer, "down_t", expert] = rows.float()
+    rows = values(output, wide)
+    assert rows.keys() == wanted.keys()
+    assert all(torch.equal(rows[key], wanted[key]) for key in wanted)
+
+    export(str(output), model / "profiles/narrow.safetensors", tmp_path / "again")
+    assert describe_checkpoint(tmp_path / "again").row_formats == found.row_formats
+    rows, stored = values(tmp_path / "again", narrow), values(output, narrow)
+    assert all(torch.equal(rows[key], stored[key]) for key in stored)
+
+
+def test_a_refit_of_codes_is_not_for_other_engines(originals, tmp_path):
+    """Refused before anything is fitted."""
+    model = tmp_path / "model"
+    quantized(originals, model, "fp8-block")
+    info = describe_checkpoint(model)
+    path = uniform_profile(info, info.num_experts, 64).write_into(tmp_path)
+
+    def fit(chosen):
+        raise AssertionError("fitted")
+
+    with pytest.raises(ValueError, match=r"no plain down_proj beside .* refit without --plain"):
+        export(str(model), path, tmp_path / "out", plain=True, refit=fit)
+    assert not (tmp_path / "out").exists()
 
 
 def test_gpt_oss_of_16_bits_is_exported_with_its_biases(originals, tmp_path):
@@ -214,12 +276,16 @@ def test_exports_that_contradict_themselves(originals, tmp_path):
     refused("layer 1: a row format that is not known", lambda of: of["1"]["up"].update(rows=-1))
     refused("does not say how the rows of layer 1", lambda of: of["1"].pop("up"))
     refused(
-        "projections encoded differently .gate int4 g32, up int4 g32, down_t plain",
-        lambda of: of["1"].update(down_t={"kind": "plain"}),
+        "projections encoded differently .gate int4 g32, up plain, down_t int4 g32",
+        lambda of: of["1"].update(up={"kind": "plain"}),
     )
     refused("quantized as fp8 g32, config.json says 4 bits", lambda of: [
         of["1"][part].update(kind="fp8") for part in PACKED_ROWS
     ])  # fmt: skip
+    refused(
+        r"packed.down_t is U8 \[\d+, 96\], wanted \[\d+, 192\]",
+        lambda of: of["1"].update(down_t={"kind": "plain"}),
+    )
     scales = f"{packed}.down_t_scales"
     refused("packed.down_t_scales is missing", change_tensors=lambda t: t.pop(scales))
     refused(

@@ -7,6 +7,7 @@ are meta tensors of real shapes, so that what is compiled is what a GPU would ru
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,7 @@ def test_every_activation_compiles_with_biases(activation):
     assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in kernels)
 
 
+@pytest.mark.parametrize("plain_down", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("name", "dtype", "capability"),
     [
@@ -129,9 +131,11 @@ def test_every_activation_compiles_with_biases(activation):
     ],
     ids=str,
 )
-def test_every_row_format_compiles(name, dtype, capability):
-    """Decoding and prefill; one format in another dtype, which decodes in the same way."""
-    rows = SCHEMES[name].row_format(H, WIDEST)
+def test_every_row_format_compiles(name, dtype, capability, plain_down):
+    """Decoding and prefill, also beside a refitted down_proj; one format in another dtype, which
+    decodes in the same way.
+    """
+    rows = replace(SCHEMES[name].row_format(H, WIDEST), plain_down=plain_down)
     kernels = compile_all(capability, dtype, (TOKENS[0], TOKENS[-1]), rows=rows)
     assert {kernel.metadata.name for kernel in kernels} >= {*GEMMS}
     for kernel in kernels:

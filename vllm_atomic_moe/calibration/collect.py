@@ -181,7 +181,7 @@ def find_original(model: str) -> tuple[Path, CheckpointInfo]:
     checkpoint = describe_checkpoint(directory)
     if checkpoint.stored is not None:
         raise ValueError(
-            f"{directory}: an exported checkpoint, whose pruned atoms are gone; calibrate the "
+            f"{directory}: an exported checkpoint, whose pruned atoms are gone; use the "
             "original model"
         )
     return directory, checkpoint

@@ -190,12 +190,6 @@ def fit_model(
             "batch; at least 2 are needed, since some are held out: use more text, or a smaller "
             "--seq-len or --batch-size"
         )
-    if kind == "columns" and checkpoint.row_formats.keys() != {"plain"}:
-        raise ValueError(
-            f"{directory}: its experts are quantized as {', '.join(checkpoint.row_formats)}, and "
-            "down_proj is not fitted beside such gates; refit the 16-bit original, or prune with "
-            "--compensate"
-        )
     columns = stored_dtype(directory, trusted)
     kept = InMemory(free_bytes(torch.device("cpu")))
     run = Refit(reader, kept, windows, profile, kind, columns, on_note)

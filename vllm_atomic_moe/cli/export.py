@@ -53,7 +53,7 @@ def export(
         typer.Option(
             "--refit",
             help="Refit down_proj to the text of --data, so that the kept atoms offset the error "
-            "of pruning.",
+            "of pruning; 16 bits a weight if the experts are quantized.",
         ),
     ] = False,
     data: FitData = None,
@@ -120,3 +120,10 @@ def export(
         f"{result.source_bytes / 2**20:.2f} MiB) in {result.shards} "
         f"shard{'s' if result.shards > 1 else ''}"
     )
+    if result.refit:
+        codes, plain_rows = result.refit["down_proj_bytes"]
+        if codes != plain_rows:
+            typer.echo(
+                f"refitted down_proj: {plain_rows / 2**20:.2f} MiB of plain weights instead of "
+                f"{codes / 2**20:.2f} MiB of codes and scales"
+            )

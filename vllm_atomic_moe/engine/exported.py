@@ -64,7 +64,7 @@ def packed_rows_taken_by(
                 continue
             if found.quantity == "bias":
                 _load_biases(layer, name, projection, tensor, stored[found.layer])
-            elif layer.scheme.plain:
+            elif layer.scheme.of(found.part).plain:
                 layer.mark_loaded(f"{projection}_proj", name)
                 layer.packed.load_rows(projection, tensor, stored[found.layer])
             else:

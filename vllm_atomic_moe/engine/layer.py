@@ -375,10 +375,11 @@ class AtomicRoutedExperts(RoutedExperts):
     @property
     def tensors(self) -> list[str]:
         """The tensors of an expert that must arrive."""
-        names = [f"{name}_proj" for name in projections_of(self.packed.activation.gated)]
-        biases = [f"{name}.bias" for name in names if self.packed.biases]
-        if not self.scheme.plain:
-            names = [f"{name}.{part}" for name in names for part in self.scheme.parts]
+        names, biases = [], []
+        for projection in projections_of(self.packed.activation.gated):
+            name, plain = f"{projection}_proj", self.packed.row_format.of(projection).plain
+            names += [name] if plain else [f"{name}.{part}" for part in self.scheme.parts]
+            biases += [f"{name}.bias"] if self.packed.biases else []
         return names + biases
 
     def missing(self) -> list[str]:

@@ -171,18 +171,18 @@ def stored_values(
 
     Args:
         weights: plain rows or codes, [P, ·] for every projection, down last.
-        scales: tables of every projection, as in `ScaleTables`.
+        scales: tables of every projection with codes, as in `ScaleTables`.
         which: index of the projection.
         row_format: has at least what `RowFormat.parse` returns.
         rows_F: int64, packed rows, all of `expert`.
     """
-    stored = weights[which][rows_F]
-    if row_format.plain:
+    stored, down = weights[which][rows_F], which == len(weights) - 1
+    if row_format.of("down" if down else "up").plain:
         return stored.float()
     scales_GC, rows_P, firsts_E, zeros_GC, factors_E = scales[which * len(TABLES) :][: len(TABLES)]
     groups_F = firsts_E[expert] + rows_P[rows_F].long() if rows_P.numel() else rows_F
     factor = factors_E[expert] if factors_E.numel() else None
-    block = row_format.columns if which == len(weights) - 1 else row_format.rows
+    block = row_format.columns if down else row_format.rows
     return decode_rows(
         unpack_codes(stored, row_format.bits),
         row_format.code,
@@ -196,8 +196,8 @@ class ScaleTables:
     """The scales of one layer's packed rows: allocated before they are known, filled by expert.
 
     Attributes:
-        tensors: name -> tensor: of every projection `{projection}_{table}` for TABLES: scales
-            [G, C] of the format's dtype; rows int16 [P], the scale row of every packed row,
+        tensors: name -> tensor: of every projection with codes `{projection}_{table}` for TABLES:
+            scales [G, C] of the format's dtype; rows int16 [P], the scale row of every packed row,
             counted from the first of its expert, and firsts int32 [E], these first ones, both
             empty if it is the row's own number; zeros uint8 [G, C]; factors float32 [E].
     """
@@ -217,9 +217,9 @@ class ScaleTables:
         self._groups: dict[Projection, list[torch.Tensor]] = {}
         self._first: dict[Projection, list[int]] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        if row_format.plain:
-            return
         for name in projections:
+            if row_format.of(name).plain:
+                continue
             block = row_format.block(name)
             kept: list[torch.Tensor] = []
             if row_format.shared(name):

@@ -289,11 +289,15 @@ class RowStorage:
         row_format: RowFormat = PLAIN,
     ) -> dict[str, torch.Tensor]:
         """See `Storage`."""
-        shape = (int(offsets_E1[-1]), hidden_size)
-        if not row_format.plain:
-            shape, dtype = (shape[0], hidden_size * row_format.bits // 8), torch.uint8
-        names = ("gate", "up", "down_t") if gated else ("up", "down_t")
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name in names}
+        found: dict[str, torch.Tensor] = {}
+        rows = int(offsets_E1[-1])
+        for projection in projections_of(gated):
+            shape, kind, stored = (rows, hidden_size), dtype, row_format.of(projection)
+            if not stored.plain:
+                shape, kind = (rows, hidden_size * stored.bits // 8), torch.uint8
+            name = "down_t" if projection == "down" else projection
+            found[name] = torch.empty(shape, dtype=kind, device=device)
+        return found
 
     def write(
         self,
@@ -310,7 +314,7 @@ class RowStorage:
         start, end = offsets_E1[expert : expert + 2].tolist()
         target_FH = weights[projections_of(gated).index(projection)][start:end]
         atoms_F = atoms_F.to(rows_SH.device)
-        if not row_format.plain:
+        if not row_format.of(projection).plain:
             target_FH.copy_(pack_codes(rows_SH.index_select(0, atoms_F), row_format.bits))
         elif rows_SH.is_contiguous():
             target_FH.copy_(rows_SH.index_select(0, atoms_F))
@@ -397,8 +401,8 @@ class PackedExperts(nn.Module):
         }
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        dtype = self.weights[0].dtype
-        changed = fn(self.weights[0].new_empty(0)).dtype
+        dtype = self.weights[-1].dtype  # codes stay; plain rows may be of down alone
+        changed = fn(self.weights[-1].new_empty(0)).dtype
         if changed != dtype:
             raise ValueError(
                 f"packed experts are {dtype} and cannot become {changed}; pack them anew"
@@ -412,7 +416,7 @@ class PackedExperts(nn.Module):
 
     @property
     def scales(self) -> list[torch.Tensor]:
-        """The tables of every projection, in the order of `formats.TABLES`; empty if plain."""
+        """The tables of every projection with codes, in the order of `formats.TABLES`."""
         return [getattr(self, name) for name in self._scale_names]
 
     @property
@@ -488,7 +492,7 @@ class PackedExperts(nn.Module):
             encoded: all I atoms, as `row_format` says; of the model's shape. Not modified.
         """
         atoms_F = self.layout.expert_atoms(expert)
-        if not self.row_format.plain:
+        if not self.row_format.of(projection).plain:
             self._tables.write(expert, projection, encoded, atoms_F)
         self._write(expert, projection, encoded.codes_SH, atoms_F)
 

@@ -12,6 +12,7 @@ Legend: E experts, H hidden size, I full intermediate size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,7 +76,8 @@ def stored_schemes(directory: Path, layers: Sequence[int]) -> dict[int, Scheme]:
         layers: indices of its MoE layers.
 
     Raises:
-        ValueError: its index lacks a projection, or projections of one layer differ.
+        ValueError: its index lacks a projection, or projections of one layer differ, except that
+            down may be plain.
     """
     path = directory / EXPORT_DIRECTORY / INDEX
     metadata = read_json_object(path)["metadata"]
@@ -95,13 +97,14 @@ def stored_schemes(directory: Path, layers: Sequence[int]) -> dict[int, Scheme]:
             raise ValueError(
                 f"{path}: layer {layer}: {error}; was it made by this version of atomic-moe?"
             ) from None
-        if len({*found.values()}) > 1:
+        gate, up, down = (found[part] for part in PACKED_ROWS)
+        if gate != up or down not in (gate, PLAIN_SCHEME):
             names = ", ".join(f"{part} {scheme.name}" for part, scheme in found.items())
             raise ValueError(
                 f"not served by this version: layer {layer} of {path}: projections encoded "
                 f"differently ({names}); export the model again"
             )
-        schemes[layer] = found["gate"]
+        schemes[layer] = gate if down == gate else replace(gate, plain_down=True)
     return schemes
 
 
@@ -137,9 +140,8 @@ def stored_masks(
         for part, projection in PART_PROJECTIONS.items():
             tables = row_format.stored_tables(projection)
             _check_present(index, [packed_name(block, part, table) for table in tables], where)
-        bits = row_format.bits
-        wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
-        for name in (names[part] for part in PACKED_ROWS):
+            name, bits = names[part], row_format.of(projection).bits
+            wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
             with open_safetensors(where[name]) as (_, shard):
                 entry = shard.get_slice(name)
                 shape, dtype = entry.get_shape(), entry.get_dtype()

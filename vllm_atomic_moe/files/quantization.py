@@ -8,7 +8,7 @@ agree.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,7 @@ class Scheme:
         parts: the parts that every matrix must have.
         rows, columns: block of one scale, of N and of K; 0 means all.
         scale: dtype of the scales, as safetensors spells it.
+        plain_down: whether an export has plain rows of down beside codes of gate and up.
     """
 
     kind: str = "plain"
@@ -192,6 +193,11 @@ class Scheme:
     rows: int = 0
     columns: int = 0
     scale: str = "F32"
+    plain_down: bool = False
+
+    def of(self, part: str) -> Scheme:
+        """How the rows of one part of the packed layout are quantized."""
+        return PLAIN_SCHEME if self.plain_down and part == "down_t" else self
 
     @property
     def plain(self) -> bool:
@@ -205,7 +211,9 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """For display: fp8 128x128, fp8 channel, gptq g128, nvfp4."""
+        """For display: fp8 128x128, fp8 channel, gptq g128, nvfp4, "mxfp4, down plain"."""
+        if self.plain_down:
+            return f"{replace(self, plain_down=False).name}, down plain"
         kind = self.kind.split("-")[0]
         if self.plain or self.facts.group:
             return kind
@@ -230,6 +238,7 @@ class Scheme:
             zeros=self.facts.zeros,
             factor=self.facts.factor,
             scattered=self.facts.scattered,
+            plain_down=self.plain_down,
         )
 
     def told(self) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class RowFormat:
         zeros: whether there are zero points.
         factor: whether, and how, one float32 per expert and projection acts on the scales.
         scattered: whether the checkpoint says to which group an atom of down belongs.
+        plain_down: whether down has plain rows beside the codes of gate and up.
     """
 
     code: Code = "plain"
@@ -86,6 +87,11 @@ class RowFormat:
     zeros: bool = False
     factor: Factor = "none"
     scattered: bool = False
+    plain_down: bool = False
+
+    def of(self, projection: Projection) -> RowFormat:
+        """The format of one projection's rows."""
+        return PLAIN if self.plain_down and projection == "down" else self
 
     @property
     def plain(self) -> bool:
@@ -100,7 +106,8 @@ class RowFormat:
     @property
     def spec(self) -> str:
         """The input of `parse`; kernels need no more."""
-        return f"{self.code}:{self.rows.columns}:{self.columns.columns}:{self.factor}"
+        down = "plain" if self.plain_down else self.columns.columns
+        return f"{self.code}:{self.rows.columns}:{down}:{self.factor}"
 
     @classmethod
     @functools.cache
@@ -109,7 +116,10 @@ class RowFormat:
         code, rows, columns, factor = spec.split(":")
         assert code in CODES, f"code {code!r} is none of {[*CODES]}"
         assert factor in FACTORS, f"factor {factor!r} is none of {FACTORS}"
-        return cls(cast("Code", code), Block(1, int(rows)), Block(1, int(columns)), factor=factor)
+        known, block = cast("Code", code), Block(1, int(rows))
+        if columns == "plain":
+            return cls(known, block, factor=factor, plain_down=True)
+        return cls(known, block, Block(1, int(columns)), factor=factor)
 
     def block(self, projection: Projection) -> Block:
         """Of a scale of one projection."""
@@ -117,7 +127,7 @@ class RowFormat:
 
     def stored_tables(self, projection: Projection) -> tuple[str, ...]:
         """The tables beside the rows in an exported checkpoint (`layouts.PACKED_TABLES`)."""
-        if self.plain:
+        if self.of(projection).plain:
             return ()
         present = {
             "scales": True,
@@ -160,12 +170,12 @@ class RowFormat:
         Args:
             itemsize: bytes of a plain weight.
         """
-        names = PROJECTIONS if gated else PROJECTIONS[1:]
-        weights = hidden_size * intermediate_size
-        if self.plain:
-            return len(names) * weights * itemsize
-        total = len(names) * weights * self.bits // 8
-        for name in names:
+        weights, total = hidden_size * intermediate_size, 0
+        for name in PROJECTIONS if gated else PROJECTIONS[1:]:
+            if self.of(name).plain:
+                total += weights * itemsize
+                continue
+            total += weights * self.bits // 8
             atoms, columns = self.block(name)
             scales = -(-intermediate_size // atoms) * -(-hidden_size // columns)
             total += scales * self.scale.itemsize + (scales // 2 if self.zeros else 0)

@@ -16,6 +16,7 @@ from vllm_atomic_moe.convert.exporting.rows import (
     Naming,
     by_expert,
     check_names,
+    tables_of,
 )
 from vllm_atomic_moe.experts.encoding import encode, encode_scales
 from vllm_atomic_moe.experts.formats import Encoded
@@ -23,7 +24,7 @@ from vllm_atomic_moe.experts.stored import StoredRows, stored_shapes, taken
 from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.layouts import PACKED_ROWS
 from vllm_atomic_moe.files.quantization import IGNORED, Scheme
-from vllm_atomic_moe.files.row_formats import PART_PROJECTIONS, PROJECTIONS, RowFormat
+from vllm_atomic_moe.files.row_formats import PART_PROJECTIONS, RowFormat
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
@@ -48,23 +49,21 @@ class LayerCodes:
     rows: Rows
 
     def packed(
-        self, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
+        self, part: str, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
     ) -> Iterator[StreamedTensor]:
-        """Codes and tables of the atoms in `keep_EI`, of every projection."""
-        for part, projection in PART_PROJECTIONS.items():
-            shapes = stored_shapes(self.row_format, projection, keep_EI, hidden_size)
-            for quantity, (dtype, shape) in shapes.items():
+        """Codes and tables of the atoms in `keep_EI`, of one of PACKED_ROWS."""
+        projection = PART_PROJECTIONS[part]
+        shapes = stored_shapes(self.row_format, projection, keep_EI, hidden_size)
+        for quantity, (dtype, shape) in shapes.items():
 
-                def piece(
-                    expert: int, keep_I: torch.Tensor, part: str = part, name: str = quantity
-                ) -> torch.Tensor:
-                    encoded = self.rows(part, expert, name == "weight")
-                    atoms_F = keep_I.nonzero().flatten()
-                    return taken(name, encoded, self.row_format, PART_PROJECTIONS[part], atoms_F)
+            def piece(expert: int, keep_I: torch.Tensor, name: str = quantity) -> torch.Tensor:
+                encoded = self.rows(part, expert, name == "weight")
+                atoms_F = keep_I.nonzero().flatten()
+                return taken(name, encoded, self.row_format, projection, atoms_F)
 
-                name = naming(part, quantity)
-                spelled = self.scheme.scale if quantity == "scales" else SPELLED[dtype]
-                yield by_expert(name, spelled, shape, dtype.itemsize, keep_EI, piece)
+            name = naming(part, quantity)
+            spelled = self.scheme.scale if quantity == "scales" else SPELLED[dtype]
+            yield by_expert(name, spelled, shape, dtype.itemsize, keep_EI, piece)
 
 
 def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerCodes:
@@ -76,8 +75,7 @@ def find_codes(source: Shards, info: CheckpointInfo, layer: int, names: LayerNam
     scheme, sizes = info.scheme(layer), (info.hidden_size, info.intermediate_size)
     form = scheme.row_format(*sizes)
     if info.stored is not None:
-        tables = {table for it in PROJECTIONS for table in form.stored_tables(it)}
-        check_names(names, {"weight", "bias", *tables})
+        check_names(names, {"weight", "bias", *tables_of(form)})
         return LayerCodes(scheme, form, _stored(source, info, layer, names, form))
     check_names(names, (*scheme.parts, "bias", *IGNORED))
     for part in PACKED_ROWS:

@@ -30,10 +30,15 @@ from vllm_atomic_moe.convert.exporting.place import (
 )
 from vllm_atomic_moe.convert.exporting.plain import check_plain, plan_plain
 from vllm_atomic_moe.convert.exporting.plan import Plan
-from vllm_atomic_moe.files.checkpoint import checkpoint_files, describe_checkpoint, resolve_model
+from vllm_atomic_moe.files.checkpoint import (
+    CheckpointInfo,
+    checkpoint_files,
+    describe_checkpoint,
+    resolve_model,
+)
 from vllm_atomic_moe.files.config import config_file
 from vllm_atomic_moe.files.export_format import EXPORT_DIRECTORY
-from vllm_atomic_moe.files.layouts import INDEX
+from vllm_atomic_moe.files.layouts import INDEX, quantized_tensor
 from vllm_atomic_moe.files.plain_files import allow_reading
 from vllm_atomic_moe.files.profiles import PruningProfile
 from vllm_atomic_moe.files.shards import Shards
@@ -64,7 +69,8 @@ class ExportResult:
         experts: number of experts per layer.
         width: atoms per expert of an ordinary checkpoint; None for packed rows.
         warnings: one line each.
-        refit: report of the refit; None without one.
+        refit: report of the refit, with the bytes of down_proj without and with it; None without
+            one.
     """
 
     directory: Path
@@ -128,7 +134,8 @@ def export(
     with Shards(directory) as source:
         settings = config_file(directory).name
         make_plan = partial(plan_plain if plain else plan_packed, directory, source, info, chosen)
-        plan = make_plan()
+        # Of a refit with its sizes, to refuse before the fit what cannot be written.
+        plan = make_plan(refitted={} if refit is None else _placeholders(info, chosen))
         if not plain:
             files[f"atomic_profiles/{chosen.name}.safetensors"] = profile
         shards = split_shards(plan, shard_bytes)
@@ -141,7 +148,8 @@ def export(
                 refitted = refit(chosen)
                 plan = make_plan(refitted=refitted.down_t_PH)
                 shards = split_shards(plan, shard_bytes)
-                notes = {"refit": dict(refitted.report)}
+                sizes = [_down_bytes(make_plan()), _down_bytes(plan)]
+                notes = {"refit": {**refitted.report, "down_proj_bytes": sizes}}
             write_weights(work, shards, plan, on_progress, notes)
             for name, path in sorted(files.items()):
                 _write_file(work / name, path)
@@ -162,6 +170,25 @@ def export(
         width=plan.width,
         warnings=warnings,
         refit=notes.get("refit"),
+    )
+
+
+def _placeholders(info: CheckpointInfo, profile: PruningProfile) -> dict[int, torch.Tensor]:
+    """Columns of down_proj without values, in bfloat16."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    return {
+        layer: torch.empty(int(keep_EI.sum()), info.hidden_size, **options)
+        for layer, keep_EI in profile.keep.items()
+    }
+
+
+def _down_bytes(plan: Plan) -> int:
+    """Bytes of all rows of down_proj and the tables that decode them."""
+    found = ((quantized_tensor(tensor.name), tensor.nbytes) for tensor in plan.tensors)
+    return sum(
+        nbytes
+        for it, nbytes in found
+        if it and it.part.startswith("down") and it.quantity != "bias"
     )
 
 

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,13 +53,14 @@ def plan_packed(
     Args:
         directory, source, info: the model.
         profile: the profile.
-        refitted: layer index -> new columns of down_proj for the kept atoms, [P, H].
+        refitted: layer index -> new columns of down_proj for the kept atoms, [P, H]; plain beside
+            codes, if gate and up are quantized.
 
     Raises:
         ValueError: the experts are not stored in a way that is understood.
     """
     tensors = plan_tensors(source, info, profile, refitted)
-    formats = row_formats(info, tensors)
+    formats = row_formats(info, tensors, refitted)
     metadata = {
         "format": EXPORT_FORMAT,
         "format_version": EXPORT_VERSION if formats else PLAIN_VERSION,
@@ -84,13 +85,21 @@ def plan_tensors(
     experts, others = split_names(source, info)
     planned = [copied(source, name) for name in others]
     for layer, names in experts.items():
-        find = find_rows if info.scheme(layer).plain else find_codes
         naming = partial(packed_name, info.blocks[layer])
-        parts = (find(source, info, layer, names), find_biases(source, info, layer, names))
-        kept = profile.keep[layer], info.hidden_size
-        for tensor in chain(*(part.packed(naming, *kept) for part in parts if part is not None)):
-            fitted = layer in refitted and tensor.name == naming("down_t", "weight")
-            planned.append(refitted_rows(tensor, refitted[layer]) if fitted else tensor)
+        kept = naming, profile.keep[layer], info.hidden_size
+        scheme = info.scheme(layer)
+        plain = {part: scheme.of(part).plain for part in PACKED_ROWS}
+        rows = find_rows(source, info, layer, names) if any(plain.values()) else None
+        codes = None if all(plain.values()) else find_codes(source, info, layer, names)
+        for part in PACKED_ROWS:
+            if part == "down_t" and layer in refitted:
+                columns = refitted[layer]
+                columns = columns if rows is None else columns.to(PLAIN_DTYPES[rows.dtype])
+                planned.append(refitted_rows(naming(part, "weight"), columns))
+            elif found := rows if plain[part] else codes:
+                planned += found.packed(part, *kept)
+        if biases := find_biases(source, info, layer, names):
+            planned += biases.packed(*kept)
         planned += _index(info.blocks[layer], profile.keep[layer])
     return sorted(planned, key=lambda tensor: natural(tensor.name))
 
@@ -106,7 +115,7 @@ def _index(block: str, keep_EI: torch.Tensor) -> Iterator[StreamedTensor]:
 
 
 def row_formats(
-    info: CheckpointInfo, tensors: Sequence[StreamedTensor]
+    info: CheckpointInfo, tensors: Sequence[StreamedTensor], refitted: Collection[int]
 ) -> dict[str, dict[str, Any]] | None:
     """The index's entry for row formats, by layer and part; None if version 1 suffices."""
     biased = any(
@@ -118,7 +127,10 @@ def row_formats(
     if not biased and all(scheme.plain for scheme in schemes.values()):
         return None
     return {
-        str(layer): {part: scheme.told() for part in PACKED_ROWS}
+        str(layer): {
+            part: replace(scheme, plain_down=scheme.plain_down or layer in refitted).of(part).told()
+            for part in PACKED_ROWS
+        }
         for layer, scheme in schemes.items()
     }
 

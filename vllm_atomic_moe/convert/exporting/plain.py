@@ -98,7 +98,7 @@ def plan_plain(
     experts, width = one_shape(info, profile)
     config = read_config(directory)
     if width < info.intermediate_size or refitted:
-        _check_plain_weights(info, profile)
+        _check_plain_weights(info, profile, bool(refitted))
         check_width_is_named(directory, config, info, list(source.where))
     num_layers = config.get("num_hidden_layers", 1 << 30)
     blocks = _blocks(source, info, profile, num_layers, experts, width, refitted)
@@ -183,8 +183,14 @@ def one_shape(info: CheckpointInfo, profile: PruningProfile) -> tuple[int, int]:
     return counts[info.layers[0]], most
 
 
-def _check_plain_weights(info: CheckpointInfo, profile: PruningProfile) -> None:
+def _check_plain_weights(info: CheckpointInfo, profile: PruningProfile, refit: bool) -> None:
     if any(not info.scheme(layer).plain for layer in info.layers):
+        if refit:
+            raise ValueError(
+                f"experts are quantized as {', '.join(info.row_formats)}, and other engines read "
+                "no plain down_proj beside quantized gates; refit without --plain, or refit the "
+                "16-bit original"
+            )
         raise ValueError(
             f"profile {profile.name!r} narrows experts, which are quantized as "
             f"{', '.join(info.row_formats)}; narrow the 16-bit original, or prune "

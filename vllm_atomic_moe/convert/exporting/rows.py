@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm_atomic_moe.files.checkpoint import CheckpointInfo
 from vllm_atomic_moe.files.export_format import packed_offsets
 from vllm_atomic_moe.files.layouts import FUSED, PACKED_ROWS, PER_EXPERT, quantized_tensor
 from vllm_atomic_moe.files.router import CORRECTION_BIAS
+from vllm_atomic_moe.files.row_formats import PROJECTIONS, RowFormat
 from vllm_atomic_moe.files.shards import Shards
 from vllm_atomic_moe.files.tensors import StreamedTensor
 
@@ -55,19 +56,17 @@ class LayerRows:
         return self.rows(part, expert).index_select(0, among(self.stored_EI, expert, keep_I))
 
     def packed(
-        self, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
+        self, part: str, naming: Naming, keep_EI: torch.Tensor, hidden_size: int
     ) -> Iterator[StreamedTensor]:
-        """The rows of the atoms in `keep_EI`, of every projection."""
-        shape = (int(keep_EI.sum()), hidden_size)
-        for part in PACKED_ROWS:
-            yield by_expert(
-                naming(part, "weight"),
-                self.dtype,
-                shape,
-                PLAIN_DTYPES[self.dtype].itemsize,
-                keep_EI,
-                partial(self.kept, part),
-            )
+        """The rows of the atoms in `keep_EI`, of one of PACKED_ROWS."""
+        yield by_expert(
+            naming(part, "weight"),
+            self.dtype,
+            (int(keep_EI.sum()), hidden_size),
+            PLAIN_DTYPES[self.dtype].itemsize,
+            keep_EI,
+            partial(self.kept, part),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +106,16 @@ class LayerBiases:
             )
 
 
-def refitted_rows(rows: StreamedTensor, down_t_PH: torch.Tensor) -> StreamedTensor:
+def refitted_rows(name: str, down_t_PH: torch.Tensor) -> StreamedTensor:
     """Plain rows of down_t with new values.
 
     Args:
-        rows: the model's own.
-        down_t_PH: the values of the kept atoms, any float dtype.
+        name: of the tensor.
+        down_t_PH: the values of the kept atoms, in the dtype to write.
     """
-    values = down_t_PH.to(PLAIN_DTYPES[rows.dtype])
-    assert tuple(values.shape) == rows.shape
-    return replace(rows, pieces=lambda: [values])
+    [dtype] = (key for key, dtype in PLAIN_DTYPES.items() if dtype == down_t_PH.dtype)
+    shape = tuple(down_t_PH.shape)
+    return StreamedTensor(name, dtype, shape, down_t_PH.nbytes, lambda: [down_t_PH])
 
 
 def among(stored_EI: torch.Tensor | None, expert: int, keep_I: torch.Tensor) -> torch.Tensor:
@@ -208,8 +207,13 @@ def check_names(names: LayerNames, quantities: Collection[str]) -> None:
         )
 
 
+def tables_of(row_format: RowFormat) -> set[str]:
+    """The tables beside the packed rows of a layer."""
+    return {table for name in PROJECTIONS for table in row_format.stored_tables(name)}
+
+
 def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerNames) -> LayerRows:
-    """The experts of one layer, in plain weights.
+    """The experts of one layer, in plain weights; of an export maybe only those of down.
 
     Args:
         source: the shards.
@@ -220,8 +224,12 @@ def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerName
     Raises:
         ValueError: their layout is unknown, or tensors are missing.
     """
-    known = names.all_of("weight")
-    matrices = {name for (part, _), name in known.items() if part not in ("offsets", "keep")}
+    known, scheme = names.all_of("weight"), info.scheme(layer)
+    matrices = {
+        name
+        for (part, _), name in known.items()
+        if part not in ("offsets", "keep") and scheme.of(part).plain
+    }
     dtypes = {source.dtype(name) for name in matrices}
     if len(dtypes) != 1 or not dtypes <= PLAIN_DTYPES.keys():
         raise ValueError(
@@ -229,7 +237,8 @@ def find_rows(source: Shards, info: CheckpointInfo, layer: int, names: LayerName
             f"dtype of {', '.join(PLAIN_DTYPES)} are exported, and quantized ones as published"
         )
     dtype = dtypes.pop()
-    check_names(names, ("weight", "bias"))
+    form = scheme.row_format(info.hidden_size, info.intermediate_size)
+    check_names(names, ("weight", "bias", *tables_of(form)))
     if info.stored is not None:
         return _packed_rows(source, info.stored[layer], known, dtype)
     for spelling in FUSED:

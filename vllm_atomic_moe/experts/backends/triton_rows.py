@@ -68,12 +68,13 @@ def rows_of(
     found = []
     for which, weight in enumerate(weights):
         bias = biases[which] if biases else None
-        if row_format.plain:
+        down = which == len(weights) - 1
+        if row_format.of("down" if down else "up").plain:
             found.append(Rows(weight, bias))
             continue
         tables = scales[which * len(TABLES) :][: len(TABLES)]
         rows, firsts, zeros, factors = (table if table.numel() else None for table in tables[1:])
-        block = row_format.columns if which == len(weights) - 1 else row_format.rows
+        block = row_format.columns if down else row_format.rows
         scale = tables[0]
         kind = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}.get(scale.dtype, "")
         if kind:

@@ -24,10 +24,10 @@ import torch
 from vllm_atomic_moe.experts.activation import SILU
 from vllm_atomic_moe.experts.backends import reference
 from vllm_atomic_moe.experts.backends.cpu import library as cpu_library
-from vllm_atomic_moe.experts.backends.cpu.arguments import SLACK_BYTES, bits_of
+from vllm_atomic_moe.experts.backends.cpu.arguments import SLACK_BYTES, bits_of, tensors_of
 from vllm_atomic_moe.experts.backends.cpu.library import Library, VariantError
 from vllm_atomic_moe.experts.formats import Encoded
-from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, projections_of, with_slots
+from vllm_atomic_moe.experts.packing import PackedExperts, build_layout, with_slots
 from vllm_atomic_moe.files.row_formats import PLAIN, PROJECTIONS, Block, Projection, RowFormat
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -65,7 +65,8 @@ def _load() -> Library | str:
 class TiledStorage:
     """Packed rows in tiles: one tensor "packed" of 3 · H · padded P numbers and 64 bytes.
 
-    Without a gate it is 2 · H · padded P. A byte holds one 8-bit code or two 4-bit codes.
+    Without a gate it is 2 · H · padded P. A byte holds one 8-bit code or two 4-bit codes. If down
+    is plain beside codes, it has a second tensor, "down".
     """
 
     def __init__(self, library: Library | None = None) -> None:
@@ -91,17 +92,17 @@ class TiledStorage:
                 f"hidden size {hidden_size} is odd, the kernel `cpu` needs an even one; "
                 "choose the kernel `reference`"
             )
-        if not row_format.plain:
-            dtype = torch.uint8
-        atoms = _first_atom(offsets_E1, len(offsets_E1) - 1)
-        bits = bits_of(row_format, dtype)
-        numel = len(projections_of(gated)) * hidden_size * atoms * bits // (8 * dtype.itemsize)
-        slack = SLACK_BYTES // dtype.itemsize
-        packed = torch.empty(numel + slack, dtype=dtype, device=device)
-        if packed.device.type == "cpu":
-            _advise_huge_pages(packed)
-        packed[numel:] = 0
-        return {"packed": packed}
+        atoms, found = _first_atom(offsets_E1, len(offsets_E1) - 1), {}
+        for name, (stored, projections) in tensors_of(gated, row_format).items():
+            kind = dtype if stored.plain else torch.uint8
+            bits = bits_of(stored, kind)
+            numel = projections * hidden_size * atoms * bits // (8 * kind.itemsize)
+            slack = SLACK_BYTES // kind.itemsize
+            found[name] = torch.empty(numel + slack, dtype=kind, device=device)
+            if found[name].device.type == "cpu":
+                _advise_huge_pages(found[name])
+            found[name][numel:] = 0
+        return found
 
     def write(
         self,
@@ -115,7 +116,7 @@ class TiledStorage:
         row_format: RowFormat = PLAIN,
     ) -> None:
         """See `Storage`; the weights are on the CPU."""
-        packed = weights[0]
+        packed = weights[-1 if projection == "down" else 0]
         first_atom = _first_atom(offsets_E1, expert)
         if rows_SH.dtype != packed.dtype or rows_SH.device.type != "cpu":
             rows_SH = rows_SH.index_select(0, atoms_F.to(rows_SH.device)).to("cpu", packed.dtype)
@@ -155,6 +156,7 @@ def fused_experts(
         activation,
         scales,
         rows,
+        *weights[1:],
     )
 
 
@@ -166,11 +168,12 @@ def _library() -> Library:
 
 # Of the self-check's relative errors.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-# Formats of the self-check: plain weights, and codes of both sizes in blocks of 16 atoms.
+# Formats of the self-check: plain weights, codes of both sizes in blocks of 16 atoms, and both.
 _CHECKED = (
     PLAIN,
     RowFormat("e4m3", Block(16, 32), Block(16, 32)),
     RowFormat("e2m1", Block(1, 16), Block(16, 1), torch.float8_e4m3fn),
+    RowFormat("e4m3", Block(16, 32), plain_down=True),
 )
 
 
@@ -212,6 +215,7 @@ def _check(library: Library) -> None:
                     1,
                     scales=found.scales,
                     rows=row_format.spec,
+                    down=found.weights[1] if row_format.plain_down else None,
                 ).float()
                 wanted_TH = reference.fused_experts(
                     x,
@@ -234,7 +238,7 @@ def _check(library: Library) -> None:
 
 def _encoded(rows_IH: torch.Tensor, row_format: RowFormat, projection: Projection) -> Encoded:
     """Codes and scales derived from the numbers; plain rows unchanged."""
-    if row_format.plain:
+    if row_format.of(projection).plain:
         return Encoded(rows_IH)
     atoms, columns = row_format.block(projection)
     codes_IH = (rows_IH.abs() * 1000).to(torch.uint8) % (120 if row_format.bits == 8 else 16)

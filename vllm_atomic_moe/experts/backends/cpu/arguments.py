@@ -12,7 +12,14 @@ import torch
 
 from vllm_atomic_moe.experts.formats import TABLES
 from vllm_atomic_moe.experts.packing import BIAS_SLACK, SLOTS, projections_of
-from vllm_atomic_moe.files.row_formats import CODES, FACTORS, PROJECTIONS, Projection, RowFormat
+from vllm_atomic_moe.files.row_formats import (
+    CODES,
+    FACTORS,
+    PLAIN,
+    PROJECTIONS,
+    Projection,
+    RowFormat,
+)
 
 # Dtypes of scales, in the order of their numbers in C++.
 SCALE_DTYPES = (
@@ -49,15 +56,27 @@ def bits_of(row_format: RowFormat, dtype: torch.dtype) -> int:
     return row_format.bits or 8 * dtype.itemsize
 
 
-def quantized(scales: Sequence[torch.Tensor], row_format: RowFormat) -> Quantized:
+def tensors_of(gated: bool, row_format: RowFormat) -> dict[str, tuple[RowFormat, int]]:
+    """The tensors of all rows: name -> their format, and the number of projections in it."""
+    projections = len(projections_of(gated))
+    if row_format.plain_down:
+        return {"packed": (row_format, projections - 1), "down": (PLAIN, 1)}
+    return {"packed": (row_format, projections)}
+
+
+def coded(gated: bool, row_format: RowFormat) -> list[Projection]:
+    """The projections that have codes, and so scales."""
+    return [name for name in projections_of(gated) if not row_format.of(name).plain]
+
+
+def quantized(scales: Sequence[torch.Tensor], gated: bool, row_format: RowFormat) -> Quantized:
     """The C++ arguments for codes; valid as long as the scales."""
     found = Quantized(
         [*CODES].index(row_format.code) - 1,
         SCALE_DTYPES.index(scales[0].dtype),
         FACTORS.index(row_format.factor),
     )
-    projections = PROJECTIONS[-(len(scales) // len(TABLES)) :]
-    for which, name in enumerate(projections):
+    for which, name in enumerate(coded(gated, row_format)):
         tables = scales[which * len(TABLES) :][: len(TABLES)]
         found.tables[PROJECTIONS.index(name)] = ScaleTable(
             *(table.data_ptr() if table.numel() else None for table in tables),
@@ -68,7 +87,7 @@ def quantized(scales: Sequence[torch.Tensor], row_format: RowFormat) -> Quantize
 
 
 def check_layer(
-    packed: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     bits_SW: torch.Tensor,
     words_E1: torch.Tensor,
     offsets_E1: torch.Tensor,
@@ -79,7 +98,7 @@ def check_layer(
     scales: Sequence[torch.Tensor],
 ) -> None:
     """Check what C++ trusts and only a bug of ours can break; once per layer, to save time."""
-    for tensor in (packed, bits_SW, words_E1, offsets_E1, *biases, *scales):
+    for tensor in (*weights, bits_SW, words_E1, offsets_E1, *biases, *scales):
         assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert tensor.is_contiguous(), f"strides are {tensor.stride()}, wanted contiguous ones"
     assert bits_SW.dtype == torch.int32, f"bits are {bits_SW.dtype}, wanted int32"
@@ -87,12 +106,16 @@ def check_layer(
     assert offsets_E1.dtype == torch.int64, f"offsets are {offsets_E1.dtype}, wanted int64"
     widths_E = offsets_E1.diff()
     vectors = len(projections_of(gated))
-    numbers = vectors * hidden_size * int((widths_E + widths_E % 2).sum())
-    weight_bytes = numbers * bits_of(row_format, packed.dtype) // 8
-    wanted = (weight_bytes + SLACK_BYTES) // packed.element_size()
-    assert packed.numel() == wanted, (
-        f"{packed.numel()} numbers for hidden size {hidden_size}, wanted {wanted}"
-    )
+    numbers = hidden_size * int((widths_E + widths_E % 2).sum())
+    stored_together = tensors_of(gated, row_format).values()
+    for tensor, (stored, count) in zip(weights, stored_together, strict=True):
+        wanted = count * numbers * bits_of(stored, tensor.dtype) // 8 + SLACK_BYTES
+        wanted //= tensor.element_size()
+        assert tensor.numel() == wanted, (
+            f"{tensor.numel()} numbers for hidden size {hidden_size}, wanted {wanted}"
+        )
+        if not stored.plain:
+            assert tensor.dtype == torch.uint8, f"codes are {tensor.dtype}, wanted uint8"
     if biases:
         atoms = (int(offsets_E1[-1]) + BIAS_SLACK,)
         shapes = [*[atoms] * (vectors - 1), (len(widths_E), hidden_size)]
@@ -104,8 +127,7 @@ def check_layer(
     shape = (SLOTS, int(words_E.sum()))
     assert bits_SW.shape == shape, f"bits are {tuple(bits_SW.shape)}, wanted {shape}"
     if not row_format.plain:
-        assert packed.dtype == torch.uint8, f"codes are {packed.dtype}, wanted uint8"
-        _check_scales(scales, offsets_E1, hidden_size, projections_of(gated), row_format)
+        _check_scales(scales, offsets_E1, hidden_size, coded(gated, row_format), row_format)
 
 
 def _check_scales(

@@ -12,7 +12,8 @@
 // Layout of an expert (for units and panels see panels.h):
 //   ⌈F/32⌉ panels that sum over H: gate of 32 atoms (if there is one) | up of the same atoms, then
 //   ⌈H/64⌉ panels that sum over F: 64 columns of the output.
-// The last panel of each kind may be narrower.
+// The last panel of each kind may be narrower. If down is plain beside codes of gate and up, the
+// panels of the second kind have memory of their own, expert after expert.
 
 #include <exception>
 
@@ -98,7 +99,7 @@ void down_block(const Plan<D>& plan, const Call& call, int64_t begin, int64_t en
     const auto all_blocks = plan.blocks_of(which * (ranges + 1) + range, 1);
     if (all_blocks.empty()) continue;
     Weights<D> weights = down_weights(plan, call, expert, column, scratch);
-    if (call.quantized) {  // prefetch for the next expert, or the first one of the next block
+    if (call.quantized_down()) {  // prefetch for the next expert, or the first one of the next block
       const bool last = which + 1 == plan.experts.size();
       const Expert& next = plan.experts[last ? 0 : which + 1];
       const int64_t next_column = last ? column + kPanelColumns : column;
@@ -249,9 +250,10 @@ void with_stored_type(int dtype, const Body& body) {
 
 extern "C" {
 
-// Arguments are those of the op, all contiguous; H is even. Biases may be null, and `quantized` is
-// null for plain weights. Returns 0, or 1 if memory is short.
-int atomic_moe_fused_experts(const void* packed, const Quantized* quantized,
+// Arguments are those of the op, all contiguous; H is even. Biases may be null, `down` is null unless
+// it is plain beside codes, and `quantized` is null for plain weights. Returns 0, or 1 if memory is
+// short.
+int atomic_moe_fused_experts(const void* packed, const void* down, const Quantized* quantized,
                              const float* gate_bias, const float* up_bias, const float* down_bias, const int32_t* bits_SW,
                              const int64_t* words_E1, const int64_t* offsets_E1, int64_t E,
                              int64_t W, int64_t H, int dtype, int kind, float limit, float alpha,
@@ -261,7 +263,7 @@ int atomic_moe_fused_experts(const void* packed, const Quantized* quantized,
   with_type(dtype, [&](auto type) {
     using D = decltype(type);
     const int bits = quantized ? quantized->bits() : 8 * sizeof(typename D::Element);
-    fused_experts<D>({x_TH,       packed,   bits,      quantized,
+    fused_experts<D>({x_TH,       packed,   down,      bits,      quantized,
                       gate_bias,  up_bias,  down_bias, {kind, limit, alpha, beta},
                       bits_SW,    words_E1, offsets_E1, weights_TK,
                       ids_TK,     wide_ids != 0, out_TH, T,
@@ -274,7 +276,7 @@ int atomic_moe_fused_experts(const void* packed, const Quantized* quantized,
 }
 
 // Packs one projection (0 gate, 1 up, 2 down) of the expert that begins at `expert`; `sides` is 2
-// with a gate, else 1; strides are in elements. Returns as above.
+// with a gate, else 1, and 0 if down stands alone; strides are in elements. Returns as above.
 int atomic_moe_pack(void* expert, int projection, int sides, const void* rows, int64_t row_stride,
                     int64_t column_stride, const int64_t* atoms, int64_t count, int64_t H,
                     int dtype, int threads, int workers) try {

@@ -35,6 +35,7 @@ from vllm_atomic_moe.experts.backends.cpu.arguments import (
     bits_of,
     check_layer,
     quantized,
+    tensors_of,
 )
 from vllm_atomic_moe.experts.packing import projections_of
 from vllm_atomic_moe.files.plain_files import allow_reading, lock
@@ -277,7 +278,7 @@ class Library:
         pack.restype = number
         fused_experts = self.functions.atomic_moe_fused_experts
         fused_experts.argtypes = [
-            *[pointer] * 8,
+            *[pointer] * 9,
             *[size] * 3,
             *[number] * 2,
             *[ctypes.c_float] * 3,
@@ -301,7 +302,7 @@ class Library:
         """Copy rows_SH[atoms_F] to the projection of the expert at `first_atom`.
 
         Args:
-            packed: the flat tensor of all experts.
+            packed: the flat tensor of all experts, in which the projection is.
             first_atom: atoms before the expert, padding included.
             rows_SH: of packed's dtype, any strides; one code per byte.
             atoms_F: int64, indices into rows_SH.
@@ -311,13 +312,16 @@ class Library:
         Raises:
             MemoryError: not enough for the gathered rows.
         """
+        of_tensor = tensors_of(gated, row_format)
+        sides = len(projections_of(gated)) - 1
+        alone = "down" in of_tensor and projection == "down"
+        row_format, vectors = of_tensor["down" if alone else "packed"]
         dtypes = DTYPES if row_format.plain else (torch.uint8,)
         atoms = first_atom + len(atoms_F)
         for tensor in (packed, rows_SH, atoms_F):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
         assert rows_SH.dtype == packed.dtype in dtypes, f"{rows_SH.dtype} into {packed.dtype}"
         assert atoms_F.dtype == torch.int64, f"atoms are {atoms_F.dtype}, wanted int64"
-        vectors = len(projections_of(gated))
         atom_bytes = vectors * rows_SH.shape[1] * bits_of(row_format, packed.dtype) // 8
         assert atoms * atom_bytes <= packed.nbytes, "atoms lie beyond the tensor"
         if projection != "down" and rows_SH.stride(1) != 1:
@@ -326,7 +330,7 @@ class Library:
         failed = self.functions.atomic_moe_pack(
             packed.data_ptr() + first_atom * atom_bytes,
             PROJECTIONS.index(projection),
-            vectors - 1,
+            0 if alone else sides,
             rows_SH.data_ptr(),
             *rows_SH.stride(),
             atoms_F.data_ptr(),
@@ -355,8 +359,13 @@ class Library:
         activation: str = SILU.spec,
         scales: Sequence[torch.Tensor] = (),
         rows: str = PLAIN.spec,
+        down: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Arguments as those of the op; x has packed's dtype, unless that holds codes.
+        """Arguments as those of the op; x has the dtype of plain weights.
+
+        Args:
+            packed: the rows of all projections, or all but down.
+            down: plain rows of down beside codes of the others.
 
         Raises:
             MemoryError: not enough for the intermediate activations.
@@ -371,19 +380,20 @@ class Library:
             *(*bias_pointers, *pointers, *sizes),
             *(DTYPES.index(x_TH.dtype), *numbers),
         )
-        tables = tuple((table.data_ptr(), table.numel(), table.dtype) for table in scales)
-        key = (packed.data_ptr(), packed.numel(), packed.dtype, layer, rows, tables)
+        weights = [packed] if down is None else [packed, down]
+        stored = tuple((it.data_ptr(), it.numel(), it.dtype) for it in (*weights, *scales))
+        key = (layer, rows, stored)
         if key not in self._checked:
             row_format = RowFormat.parse(rows)
             check_layer(
-                *(packed, bits_SW, words_E1, offsets_E1, hidden_size),
+                *(weights, bits_SW, words_E1, offsets_E1, hidden_size),
                 *(biases, gated, row_format, scales),
             )
-            if row_format.plain:
-                assert x_TH.dtype == packed.dtype, (
-                    f"x is {x_TH.dtype}, the weights are {packed.dtype}"
+            if row_format.of("down").plain:
+                assert x_TH.dtype == weights[-1].dtype, (
+                    f"x is {x_TH.dtype}, the weights are {weights[-1].dtype}"
                 )
-            self._checked[key] = None if row_format.plain else quantized(scales, row_format)
+            self._checked[key] = None if row_format.plain else quantized(scales, gated, row_format)
         codes = self._checked[key]
         for tensor in (x_TH, topk_ids_TK, topk_weights_TK):
             assert tensor.is_cpu, f"a tensor is on {tensor.device}, wanted cpu"
@@ -400,6 +410,7 @@ class Library:
         out_TH = torch.empty_like(x_TH)
         failed = self.functions.atomic_moe_fused_experts(
             packed.data_ptr(),
+            None if down is None else down.data_ptr(),
             None if codes is None else ctypes.addressof(codes),
             *layer,
             x_TH.data_ptr(),

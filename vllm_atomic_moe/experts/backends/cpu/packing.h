@@ -18,7 +18,7 @@ using Unsigned = std::conditional_t<
 // The rows atoms[0..count) of a matrix: the atoms of one expert. Strides are in elements.
 template <class D>
 struct Source {
-  int sides;  // 2 with a gate, else 1
+  int sides;  // before down: 2 with a gate, else 1; 0 if down stands alone
   using Element = Unsigned<typename D::Element>;
   const Element* rows;
   int64_t row_stride, column_stride;

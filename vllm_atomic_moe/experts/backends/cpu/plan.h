@@ -47,7 +47,8 @@ int rows_at_once(int64_t rows_of_expert) {
 struct Call {
   const void* x_TH;
   const void* packed;
-  int bits;                    // of one weight
+  const void* down;  // of all experts, if it is plain beside codes; else null: it is in `packed`
+  int bits;          // of one weight in `packed`
   const Quantized* quantized;  // null: weights are plain
   // Per atom, per atom, per expert [E, H]; all may be null, or only gate's.
   const float *gate_bias, *up_bias, *down_bias;
@@ -63,6 +64,7 @@ struct Call {
 
   int64_t width(int64_t id) const { return offsets_E1[id + 1] - offsets_E1[id]; }
   int64_t bytes(int64_t weights) const { return weights * bits / 8; }
+  const Quantized* quantized_down() const { return down ? nullptr : quantized; }
   int64_t id(int64_t n) const {
     return wide_ids ? static_cast<const int64_t*>(ids_TK)[n]
                     : static_cast<const int32_t*>(ids_TK)[n];
@@ -231,15 +233,18 @@ void plan_tokens(Plan<D>& plan, const Call& call, int64_t begin, int64_t end, in
   for (int64_t id = 0; id < call.E; ++id) {
     const int64_t atoms = round_up(call.width(id), 2);
     const int sides = call.activation.sides();
-    const char* packed =
-        static_cast<const char*>(call.packed) + call.bytes((sides + 1) * padded * call.H);
+    const int64_t before = padded * call.H;
+    const char* gate_up =
+        static_cast<const char*>(call.packed) + call.bytes((sides + !call.down) * before);
+    const char* down =
+        call.down ? static_cast<const char*>(call.down) + sizeof(typename D::Element) * before
+                  : gate_up + call.bytes(sides * atoms * call.H);
     padded += atoms;
     const int64_t rows = bounds[(id + 1) * ranges * num_slots - 1] - first;
     if (!rows) continue;
     const int64_t index = plan.experts.size(), first_block = plan.blocks.size();
-    plan.experts.push_back(
-        {id, rows, atoms, packed, packed + call.bytes(sides * atoms * call.H)});
-    if (call.quantized) plan_scales(plan, call, plan.experts.back());
+    plan.experts.push_back({id, rows, atoms, gate_up, down});
+    if (call.quantized_down()) plan_scales(plan, call, plan.experts.back());
     const int at_once = rows_at_once<D>(rows);
     for (int64_t part = 0; part < ranges; ++part) {
       plan.blocks_ER1.push_back(plan.blocks.size());

@@ -25,13 +25,13 @@ struct Quantized {
   int32_t code;    // Code
   int32_t scale;   // dtype: Scale
   int32_t factor;  // Factor
-  ScaleTable tables[3];  // gate (if there is one), up, down
+  ScaleTable tables[3];  // gate (if there is one), up, down (if it has codes)
 
   enum Scale { kFloat32, kBFloat16, kFloat16, kE8M0, kE4M3Scale };
   enum Factor { kNone, kTimes, kOver };
 
   int bits() const { return code == kE4M3 ? 8 : 4; }
-  bool zeros() const { return tables[2].zeros_GC; }
+  bool zeros() const { return tables[1].zeros_GC; }
   int64_t table_columns() const { return (zeros() ? 2 : 1) * kPanelColumns; }
 };
 

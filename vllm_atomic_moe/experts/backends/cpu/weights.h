@@ -176,10 +176,11 @@ Weights<D> tile_weights(const Plan<D>& plan, const Call& call, const Tile& tile,
 template <class D>
 Weights<D> down_weights(const Plan<D>& plan, const Call& call, const Expert& expert,
                         int64_t column, const Scratch<D>& scratch) {
-  Weights<D> weights{expert.down + call.bytes(column * expert.atoms),
-                     std::min<int64_t>(kPanelColumns, call.H - column), expert.rows,
-                     call.quantized};
-  if (!call.quantized) return weights;
+  const int64_t first = column * expert.atoms;
+  Weights<D> weights{
+      expert.down + (call.down ? sizeof(typename D::Element) * first : call.bytes(first)),
+      std::min<int64_t>(kPanelColumns, call.H - column), expert.rows, call.quantized_down()};
+  if (!weights.quantized) return weights;
   fill_down(*call.quantized, expert.id, expert.first_scale_row, expert.scale_rows, column, call.H,
             scratch.table);
   weights.scales = {scratch.table, plan.table_rows_F.data() + expert.table_rows,
