@@ -79,13 +79,18 @@ def test_rows_and_numbers(tmp_path):
         (tmp_path / f"{domain}.txt").write_text(texts[domain])
         arguments += ["--data", f"{tmp_path / domain}.txt:{domain}"]
     command = [*COMMAND, str(DEMO), *arguments, "--profile", "heapr-40", "--json"]
+    command += ["--profile", "heapr-20"]  # in the same engine
     command += ["--seq-len", str(LENGTH), "--dtype", "float32"]
     command += ["--plot", str(tmp_path / "plots" / "perplexity.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    dense, pruned = json.loads(done.stdout)
+    dense, pruned, other = json.loads(done.stdout)
 
-    masks = PruningProfile.read(DEMO / "atomic_profiles" / "heapr-40.safetensors")
+    masks, of_other = (
+        PruningProfile.read(DEMO / "atomic_profiles" / f"{name}.safetensors")
+        for name in ("heapr-40", "heapr-20")
+    )
     zero_pruned(DEMO, tmp_path / "zeroed", masks)
+    zero_pruned(DEMO, tmp_path / "other", of_other)
     assert (dense["profile"], pruned["profile"]) == ("dense", "heapr-40")
     assert (dense["method"], pruned["method"]) == ("dense", "heapr")
     for domain in ("all", *texts):
@@ -101,6 +106,8 @@ def test_rows_and_numbers(tmp_path):
         for row, logprobs in zip((dense, pruned), found, strict=True):
             wanted = perplexity(logprobs, text)
             assert row["perplexity"][domain] == pytest.approx(wanted, rel=1e-3)
+        wanted = perplexity(log_probabilities(tmp_path / "other", text), text)
+        assert other["perplexity"][domain] == pytest.approx(wanted, rel=1e-3)
         whole = (of_dense.exp() * (of_dense - of_pruned)).sum(dim=1).mean().item()
         assert pruned["kl"][domain] == pytest.approx(divergence(*found, text), rel=1e-3)
         assert 0.85 * whole < pruned["kl"][domain] <= whole
@@ -223,7 +230,7 @@ def test_what_fails_is_one_line(tmp_path, in_process, monkeypatch, part):
     if part == "engine":
         monkeypatch.setattr(evaluation, "LLM", fail)
     else:
-        monkeypatch.setattr(evaluation, "_serve", lambda *_, **__: served())
+        monkeypatch.setattr(evaluation, "_serve", lambda *_, **__: (it() for it in [served]))
         monkeypatch.setattr(plots, "plot_perplexity", fail)
     command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]
     done = CliRunner().invoke(app, [*command, "--plot", str(tmp_path / "x.png")])
@@ -242,12 +249,11 @@ def test_rows_measured_before_a_failure_are_kept(tmp_path, in_process, monkeypat
     from vllm_atomic_moe.measure import evaluation
 
     (tmp_path / "t.txt").write_text("word " * 600)
-    found = iter([served()])
 
-    def serve(*_, **__):
-        if first := next(found, None):
-            return first
-        raise MemoryError("too large")
+    def serve(directory, text, profiles, **_):
+        if profiles != [None]:  # The engine of dense names no profile.
+            raise MemoryError("too large")
+        yield served()
 
     monkeypatch.setattr(evaluation, "_serve", serve)
     command = ["eval", str(DEMO), "--data", str(tmp_path / "t.txt"), "--profile", "heapr-20"]

@@ -1,6 +1,7 @@
 """Quality as served: perplexity, and agreement with dense in predictions and greedy answers.
 
-Engines run one after another in this process, each over the same windows of text. This needs
+Engines run one after another in this process: the dense model in vLLM's own loader, then as many
+profiles as an engine holds, one by one over the same windows of text. This needs
 `VLLM_ENABLE_V1_MULTIPROCESSING=0` before vLLM is imported (`api.evaluate` sets it).
 """
 
@@ -10,8 +11,8 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from vllm_atomic_moe.engine.options import (
     profile_directory,
     profiles_to_measure,
 )
+from vllm_atomic_moe.engine.requests import ARGUMENT
 from vllm_atomic_moe.experts.encoding import dense_bytes
+from vllm_atomic_moe.experts.packing import SLOTS
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint, resolve_model
 from vllm_atomic_moe.files.config import context_length, read_config
 from vllm_atomic_moe.files.plain_files import one_line
@@ -88,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
-    """The results of one engine.
+    """The results of one profile.
 
     Attributes:
         predictions: domain -> predictions for each of its windows; those of the first windows,
@@ -119,7 +122,7 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
 
 
 def predictions(
-    llm: LLM, prompts: Sequence[Sequence[int]], likeliest: int = 0
+    llm: LLM, prompts: Sequence[Sequence[int]], likeliest: int = 0, profile: str | None = None
 ) -> list[Predictions]:
     """The engine's predictions for all tokens of every prompt except its first.
 
@@ -127,6 +130,7 @@ def predictions(
         llm: an engine whose `max_logprobs` is at least `likeliest`.
         prompts: token ids, at least two each.
         likeliest: number of likeliest tokens besides the actual one; at most the vocabulary.
+        profile: its name; None where the engine has no profiles, or means the active one.
     """
     settings = SamplingParams(
         max_tokens=1,
@@ -134,6 +138,7 @@ def predictions(
         prompt_logprobs=likeliest,
         flat_logprobs=True,
         detokenize=False,
+        extra_args=_naming(profile),
     )
     outputs = llm.generate(
         [{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False
@@ -153,11 +158,15 @@ def prompt_logprobs(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[flo
     return [of_prompt.of_text for of_prompt in predictions(llm, prompts)]
 
 
-def greedy_answers(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
-    """Token ids of the greedy answers, at most `tokens` each."""
+def greedy_answers(
+    llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, profile: str | None = None
+) -> list[Sequence[int]]:
+    """Token ids of the greedy answers, at most `tokens` each; `profile` as in `predictions`."""
     outputs = llm.generate(
         [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-        SamplingParams(max_tokens=tokens, temperature=0, detokenize=False),
+        SamplingParams(
+            max_tokens=tokens, temperature=0, detokenize=False, extra_args=_naming(profile)
+        ),
         use_tqdm=False,
     )
     return [list(output.outputs[0].token_ids) for output in outputs]
@@ -215,24 +224,24 @@ def evaluate(
 
     rows: list[Row] = []
     dense: Served | None = None
-    own_loader = dense_through_loader(checkpoint)
-    for profile in chosen:
-        on_progress(len(rows), len(chosen), profile.name)
-        stock = profile.name == DENSE and not own_loader
-        options: dict[str, Any] = {} if stock else _load_options(store, profile)
-        options |= {"dtype": dtype, "max_model_len": length + 1}
-        try:
-            served = _serve(directory, text, trust_remote_code=trust_remote_code, **options)
-        except Exception as error:  # vLLM raises exceptions of any kind.
-            line = f"{profile.name}: {error}"
-            if not isinstance(error, ValueError):
-                kind = type(error).__name__
-                line = f"{profile.name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
-            raise IncompleteError(line, rows) from error
-        dense = dense or served  # Dense comes first.
-        of_dense = dense_bytes(checkpoint, served.itemsize)
-        kept_bytes = profile.kept_atoms * of_dense // checkpoint.atoms
-        rows.append(_summarize(profile, kept_bytes, served, dense, answer_tokens(length)))
+    for group in _engines(chosen, dense_through_loader(checkpoint)):
+        options = group.load_options(store) | {"dtype": dtype, "max_model_len": length + 1}
+        options["trust_remote_code"] = trust_remote_code
+        with closing(_serve(directory, text, group.names, **options)) as results:
+            for profile in group.profiles:
+                on_progress(len(rows), len(chosen), profile.name)
+                try:
+                    served = next(results)
+                except Exception as error:  # vLLM raises exceptions of any kind.
+                    line = f"{profile.name}: {error}"
+                    if not isinstance(error, ValueError):
+                        kind = type(error).__name__
+                        line = f"{profile.name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
+                    raise IncompleteError(line, rows) from error
+                dense = dense or served  # Dense comes first.
+                of_dense = dense_bytes(checkpoint, served.itemsize)
+                kept_bytes = profile.kept_atoms * of_dense // checkpoint.atoms
+                rows.append(_summarize(profile, kept_bytes, served, dense, answer_tokens(length)))
     on_progress(len(rows), len(chosen), "")
     return rows
 
@@ -247,8 +256,43 @@ def answer_tokens(length: int) -> int:
     return min(ANSWER_TOKENS, length + 1 - prompt_tokens(length))
 
 
-def _serve(directory: Path, text: CalibrationText, **options: Any) -> Served:
-    """Start one engine to score the text and answer the beginnings of some windows."""
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What one engine measures.
+
+    Attributes:
+        profiles: in order; the first is active.
+        stock: whether vLLM's own loader reads the model, which is dense.
+    """
+
+    profiles: Sequence[PruningProfile]
+    stock: bool = False
+
+    @property
+    def names(self) -> list[str | None]:
+        """Names of the profiles for requests."""
+        return [None if self.stock else profile.name for profile in self.profiles]
+
+    def load_options(self, store: ProfileStore) -> dict[str, Any]:
+        """Options of vLLM's engine."""
+        if self.stock:
+            return {}
+        active, *resident = self.names
+        extra = {"profiles": str(store.directory), "active": active, "resident": resident}
+        return {"load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
+
+
+def _engines(chosen: Sequence[PruningProfile], own_loader: bool) -> list[_Engine]:
+    """The engines for profiles of which dense comes first; `own_loader` also reads dense."""
+    stock = 0 if own_loader else 1
+    groups = [chosen[first : first + SLOTS] for first in range(stock, len(chosen), SLOTS)]
+    return [_Engine([it], stock=True) for it in chosen[:stock]] + [*map(_Engine, groups)]
+
+
+def _serve(
+    directory: Path, text: CalibrationText, profiles: Sequence[str | None], **options: Any
+) -> Generator[Served]:
+    """Start one engine in which each profile scores the text and answers some beginnings."""
     with engine(
         directory,
         enforce_eager=True,
@@ -260,24 +304,26 @@ def _serve(directory: Path, text: CalibrationText, **options: Any) -> Served:
         config = llm.llm_engine.vllm_config.model_config
         likeliest = min(LIKELIEST, config.get_vocab_size())
         compared = -(-COMPARED // len(text.windows))
-        scored: dict[str, list[Predictions]] = {}
-        prompts: list[list[int]] = []
-        for domain, ids in text.windows.items():
-            length = ids.shape[1]
-            scored[domain] = [
-                of_window
-                for windows, told in ((ids[:compared], likeliest), (ids[compared:], 0))
-                for part in windows.split(max(1, TOLD_AT_ONCE // (length * (1 + told))))
-                for of_window in (predictions(llm, part.tolist(), told) if len(part) else ())
-            ]
-            prompts += ids[:compared, : prompt_tokens(length)].tolist()
-        answers = greedy_answers(llm, prompts, answer_tokens(length))
-        return Served(scored, answers, config.dtype.itemsize)
+        for profile in profiles:
+            scored: dict[str, list[Predictions]] = {}
+            prompts: list[list[int]] = []
+            for domain, ids in text.windows.items():
+                length = ids.shape[1]
+                scored[domain] = [
+                    of_window
+                    for windows, told in ((ids[:compared], likeliest), (ids[compared:], 0))
+                    for part in windows.split(max(1, TOLD_AT_ONCE // (length * (1 + told))))
+                    if len(part)
+                    for of_window in predictions(llm, part.tolist(), told, profile)
+                ]
+                prompts += ids[:compared, : prompt_tokens(length)].tolist()
+            answers = greedy_answers(llm, prompts, answer_tokens(length), profile)
+            yield Served(scored, answers, config.dtype.itemsize)
 
 
-def _load_options(store: ProfileStore, profile: PruningProfile) -> dict[str, Any]:
-    extra = {"profiles": str(store.directory), "active": profile.name}
-    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
+def _naming(profile: str | None) -> dict[str, str] | None:
+    """Extra arguments of a request for a profile."""
+    return {ARGUMENT: profile} if profile else None
 
 
 def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:

@@ -97,7 +97,7 @@ def gpt_oss(plan: Plan, shared: Mapping[str, Any]) -> GptOssConfig:
 
 KINDS = {
     "qwen3": Kind(Qwen3MoeForCausalLM, qwen3, "gate", steps=4000),
-    "gpt-oss": Kind(GptOssForCausalLM, gpt_oss, "router", steps=300),
+    "gpt-oss": Kind(GptOssForCausalLM, gpt_oss, "router", steps=1500),
 }
 
 
