@@ -250,7 +250,7 @@ def test_rows_measured_before_a_failure_are_kept(tmp_path, in_process, monkeypat
 
     (tmp_path / "t.txt").write_text("word " * 600)
 
-    def serve(directory, text, profiles, **_):
+    def serve(directory, text, profiles, *_, **__):
         if profiles != [None]:  # The engine of dense names no profile.
             raise MemoryError("too large")
         yield served()

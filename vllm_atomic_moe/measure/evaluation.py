@@ -48,8 +48,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL_DOMAINS = "all"
 MAX_SEQ_LEN = 2048
-# Number of windows to compare with dense (rounded up to the same number per domain), and number of
-# likeliest tokens to compare, or the whole vocabulary if it is smaller.
+# Number of windows to compare with dense, and number of likeliest tokens to compare, or the whole
+# vocabulary if it is smaller.
 COMPARED, LIKELIEST = 128, 256
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 # Maximum log-probabilities per call, since vLLM turns them into Python objects.
@@ -180,6 +180,7 @@ def evaluate(
     names: Sequence[str] = (),
     seq_len: int | None = None,
     samples: int = 128,
+    compared: int = COMPARED,
     dtype: str = "auto",
     field: str | None = None,
     trust_remote_code: bool = False,
@@ -195,6 +196,8 @@ def evaluate(
         names: profiles to measure; empty means all.
         seq_len: tokens per window; None means the model's context, 2048 at most.
         samples: maximum windows per domain, drawn with seed 0.
+        compared: windows to compare with dense, at least 1; rounded up to the same number per
+            domain.
         dtype: as vLLM's --dtype.
         field: field or column of the data files; None for `text`, else `messages`.
         trust_remote_code: whether the model's own Python files may run.
@@ -227,7 +230,7 @@ def evaluate(
     for group in _engines(chosen, dense_through_loader(checkpoint)):
         options = group.load_options(store) | {"dtype": dtype, "max_model_len": length + 1}
         options["trust_remote_code"] = trust_remote_code
-        with closing(_serve(directory, text, group.names, **options)) as results:
+        with closing(_serve(directory, text, group.names, compared, **options)) as results:
             for profile in group.profiles:
                 on_progress(len(rows), len(chosen), profile.name)
                 try:
@@ -290,7 +293,11 @@ def _engines(chosen: Sequence[PruningProfile], own_loader: bool) -> list[_Engine
 
 
 def _serve(
-    directory: Path, text: CalibrationText, profiles: Sequence[str | None], **options: Any
+    directory: Path,
+    text: CalibrationText,
+    profiles: Sequence[str | None],
+    compared: int,
+    **options: Any,
 ) -> Generator[Served]:
     """Start one engine in which each profile scores the text and answers some beginnings."""
     with engine(
@@ -303,7 +310,7 @@ def _serve(
     ) as llm:
         config = llm.llm_engine.vllm_config.model_config
         likeliest = min(LIKELIEST, config.get_vocab_size())
-        compared = -(-COMPARED // len(text.windows))
+        compared = -(-compared // len(text.windows))
         for profile in profiles:
             scored: dict[str, list[Predictions]] = {}
             prompts: list[list[int]] = []
