@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -27,9 +28,18 @@ PROFILES = {"active": ACTIVE, "resident": [OTHER, "shape-20"]}
 NAMES = [ACTIVE, OTHER, "shape-20"]
 PROMPTS = ["import os\nimport sys\n\n\ndef main(", "The moon was", '{\n  "name":']
 RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", GATHERS: "1"}
-SMALL_GROUPS = ("int4", "nvfp4")
+SMALL_GROUPS = ("int4", "nvfp4", "awq")
 FLAGS = ("--data-parallel-size=2", "--api-server-count=2")
 pytestmark = pytest.mark.full
+
+
+def same_scores(found, wanted):
+    return found == pytest.approx(wanted, abs=1e-4)
+
+
+def same_in_float16(found, wanted):
+    """Rounding sends a token to other experts now and then, so the median counts."""
+    return statistics.median(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +50,38 @@ def scores(tmp_path_factory):
         return scores_of(server, [*NAMES, EXTRA])
 
 
-def scores_of(server, names):
+def scores_of(server, names, same=same_scores):
     """All profiles and prompts at once, several times, so that every engine gets some of each."""
     jobs = [(name, prompt) for name in names for prompt in PROMPTS] * 3
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda job: server.scores(job[1], job[0]), jobs))
     first = dict(zip(jobs, found, strict=False))
     for job, values in zip(jobs, found, strict=True):
-        assert values == pytest.approx(first[job], abs=1e-4), job
+        assert same(values, first[job]), job
     return first
 
 
-@pytest.mark.parametrize("encoding", ["fp8", "int4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("encoding", ["fp8", "int4", "mxfp4", "nvfp4", "awq"])
 def test_engines_share_quantized_experts(tmp_path, encoding):
     """Every engine holds the codes and scales of its share, and both answer like one."""
     model = tmp_path / "model"
-    if encoding == "nvfp4":
+    # AWQ is for float16 in vLLM.
+    same, dtype = same_scores, ()
+    if encoding == "awq":
+        same, dtype = same_in_float16, ("--dtype=float16",)
+    if encoding in ("nvfp4", "awq"):
         quantize_checkpoint(DEMO, model, encoding)
         shutil.copytree(DEMO / "atomic_profiles", model / "atomic_profiles")
     else:
         recipe = ROOT / "deploy/demo/recipe/quantize.py"
         subprocess.run([sys.executable, recipe, DEMO, model, encoding], check=True)
     (tmp_path / "one").mkdir()
-    with admin_server(tmp_path / "one", PROFILES, model=model) as server:
+    with admin_server(tmp_path / "one", PROFILES, *dtype, model=model) as server:
         alone = server.status()["memory"]["resident_bytes"]
-        wanted = scores_of(server, NAMES)
+        wanted = scores_of(server, NAMES, same)
     (tmp_path / "two").mkdir()
-    with admin_server(tmp_path / "two", PROFILES, *FLAGS, model=model, **RANKS) as server:
-        check(server, wanted, NAMES)
+    with admin_server(tmp_path / "two", PROFILES, *FLAGS, *dtype, model=model, **RANKS) as server:
+        check(server, wanted, NAMES, same)
         memory = server.status()["memory"]
     assert len(memory["rank_resident_bytes"]) == 2
     # Scales of a group whose atoms are split are held twice: 2.0 % of the demo in INT4.
@@ -82,10 +96,10 @@ def server(tmp_path_factory, scores):
         yield server
 
 
-def check(server, scores, names):
-    found = scores_of(server, names)
+def check(server, scores, names, same=same_scores):
+    found = scores_of(server, names, same)
     for job, values in found.items():
-        assert values == pytest.approx(scores[job], abs=1e-4), job
+        assert same(values, scores[job]), job
 
 
 def test_several_engines_answer_like_one(server, scores):

@@ -297,6 +297,54 @@ def test_settings_that_are_not_served(original, tmp_path, name, change, words):
         describe_checkpoint(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("targets", "bits_of_experts"),
+    [
+        ({"4": [r"re:.*self_attn.*"], "8": [r"re:.*mlp\.experts.*"]}, 8),
+        ({"8": [r"re:.*self_attn.*"], "4": [r"re:.*mlp\.experts.*"]}, 4),
+        # A pattern goes before a class, in either order.
+        ({"4": ["Linear"], "8": [r"re:.*experts\.\d+\.(gate|up|down)_proj$"]}, 8),
+        (
+            {
+                "4": [
+                    f"model.layers.{layer}.mlp.experts.{expert}.down_proj"
+                    for layer in range(2)
+                    for expert in range(8)
+                ],
+                "8": ["Linear"],
+            },
+            4,
+        ),
+        ({"4": ["re:("], "8": ["Linear"]}, 8),
+    ],
+)
+def test_groups_for_other_matrices_do_not_count(original, tmp_path, targets, bits_of_experts):
+    """Attention of 4 bits beside experts of 8, and the reverse."""
+    bits = {"4": {"num_bits": 4, "group_size": 32}, "8": {"num_bits": 8, "group_size": 64}}
+    groups = {
+        key: {
+            "targets": targets[key],
+            "weights": {"type": "int", "strategy": "group", "symmetric": True, **bits[key]},
+        }
+        for key in targets
+    }
+    quantize_checkpoint(original, tmp_path / "model", "int4")
+    config, model = tmp_path / "model/config.json", tmp_path / "model/model.safetensors"
+    told = json.loads(config.read_text())
+    told["quantization_config"]["config_groups"] = groups
+    config.write_text(json.dumps(told))
+    if bits_of_experts == 4:
+        assert describe_checkpoint(tmp_path / "model").scheme(0).name == "int4 g32"
+        return
+    tensors = load_file(model)
+    for name, tensor in tensors.items():
+        if name.endswith("weight_packed"):  # 4 of 8 bits in an element
+            tensors[name] = torch.cat([tensor, tensor], dim=1)
+    save_file(tensors, model)
+    with pytest.raises(ValueError, match="not served by this version: integers of 8 bits"):
+        describe_checkpoint(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["nvfp4-modelopt", "fp8-modelopt"])
 def test_modelopt_may_describe_its_weights_as_compressed_tensors_does(original, tmp_path, name):
     quantize_checkpoint(original, tmp_path / "model", name)

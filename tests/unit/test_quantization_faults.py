@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tests.checkpoints import make_checkpoint, write_profile
 from tests.kernel_suite import SPELLED
-from tests.quantized import FORMATS, SETTINGS, mxfp4_blocks
+from tests.quantized import FORMATS, SETTINGS, mxfp4_blocks, quantize_checkpoint
+from vllm_atomic_moe.convert.exporting.export import export
 from vllm_atomic_moe.experts.encoding import encode
 from vllm_atomic_moe.experts.formats import decode
+from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.quantization import IGNORED, KINDS, scheme_of_down
 from vllm_atomic_moe.files.row_formats import PROJECTIONS
 
@@ -197,3 +203,43 @@ def test_mutations_give_one_line_or_finite_numbers():
 @pytest.mark.parametrize("part", range(10))
 def test_many_mutations(part):
     mutate(range(10_000 * part, 10_000 * (part + 1)))
+
+
+@pytest.mark.parametrize("seeds", [8, pytest.param(600, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_mutated_checkpoints_are_refused_or_exported(tmp_path, kind, seeds):
+    """One matrix or the settings are broken; what is described and exported is whole again."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    sizes = {"hidden_size": H, "moe_intermediate_size": FULL, "num_hidden_layers": 2}
+    make_checkpoint("qwen3_moe", tmp_path / "original", **sizes)
+    quantize_checkpoint(tmp_path / "original", model, kind)
+    write_profile(describe_checkpoint(model), "half", tmp_path, seed=1)
+    whole = load_file(model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    matrices = sorted({name.rpartition(".")[0] for name in whole if ".experts." in name})
+    refused = 0
+    for seed in range(seeds):
+        choose = random.Random(seed)
+        matrix = choose.choice(matrices)
+        told, tensors = dict(config), dict(whole)
+        if choose.random() < 0.2:
+            told["quantization_config"] = mutated_settings(choose, config["quantization_config"])
+        parts = {
+            name.rpartition(".")[2]: tensors.pop(name)
+            for name in whole
+            if name.startswith(f"{matrix}.")
+        }
+        for name, part in mutated_parts(choose, parts).items():
+            tensors[f"{matrix}.{name}"] = part.contiguous()
+        (model / "config.json").write_text(json.dumps(told))
+        save_file(tensors, model / "model.safetensors")
+        shutil.rmtree(output, ignore_errors=True)
+        try:
+            found = describe_checkpoint(model)
+            export(str(model), tmp_path / "half.safetensors", output)
+            assert describe_checkpoint(output) == found
+        except ValueError as error:
+            check_one_line(error)
+            refused += 1
+            assert not (output / "config.json").exists()
+    assert 0.2 * seeds < refused <= seeds

@@ -214,8 +214,8 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         for index, scheme in stored_schemes(directory, sorted(layers)).items():
             layers[index].scheme = scheme
     num_experts = count_experts(directory, config, layers)
-    for scheme in {layer.scheme for layer in layers.values()}:
-        check_told(directory, config, scheme)
+    for scheme, block in {layer.scheme: layer.block for layer in layers.values()}.items():
+        check_told(directory, config, scheme, f"{block}.experts.0.down_proj")
     check_activation_order(where, layers)
     size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)

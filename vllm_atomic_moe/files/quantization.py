@@ -7,7 +7,9 @@ agree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,7 @@ def scheme_of_down(
     Raises:
         ValueError: the parts are of an unknown format, or do not fit together.
     """
+    settings = settings_of(where, settings)
     try:
         return _scheme_of_down(parts, hidden_size, settings)
     except (KeyError, ZeroDivisionError, IndexError):
@@ -428,8 +431,42 @@ def _weight_groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [entry for entry in weights if isinstance(entry, dict)]
 
 
-def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> None:
+def settings_of(matrix: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quantization settings without the groups that are for other matrices.
+
+    Args:
+        matrix: its name, or its module's.
+        settings: of config.json. A group's `targets` are names, patterns after `re:`, or classes;
+            a name or a pattern goes before a class.
+    """
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict):
+        return settings
+    named, of_classes = {}, {}
+    for key, group in groups.items():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        targets = [it for it in targets if isinstance(it, str)] if isinstance(targets, list) else []
+        if any(_is_target(matrix, target) for target in targets):
+            named[key] = group
+        # Classes are not known here; a name or a pattern has a character that no class has.
+        elif not targets or not all("." in it or ":" in it for it in targets):
+            of_classes[key] = group
+    return {**settings, "config_groups": named or of_classes or groups}
+
+
+def _is_target(matrix: str, target: str) -> bool:
+    if not target.startswith("re:"):
+        return matrix == target
+    with suppress(re.error):
+        return re.match(target.removeprefix("re:"), matrix) is not None
+    return False
+
+
+def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme, matrix: str) -> None:
     """Refuse quantized experts that config.json does not mention, or describes differently.
+
+    Args:
+        matrix: name of one of the matrices with this scheme.
 
     Raises:
         ValueError: one line.
@@ -448,7 +485,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme) -> No
             f"not served by this version: the quantization method {told} ({directory}); use the "
             "checkpoint that it was made from"
         )
-    settings = quantization_settings(directory, config)
+    settings = settings_of(matrix, quantization_settings(directory, config))
     if other := told if method not in scheme.facts.methods else _other_weights(settings, scheme):
         raise ValueError(
             f"{directory}: its experts are quantized as {scheme.name}, config.json says {other}; "
