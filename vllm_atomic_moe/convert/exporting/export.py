@@ -148,7 +148,7 @@ def export(
                 refitted = refit(chosen)
                 plan = make_plan(refitted=refitted.down_t_PH)
                 shards = split_shards(plan, shard_bytes)
-                sizes = [_down_bytes(make_plan()), _down_bytes(plan)]
+                sizes = [_down_bytes(info, it) for it in (make_plan(), plan)]
                 notes = {"refit": {**refitted.report, "down_proj_bytes": sizes}}
             write_weights(work, shards, plan, on_progress, notes)
             for name, path in sorted(files.items()):
@@ -187,14 +187,14 @@ def _placeholders(
     }
 
 
-def _down_bytes(plan: Plan) -> int:
-    """Bytes of all rows of down_proj and the tables that decode them."""
-    found = ((quantized_tensor(tensor.name), tensor.nbytes) for tensor in plan.tensors)
-    return sum(
-        nbytes
-        for it, nbytes in found
-        if it and it.part.startswith("down") and it.quantity != "bias"
-    )
+def _down_bytes(info: CheckpointInfo, plan: Plan) -> int:
+    """Bytes of all rows of down_proj and the tables that decode them, without prediction heads."""
+    blocks, total = {*info.blocks.values()}, 0
+    for tensor in plan.tensors:
+        it = quantized_tensor(tensor.name)
+        if it and it.block in blocks and it.part.startswith("down") and it.quantity != "bias":
+            total += tensor.nbytes
+    return total
 
 
 def split_shards(plan: Plan, shard_bytes: int) -> dict[str, list[StreamedTensor]]:
