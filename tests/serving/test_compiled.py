@@ -10,7 +10,8 @@ import shutil
 
 import pytest
 
-from tests.checkpoints import write_routing_profiles, zero_pruned
+from tests.checkpoints import write_profile, write_routing_profiles, zero_pruned
+from tests.quantized import quantize_checkpoint
 from tests.serving.conftest import (
     DEMO,
     activate,
@@ -21,6 +22,8 @@ from tests.serving.conftest import (
     mixed_logprobs,
     prompt_logprobs,
 )
+from tests.unit.tiny_models import make_model, random_text
+from vllm_atomic_moe import api
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
 from vllm_atomic_moe.files.profiles import PruningProfile
 
@@ -113,3 +116,28 @@ def test_profiles_have_their_own_compile_cache_keys(compiled):
     (first, _, first_hash), (second, _, second_hash) = compiled.values()
     assert first_hash != second_hash
     assert (first["heapr-20"] - second["heapr-40"]).abs().max() > 0.01
+
+
+@pytest.mark.full
+def test_a_refit_in_place_is_compiled_anew(tmp_path, monkeypatch):
+    """The path, config.json and the profile stay; rows of down become plain."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    make_model("qwen3_moe", tmp_path / "original")
+    quantize_checkpoint(tmp_path / "original", tmp_path / "model", "int4")
+    (tmp_path / "text.txt").write_text(random_text(4000))
+    write_profile(describe_checkpoint(tmp_path / "model"), "half", tmp_path, seed=1)
+    fit = {"data": [str(tmp_path / "text.txt")], "seq_len": 64, "samples": 32}
+    hashes, found = [], []
+    for refit in (False, True):
+        told = {"refit": True, **fit} if refit else {}
+        api.export(tmp_path / "model", tmp_path / "half.safetensors", tmp_path / "out", **told)
+        served = {"load_format": "atomic-pruned", "model_loader_extra_config": {"active": "half"}}
+        with engine(tmp_path / "out", enforce_eager=False, **served) as llm:
+            worker = llm.llm_engine.model_executor.driver_worker.worker
+            hashes.append(worker.vllm_config.compute_hash())
+            found.append(prompt_logprobs(llm))
+        eager = logprobs_of(tmp_path / "out", **served)
+        assert (found[-1] - eager).abs().max() < 1e-4
+    assert hashes[0] != hashes[1]
+    assert (found[0] - found[1]).abs().max() > 0.01

@@ -256,6 +256,8 @@ def test_exports_that_contradict_themselves(originals, tmp_path):
     export(str(model), model / "profiles/wide.safetensors", output)
     index = (output / EXPORT_DIRECTORY / INDEX).read_text()
     packed = "model.layers.1.mlp.experts.packed"
+    down = f"{packed}.down_t"
+    scales = f"{down}_scales"
 
     def refused(words, change_index=lambda told: None, change_tensors=lambda tensors: None):
         broken = tmp_path / "broken"
@@ -283,10 +285,24 @@ def test_exports_that_contradict_themselves(originals, tmp_path):
         of["1"][part].update(kind="fp8") for part in PACKED_ROWS
     ])  # fmt: skip
     refused(
-        r"packed.down_t is U8 \[\d+, 96\], wanted \[\d+, 192\]",
+        r"packed.down_t is U8 \[\d+, 96\], wanted floats \[\d+, 192\]",
         lambda of: of["1"].update(down_t={"kind": "plain"}),
+        lambda tensors: tensors.pop(scales),
     )
-    scales = f"{packed}.down_t_scales"
+
+    def plain_rows(tensors, dtype):
+        tensors[down] = torch.ones(len(tensors[down]), 192, dtype=dtype)
+
+    refused(
+        "packed.down_t_scales is not wanted",
+        lambda of: of["1"].update(down_t={"kind": "plain"}),
+        lambda tensors: plain_rows(tensors, torch.bfloat16),
+    )
+    refused(
+        "packed.down_t is I16 .*, wanted floats",
+        lambda of: of["1"].update(down_t={"kind": "plain"}),
+        lambda tensors: [plain_rows(tensors, torch.int16), tensors.pop(scales)],
+    )
     refused("packed.down_t_scales is missing", change_tensors=lambda t: t.pop(scales))
     refused(
         r"layer 1: down_t: scales is torch.bfloat16 \[5, 192\], wanted",

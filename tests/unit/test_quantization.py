@@ -345,6 +345,42 @@ def test_groups_for_other_matrices_do_not_count(original, tmp_path, targets, bit
         describe_checkpoint(tmp_path / "model")
 
 
+def test_groups_go_by_the_names_of_the_checkpoint(tmp_path):
+    """Mixtral's down_proj is w2."""
+    make_checkpoint("mixtral", tmp_path / "original", hidden_size=H, intermediate_size=FULL)
+    quantize_checkpoint(tmp_path / "original", tmp_path / "model", "int4")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    groups = config["quantization_config"]["config_groups"]
+    pattern = r"re:.*block_sparse_moe\.experts\.\d+\.w[123]$"
+    attention = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    config["quantization_config"]["config_groups"] = {
+        "a": {"targets": ["Linear"], "weights": attention},
+        "b": {**groups["group_0"], "targets": [pattern]},
+    }
+    path.write_text(json.dumps(config))
+    assert describe_checkpoint(tmp_path / "model").scheme(0).name == "int4 g32"
+
+
+@pytest.mark.parametrize("first", [64, 32])
+def test_every_layer_is_held_to_its_own_settings(original, tmp_path, first):
+    quantize_checkpoint(original, tmp_path / "model", "int4")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    [group] = config["quantization_config"]["config_groups"].values()
+    config["quantization_config"]["config_groups"] = {
+        str(layer): {
+            **group,
+            "targets": [rf"re:.*layers\.{layer}\..*"],
+            "weights": {**group["weights"], "group_size": size},
+        }
+        for layer, size in ((0, first), (1, 96 - first))
+    }
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="groups of 64 inputs, the files hold scales of 32"):
+        describe_checkpoint(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["nvfp4-modelopt", "fp8-modelopt"])
 def test_modelopt_may_describe_its_weights_as_compressed_tensors_does(original, tmp_path, name):
     quantize_checkpoint(original, tmp_path / "model", name)

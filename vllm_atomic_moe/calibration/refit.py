@@ -191,6 +191,8 @@ def fit_model(
             "--seq-len or --batch-size"
         )
     columns = stored_dtype(directory, trusted)
+    if not all(scheme.plain for scheme in checkpoint.schemes.values()) and columns.itemsize != 2:
+        columns = torch.bfloat16
     kept = InMemory(free_bytes(torch.device("cpu")))
     run = Refit(reader, kept, windows, profile, kind, columns, on_note)
     calibration = describe_calibration(text, options, dtype)

@@ -102,7 +102,9 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             self.plan = self._make_plan(vllm_config, model_config)
             resident = self.plan.resident
             digest = resident.digest()
-            _add_to_cache_keys(vllm_config, f"{self.plan.backend.name} {digest}")
+            # The row formats too: a refit changes them under the same path and configuration.
+            formats = " ".join(scheme.name for scheme in resident.model.schemes.values())
+            _add_to_cache_keys(vllm_config, f"{self.plan.backend.name} {digest} {formats}")
             device = torch.device(vllm_config.device_config.device)
             self.token_slots = torch.zeros(
                 _most_tokens(vllm_config), dtype=torch.int32, device=device

@@ -1,8 +1,9 @@
 """Quantized rows in an exported checkpoint: some atoms of all experts of a layer.
 
-Every projection has its codes, packed as in memory, and the tables that decode them: scale rows of
-the stored atoms, or if atoms share scales, of the groups with stored atoms; zero points in the same
-way; a factor of every expert; and the group of each atom, if the checkpoint tells it.
+Every projection but a refitted down has its codes, packed as in memory, and the tables that decode
+them: scale rows of the stored atoms, or if atoms share scales, of the groups with stored atoms;
+zero points in the same way; a factor of every expert; and the group of each atom, if the
+checkpoint tells it.
 
 Legend: E experts, H hidden size, I full intermediate size, F_e stored atoms of an expert, P of all
 experts, G scale rows.

@@ -40,6 +40,8 @@ class LayerFacts:
         parts: part -> number of its matrices.
         quantities: (part, quantity) -> number of tensors.
         scheme: how the experts are quantized.
+        matrix: name of a down projection as quantization settings may spell it; "" in an exported
+            checkpoint, which has lost those names.
         down: shape of each expert's own down projection; unpacked.
         whole: part -> shape of a tensor of all experts; unpacked.
     """
@@ -48,6 +50,7 @@ class LayerFacts:
     parts: Counter[str] = field(default_factory=Counter)
     quantities: Counter[tuple[str, str]] = field(default_factory=Counter)
     scheme: Scheme = PLAIN_SCHEME
+    matrix: str = ""
     down: dict[int, tuple[int, ...]] = field(default_factory=dict)
     whole: dict[str, tuple[int, ...]] = field(default_factory=dict)
 

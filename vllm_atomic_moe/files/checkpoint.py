@@ -214,8 +214,8 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
         for index, scheme in stored_schemes(directory, sorted(layers)).items():
             layers[index].scheme = scheme
     num_experts = count_experts(directory, config, layers)
-    for scheme, block in {layer.scheme: layer.block for layer in layers.values()}.items():
-        check_told(directory, config, scheme, f"{block}.experts.0.down_proj")
+    for layer in layers.values():
+        check_told(directory, config, layer.scheme, layer.matrix)
     check_activation_order(where, layers)
     size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)
@@ -283,6 +283,7 @@ def _gather_layers(
         if known and (tensor.expert is None or tensor.part == "down"):
             by_file[path].append((name, tensor))
     matrices: dict[tuple[int, str, int | None], dict[str, Part]] = defaultdict(dict)
+    stems: dict[tuple[int, int], str] = {}  # of down, as the checkpoint spells it
     for path, entries in by_file.items():
         with open_safetensors(path) as (_, shard):
             for name, tensor in entries:
@@ -292,10 +293,15 @@ def _gather_layers(
                     shape = shape_by_expert(config, shape)
                 told = (entry.get_dtype(), shape)
                 matrices[tensor.layer, tensor.part, tensor.expert][tensor.quantity] = told
+                if tensor.expert is not None:
+                    stems[tensor.layer, tensor.expert] = name.rpartition(".")[0]
     for (index, part, expert), parts in matrices.items():
         layer = layers[index]
         if part == "down":
-            matrix = f"{layer.block}.experts.{'' if expert is None else f'{expert}.'}down_proj"
+            if expert is None:
+                matrix = f"{layer.block}.experts.down_proj"
+            else:
+                matrix = layer.matrix = stems[index, expert]
             scheme, size = scheme_of_down(matrix, parts, hidden_size, settings)
             if layer.scheme not in (scheme, PLAIN_SCHEME):
                 raise ValueError(

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_atomic_moe.files.layouts import INDEX, PACKED, PACKED_ROWS, packed_name
+from vllm_atomic_moe.files.layouts import INDEX, PACKED, PACKED_ROWS, PACKED_TABLES, packed_name
 from vllm_atomic_moe.files.plain_files import read_json_object
-from vllm_atomic_moe.files.quantization import PLAIN_SCHEME, Scheme, stored_scheme
+from vllm_atomic_moe.files.quantization import FLOATS, PLAIN_SCHEME, Scheme, stored_scheme
 from vllm_atomic_moe.files.row_formats import PART_PROJECTIONS
 from vllm_atomic_moe.files.tensors import open_safetensors, read_tensor, safetensors_files
 
@@ -140,15 +140,21 @@ def stored_masks(
         for part, projection in PART_PROJECTIONS.items():
             tables = row_format.stored_tables(projection)
             _check_present(index, [packed_name(block, part, table) for table in tables], where)
+            for table in {*PACKED_TABLES}.difference(tables, ["bias"]):
+                if (other := packed_name(block, part, table)) in where:
+                    raise ValueError(
+                        f"layer {index}: {other} is not wanted; export the model again"
+                    )
             name, bits = names[part], row_format.of(projection).bits
             wanted = [int(offsets[-1]), hidden_size * bits // 8 if bits else hidden_size]
             with open_safetensors(where[name]) as (_, shard):
                 entry = shard.get_slice(name)
                 shape, dtype = entry.get_shape(), entry.get_dtype()
-            if shape != wanted or (dtype == "U8") != bool(bits):
+            if shape != wanted or dtype not in (("U8",) if bits else (*FLOATS, "F64")):
+                kind = "U8" if bits else "floats"
                 raise ValueError(
-                    f"layer {index}: {name} is {dtype} {shape}, wanted {'U8 ' if bits else ''}"
-                    f"{wanted}; export the model again"
+                    f"layer {index}: {name} is {dtype} {shape}, wanted {kind} {wanted}; export the "
+                    "model again"
                 )
         masks[index] = keep
     return masks

@@ -11,7 +11,7 @@ Names start with the MoE block of a decoder layer, which also holds its router:
     packed       experts.packed.{part}, which `atomic-moe export` writes: gate, up and down_t
                  [P, H], the stored atoms in checkpoint order; offsets int64 [E+1], the first row of
                  every expert; keep bool [E, I], the stored atoms. If experts are quantized, the
-                 rows are codes, and {part}_{table} decodes them
+                 rows are codes, and {part}_{table} decodes them; a refitted down_t is plain
 
 Legend: E experts, H hidden size, I full intermediate size, P stored atoms of a layer.
 """

@@ -435,23 +435,27 @@ def settings_of(matrix: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The quantization settings without the groups that are for other matrices.
 
     Args:
-        matrix: its name, or its module's.
+        matrix: its name; "" leaves the settings as they are.
         settings: of config.json. A group's `targets` are names, patterns after `re:`, or classes;
-            a name or a pattern goes before a class.
+            the first group with a name or a pattern for the matrix counts, else those of classes.
     """
     groups = settings.get("config_groups")
-    if not isinstance(groups, dict):
+    if not isinstance(groups, dict) or not matrix:
         return settings
-    named, of_classes = {}, {}
+    of_classes = {}
     for key, group in groups.items():
         targets = group.get("targets") if isinstance(group, dict) else None
         targets = [it for it in targets if isinstance(it, str)] if isinstance(targets, list) else []
         if any(_is_target(matrix, target) for target in targets):
-            named[key] = group
-        # Classes are not known here; a name or a pattern has a character that no class has.
-        elif not targets or not all("." in it or ":" in it for it in targets):
+            return {**settings, "config_groups": {key: group}}
+        if not targets or not all(map(_is_of_others, targets)):
             of_classes[key] = group
-    return {**settings, "config_groups": named or of_classes or groups}
+    return {**settings, "config_groups": of_classes or groups}
+
+
+def _is_of_others(target: str) -> bool:
+    """Whether a target is a name or a pattern, which no class is, or the class of attention."""
+    return "." in target or ":" in target or target.endswith("Attention")
 
 
 def _is_target(matrix: str, target: str) -> bool:

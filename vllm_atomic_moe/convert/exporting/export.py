@@ -135,7 +135,7 @@ def export(
         settings = config_file(directory).name
         make_plan = partial(plan_plain if plain else plan_packed, directory, source, info, chosen)
         # Of a refit with its sizes, to refuse before the fit what cannot be written.
-        plan = make_plan(refitted={} if refit is None else _placeholders(info, chosen))
+        plan = make_plan(refitted={} if refit is None else _placeholders(source, info, chosen))
         if not plain:
             files[f"atomic_profiles/{chosen.name}.safetensors"] = profile
         shards = split_shards(plan, shard_bytes)
@@ -148,7 +148,7 @@ def export(
                 refitted = refit(chosen)
                 plan = make_plan(refitted=refitted.down_t_PH)
                 shards = split_shards(plan, shard_bytes)
-                sizes = [_down_bytes(make_plan()), _down_bytes(plan)]
+                sizes = [_down_bytes(info, it) for it in (make_plan(), plan)]
                 notes = {"refit": {**refitted.report, "down_proj_bytes": sizes}}
             write_weights(work, shards, plan, on_progress, notes)
             for name, path in sorted(files.items()):
@@ -173,23 +173,28 @@ def export(
     )
 
 
-def _placeholders(info: CheckpointInfo, profile: PruningProfile) -> dict[int, torch.Tensor]:
-    """Columns of down_proj without values, in bfloat16."""
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+def _placeholders(
+    source: Shards, info: CheckpointInfo, profile: PruningProfile
+) -> dict[int, torch.Tensor]:
+    """Columns of down_proj without values, in 16 bits unless the experts are float32."""
+    found = ((name, quantized_tensor(name)) for name in source.where)
+    stored = {source.dtype(name) for name, it in found if it and it.part.startswith("down")}
+    dtype = torch.float32 if stored == {"F32"} else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype, "device": "meta"}
     return {
         layer: torch.empty(int(keep_EI.sum()), info.hidden_size, **options)
         for layer, keep_EI in profile.keep.items()
     }
 
 
-def _down_bytes(plan: Plan) -> int:
-    """Bytes of all rows of down_proj and the tables that decode them."""
-    found = ((quantized_tensor(tensor.name), tensor.nbytes) for tensor in plan.tensors)
-    return sum(
-        nbytes
-        for it, nbytes in found
-        if it and it.part.startswith("down") and it.quantity != "bias"
-    )
+def _down_bytes(info: CheckpointInfo, plan: Plan) -> int:
+    """Bytes of all rows of down_proj and the tables that decode them, without prediction heads."""
+    blocks, total = {*info.blocks.values()}, 0
+    for tensor in plan.tensors:
+        it = quantized_tensor(tensor.name)
+        if it and it.block in blocks and it.part.startswith("down") and it.quantity != "bias":
+            total += tensor.nbytes
+    return total
 
 
 def split_shards(plan: Plan, shard_bytes: int) -> dict[str, list[StreamedTensor]]:
