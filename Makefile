@@ -114,7 +114,9 @@ HELDOUT_TEXT = $(foreach domain,$(DOMAINS),--data $(DEMO)/data/$(domain).heldout
 
 SECOND := build/gpt-oss
 
-$(SECOND)/model/model.safetensors: $(STAMP)
+# An hour of training: neither a new environment nor a failure after it makes it again.
+.PRECIOUS: $(SECOND)/model/model.safetensors
+$(SECOND)/model/model.safetensors: | $(STAMP)
 	$(BIN)/python $(DEMO)/recipe/make_demo_model.py --kind gpt-oss --output $(SECOND)
 
 second-model: $(SECOND)/model/model.safetensors ## train a model of another kind (build/gpt-oss)
@@ -122,7 +124,7 @@ second-model: $(SECOND)/model/model.safetensors ## train a model of another kind
 $(SECOND)/statistics.safetensors: $(SECOND)/model/model.safetensors
 	$(BIN)/atomic-moe calibrate $(SECOND)/model $(CALIBRATION_TEXT) --seq-len 512 -o $@
 
-# What is measured already, of a run that was interrupted, is not measured again.
+# A model that is measured already is not measured again; `make clean` forgets both.
 MEASURE = VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/atomic-moe quality --dtype float32
 
 build/demo/quality/quality.md: $(STATISTICS)

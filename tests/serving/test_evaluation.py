@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.checkpoints import write_profile, zero_pruned
+from tests.checkpoints import write_profile, write_routing_profiles, zero_pruned
 from tests.hub_cache import lay_out
 from tests.quantized import quantize_checkpoint
 from tests.serving.conftest import DEMO
@@ -267,6 +268,47 @@ def test_rows_measured_before_a_failure_are_kept(tmp_path, in_process, monkeypat
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: heapr-20: vLLM fails (MemoryError: too large)")
     assert (tmp_path / "x.png").exists()
+
+
+def test_an_engine_that_does_not_start_costs_only_its_profiles(tmp_path, in_process, monkeypatch):
+    """Profiles that mask routing have engines of their own, at most 16 in each; the rows keep the
+    order of the command.
+    """
+    from vllm_atomic_moe.measure import evaluation
+
+    (tmp_path / "t.txt").write_text("word " * 600)
+    profiles = tmp_path / "profiles"
+    shutil.copytree(DEMO / "atomic_profiles", profiles)
+    write_routing_profiles(describe_checkpoint(DEMO), profiles)
+    for number in range(16):
+        profile = PruningProfile.read(profiles / "heapr-20.safetensors")
+        replace(profile, name=f"copy-{number}").write_into(profiles)
+    engines, fails = [], []
+
+    def serve(directory, text, names, *_, **__):
+        engines.append(names)
+        for name in names:
+            if name in fails:
+                raise ValueError("no masks here")
+            yield served()
+
+    monkeypatch.setattr(evaluation, "_serve", serve)
+    copies = [f"copy-{number}" for number in range(16)]
+    chosen = ["whole", *copies, "ragged", "heapr-20"]
+    command = ["eval", str(DEMO), "--profiles", str(profiles), "--data", str(tmp_path / "t.txt")]
+    command += [part for name in chosen for part in ("--profile", name)]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert [row["profile"] for row in json.loads(done.stdout)] == ["dense", *chosen]
+    assert engines == [[None], copies, ["heapr-20"], ["whole", "ragged"]]
+
+    fails = ["whole"]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert len(json.loads(done.stdout)) == 18
+    assert done.stderr.splitlines()[-1].startswith("error: whole, ragged: no masks here")
+    fails = ["copy-3"]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert len(json.loads(done.stdout)) == 4
+    assert done.stderr.splitlines()[-1].startswith("error: copy-3: no masks here")
 
 
 @pytest.mark.parametrize("command", ["eval", "bench"])

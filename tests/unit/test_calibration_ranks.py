@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.architectures import QUICK
 from tests.documents import ROOT
-from tests.unit.test_calibration_streamed import check_equal, text_of
+from tests.unit.test_calibration_streamed import check_equal, masks, text_of
 from tests.unit.tiny_models import make_model, random_text
 from vllm_atomic_moe.calibration.collect import CalibrationOptions, calibrate
 from vllm_atomic_moe.calibration.ranks import Ranks
@@ -64,15 +65,21 @@ def test_devices_that_processes_would_share_are_refused(devices, wanted, words, 
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("architecture", "flags"),
     [
-        pytest.param((), marks=pytest.mark.full, id="memory"),
-        pytest.param(("--stream",), id="stream"),
+        ("qwen3_moe", ("--stream",)),
+        pytest.param("qwen3_moe", (), marks=pytest.mark.full),
+        *(
+            pytest.param(name, flags, marks=pytest.mark.full)
+            for name in QUICK
+            if name != "qwen3_moe"
+            for flags in ((), ("--stream",))
+        ),
     ],
 )
-def test_two_processes_sum_up_the_same_as_one(flags, tmp_path):
+def test_two_processes_sum_up_the_same_as_one(architecture, flags, tmp_path):
     model = tmp_path / "model"
-    make_model("qwen3_moe", model)
+    make_model(architecture, model)
     for name, length in (("a", 1000), ("b", 120)):
         (tmp_path / f"{name}.txt").write_text(random_text(length))
     data = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
@@ -92,6 +99,8 @@ def test_two_processes_sum_up_the_same_as_one(flags, tmp_path):
     assert found.calibration == wanted.calibration
     assert found.model == wanted.model
     check_equal(found.sums, wanted.sums)
+    for one, two in zip(masks("heapr", found.sums), masks("heapr", wanted.sums), strict=True):
+        assert torch.equal(one, two)
     # One of them reports.
     assert done.stdout.count("tokens, domains a, b") == 1
     assert sum(line.startswith("warning: ") for line in done.stderr.splitlines()) == len(warnings)

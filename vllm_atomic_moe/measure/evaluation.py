@@ -227,26 +227,29 @@ def evaluate(
 
     rows: list[Row] = []
     dense: Served | None = None
+    position = {profile.name: number for number, profile in enumerate(chosen)}
     for group in _engines(chosen, dense_through_loader(checkpoint)):
+        name = ", ".join(profile.name for profile in group.profiles)  # of an engine that starts
         options = group.load_options(store) | {"dtype": dtype, "max_model_len": length + 1}
         options["trust_remote_code"] = trust_remote_code
         with closing(_serve(directory, text, group.names, compared, **options)) as results:
-            for profile in group.profiles:
+            for number, profile in enumerate(group.profiles):
                 on_progress(len(rows), len(chosen), profile.name)
+                name = profile.name if number else name
                 try:
                     served = next(results)
                 except Exception as error:  # vLLM raises exceptions of any kind.
-                    line = f"{profile.name}: {error}"
+                    line = f"{name}: {error}"
                     if not isinstance(error, ValueError):
                         kind = type(error).__name__
-                        line = f"{profile.name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
+                        line = f"{name}: vLLM fails ({kind}: {one_line(error)}){ALL_OF_IT}"
                     raise IncompleteError(line, rows) from error
                 dense = dense or served  # Dense comes first.
                 of_dense = dense_bytes(checkpoint, served.itemsize)
                 kept_bytes = profile.kept_atoms * of_dense // checkpoint.atoms
                 rows.append(_summarize(profile, kept_bytes, served, dense, answer_tokens(length)))
     on_progress(len(rows), len(chosen), "")
-    return rows
+    return sorted(rows, key=lambda row: position[row.profile])
 
 
 def prompt_tokens(length: int) -> int:
@@ -286,10 +289,16 @@ class _Engine:
 
 
 def _engines(chosen: Sequence[PruningProfile], own_loader: bool) -> list[_Engine]:
-    """The engines for profiles of which dense comes first; `own_loader` also reads dense."""
+    """The engines for profiles of which dense comes first; `own_loader` also reads dense.
+
+    Profiles that not every model can serve, since they mask routing, have engines of their own.
+    """
     stock = 0 if own_loader else 1
-    groups = [chosen[first : first + SLOTS] for first in range(stock, len(chosen), SLOTS)]
-    return [_Engine([it], stock=True) for it in chosen[:stock]] + [*map(_Engine, groups)]
+    found = [_Engine([it], stock=True) for it in chosen[:stock]]
+    for masking in (False, True):
+        alike = [it for it in chosen[stock:] if it.masks_routing == masking]
+        found += [_Engine(alike[at : at + SLOTS]) for at in range(0, len(alike), SLOTS)]
+    return found
 
 
 def _serve(
