@@ -15,7 +15,7 @@ from tests.checkpoints import make_checkpoint, write_profile, write_routing_prof
 from tests.quantized import FORMATS, in_bfloat16, quantize_checkpoint, quantize_gpt_oss
 from tests.serving.conftest import activate, core, engine, mixed_logprobs, prompt_logprobs
 from tests.unit.tiny_models import make_model
-from vllm_atomic_moe.convert.exporting.export import export
+from vllm_atomic_moe.convert.exporting.export import Refitted, export
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 TOLERANCE = 1e-4
@@ -153,15 +153,24 @@ def test_gpt_oss_as_published(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["fp8-block", "int4", "gptq"])
-def test_exported_quantized_experts(tmp_path, name):
-    """Export the union of two profiles, and serve both from it."""
+@pytest.mark.parametrize(
+    ("name", "refitted"),
+    [("fp8-block", False), ("int4", False), ("gptq", False), ("int4", True), ("nvfp4", True)],
+)
+def test_exported_quantized_experts(tmp_path, name, refitted):
+    """Export the union of two profiles, and serve both from it; also with plain columns of down."""
     info = make_checkpoint(architecture_of(name), tmp_path / "original")
     quantize_checkpoint(tmp_path / "original", tmp_path / "model", name)
     profiles = [write_profile(info, it, tmp_path, seed) for seed, it in enumerate(NAMES[:2], 1)]
     keep = {it: profiles[0].keep[it] | profiles[1].keep[it] for it in info.layers}
     PruningProfile("union", keep).write(tmp_path / "union.safetensors")
-    export(str(tmp_path / "model"), tmp_path / "union.safetensors", tmp_path / "exported")
+    columns = {
+        layer: 0.02 * torch.randn(int(keep_EI.sum()), info.hidden_size)
+        for layer, keep_EI in keep.items()
+    }
+    refit = (lambda chosen: Refitted(columns, {})) if refitted else None
+    path = tmp_path / "union.safetensors"
+    export(str(tmp_path / "model"), path, tmp_path / "exported", refit=refit)
     check_as_one(tmp_path / "exported", info, ("tensor", "expert"), dtype_of(name))
 
 

@@ -418,14 +418,21 @@ def test_both_versions_of_gptq_are_served(original, tmp_path):
     )
 
 
-def test_zero_points_of_compressed_tensors_are_refused_by_name(original, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("weight_zero_point", "asymmetric weights"),
+        ("weight_g_idx", r"activation order \(model.layers.0.mlp.experts.0.down_proj"),
+    ],
+)
+def test_other_parts_of_compressed_tensors_are_refused_by_name(original, tmp_path, part, reason):
     quantize_checkpoint(original, tmp_path / "model", "int4")
     path = tmp_path / "model/model.safetensors"
     tensors = load_file(path)
     for name in [name for name in tensors if name.endswith("down_proj.weight_scale")]:
-        tensors[name.replace("scale", "zero_point")] = torch.zeros(24, 3, dtype=torch.int32)
+        tensors[name.replace("weight_scale", part)] = torch.zeros(24, 3, dtype=torch.int32)
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="not served by this version: asymmetric weights"):
+    with pytest.raises(ValueError, match=f"not served by this version: {reason}"):
         describe_checkpoint(tmp_path / "model")
 
 

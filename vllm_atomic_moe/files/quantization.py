@@ -309,6 +309,8 @@ def _unserved(parts: Collection[str], settings: Mapping[str, Any]) -> str:
     """What is known and not served; "" if it is unknown."""
     if "weight_zero_point" in parts:
         return "asymmetric weights"
+    if "weight_g_idx" in parts:
+        return "activation order"
     bits = settings.get("bits", settings.get("w_bit")) if "qweight" in parts else _bits(settings)
     return f"integers of {bits!r:.20} bits" if bits not in (None, 4) else ""
 
