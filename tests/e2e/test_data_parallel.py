@@ -79,6 +79,8 @@ def test_engines_share_quantized_experts(tmp_path, encoding):
     with admin_server(tmp_path / "one", PROFILES, *dtype, model=model) as server:
         alone = server.status()["memory"]["resident_bytes"]
         wanted = scores_of(server, NAMES, same)
+    for prompt in PROMPTS:
+        assert not same(wanted[ACTIVE, prompt], wanted[OTHER, prompt]), "the test is blind"
     (tmp_path / "two").mkdir()
     with admin_server(tmp_path / "two", PROFILES, *FLAGS, *dtype, model=model, **RANKS) as server:
         check(server, wanted, NAMES, same)

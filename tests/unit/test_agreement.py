@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import make_checkpoint
 from tests.unit.test_cli import refused
 from vllm_atomic_moe.files.checkpoint import describe_checkpoint
-from vllm_atomic_moe.files.config import quantization, read_config
+from vllm_atomic_moe.files.config import quantization_name, quantization_settings, read_config
 from vllm_atomic_moe.files.profiles import PruningProfile
 
 
@@ -332,7 +332,8 @@ def test_how_a_checkpoint_is_quantized(original, tmp_path, config, file, found, 
         if file:
             name = {"hf": "hf_quant", "ize": "quantize", "": "quant"}[file[0]]
             (tmp_path / f"{name}_config.json").write_text(json.dumps(file[1]))
-        assert quantization(tmp_path, read_config(tmp_path)) == found
+        settings = quantization_settings(tmp_path, read_config(tmp_path))
+        assert quantization_name(settings) == found
 
 
 def test_copies_in_other_dtypes_are_one_model(original, checkpoint):

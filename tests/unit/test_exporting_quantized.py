@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import make_checkpoint, ragged_masks, uniform_profile, write_profile
 from tests.quantized import FORMATS, gptq, quantize_checkpoint, quantize_gpt_oss
 from tests.unit.tiny_models import make_model
+from vllm_atomic_moe.convert.exporting import export as exporting
 from vllm_atomic_moe.convert.exporting.codes import find_codes
 from vllm_atomic_moe.convert.exporting.export import Refitted, export
 from vllm_atomic_moe.convert.exporting.rows import find_biases, find_rows, split_names
@@ -152,6 +153,30 @@ def test_refitted_columns_are_plain_beside_codes(originals, tmp_path, kind):
     assert describe_checkpoint(tmp_path / "again").row_formats == found.row_formats
     rows, stored = values(tmp_path / "again", narrow), values(output, narrow)
     assert all(torch.equal(rows[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8-block", "gpt-oss"])
+def test_the_disk_is_checked_for_what_a_refit_writes(originals, tmp_path, monkeypatch, kind):
+    """Before the fit: as much as without one for plain rows, of float32 here; 16 bits for codes."""
+    model, output, needed = tmp_path / "model", tmp_path / "out", []
+    if kind == "plain":
+        shutil.copytree(originals / "qwen", model)
+    else:
+        quantized(originals, model, kind)
+    info = describe_checkpoint(model)
+    keep = write_profile(info, "half", tmp_path, seed=1).keep
+    monkeypatch.setattr(exporting, "check_space", lambda path, size: needed.append(size))
+    export(str(model), tmp_path / "half.safetensors", output)
+
+    def fit(chosen):
+        assert len(needed) == 2
+        sizes = {layer: (int(keep_EI.sum()), info.hidden_size) for layer, keep_EI in keep.items()}
+        return Refitted({layer: torch.zeros(size).bfloat16() for layer, size in sizes.items()}, {})
+
+    result = export(str(model), tmp_path / "half.safetensors", output, refit=fit)
+    before, after = result.refit["down_proj_bytes"]
+    assert needed[1] - needed[0] == after - before
+    assert (after == before) == (kind == "plain")
 
 
 def test_a_refit_of_codes_is_not_for_other_engines(originals, tmp_path):

@@ -316,6 +316,9 @@ def test_settings_that_are_not_served(original, tmp_path, name, change, words):
             4,
         ),
         ({"4": ["re:("], "8": ["Linear"]}, 8),
+        # The first pattern counts; the class of attention is not that of experts.
+        ({"8": ["re:.*mlp.*"], "4": ["re:.*experts.*"]}, 8),
+        ({"4": ["Qwen3MoeAttention"], "8": ["Linear"]}, 8),
     ],
 )
 def test_groups_for_other_matrices_do_not_count(original, tmp_path, targets, bits_of_experts):

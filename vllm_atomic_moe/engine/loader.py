@@ -103,7 +103,7 @@ class AtomicPrunedModelLoader(BaseModelLoader):
             resident = self.plan.resident
             digest = resident.digest()
             # The row formats too: a refit changes them under the same path and configuration.
-            formats = " ".join(scheme.name for scheme in resident.model.schemes.values())
+            formats = resident.model.row_formats
             _add_to_cache_keys(vllm_config, f"{self.plan.backend.name} {digest} {formats}")
             device = torch.device(vllm_config.device_config.device)
             self.token_slots = torch.zeros(

@@ -215,7 +215,7 @@ def describe_checkpoint(directory: Path) -> CheckpointInfo:
             layers[index].scheme = scheme
     num_experts = count_experts(directory, config, layers)
     for layer in layers.values():
-        check_told(directory, config, layer.scheme, layer.matrix)
+        check_told(directory, settings, layer.scheme, layer.matrix)
     check_activation_order(where, layers)
     size = intermediate_size(directory, config, layers)
     check_dense_layers(directory, config, layers)

@@ -144,9 +144,8 @@ def _of_mistral(params: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The configuration's name for a checkpoint's quantization; None if there is none."""
-    settings = quantization_settings(directory, config)
+def quantization_name(settings: Mapping[str, Any]) -> str | None:
+    """What `quantization_settings` call the quantization; None if there is none."""
     return (_method(settings) or "unknown") if settings else None
 
 

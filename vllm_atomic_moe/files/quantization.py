@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vllm_atomic_moe.files.config import quantization, quantization_settings
+from vllm_atomic_moe.files.config import quantization_name
 from vllm_atomic_moe.files.row_formats import CODES, PLAIN, Block, Code, Factor, RowFormat
 
 # A part's dtype as safetensors spells it, and its shape.
@@ -448,7 +448,7 @@ def settings_of(matrix: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, group in groups.items():
         targets = group.get("targets") if isinstance(group, dict) else None
         targets = [it for it in targets if isinstance(it, str)] if isinstance(targets, list) else []
-        if any(_is_target(matrix, target) for target in targets):
+        if matrix in targets or any(_matches(matrix, target) for target in targets):
             return {**settings, "config_groups": {key: group}}
         if not targets or not all(map(_is_of_others, targets)):
             of_classes[key] = group
@@ -460,18 +460,19 @@ def _is_of_others(target: str) -> bool:
     return "." in target or ":" in target or target.endswith("Attention")
 
 
-def _is_target(matrix: str, target: str) -> bool:
-    if not target.startswith("re:"):
-        return matrix == target
+def _matches(matrix: str, target: str) -> bool:
+    """Whether a target is a pattern for the matrix."""
     with suppress(re.error):
-        return re.match(target.removeprefix("re:"), matrix) is not None
+        return target.startswith("re:") and re.match(target[3:], matrix) is not None
     return False
 
 
-def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme, matrix: str) -> None:
+def check_told(directory: Path, settings: Mapping[str, Any], scheme: Scheme, matrix: str) -> None:
     """Refuse quantized experts that config.json does not mention, or describes differently.
 
     Args:
+        directory: for messages.
+        settings: the quantization settings of config.json.
         matrix: name of one of the matrices with this scheme.
 
     Raises:
@@ -479,7 +480,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme, matri
     """
     if scheme.plain:
         return
-    told = quantization(directory, config)
+    told = quantization_name(settings)
     if told is None:
         raise ValueError(
             f"{directory}: its experts are quantized ({scheme.kind}), config.json has no "
@@ -491,7 +492,7 @@ def check_told(directory: Path, config: Mapping[str, Any], scheme: Scheme, matri
             f"not served by this version: the quantization method {told} ({directory}); use the "
             "checkpoint that it was made from"
         )
-    settings = settings_of(matrix, quantization_settings(directory, config))
+    settings = settings_of(matrix, settings)
     if other := told if method not in scheme.facts.methods else _other_weights(settings, scheme):
         raise ValueError(
             f"{directory}: its experts are quantized as {scheme.name}, config.json says {other}; "

@@ -229,16 +229,17 @@ def evaluate(
     dense: Served | None = None
     position = {profile.name: number for number, profile in enumerate(chosen)}
     for group in _engines(chosen, dense_through_loader(checkpoint)):
-        name = ", ".join(profile.name for profile in group.profiles)  # of an engine that starts
         options = group.load_options(store) | {"dtype": dtype, "max_model_len": length + 1}
         options["trust_remote_code"] = trust_remote_code
         with closing(_serve(directory, text, group.names, compared, **options)) as results:
             for number, profile in enumerate(group.profiles):
                 on_progress(len(rows), len(chosen), profile.name)
-                name = profile.name if number else name
                 try:
                     served = next(results)
                 except Exception as error:  # vLLM raises exceptions of any kind.
+                    # The first one starts the engine, with all of them.
+                    failed = group.profiles[number : number + 1] if number else group.profiles
+                    name = ", ".join(it.name for it in failed)
                     line = f"{name}: {error}"
                     if not isinstance(error, ValueError):
                         kind = type(error).__name__

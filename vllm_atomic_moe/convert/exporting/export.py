@@ -135,7 +135,7 @@ def export(
         settings = config_file(directory).name
         make_plan = partial(plan_plain if plain else plan_packed, directory, source, info, chosen)
         # Of a refit with its sizes, to refuse before the fit what cannot be written.
-        plan = make_plan(refitted={} if refit is None else _placeholders(source, info, chosen))
+        plan = make_plan(refitted={} if refit is None else _placeholders(info, chosen))
         if not plain:
             files[f"atomic_profiles/{chosen.name}.safetensors"] = profile
         shards = split_shards(plan, shard_bytes)
@@ -173,14 +173,9 @@ def export(
     )
 
 
-def _placeholders(
-    source: Shards, info: CheckpointInfo, profile: PruningProfile
-) -> dict[int, torch.Tensor]:
-    """Columns of down_proj without values, in 16 bits unless the experts are float32."""
-    found = ((name, quantized_tensor(name)) for name in source.where)
-    stored = {source.dtype(name) for name, it in found if it and it.part.startswith("down")}
-    dtype = torch.float32 if stored == {"F32"} else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype, "device": "meta"}
+def _placeholders(info: CheckpointInfo, profile: PruningProfile) -> dict[int, torch.Tensor]:
+    """Columns of down_proj without values, in 16 bits; a plan gives plain ones their own dtype."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     return {
         layer: torch.empty(int(keep_EI.sum()), info.hidden_size, **options)
         for layer, keep_EI in profile.keep.items()
